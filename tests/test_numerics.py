@@ -1,0 +1,212 @@
+"""Outputs and gradients against the float64 definition, over shapes, options and types."""
+
+import pytest
+import torch
+from conftest import Backend
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import (
+    Arguments,
+    assert_as_exact_as_definition,
+    call,
+    differentiable,
+    largest,
+    output_gradient,
+    random_problem,
+    run,
+)
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FUNCTIONS = ["set_attention", "set_pooling", "transport_plan"]
+ODD = [1, 2, 3, 7, 8, 17, 33, 97, 129]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Arguments:
+    """Any combination of shapes, options and types."""
+
+    def choose(*values: object) -> st.SearchStrategy:
+        return st.sampled_from(values)
+
+    return random_problem(
+        draw(st.integers(0, 9999)),
+        B=draw(choose(1, 2, 3)),
+        H=draw(choose(1, 2, 5)),
+        N=draw(choose(*ODD, 196, 257)),
+        M=draw(choose(*ODD)),
+        D=draw(choose(*ODD)),
+        Dv=draw(choose(*ODD)),
+        Nq=draw(choose(None, None, *ODD, 257)),
+        per_sample=draw(st.booleans()),
+        masked=draw(st.booleans()),
+        token_mass=draw(st.booleans()),
+        reference_mass=draw(choose(None, "learned", "per-sample")),
+        kernel=draw(choose("gaussian", "linear")),
+        bandwidth=draw(choose(0.5, 1.0, 2.0, "learned")),
+        epsilon=draw(choose(0.05, 0.1, 1.0, "learned")),
+        iterations=draw(choose(0, 1, 2, 5, 20)),
+        P=draw(choose(0, 0, 1, 2, 3)),
+        dtype=draw(choose(*DTYPES)),
+    )
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@given(arguments=problems())
+def test_any_problem(backend: Backend, function: str, arguments: Arguments) -> None:
+    arguments = {name: to(x, backend.device) for name, x in arguments.items()}
+    assert_as_exact_as_definition(getattr(backend, function), arguments)
+
+
+def to(x: object, device: str) -> object:
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"N": 1, "M": 1, "D": 1, "Dv": 1, "B": 1, "H": 1},
+        {"N": 1, "M": 257},
+        {"N": 257, "M": 1},
+        {"N": 129, "M": 97, "D": 33, "Dv": 65},
+        {"N": 196, "M": 49, "D": 32, "Dv": 32},
+        {"N": 257, "M": 64, "D": 64, "Dv": 64, "kernel": "linear"},
+        {"N": 1031, "M": 17, "B": 1, "H": 1},
+        {"Nq": 129, "masked": True, "token_mass": True, "reference_mass": "learned", "P": 2},
+        {"Nq": 1, "per_sample": True, "kernel": "linear", "P": 3},
+        {"per_sample": True, "masked": True, "reference_mass": "per-sample", "P": 1},
+        {"bandwidth": "learned", "epsilon": "learned", "token_mass": True},
+        {"kernel": "linear", "epsilon": "learned", "Nq": 33},
+    ],
+    ids=str,
+)
+def test_chosen_problems(backend: Backend, function: str, dtype: torch.dtype, options: dict) -> None:
+    arguments = random_problem(7, dtype=dtype, device=backend.device, **options)
+    assert_as_exact_as_definition(getattr(backend, function), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kernel", ["gaussian", "linear"])
+@pytest.mark.parametrize("iterations", [0, 1, 2, 5, 20])
+@pytest.mark.parametrize("epsilon", [0.01, 0.03, 0.1, 0.3, 1.0])
+def test_epsilon_and_iterations(
+    backend: Backend, epsilon: float, iterations: int, kernel: str, dtype: torch.dtype
+) -> None:
+    arguments = random_problem(
+        3,
+        kernel=kernel,
+        epsilon=epsilon,
+        iterations=iterations,
+        masked=True,
+        token_mass=True,
+        reference_mass="learned",
+        dtype=dtype,
+        device=backend.device,
+    )
+    assert_as_exact_as_definition(backend.set_attention, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_options_of_half_problems(backend: Backend, dtype: torch.dtype) -> None:
+    """Learned epsilon and bandwidth stay in float32 where the tokens are cast to half."""
+    half = random_problem(5, bandwidth=1.0, epsilon=0.25, dtype=dtype, device=backend.device)
+    learned = {
+        name: torch.full((3,), half[name], device=backend.device, requires_grad=True)
+        for name in ("bandwidth", "epsilon")
+    }
+    output = call(backend.set_attention, half | learned)
+    assert output.dtype == dtype
+    assert torch.equal(output, call(backend.set_attention, half))
+    gradients = torch.autograd.grad(output.float().sum(), list(learned.values()))
+    assert [x.dtype for x in gradients] == [torch.float32] * 2
+
+
+EXTREME = {
+    # s up to 1e4 / epsilon
+    "similarities of 1e4": {"kernel": "linear", "epsilon": 1.0, "size": 1e2},
+    "similarities of 1e4, epsilon 0.001": {"kernel": "linear", "epsilon": 1e-3, "size": 1e2},
+    "epsilon 0.001": {"kernel": "gaussian", "epsilon": 1e-3, "size": 1.0},
+    "epsilon 0.001, linear": {"kernel": "linear", "epsilon": 1e-3, "size": 1.0},
+    "all similarities underflow": {"kernel": "gaussian", "epsilon": 1e-3, "size": 1e2},
+    "references collapsed": {"kernel": "gaussian", "epsilon": 1e-3, "size": 1.0, "spread": 1e-3},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("iterations", [0, 1, 5, 20])
+@pytest.mark.parametrize("case", EXTREME)
+def test_extreme_similarities(
+    backend: Backend, case: str, iterations: int, dtype: torch.dtype
+) -> None:
+    """Finite outputs and gradients, and outputs that are averages of the values, always."""
+    options = dict(EXTREME[case])
+    size, spread = options.pop("size"), options.pop("spread", 1.0)
+    arguments = random_problem(
+        11,
+        iterations=iterations,
+        masked=True,
+        token_mass=True,
+        reference_mass="learned",
+        device=backend.device,
+        **options,
+    )
+    unit = torch.nn.functional.normalize
+    arguments["key"] = size * unit(arguments["key"], dim=-1)
+    references = unit(arguments["reference"], dim=-1)
+    arguments["reference"] = size * (references[:, :1] * (1 - spread) + references * spread)
+    # rather than outliers, the largest similarity exactly: one token sits on one reference
+    arguments["key"][:, :, 0] = arguments["reference"][:, 0]
+    arguments = {
+        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+    for function in (backend.set_attention, backend.set_pooling, backend.transport_plan):
+        grad_output = output_gradient(function, arguments, 0)
+        for name, x in run(function, arguments, grad_output).items():
+            # a half gradient may be beyond the type's range, which is no fault of the backend
+            representable = dtype != torch.float16 or name == "output"
+            assert not x.isnan().any(), name
+            assert x.isfinite().all() or not representable, name
+            if name == "output" and function is not backend.transport_plan:
+                # an average of values: at most one rounding beyond the largest
+                bound = largest(arguments["value"]) * (1 + 100 * torch.finfo(dtype).eps)
+                assert largest(x) <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_a_number_stays_in_its_batch_item(backend: Backend, dtype: torch.dtype) -> None:
+    arguments = random_problem(
+        2, B=3, N=33, Nq=17, per_sample=True, token_mass=True, dtype=dtype, device=backend.device
+    )
+    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    clean = run(backend.set_attention, arguments, grad_output)
+    for name in ("query", "key", "value", "reference", "token_mass"):
+        for poison in (torch.nan, torch.inf):
+            poisoned = dict(arguments) | {name: arguments[name].clone()}
+            poisoned[name][1, 0].view(-1)[3] = poison
+            results = run(backend.set_attention, poisoned, grad_output)
+            assert not results["output"][1, 0].isfinite().all() or name != "value"
+            for each, x in results.items():
+                assert x[[0, 2]].isfinite().all(), f"{poison} in {name} is in {each}"
+                assert torch.equal(x[[0, 2]], clean[each][[0, 2]]), f"{poison} in {name}, {each}"
+
+
+def test_every_input_of_the_problems_gets_a_gradient(backend: Backend) -> None:
+    """Guards the tests above: no gradient they compare is zero throughout."""
+    arguments = random_problem(
+        1,
+        Nq=33,
+        token_mass=True,
+        reference_mass="learned",
+        bandwidth="learned",
+        epsilon="learned",
+        device=backend.device,
+    )
+    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    results = run(backend.set_attention, arguments, grad_output)
+    assert set(results) == {"output", *differentiable(arguments)}
+    assert len(results) == 9
+    for name, x in results.items():
+        assert largest(x) > 1e-3, name
