@@ -1,0 +1,16 @@
+// What this binary was built from and for: the facts of a bug report.
+#pragma once
+
+#include <map>
+#include <string>
+
+namespace setformer {
+
+// Fixed at build time: version, compiler, build_type, instruction_sets, openmp, cuda,
+// cuda_architectures, cuda_runtime. Touches no device.
+std::map<std::string, std::string> build_info();
+
+// Threads that the next parallel region started by this thread would get.
+int max_threads();
+
+}  // namespace setformer
