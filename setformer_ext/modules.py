@@ -1,0 +1,318 @@
+"""SetAttention: SeT attention as a torch module, with projections, references and masses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .functional import set_attention, transport_plan
+from .layout import Grid, average_parts, centres, nearly_square
+from .nystrom import nystrom_features
+
+
+class SetAttention(nn.Module):
+    r"""Self-attention by optimal transport onto references, a stand-in for multi-head attention.
+
+    Per head, tokens x_i (i < N) give keys k_i and values v_i; M references y_j stand in between::
+
+        similarity   S_ij = kappa(k_i, y_j) w_ij
+        collect      A_j  = sum_i C_ij v_i     C from T Sinkhorn steps on S / epsilon
+        distribute   O_i  = sum_j R_ij A_j     R from the same steps
+        output       concatenate the heads, then project
+
+    as :func:`setformer_ext.set_attention` defines them. Keys, queries, references and anchors are
+    scaled to unit length, so the gaussian kernel lies in [exp(-2 / bandwidth^2), 1].
+
+    From the paper (Shamsolmoali et al., SeTformer, AAAI 2024): the kernel cost, the references,
+    the entropic transport, the Nystrom feature map (there from OTKE, Mialon et al., ICLR 2021)
+    and the penalty that decays exponentially with the distance of positions.
+    Our reading: how the references' outputs return to the tokens, unit length, the learned
+    masses, bandwidth and epsilon, references pooled from the input, the separate query.
+
+    Args:
+        dim: channels C of input and output, a multiple of ``num_heads``.
+        num_heads: heads H.
+        num_references: references M per head.
+        pooled_references: compute the references from the input, as the average keys of M even
+            parts of the sequence or of the grid, instead of learning them.
+        query_projection: give the tokens queries of their own (a second solve) instead of q = k.
+        kernel: "gaussian", kappa(k, y) = exp(-\|k - y\|^2 / (2 bandwidth^2)), or "linear", <k, y>.
+        bandwidth: of the gaussian kernel, > 0; the initial value if ``learned_bandwidth``.
+        epsilon: entropy of the transport, > 0; the initial value if ``learned_epsilon``.
+        iterations: Sinkhorn steps T >= 0.
+        learned_bandwidth: learn one bandwidth per head, as its logarithm.
+        learned_epsilon: learn one epsilon per head, as its logarithm.
+        learned_token_mass: a_i proportional to exp(<u_h, x_i>), instead of uniform.
+        learned_reference_mass: b_j proportional to exp(c_hj), instead of uniform.
+        num_anchors: if given, replace the gaussian kernel by its Nystrom approximation
+            <psi(k), psi(y)> on that many learned anchors per head; see
+            :func:`setformer_ext.nystrom.nystrom_features`.
+        position_bandwidth: if given, w_ij = exp(-\|p_i - r_j\|^2 / position_bandwidth^2), else 1.
+            Tokens p and references r are the centres of even parts of [0, 1] (sequences) or
+            [0, 1]^2 (grids). Padding counts as part of the sequence.
+        bias: whether the projections have biases.
+
+    Shape:
+        x [B, N, C] (and mask [B, N]) to [B, N, C], of x's dtype (autocast's under autocast).
+
+    Raises:
+        ValueError: for an argument outside these ranges, or inputs of another shape.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        num_references: int = 16,
+        *,
+        pooled_references: bool = False,
+        query_projection: bool = False,
+        kernel: str = "gaussian",
+        bandwidth: float = 1.0,
+        epsilon: float = 0.1,
+        iterations: int = 5,
+        learned_bandwidth: bool = False,
+        learned_epsilon: bool = False,
+        learned_token_mass: bool = True,
+        learned_reference_mass: bool = True,
+        num_anchors: int | None = None,
+        position_bandwidth: float | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        _require(num_heads >= 1, "num_heads", "at least 1", num_heads)
+        _require(
+            dim >= 1 and dim % num_heads == 0, "dim", f"a multiple of num_heads={num_heads}", dim
+        )
+        _require(num_references >= 1, "num_references", "at least 1", num_references)
+        _require(kernel in ("gaussian", "linear"), "kernel", "'gaussian' or 'linear'", kernel)
+        _require(_is_positive(bandwidth), "bandwidth", "finite and positive", bandwidth)
+        _require(_is_positive(epsilon), "epsilon", "finite and positive", epsilon)
+        _require(iterations >= 0, "iterations", "at least 0", iterations)
+        if num_anchors is not None:
+            _require(num_anchors >= 1, "num_anchors", "at least 1 or None", num_anchors)
+        if position_bandwidth is not None:
+            _require(
+                _is_positive(position_bandwidth),
+                "position_bandwidth",
+                "finite and positive or None",
+                position_bandwidth,
+            )
+        if kernel == "linear":
+            _require(num_anchors is None, "num_anchors", "None with kernel='linear'", num_anchors)
+            _require(not learned_bandwidth, "learned_bandwidth", "False with kernel='linear'", True)
+
+        self.dim = dim
+        self.num_heads = num_heads
+        self.num_references = num_references
+        self.pooled_references = pooled_references
+        self.kernel = kernel
+        self.initial_bandwidth = bandwidth
+        self.initial_epsilon = epsilon
+        self.iterations = iterations
+        self.num_anchors = num_anchors
+        self.position_bandwidth = position_bandwidth
+
+        head_dim = dim // num_heads
+        self.key = nn.Linear(dim, dim, bias=bias)
+        self.query = nn.Linear(dim, dim, bias=bias) if query_projection else None
+        self.value = nn.Linear(dim, dim, bias=bias)
+        self.projection = nn.Linear(dim, dim, bias=bias)
+        self.token_mass = nn.Linear(dim, num_heads, bias=False) if learned_token_mass else None
+        self.reference = _parameter(not pooled_references, num_heads, num_references, head_dim)
+        self.reference_log_mass = _parameter(learned_reference_mass, num_heads, num_references)
+        self.anchor = _parameter(num_anchors is not None, num_heads, num_anchors or 0, head_dim)
+        self.log_bandwidth = _parameter(learned_bandwidth, num_heads)
+        self.log_epsilon = _parameter(learned_epsilon, num_heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; masses start uniform, bandwidth and epsilon where given."""
+        for linear in (self.key, self.query, self.value, self.projection):
+            if linear is not None:
+                nn.init.xavier_uniform_(linear.weight)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        if self.token_mass is not None:
+            nn.init.zeros_(self.token_mass.weight)
+        for points in (self.reference, self.anchor):
+            if points is not None:  # of about unit length, the length they are used at
+                nn.init.normal_(points, std=points.shape[-1] ** -0.5)
+        if self.reference_log_mass is not None:
+            nn.init.zeros_(self.reference_log_mass)
+        if self.log_bandwidth is not None:
+            nn.init.constant_(self.log_bandwidth, math.log(self.initial_bandwidth))
+        if self.log_epsilon is not None:
+            nn.init.constant_(self.log_epsilon, math.log(self.initial_epsilon))
+
+    @property
+    def bandwidth(self) -> float | Tensor:
+        """The bandwidth in use: a float, or the learned one per head, [H]."""
+        return self.initial_bandwidth if self.log_bandwidth is None else self.log_bandwidth.exp()
+
+    @property
+    def epsilon(self) -> float | Tensor:
+        """The epsilon in use: a float, or the learned one per head, [H]."""
+        return self.initial_epsilon if self.log_epsilon is None else self.log_epsilon.exp()
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, C]
+        mask: Tensor | None = None,  # [B, N] bool
+        grid: Grid | None = None,
+    ) -> Tensor:  # [B, N, C]
+        """Let the tokens attend to one another.
+
+        Args:
+            x: tokens [B, N, C], floating point.
+            mask: bool [B, N], True = valid. The others give nothing and come out as exactly 0.
+            grid: (H, W) with H * W = N if the tokens are a grid, row by row; matters to positions
+                and to pooled references, which are then spread over the grid.
+        """
+        x, transport = self._transport(x, mask, grid)
+        query = None
+        if self.query is not None:
+            query = self._points(self.query(x))
+            transport["query_mask"] = mask
+            transport["query_positions"] = transport["token_positions"]
+        value = self._split(self.value(x))
+        output = set_attention(query, transport.pop("key"), value, **transport)  # [B, H, N, D]
+        return _zero_invalid(self.projection(output.transpose(1, 2).flatten(2)), mask)
+
+    def transport_plan(
+        self,
+        x: Tensor,  # [B, N, C]
+        mask: Tensor | None = None,  # [B, N] bool
+        grid: Grid | None = None,
+    ) -> Tensor:  # [B, H, N, M]
+        """Which tokens each reference draws its mass from, for the arguments of ``forward``.
+
+        Entry [i, j] is the mass that goes from token i to reference j; column j sums to the
+        reference's mass b_j, so dividing by the column sums gives the weights of collect.
+        """
+        return transport_plan(**self._transport(x, mask, grid)[1])
+
+    def extra_repr(self) -> str:
+        """The options that differ from a plain SeT attention, and the sizes."""
+        parts = [f"{self.dim}, num_heads={self.num_heads}, num_references={self.num_references}"]
+        if self.pooled_references:
+            parts.append("pooled_references=True")
+        parts.append(f"kernel={self.kernel!r}")
+        if self.kernel == "gaussian":
+            parts.append(f"bandwidth={_describe(self.initial_bandwidth, self.log_bandwidth)}")
+        parts.append(f"epsilon={_describe(self.initial_epsilon, self.log_epsilon)}")
+        parts.append(f"iterations={self.iterations}")
+        if self.reference_log_mass is not None:
+            parts.append("learned_reference_mass=True")
+        if self.num_anchors is not None:
+            parts.append(f"num_anchors={self.num_anchors}")
+        if self.position_bandwidth is not None:
+            parts.append(f"position_bandwidth={self.position_bandwidth}")
+        return ", ".join(parts)
+
+    def _transport(
+        self, x: Tensor, mask: Tensor | None, grid: Grid | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The tokens without what their padding holds, and the arguments of transport_plan."""
+        self._check(x, mask, grid)
+        x = _zero_invalid(x, mask)
+        key = self._points(self.key(x))
+        if self.reference is None:
+            pooled = average_parts(x, self.num_references, mask, grid)
+            reference = self._points(self.key(pooled))
+        else:
+            reference = self._features(self.reference.to(key.dtype).unsqueeze(0)).squeeze(0)
+        token_positions = reference_positions = None
+        if self.position_bandwidth is not None:
+            parts = (self.num_references,) if grid is None else nearly_square(self.num_references)
+            token_positions = centres(grid or (x.shape[1],), x)
+            reference_positions = centres(parts, x)
+        return x, {
+            "key": key,
+            "reference": reference,
+            "mask": mask,
+            "token_mass": self._token_mass(x, mask, key.dtype),
+            "reference_mass": self._reference_mass(key.dtype),
+            "kernel": self.kernel if self.anchor is None else "linear",
+            "bandwidth": self.bandwidth if self.anchor is None else 1.0,
+            "epsilon": self.epsilon,
+            "iterations": self.iterations,
+            "token_positions": token_positions,
+            "reference_positions": reference_positions,
+            "position_bandwidth": self.position_bandwidth,
+        }
+
+    def _split(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, H, N, D]
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _points(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, H, N, D]
+        return self._features(self._split(x))
+
+    def _features(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, D] or [B, H, N, P]
+        """On the unit sphere and, with anchors, in the space of the Nystrom features."""
+        x = F.normalize(x, dim=-1).to(x.dtype)
+        if self.anchor is None:
+            return x
+        return nystrom_features(x, F.normalize(self.anchor, dim=-1), self.bandwidth)
+
+    def _token_mass(self, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[B, H, N], 1 on average: the scale does not matter, and half precision holds it."""
+        if self.token_mass is None:
+            return None
+        logits = self.token_mass(x).transpose(1, 2)
+        if mask is not None:
+            logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(logits.dtype).min)
+        return (logits.softmax(-1) * x.shape[1]).to(dtype)
+
+    def _reference_mass(self, dtype: torch.dtype) -> Tensor | None:
+        """[H, M], 1 on average."""
+        if self.reference_log_mass is None:
+            return None
+        return (self.reference_log_mass.softmax(-1) * self.num_references).to(dtype)
+
+    def _check(self, x: Tensor, mask: Tensor | None, grid: Grid | None) -> None:
+        _require(
+            x.dim() == 3 and x.shape[-1] == self.dim and x.is_floating_point(),
+            "x",
+            f"floating point [B, N, C={self.dim}]",
+            f"{x.dtype} {list(x.shape)}",
+        )
+        if mask is not None:
+            _require(
+                mask.dtype == torch.bool and mask.shape == x.shape[:2],
+                "mask",
+                f"bool [B={x.shape[0]}, N={x.shape[1]}]",
+                f"{mask.dtype} {list(mask.shape)}",
+            )
+        if grid is not None:
+            _require(
+                len(grid) == 2 and min(grid) >= 1 and grid[0] * grid[1] == x.shape[1],
+                "grid",
+                f"(H, W) with H * W = N = {x.shape[1]}",
+                grid,
+            )
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"SetAttention: {name} must be {expected}, got {got}")
+
+
+def _is_positive(x: float) -> bool:
+    return math.isfinite(x) and x > 0
+
+
+def _parameter(present: bool, *shape: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(shape)) if present else None
+
+
+def _describe(initial: float, logarithm: Tensor | None) -> str:
+    return f"{initial}" if logarithm is None else f"learned from {initial}"
+
+
+def _zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]
+    return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)
