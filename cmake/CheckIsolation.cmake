@@ -1,4 +1,4 @@
-# Run as a test: cmake -DNM=... -DNAMESPACE=setformer::avx2 -DOBJECT=... -P CheckIsolation.cmake
+# Run as a test: cmake -DNM=... -DNAMESPACE=setformer::cpu::avx2 -DOBJECT=... -P CheckIsolation.cmake
 #
 # A function that an object offers to the linker for sharing (weak: templates and inline functions
 # of the standard library or of ours) may replace the same function of every other object. Compiled
