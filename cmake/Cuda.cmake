@@ -112,7 +112,8 @@ else()
     message(FATAL_ERROR
       "SETFORMER_CUDA=on, but ${problem}.\n"
       "Install the CUDA toolkit (its compiler and the cudart headers and static library), point "
-      "CUDA_HOME at it, or build without CUDA: SETFORMER_CUDA=off.")
+      "CUDA_HOME at it and CUDAHOSTCXX at a host compiler it supports, or build without CUDA: "
+      "SETFORMER_CUDA=off.")
   else()
     set(SETFORMER_CUDA_DECISION "not compiled: ${problem}")
   endif()
