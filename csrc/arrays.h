@@ -1,0 +1,140 @@
+// Arrays as Python gives them (anything with __dlpack__, or its capsule), checked against the
+// shapes, types and device that a call expects, as setformer::Tensor.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dlpack.h"
+#include "set_attention.h"
+
+namespace setformer {
+
+namespace py = pybind11;
+
+inline std::string type_name(dlpack::DataType type) {
+  static const char* const kinds[] = {"int",    "uint",    "float", "handle",
+                                      "bfloat", "complex", "bool"};
+  if (type.code == dlpack::kBool) return "bool";
+  return (type.code < 7 ? kinds[type.code] : "type") + std::to_string(type.bits);
+}
+
+// A dimension's letter and, where it is fixed already, its size.
+struct Dimension {
+  const char* letter;
+  int64_t size = -1;
+};
+using Shape = std::vector<Dimension>;
+
+inline std::string describe(const Shape& shape) {
+  std::string text = "[";
+  for (const Dimension& dimension : shape) {
+    if (text.size() > 1) text += ", ";
+    text += dimension.letter;
+    if (dimension.size >= 0) text += "=" + std::to_string(dimension.size);
+  }
+  return text + "]";
+}
+
+class Array {
+ public:
+  // `object` may be None: an absent array.
+  Array(const char* function, const char* name, const py::object& object)
+      : label_(std::string(function) + ": " + name) {
+    if (object.is_none()) return;
+    capsule_ = object;
+    if (!PyCapsule_CheckExact(object.ptr())) {
+      if (!py::hasattr(object, "__dlpack__")) {
+        throw py::type_error(label_ +
+                             " must be an array with __dlpack__ (NumPy, torch, ...), got " +
+                             std::string(py::str(py::type::handle_of(object).attr("__name__"))));
+      }
+      capsule_ = object.attr("__dlpack__")();
+    }
+    // The capsule stays ours, unconsumed, until the call is over; then its own destructor frees it.
+    auto* managed =
+        static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
+    if (managed == nullptr) throw py::error_already_set();
+    tensor_ = &managed->tensor;
+  }
+
+  bool given() const { return tensor_ != nullptr; }
+  int rank() const { return tensor_->ndim; }
+  int64_t size(int dimension) const { return tensor_->shape[dimension]; }
+  dlpack::DataType type() const { return tensor_->dtype; }
+
+  // Throws unless the array has one of these shapes.
+  const Array& expect_shape(const std::vector<Shape>& shapes) const {
+    for (const Shape& shape : shapes) {
+      bool fits = rank() == int(shape.size());
+      for (int i = 0; fits && i < rank(); ++i) {
+        fits = shape[i].size < 0 || shape[i].size == size(i);
+      }
+      if (fits) return *this;
+    }
+    std::string expected;
+    for (const Shape& shape : shapes)
+      expected += (expected.empty() ? "" : " or ") + describe(shape);
+    Shape given;
+    std::vector<std::string> sizes;
+    for (int i = 0; i < rank(); ++i) sizes.push_back(std::to_string(size(i)));
+    for (const std::string& size : sizes) given.push_back({size.c_str()});
+    throw py::value_error(label_ + " must be " + expected + ", got " + describe(given));
+  }
+
+  const Array& expect_type(dlpack::DataType expected) const {
+    if (type().code != expected.code || type().bits != expected.bits || type().lanes != 1) {
+      throw py::type_error(label_ + " must be " + type_name(expected) + ", got " +
+                           type_name(type()));
+    }
+    return *this;
+  }
+
+  const Array& expect_cpu() const {
+    if (tensor_->device.type != dlpack::kCpu) {
+      throw py::value_error(label_ + " must be in CPU memory, got DLPack device type " +
+                            std::to_string(tensor_->device.type) +
+                            ": this version has CPU kernels only, move the arrays to the CPU");
+    }
+    return *this;
+  }
+
+  // Throws unless C-contiguous: outputs whose layout the kernels fix.
+  const Array& expect_contiguous() const {
+    int64_t stride = 1;
+    for (int i = rank() - 1; i >= 0; --i) {
+      if (size(i) > 1 && tensor_->strides != nullptr && tensor_->strides[i] != stride) {
+        throw py::value_error(label_ + " must be contiguous");
+      }
+      stride *= size(i);
+    }
+    return *this;
+  }
+
+  // As a Tensor whose last dimensions are the array's: one of lower rank has stride 0 before.
+  Tensor view(int dimensions) const {
+    Tensor view;
+    if (!given()) return view;
+    view.data = static_cast<char*>(tensor_->data) + tensor_->byte_offset;
+    // Absent is a null pointer, but an array without elements may have one too.
+    static double nothing = 0;
+    if (view.data == nullptr) view.data = &nothing;
+    int64_t stride = 1;
+    for (int i = rank() - 1; i >= 0; --i) {
+      view.stride[i + dimensions - rank()] =
+          tensor_->strides == nullptr ? stride : tensor_->strides[i];
+      stride *= size(i);
+    }
+    return view;
+  }
+
+ private:
+  std::string label_;
+  py::object capsule_;
+  const dlpack::Tensor* tensor_ = nullptr;
+};
+
+}  // namespace setformer

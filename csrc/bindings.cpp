@@ -1,0 +1,335 @@
+// setformer_ext._C: the kernels for any DLPack array. Checks everything that a kernel relies on;
+// memory is the caller's; the GIL is released while kernels run.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "arrays.h"
+#include "build_info.h"
+
+namespace setformer {
+namespace {
+
+constexpr dlpack::DataType kBoolType{dlpack::kBool, 8, 1};
+
+dlpack::DataType accumulate_type(dlpack::DataType storage) {
+  return {dlpack::kFloat, uint8_t(storage.bits == 64 ? 64 : 32), 1};
+}
+
+ScalarType scalar_type(const char* function, dlpack::DataType type) {
+  if (type.code == dlpack::kFloat && type.bits == 32) return ScalarType::kFloat32;
+  if (type.code == dlpack::kFloat && type.bits == 64) return ScalarType::kFloat64;
+  if (type.code == dlpack::kFloat && type.bits == 16) return ScalarType::kFloat16;
+  if (type.code == dlpack::kBFloat && type.bits == 16) return ScalarType::kBFloat16;
+  throw py::type_error(std::string(function) +
+                       ": key must be float32, float64, bfloat16 or float16, got " +
+                       type_name(type));
+}
+
+void require(bool condition, const char* function, const std::string& message) {
+  if (!condition) throw py::value_error(std::string(function) + ": " + message);
+}
+
+// Reads the arrays and options of a call into Params, checking each against the sizes that key and
+// reference fix.
+class Call {
+ public:
+  Call(const char* function, const py::dict& arrays) : function_(function), arrays_(arrays) {}
+
+  // Inputs and options common to all calls.
+  void read_problem(ForwardParams& p, const std::string& kernel, double bandwidth,
+                    double position_bandwidth, int64_t iterations) {
+    const Array key = required("key");
+    key.expect_cpu();
+    p.type = scalar_type(function_, key.type());
+    storage_ = key.type();
+    key.expect_shape({{{"B"}, {"H"}, {"N"}, {"D"}}});
+    p.batch = key.size(0);
+    p.heads = key.size(1);
+    p.tokens = key.size(2);
+    p.depth = key.size(3);
+    p.key = keep(key).view(4);
+    const Array reference = required("reference");
+    reference.expect_cpu().expect_type(storage_).expect_shape(
+        {{{"H", p.heads}, {"M"}, {"D", p.depth}},
+         {{"B", p.batch}, {"H", p.heads}, {"M"}, {"D", p.depth}}});
+    p.references = reference.size(reference.rank() - 2);
+    p.reference = keep(reference).view(4);
+    require(p.references > 0, function_, "reference must hold at least one reference, got M=0");
+    require(p.depth > 0, function_, "key must have at least one dimension per head, got D=0");
+
+    require(kernel == "gaussian" || kernel == "linear", function_,
+            "kernel must be 'gaussian' or 'linear', got '" + kernel + "'");
+    require(std::isfinite(bandwidth) && bandwidth > 0, function_,
+            "bandwidth must be > 0, got " + std::to_string(bandwidth));
+    require(std::isfinite(position_bandwidth) && position_bandwidth > 0, function_,
+            "position_bandwidth must be > 0, got " + std::to_string(position_bandwidth));
+    require(iterations >= 0, function_,
+            "iterations must be >= 0, got " + std::to_string(iterations));
+    p.kernel = kernel == "gaussian" ? Kernel::kGaussian : Kernel::kLinear;
+    p.bandwidth = bandwidth;
+    p.position_bandwidth = position_bandwidth;
+    p.iterations = iterations;
+
+    p.mask = optional("mask", kBoolType, {{{"B", p.batch}, {"N", p.tokens}}}, 2);
+    p.token_mass = optional("token_mass", accumulate(), {heads_of(p, {"N", p.tokens})}, 3);
+    p.reference_mass =
+        optional("reference_mass", accumulate(),
+                 {{{"H", p.heads}, {"M", p.references}}, heads_of(p, {"M", p.references})}, 3);
+    p.epsilon = needed("epsilon", accumulate(), {{{"H", p.heads}}}, 1);
+    const Array positions = array("reference_positions");
+    if (positions.given()) {
+      positions.expect_cpu().expect_type(accumulate()).expect_shape({{{"M", p.references}, {"P"}}});
+      p.position_depth = positions.size(1);
+      p.reference_positions = keep(positions).view(2);
+    }
+    p.token_positions =
+        optional("token_positions", accumulate(), {{{"N", p.tokens}, {"P", p.position_depth}}}, 2);
+  }
+
+  void read_query(ForwardParams& p) {
+    const Array query = array("query");
+    p.cross = query.given();
+    if (!p.cross) return;
+    query.expect_cpu().expect_type(storage_).expect_shape(
+        {{{"B", p.batch}, {"H", p.heads}, {"Nq"}, {"D", p.depth}}});
+    p.queries = query.size(2);
+    p.query = keep(query).view(4);
+    p.query_mask = optional("query_mask", kBoolType, {{{"B", p.batch}, {"Nq", p.queries}}}, 2);
+    p.query_positions = optional("query_positions", accumulate(),
+                                 {{{"Nq", p.queries}, {"P", p.position_depth}}}, 2);
+    p.query_rows =
+        contiguous("query_rows", {heads_of(p, {"T+1", p.iterations + 1}, {"Nq", p.queries})});
+    p.query_columns = contiguous("query_columns", {columns_of(p)});
+  }
+
+  void read_value(ForwardParams& p) {
+    const Array value = required("value");
+    value.expect_cpu().expect_type(storage_).expect_shape({heads_of(p, {"N", p.tokens}, {"Dv"})});
+    p.value_depth = value.size(3);
+    require(p.value_depth > 0, function_, "value must have at least one dimension, got Dv=0");
+    p.value = keep(value).view(4);
+  }
+
+  void read_forward_results(ForwardParams& p) {
+    read_normalizers(p);
+    p.pooled = contiguous("pooled", {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})});
+    p.output = optional("output", storage_, {output_shape(p)}, 4);
+    p.distribute = p.output.data != nullptr;
+  }
+
+  void read_normalizers(ForwardParams& p) {
+    p.rows = contiguous("rows", {heads_of(p, {"T+1", p.iterations + 1}, {"N", p.tokens})});
+    p.columns = contiguous("columns", {columns_of(p)});
+  }
+
+  void read_gradients(BackwardParams& p) {
+    p.grad_output = optional("grad_output", storage_, {output_shape(p)}, 4);
+    p.grad_pooled = optional("grad_pooled", accumulate(),
+                             {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})}, 4);
+    p.grad_key = needed("grad_key", storage_, {heads_of(p, {"N", p.tokens}, {"D", p.depth})}, 4);
+    p.grad_value =
+        needed("grad_value", storage_, {heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth})}, 4);
+    if (p.cross) {
+      p.grad_query =
+          needed("grad_query", storage_, {heads_of(p, {"Nq", p.queries}, {"D", p.depth})}, 4);
+    }
+    p.grad_reference =
+        contiguous("grad_reference", {heads_of(p, {"M", p.references}, {"D", p.depth})});
+    p.grad_epsilon = contiguous("grad_epsilon", {{{"B", p.batch}, {"H", p.heads}}});
+    if (array("grad_token_mass").given()) {
+      p.grad_token_mass = contiguous("grad_token_mass", {heads_of(p, {"N", p.tokens})});
+    }
+    if (array("grad_reference_mass").given()) {
+      p.grad_reference_mass = contiguous("grad_reference_mass", {heads_of(p, {"M", p.references})});
+    }
+  }
+
+  void read_plan(PlanParams& p) {
+    p.plan = needed("plan", storage_, {heads_of(p, {"N", p.tokens}, {"M", p.references})}, 4);
+  }
+
+  // Names that no read above knows would otherwise be ignored in silence.
+  void finish() const {
+    for (const auto& [name, array] : arrays_) {
+      const auto text = py::cast<std::string>(name);
+      if (std::find(known_.begin(), known_.end(), text) == known_.end()) {
+        throw py::type_error(std::string(function_) + ": unexpected argument '" + text + "'");
+      }
+    }
+  }
+
+  template <class Params>
+  void run(Status (*kernel)(const Params&), const Params& p) const {
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = kernel(p);
+    }
+    switch (status) {
+      case Status::kOk:
+        return;
+      case Status::kOutOfMemory:
+        throw std::bad_alloc();
+      case Status::kNegativeTokenMass:
+        throw py::value_error(std::string(function_) +
+                              ": token_mass must be >= 0 everywhere, got a negative mass");
+      case Status::kNonPositiveReferenceMass:
+        throw py::value_error(std::string(function_) +
+                              ": reference_mass must be > 0 everywhere, got a mass <= 0");
+      case Status::kNonPositiveEpsilon:
+        throw py::value_error(std::string(function_) +
+                              ": epsilon must be > 0 for every head, got a value <= 0 or NaN");
+    }
+  }
+
+ private:
+  dlpack::DataType accumulate() const { return accumulate_type(storage_); }
+  static Shape heads_of(const ForwardParams& p, Dimension third) {
+    return {{"B", p.batch}, {"H", p.heads}, third};
+  }
+  static Shape heads_of(const ForwardParams& p, Dimension third, Dimension fourth) {
+    return {{"B", p.batch}, {"H", p.heads}, third, fourth};
+  }
+  static Shape columns_of(const ForwardParams& p) {
+    return heads_of(p, {"max(T,1)", std::max<int64_t>(p.iterations, 1)}, {"M", p.references});
+  }
+  static Shape output_shape(const ForwardParams& p) {
+    return p.cross ? heads_of(p, {"Nq", p.queries}, {"Dv", p.value_depth})
+                   : heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth});
+  }
+
+  Array array(const char* name) {
+    known_.push_back(name);
+    return Array(function_, name, arrays_.contains(name) ? py::object(arrays_[name]) : py::none());
+  }
+  Array required(const char* name) {
+    Array found = array(name);
+    if (!found.given()) {
+      throw py::type_error(std::string(function_) + ": " + name + " must be given");
+    }
+    return found;
+  }
+  // Arrays live until the call is over: a capsule may own what it points to.
+  const Array& keep(const Array& array) {
+    kept_.push_back(array);
+    return kept_.back();
+  }
+  Tensor checked(const Array& array, dlpack::DataType type, const std::vector<Shape>& shapes,
+                 int dimensions) {
+    if (!array.given()) return {};
+    array.expect_cpu().expect_type(type).expect_shape(shapes);
+    return keep(array).view(dimensions);
+  }
+  Tensor optional(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
+                  int dimensions) {
+    return checked(array(name), type, shapes, dimensions);
+  }
+  Tensor needed(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
+                int dimensions) {
+    return checked(required(name), type, shapes, dimensions);
+  }
+  Tensor contiguous(const char* name, const std::vector<Shape>& shapes) {
+    const Array found = required(name);
+    const Tensor view = checked(found, accumulate(), shapes, found.rank());
+    found.expect_contiguous();
+    return view;
+  }
+
+  const char* function_;
+  const py::dict& arrays_;
+  dlpack::DataType storage_{};
+  std::vector<Array> kept_;
+  std::vector<std::string> known_;
+};
+
+void forward(const std::string& kernel, double bandwidth, double position_bandwidth,
+             int64_t iterations, const py::kwargs& arrays) {
+  Call call("set_attention_forward", arrays);
+  ForwardParams p;
+  call.read_problem(p, kernel, bandwidth, position_bandwidth, iterations);
+  call.read_query(p);
+  call.read_value(p);
+  call.read_forward_results(p);
+  call.finish();
+  call.run(cpu::set_attention_forward, p);
+}
+
+void backward(const std::string& kernel, double bandwidth, double position_bandwidth,
+              int64_t iterations, const py::kwargs& arrays) {
+  Call call("set_attention_backward", arrays);
+  BackwardParams p;
+  call.read_problem(p, kernel, bandwidth, position_bandwidth, iterations);
+  call.read_query(p);
+  call.read_value(p);
+  call.read_forward_results(p);
+  call.read_gradients(p);
+  call.finish();
+  require(!p.distribute == (p.grad_output.data == nullptr), "set_attention_backward",
+          "output and grad_output must be given together");
+  call.run(cpu::set_attention_backward, p);
+}
+
+void plan(const std::string& kernel, double bandwidth, double position_bandwidth,
+          int64_t iterations, const py::kwargs& arrays) {
+  Call call("transport_plan", arrays);
+  PlanParams p;
+  call.read_problem(p, kernel, bandwidth, position_bandwidth, iterations);
+  call.read_normalizers(p);
+  call.read_plan(p);
+  call.finish();
+  p.value_depth = 1;
+  call.run(cpu::transport_plan, p);
+}
+
+}  // namespace
+}  // namespace setformer
+
+PYBIND11_MODULE(_C, m) {
+  using namespace setformer;
+  m.doc() =
+      "SeT attention kernels for any DLPack array.\n\n"
+      "Arrays are passed by keyword; B batch, H heads, N tokens, Nq queries, M references, D and "
+      "Dv\n"
+      "depths, T iterations. 'storage' is float32, float64, bfloat16 or float16, the same for "
+      "all;\n"
+      "'accumulate' is float64 for float64 storage and float32 otherwise. Results are written to\n"
+      "arrays that the caller allocates.\n\n"
+      "Inputs: key [B, H, N, D], value [B, H, N, Dv], reference [H, M, D] or [B, H, M, D], query\n"
+      "[B, H, Nq, D] (optional: cross attention), all storage; mask [B, N] and query_mask [B, Nq]\n"
+      "bool, optional; token_mass [B, H, N] and reference_mass [H, M] or [B, H, M] accumulate,\n"
+      "optional; epsilon [H] accumulate; token_positions [N, P], query_positions [Nq, P],\n"
+      "reference_positions [M, P] accumulate, optional.\n"
+      "Results of the forward call: output [B, H, Nq or N, Dv] storage (optional: without it only\n"
+      "pooled is computed), pooled [B, H, M, Dv], rows [B, H, T + 1, N], columns\n"
+      "[B, H, max(T, 1), M], query_rows [B, H, T + 1, Nq], query_columns: accumulate, "
+      "contiguous.\n\n"
+      "Wrong shapes and values raise ValueError, wrong types TypeError, naming the argument.";
+  const auto options = [](auto&& define) {
+    define(py::arg("kernel") = "gaussian", py::arg("bandwidth") = 1.0,
+           py::arg("position_bandwidth") = 1.0, py::arg("iterations") = 5);
+  };
+  options([&](auto... arguments) {
+    m.def("set_attention_forward", &forward, arguments...,
+          "Writes output, pooled, rows and columns; see the module's docstring for the arrays.");
+    m.def("set_attention_backward", &backward, arguments...,
+          "Takes what forward took and wrote, with grad_output [B, H, Nq or N, Dv] (storage) and\n"
+          "grad_pooled [B, H, M, Dv] (accumulate, optional); writes grad_query, grad_key, "
+          "grad_value\n"
+          "(storage), grad_reference [B, H, M, D], grad_epsilon [B, H] and, where given,\n"
+          "grad_token_mass [B, H, N] and grad_reference_mass [B, H, M] (accumulate).");
+    m.def("transport_plan", &plan, arguments...,
+          "Writes plan [B, H, N, M] (storage) from the rows and columns of a forward call.");
+  });
+  m.def("cpu_isa", &cpu::instruction_set,
+        "The instruction set in use: 'baseline', 'avx2' or 'avx512'.\n"
+        "The environment variable SETFORMER_EXT_CPU_ISA overrides the choice.");
+  m.def(
+      "cpu_isas_supported",
+      [] { return py::str(cpu::supported_instruction_sets()).attr("split")(); },
+      "All instruction sets that were compiled and that this processor has.");
+  m.def("max_threads", &max_threads, "Threads a call may use; torch.set_num_threads sets it.");
+  m.def("build_info", &build_info, "What this module was compiled with.");
+}

@@ -1,0 +1,97 @@
+// Products of small matrices: C (+)= A B with C's columns in vectors.
+//
+// A tile of R rows x V vectors of C stays in registers while the depth is walked once; per step
+// that is V vector loads and R broadcasts for R * V multiply-adds. The tile is expanded by
+// templates so that every accumulator is a named register (indexed arrays spill).
+#pragma once
+
+#include "simd.h"
+
+namespace setformer::cpu::SETFORMER_ISA {
+
+// Accumulators that leave registers for V vectors of B and one broadcast of A.
+inline constexpr int kAccumulators = kVectorRegisters == 32 ? 24 : 12;
+inline constexpr int kWidestTile = kVectorRegisters == 32 ? 4 : 2;  // vectors
+constexpr int most_rows(int vectors) { return smaller(kAccumulators / vectors, 8); }
+
+template <class T>
+using TileProduct = void (*)(const T* a, int64_t a_row, int64_t a_depth, const T* b,
+                             int64_t b_depth, T* c, int64_t c_row, int64_t depth, bool accumulate);
+
+template <class T, int Rows, int Vectors>
+struct Tile {
+  static void product(const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, T* c,
+                      int64_t c_row, int64_t depth, bool accumulate) {
+    expand(std::make_integer_sequence<int, Rows * Vectors>{},
+           std::make_integer_sequence<int, Rows>{}, std::make_integer_sequence<int, Vectors>{}, a,
+           a_row, a_depth, b, b_depth, c, c_row, depth, accumulate);
+  }
+
+ private:
+  template <int... I, int... R, int... V>
+  static SETFORMER_INLINE void expand(std::integer_sequence<int, I...>,
+                                      std::integer_sequence<int, R...>,
+                                      std::integer_sequence<int, V...>, const T* a, int64_t a_row,
+                                      int64_t a_depth, const T* b, int64_t b_depth, T* c,
+                                      int64_t c_row, int64_t depth, bool accumulate) {
+    constexpr int lanes = kLanes<T>;
+    Vector<T> sum[Rows * Vectors] = {((void)I, Vector<T>{})...};
+    const T* row[Rows] = {(a + R * a_row)...};
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vector<T> right[Vectors] = {load<T>(b + V * lanes)...};
+      const Vector<T> left[Rows] = {splat<T>(*row[R])...};
+      ((sum[I] += left[I / Vectors] * right[I % Vectors]), ...);
+      ((row[R] += a_depth), ...);
+      b += b_depth;
+    }
+    if (accumulate) {
+      ((sum[I] += load<T>(c + (I / Vectors) * c_row + (I % Vectors) * lanes)), ...);
+    }
+    (store<T>(c + (I / Vectors) * c_row + (I % Vectors) * lanes, sum[I]), ...);
+  }
+};
+
+template <class T, int Vectors, int... R>
+TileProduct<T> tile_of(int rows, std::integer_sequence<int, R...>) {
+  static constexpr TileProduct<T> by_rows[] = {Tile<T, R + 1, Vectors>::product...};
+  return by_rows[rows - 1];
+}
+
+template <class T, int Vectors>
+void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+                    const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate) {
+  // Blocks of nearly equal height: 49 rows are 7 x 7, not 6 x 8 + 1.
+  const int64_t blocks = (rows + most_rows(Vectors) - 1) / most_rows(Vectors);
+  for (int64_t block = 0, i = 0; block < blocks; ++block) {
+    const int height = int((rows - i + blocks - block - 1) / (blocks - block));
+    tile_of<T, Vectors>(height, std::make_integer_sequence<int, most_rows(Vectors)>{})(
+        a + i * a_row, a_row, a_depth, b, b_depth, c + i * c_row, c_row, depth, accumulate);
+    i += height;
+  }
+}
+
+// C[i][0 .. columns) (+)= sum_k a[i * a_row + k * a_depth] * b[k * b_depth + (0 .. columns)] for
+// i < rows, k < depth. `columns` is a multiple of the lanes; the strides of A are free, so that
+// the same product serves A and its transpose.
+template <class T>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
+              int64_t a_depth, const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t column = 0;
+  if constexpr (kWidestTile >= 4) {
+    for (; column + 4 * lanes <= columns; column += 4 * lanes) {
+      multiply_panel<T, 4>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
+                           accumulate);
+    }
+  }
+  for (; column + 2 * lanes <= columns; column += 2 * lanes) {
+    multiply_panel<T, 2>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
+                         accumulate);
+  }
+  if (column < columns) {
+    multiply_panel<T, 1>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
+                         accumulate);
+  }
+}
+
+}  // namespace setformer::cpu::SETFORMER_ISA

@@ -1,0 +1,220 @@
+// Vectors of the instruction set this file is compiled for, through the vector extensions of GCC
+// and Clang: the same source serves SSE2, AVX2, AVX-512 and NEON.
+//
+// Everything here lives in a namespace named after the instruction set, and nothing here may
+// instantiate a non-inlined template of the standard library: the linker would merge it with the
+// copy of another instruction set and run illegal instructions on an older processor.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#ifndef SETFORMER_ISA
+#define SETFORMER_ISA baseline
+#endif
+
+#define SETFORMER_INLINE inline __attribute__((always_inline))
+#define SETFORMER_LAMBDA __attribute__((always_inline))
+
+namespace setformer::cpu::SETFORMER_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kVectorRegisters = 32;
+#elif defined(__AVX__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kVectorRegisters = 16;
+#elif defined(__aarch64__)
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kVectorRegisters = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kVectorRegisters = 16;
+#endif
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  using Integer = int32_t;
+  static constexpr int kLanes = kVectorBytes / 4;
+  static constexpr int kMantissaBits = 23;
+  static constexpr Integer kExponentBias = 127;
+};
+
+template <>
+struct Simd<double> {
+  typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+  using Integer = int64_t;
+  static constexpr int kLanes = kVectorBytes / 8;
+  static constexpr int kMantissaBits = 52;
+  static constexpr Integer kExponentBias = 1023;
+};
+
+template <class T>
+using Vector = typename Simd<T>::Vector;
+template <class T>
+inline constexpr int kLanes = Simd<T>::kLanes;
+
+template <class T>
+SETFORMER_INLINE Vector<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+
+template <class T>
+SETFORMER_INLINE void store(T* p, Vector<T> x) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = x;
+}
+
+template <class T>
+SETFORMER_INLINE Vector<T> splat(T x) {
+  return x -
+         Vector<T>{};  // x - 0 is x for every x, -0 and NaN included: a broadcast, no arithmetic
+}
+
+// min(x, bound) and max(x, bound) that keep a NaN in x.
+template <class T>
+SETFORMER_INLINE Vector<T> at_most(Vector<T> x, Vector<T> bound) {
+  return x > bound ? bound : x;
+}
+template <class T>
+SETFORMER_INLINE Vector<T> at_least(Vector<T> x, Vector<T> bound) {
+  return x < bound ? bound : x;
+}
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+template <class N>
+constexpr N smaller(N a, N b) {
+  return b < a ? b : a;
+}
+template <class N>
+constexpr N larger(N a, N b) {
+  return a < b ? b : a;
+}
+
+// Minimax polynomials of 2^r on [-1/2, 1/2] (relative error 2.6e-9 and 1.8e-17), by Horner.
+SETFORMER_INLINE Vector<float> exp2_polynomial(Vector<float> r) {
+  auto p = 1.559467816132662e-4f * r + 1.3406643902351759e-3f;
+  p = p * r + 9.617692972993062e-3f;
+  p = p * r + 5.550310551013797e-2f;
+  p = p * r + 2.4022652782887738e-1f;
+  p = p * r + 6.931472149680279e-1f;
+  return p * r + 1.0f;
+}
+SETFORMER_INLINE Vector<double> exp2_polynomial(Vector<double> r) {
+  auto p = 4.078071929588337e-10 * r + 7.072570412814423e-09;
+  p = p * r + 1.0180647659234139e-07;
+  p = p * r + 1.3215442675329823e-06;
+  p = p * r + 1.5252727385193868e-05;
+  p = p * r + 1.540353044157213e-04;
+  p = p * r + 1.3333558153439966e-03;
+  p = p * r + 9.618129107607003e-03;
+  p = p * r + 5.550410866479039e-02;
+  p = p * r + 2.4022650695910097e-01;
+  p = p * r + 6.931471805599457e-01;
+  return p * r + 1.0;
+}
+
+// 2^x for x within the exponents of normal numbers. Adding 1.5 * 2^mantissa_bits rounds to the
+// nearest integer and leaves it, biased, in the low bits: the exponent field of the scale.
+template <class T>
+SETFORMER_INLINE Vector<T> exp2_in_range(Vector<T> x) {
+  using S = Simd<T>;
+  constexpr T magic = T(3) * T(int64_t{1} << (S::kMantissaBits - 1)) + T(S::kExponentBias);
+  const Vector<T> shifted = x + magic;
+  const Vector<T> r = x - (shifted - magic);
+  const auto scale = reinterpret_cast<typename S::Bits>(shifted) << S::kMantissaBits;
+  return exp2_polynomial(r) * reinterpret_cast<Vector<T>>(scale);
+}
+
+// 2^x for x below the largest exponent and for NaN; exactly 0 below the smallest normal number,
+// -inf included.
+template <class T>
+SETFORMER_INLINE Vector<T> exp2_bounded(Vector<T> x) {
+  return exp2_in_range<T>(at_least<T>(x, splat<T>(-T(Simd<T>::kExponentBias))));
+}
+
+// 2^x for any x; saturates at a finite power of two.
+template <class T>
+SETFORMER_INLINE Vector<T> exp2_any(Vector<T> x) {
+  return exp2_bounded<T>(at_most<T>(x, splat<T>(T(Simd<T>::kExponentBias))));
+}
+
+// log2 x for x >= 0; -inf at 0 and below the smallest normal number; keeps inf and NaN. With
+// m in [sqrt(1/2), sqrt(2)) and z = (m - 1) / (m + 1): log m = 2 (z + z^3/3 + z^5/5 + ...).
+template <class T>
+SETFORMER_INLINE Vector<T> log2(Vector<T> x) {
+  using S = Simd<T>;
+  using Bits = typename S::Bits;
+  constexpr bool is_float = sizeof(T) == 4;
+  constexpr T two_over_log2 = T(2.8853900817779268147);
+  const auto bits = reinterpret_cast<Bits>(x);
+  const typename S::Integer sqrt_half = is_float ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
+  const Bits exponent = (bits - sqrt_half) >> S::kMantissaBits;
+  const auto m = reinterpret_cast<Vector<T>>(bits - (exponent << S::kMantissaBits));
+  const Vector<T> z = (m - T(1)) / (m + T(1));
+  const Vector<T> z2 = z * z;
+  constexpr int last = is_float ? 9 : 21;
+  Vector<T> p = splat<T>(two_over_log2 / last);
+#pragma GCC unroll 16
+  for (int k = last - 2; k >= 1; k -= 2) p = p * z2 + two_over_log2 / T(k);
+  const Vector<T> result = p * z + __builtin_convertvector(exponent, Vector<T>);
+  const Vector<T> smallest_normal =
+      splat<T>(is_float ? T(1.17549435e-38) : T(2.2250738585072014e-308));
+  const Vector<T> infinity = splat<T>(T(__builtin_inf()));
+  return x < smallest_normal ? -infinity : (x < infinity ? result : x);
+}
+
+// The sums of neighbouring pairs of lanes, of a in the lower half and of b in the upper.
+template <class T, int... I>
+SETFORMER_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+  using Bits = typename Simd<T>::Bits;
+  return __builtin_shuffle(a, b, Bits{2 * I...}) + __builtin_shuffle(a, b, Bits{(2 * I + 1)...});
+#endif
+}
+template <class T>
+SETFORMER_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b) {
+  return pair_sums<T>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// The sum of each of kLanes vectors, in the lane of its number. A fixed tree: the order of the
+// additions depends on nothing.
+template <class T, int Count = kLanes<T>>
+SETFORMER_INLINE Vector<T> sums_of(const Vector<T>* x) {
+  if constexpr (Count == 1) {
+    return x[0];
+  } else {
+    Vector<T> half[Count / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i) half[i] = pair_sums<T>(x[2 * i], x[2 * i + 1]);
+    return sums_of<T, Count / 2>(half);
+  }
+}
+
+template <class T>
+SETFORMER_INLINE T sum_of(Vector<T> x) {
+#pragma GCC unroll 4
+  for (int width = 1; width < kLanes<T>; width *= 2) x = pair_sums<T>(x, x);
+  return x[0];
+}
+
+// The largest lane; NaN if any lane is NaN.
+template <class T>
+SETFORMER_INLINE T max_of(Vector<T> x) {
+  T result = x[0];
+  for (int i = 1; i < kLanes<T>; ++i) result = (x[i] > result || x[i] != x[i]) ? x[i] : result;
+  return result;
+}
+
+}  // namespace setformer::cpu::SETFORMER_ISA

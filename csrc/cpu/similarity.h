@@ -1,0 +1,361 @@
+// Scores of tokens against the references of one head, a tile of tokens at a time, and their
+// gradient.
+//
+// Gaussian keys and references are first centred on the mean reference: the expansion
+// |k|^2 + |y|^2 - 2 k.y would otherwise cancel where the data lies far from the origin.
+#pragma once
+
+#include "../set_attention.h"
+#include "gemm.h"
+#include "scalar_types.h"
+#include "tile_ops.h"
+#include "workspace.h"
+
+namespace setformer::cpu::SETFORMER_ISA {
+
+// The tensor's elements from [i, j, 0, 0] on; null where the tensor is absent.
+template <class Element>
+SETFORMER_INLINE Element* at(const Tensor& tensor, int64_t i, int64_t j = 0) {
+  if (tensor.data == nullptr) return nullptr;
+  return static_cast<Element*>(tensor.data) + i * tensor.stride[0] + j * tensor.stride[1];
+}
+
+// Row widths in whole vectors.
+template <class T>
+struct Widths {
+  int64_t references, depth, value_depth;
+
+  explicit Widths(const ForwardParams& p)
+      : references(round_up(p.references, kLanes<T>)),
+        depth(round_up(p.depth, kLanes<T>)),
+        value_depth(round_up(p.value_depth, kLanes<T>)) {}
+};
+
+// The tokens of one side: the keys, or the queries of cross attention.
+struct Tokens {
+  int64_t count = 0;
+  Tensor rows;       // storage [B, H, count, D]
+  Tensor mask;       // bool [B, count], optional
+  Tensor positions;  // accumulate [count, P], optional
+};
+
+// The valid tokens of one batch item.
+class Validity {
+ public:
+  Validity() = default;
+  Validity(const Tensor& mask, int64_t b)
+      : mask_(at<const bool>(mask, b)), stride_(mask.stride[1]) {}
+  bool operator[](int64_t i) const { return mask_ == nullptr || mask_[i * stride_]; }
+
+ private:
+  const bool* mask_ = nullptr;
+  int64_t stride_ = 0;
+};
+
+// Copies tokens [begin, begin + count) of tensor[b, h] into rows `width` apart, as accumulate type;
+// invalid tokens and the padding become 0, whatever they hold.
+template <class Storage, class T = Accumulate<Storage>>
+void load_tokens(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int64_t count,
+                 int64_t depth, const Validity& valid, T* rows, int64_t width) {
+  const Storage* from = at<const Storage>(tensor, b, h) + begin * tensor.stride[2];
+  for (int64_t i = 0; i < count; ++i, from += tensor.stride[2], rows += width) {
+    if (valid[begin + i]) {
+      load_row(from, tensor.stride[3], depth, rows, width);
+    } else {
+      fill(rows, width, T(0));
+    }
+  }
+}
+
+template <class Storage, class T = Accumulate<Storage>>
+void store_tokens(const T* rows, int64_t width, const Tensor& tensor, int64_t b, int64_t h,
+                  int64_t begin, int64_t count, int64_t depth) {
+  Storage* to = at<Storage>(tensor, b, h) + begin * tensor.stride[2];
+  for (int64_t i = 0; i < count; ++i, to += tensor.stride[2], rows += width) {
+    store_row(rows, depth, to, tensor.stride[3]);
+  }
+}
+
+// What one thread needs for the tile it is at.
+template <class T>
+struct TileBuffers {
+  T* keys;     // [tile, depth] centred
+  T* norms;    // [tile]
+  T* scores;   // [tile, references]
+  T* factors;  // [tile, references]
+
+  void place(Arena& arena, const Widths<T>& widths) {
+    keys = arena.take<T>(kTileTokens * widths.depth);
+    norms = arena.take<T>(kTileTokens);
+    scores = arena.take<T>(kTileTokens * widths.references);
+    factors = arena.take<T>(kTileTokens * widths.references);
+  }
+};
+
+template <class Storage>
+class Similarity {
+  using T = Accumulate<Storage>;
+
+ public:
+  void place(Arena& arena, const ForwardParams& p, const Widths<T>& widths) {
+    references_ = arena.take<T>(p.references * widths.depth);
+    center_ = arena.take<T>(widths.depth);
+    square_weights_ = arena.take<T>(widths.depth);
+    right_ = arena.take<T>(p.depth * widths.references);
+    reference_norms_ = arena.take<T>(widths.references);
+    reference_positions_ = arena.take<T>(p.position_depth * widths.references);
+  }
+
+  // Makes ready for head (b, h). `buffers` are any thread's, free for use.
+  void prepare(const ForwardParams& p, const Widths<T>& widths, const Tokens& tokens, int64_t b,
+               int64_t h, const TileBuffers<T>& buffers) {
+    p_ = &p;
+    widths_ = widths;
+    tokens_ = &tokens;
+    b_ = b;
+    h_ = h;
+    valid_ = Validity(tokens.mask, b);
+    gaussian_ = p.kernel == Kernel::kGaussian;
+    has_positions_ = tokens.positions.data != nullptr && p.reference_positions.data != nullptr;
+    epsilon_ = at<const T>(p.epsilon, h)[0];
+    scale_ = kLog2E / epsilon_;
+    load_references();
+
+    // Potentials are bounded by the range of S / epsilon: up to these ranges solving by scaling
+    // cannot leave the exponents of the type (transport.h); all else, NaN included, takes the log
+    // domain.
+    const T range = (gaussian_ ? T(1) : T(2) * largest_product(buffers)) / epsilon_;
+    log_domain_ = !(range <= (sizeof(T) == 4 ? T(32) : T(256)));
+    shift_ = gaussian_ && !log_domain_ ? scale_ / 2 : T(0);  // the middle of (0, 1 / epsilon]
+  }
+
+  // Solve in the log domain, or by scaling? Follows from the options and this head's data alone.
+  bool log_domain() const { return log_domain_; }
+  const Validity& valid() const { return valid_; }
+  T epsilon() const { return epsilon_; }
+
+  // buffers.keys = the tile's keys, centred.
+  void load_keys(int64_t begin, int64_t count, const TileBuffers<T>& buffers) const {
+    load_tokens<Storage>(tokens_->rows, b_, h_, begin, count, p_->depth, valid_, buffers.keys,
+                         widths_.depth);
+    if (!gaussian_) return;
+    for (int64_t i = 0; i < count; ++i) {
+      T* key = buffers.keys + i * widths_.depth;
+      for (int64_t d = 0; d < widths_.depth; d += kLanes<T>) {
+        store<T>(key + d, load(key + d) - load(center_ + d));
+      }
+    }
+  }
+
+  // scores[i][j] = 2^(s_ij - shift) for scaling, s_ij log2(e) for the log domain; factors[i][j]
+  // (optional) = what dS_ij must be multiplied by, see add_gradient.
+  void compute(int64_t begin, int64_t count, const TileBuffers<T>& buffers, T* scores,
+               T* factors) const {
+    load_keys(begin, count, buffers);
+    const int64_t columns = widths_.references;
+    multiply(count, columns, p_->depth, buffers.keys, widths_.depth, int64_t{1}, right_, columns,
+             scores, columns, false);
+    if (gaussian_) {
+      weighted_squares(buffers.keys, count, widths_.depth, square_weights_, buffers.norms);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T* score = scores + i * columns;
+      T* factor = factors == nullptr ? nullptr : factors + i * columns;
+      const T* position = at<const T>(tokens_->positions, begin + i);
+      if (gaussian_) {
+        if (has_positions_) {
+          gaussian_row<true>(score, factor, buffers.norms[i], position);
+        } else {
+          gaussian_row<false>(score, factor, buffers.norms[i], position);
+        }
+      } else {
+        linear_row(score, factor, position);
+      }
+    }
+  }
+
+  // With E_ij = ds_ij factors_ij gradient_scale():
+  //   gaussian  dk_i = sum_j E_ij (y_j - k_i),  dy_j = sum_i E_ij (k_i - y_j)
+  //   linear    dk_i = sum_j E_ij y_j,          dy_j = sum_i E_ij k_i
+  // and dL/depsilon = -epsilon_gradient() sum E_ij (gaussian) or -sum_i <k_i, dk_i> / epsilon.
+  T gradient_scale() const {
+    return gaussian_ ? T(1 / (double(epsilon_) * p_->bandwidth * p_->bandwidth)) : 1 / epsilon_;
+  }
+
+  // Accumulators of a span of tokens.
+  struct Gradient {
+    T* references;  // [M, depth] sum_i E_ij k_i
+    T* columns;     // [references] sum_i E_ij
+    T* epsilon;     // [1], in a whole vector
+  };
+
+  // Adds the tile's share to `gradient` and writes dk to `grad_keys` [tile, depth]; buffers.keys
+  // must hold the tile's keys. `row_totals` [tile] is scratch.
+  void add_gradient(int64_t count, const TileBuffers<T>& buffers, const T* e, T* row_totals,
+                    T* grad_keys, const Gradient& gradient) const {
+    const int64_t columns = widths_.references, depth = widths_.depth;
+    multiply(count, depth, p_->references, e, columns, int64_t{1}, references_, depth, grad_keys,
+             depth, false);
+    multiply(p_->references, depth, count, e, int64_t{1}, columns, buffers.keys, depth,
+             gradient.references, depth, true);
+    T total = 0;
+    if (gaussian_) {
+      T ones[kTileTokens];
+      fill(ones, kTileTokens, T(1));
+      add_transposed_product(e, count, columns, ones, gradient.columns);
+      row_sums(e, count, columns, row_totals);
+      for (int64_t i = 0; i < count; ++i) {
+        const Vector<T> row_total = splat(row_totals[i]);
+        for (int64_t d = 0; d < depth; d += kLanes<T>) {
+          const int64_t at = i * depth + d;
+          store<T>(grad_keys + at, load(grad_keys + at) - row_total * load(buffers.keys + at));
+        }
+        total += row_totals[i];
+      }
+      total *= T(p_->bandwidth * p_->bandwidth);
+    } else {
+      Vector<T> sum{};
+      for (int64_t at = 0; at < count * depth; at += kLanes<T>) {
+        sum += load(grad_keys + at) * load(buffers.keys + at);
+      }
+      total = sum_of<T>(sum);
+    }
+    *gradient.epsilon -= total / epsilon_;
+  }
+
+  // grad_reference[b, h] (+)= the sums of add_gradient over all tokens.
+  void store_reference_gradient(const Gradient& gradient, T* grad_reference,
+                                bool accumulate) const {
+    for (int64_t j = 0; j < p_->references; ++j) {
+      for (int64_t d = 0; d < p_->depth; ++d) {
+        const int64_t at = j * widths_.depth + d;
+        T sum = gradient.references[at];
+        if (gaussian_) sum -= gradient.columns[j] * references_[at];
+        T& target = grad_reference[j * p_->depth + d];
+        target = accumulate ? target + sum : sum;
+      }
+    }
+  }
+
+ private:
+  static constexpr T kLog2E = T(1.4426950408889634074);
+
+  void load_references() {
+    const int64_t count = p_->references, depth = p_->depth, width = widths_.depth;
+    load_tokens<Storage>(p_->reference, b_, h_, 0, count, depth, Validity(), references_, width);
+    fill(center_, width, T(0));
+    fill(reference_norms_, widths_.references, T(0));
+    fill(right_, depth * widths_.references, T(0));
+    // In base 2: -|k - y|^2 c = k.(2 c y) - c |k|^2 - c |y|^2 with c = log2(e) / (2 bandwidth^2).
+    const T c = gaussian_ ? T(kLog2E / (2 * p_->bandwidth * p_->bandwidth)) : T(0);
+    if (gaussian_) {
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t d = 0; d < depth; ++d) center_[d] += references_[j * width + d] / T(count);
+      }
+      fill(square_weights_, width, -c);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t d = 0; d < depth; ++d) {
+        T& y = references_[j * width + d];
+        y -= center_[d];
+        reference_norms_[j] -= c * y * y;
+        right_[d * widths_.references + j] = gaussian_ ? 2 * c * y : y;
+      }
+    }
+    if (!has_positions_) return;
+    fill(reference_positions_, p_->position_depth * widths_.references, T(0));
+    for (int64_t axis = 0; axis < p_->position_depth; ++axis) {
+      for (int64_t j = 0; j < count; ++j) {
+        reference_positions_[axis * widths_.references + j] =
+            at<const T>(p_->reference_positions, j, axis)[0];
+      }
+    }
+    position_scale_ = T(-kLog2E / (p_->position_bandwidth * p_->position_bandwidth));
+  }
+
+  // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.
+  T largest_product(const TileBuffers<T>& buffers) const {
+    T ones[kTileTokens];
+    fill(ones, kTileTokens, T(1));
+    T key_square = 0, reference_square = 0;
+    for (int64_t begin = 0; begin < tokens_->count; begin += kTileTokens) {
+      const int64_t count = smaller(kTileTokens, tokens_->count - begin);
+      load_keys(begin, count, buffers);
+      key_square = largest_square(buffers.keys, count, key_square);
+    }
+    reference_square = largest_square(references_, p_->references, reference_square);
+    return T(__builtin_sqrt(double(key_square) * double(reference_square)));
+  }
+
+  // NaN where a row holds one.
+  T largest_square(const T* rows, int64_t count, T largest) const {
+    for (int64_t i = 0; i < count; ++i) {
+      Vector<T> squares{};
+      for (int64_t d = 0; d < widths_.depth; d += kLanes<T>) {
+        const Vector<T> x = load(rows + i * widths_.depth + d);
+        squares += x * x;
+      }
+      const T square = sum_of<T>(squares);
+      largest = square <= largest ? largest : square;
+      if (largest != largest) return largest;
+    }
+    return largest;
+  }
+
+  // log2 w_ij for the references from j on: -|p_i - r_j|^2 log2(e) / position_bandwidth^2.
+  SETFORMER_INLINE Vector<T> position_exponent(const T* position, int64_t j) const {
+    Vector<T> squares{};
+    for (int64_t axis = 0; axis < p_->position_depth; ++axis) {
+      const Vector<T> difference = splat(position[axis * tokens_->positions.stride[1]]) -
+                                   load(reference_positions_ + axis * widths_.references + j);
+      squares += difference * difference;
+    }
+    return squares * position_scale_;
+  }
+
+  // score holds the products k.(2 c y) and receives the scores.
+  template <bool HasPositions>
+  void gaussian_row(T* score, T* factor, T key_norm, const T* position) const {
+    for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
+      Vector<T> exponent = load(score + j) + (load(reference_norms_ + j) + splat(key_norm));
+      // Rounding may leave a distance just below 0, but S <= 1 is what makes scaling safe.
+      exponent = at_most<T>(exponent, Vector<T>{});
+      if constexpr (HasPositions) exponent += position_exponent(position, j);
+      const Vector<T> similarity = exp2_bounded<T>(exponent);
+      if (factor != nullptr) store<T>(factor + j, similarity);
+      const Vector<T> scaled = similarity * scale_ - shift_;
+      store<T>(score + j, log_domain_ ? scaled : exp2_in_range<T>(scaled));
+    }
+  }
+
+  void linear_row(T* score, T* factor, const T* position) const {
+    for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
+      Vector<T> similarity = load(score + j);
+      Vector<T> weight = splat(T(1));
+      if (has_positions_) {
+        weight = exp2_bounded<T>(position_exponent(position, j));
+        similarity *= weight;
+      }
+      if (factor != nullptr) store<T>(factor + j, weight);
+      const Vector<T> scaled = similarity * scale_;
+      store<T>(score + j, log_domain_ ? scaled : exp2_in_range<T>(scaled));
+    }
+  }
+
+  const ForwardParams* p_ = nullptr;
+  Widths<T> widths_{ForwardParams{}};
+  const Tokens* tokens_ = nullptr;
+  int64_t b_ = 0, h_ = 0;
+  Validity valid_;
+  bool gaussian_ = true, has_positions_ = false, log_domain_ = false;
+  T epsilon_ = 1, scale_ = 1, shift_ = 0, position_scale_ = 0;
+
+  T* references_ = nullptr;           // [M, depth] y, centred
+  T* center_ = nullptr;               // [depth]
+  T* square_weights_ = nullptr;       // [depth] -c
+  T* right_ = nullptr;                // [D, references] 2 c y transposed (gaussian), y (linear)
+  T* reference_norms_ = nullptr;      // [references] -c |y_j|^2
+  T* reference_positions_ = nullptr;  // [P, references]
+};
+
+}  // namespace setformer::cpu::SETFORMER_ISA

@@ -1,0 +1,85 @@
+// Who computes what: heads over threads, or the spans of one head over threads.
+//
+// A head's tokens are cut into spans by their number alone. Every sum over tokens is taken within
+// spans first and then over spans in order, whoever computed them: the result is bitwise the same
+// for any number of threads.
+#pragma once
+
+#include <omp.h>
+
+#include "tile_ops.h"
+
+namespace setformer::cpu::SETFORMER_ISA {
+
+struct Spans {
+  int64_t tokens;  // of the head
+  int64_t count;
+  int64_t length;  // a whole number of tiles
+
+  explicit Spans(int64_t tokens_of_head)
+      : tokens(tokens_of_head),
+        count(larger<int64_t>(1, smaller<int64_t>(kMost, tokens_of_head / kLeastLength))),
+        length(round_up((tokens_of_head + count - 1) / count, kTileTokens)) {}
+
+  // Enough for many cores; few enough that their partial sums stay small.
+  static constexpr int64_t kMost = 64;
+  static constexpr int64_t kLeastLength = 512;
+};
+
+// The threads that work on one head; `Worker` is what each of them needs for itself.
+template <class Worker>
+struct Team {
+  Worker* workers;
+  int threads;
+
+  // body(span, begin, count, worker) for every tile, those of a span in order by one thread, after
+  // begin_span(span).
+  template <class BeginSpan, class Body>
+  void for_each_tile(const Spans& spans, BeginSpan begin_span, Body body) const {
+    if (threads == 1 || spans.count == 1) {
+      for (int64_t span = 0; span < spans.count; ++span) {
+        run_span(spans, span, workers[0], begin_span, body);
+      }
+      return;
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t span = 0; span < spans.count; ++span) {
+      run_span(spans, span, workers[omp_get_thread_num()], begin_span, body);
+    }
+  }
+
+ private:
+  template <class BeginSpan, class Body>
+  static void run_span(const Spans& spans, int64_t span, Worker& worker, BeginSpan& begin_span,
+                       Body& body) {
+    begin_span(span);
+    const int64_t end = smaller((span + 1) * spans.length, spans.tokens);
+    for (int64_t begin = span * spans.length; begin < end; begin += kTileTokens) {
+      body(span, begin, smaller(kTileTokens, end - begin), worker);
+    }
+  }
+};
+
+// Partial sums, one array of `size` elements per span.
+template <class T>
+struct Partials {
+  T* data;
+  int64_t size;
+
+  void place(Arena& arena, const Spans& spans, int64_t elements) {
+    size = round_up(elements, kLanes<T>);
+    data = arena.take<T>(spans.count * size);
+  }
+  T* of(int64_t span) const { return data + span * size; }
+  void clear(int64_t span) const { fill(of(span), size, T(0)); }
+
+  // The sum over spans, in order; left in the first span's array.
+  T* total(const Spans& spans) const {
+    for (int64_t span = 1; span < spans.count; ++span) {
+      for (int64_t i = 0; i < size; ++i) data[i] += of(span)[i];
+    }
+    return data;
+  }
+};
+
+}  // namespace setformer::cpu::SETFORMER_ISA

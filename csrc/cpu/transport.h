@@ -1,0 +1,354 @@
+// One Sinkhorn solve: the tokens of one head against its references.
+//
+// A step is, with row normalisers r and column normalisers c (f = log a - log r, g = log b - log
+// c),
+//
+//   r_i = sum_j exp(s_ij + g_j),    c_j = sum_i exp(s_ij + f_i)
+//
+// in one of two forms with the same interface:
+//
+//   scaling     the tile holds K_ij = exp(s_ij - shift); r = K w with w = exp(g), c = K^T (a / r).
+//               No exponential inside the iterations, but only safe for a bounded range of s:
+//               with range h, K is within exp(+-h/2) and r within exp(+-3h/2).
+//   log domain  the tile holds s_ij; every sum is a log-sum-exp. For any s. All potentials and
+//               normalisers are base-2 logarithms.
+//
+// Either way the two plans of the method are a matrix times a factor per row and per column,
+//
+//   distribution(t)  R_ij       = exp(s_ij + g^t_j) / r^t_i           rows sum to 1
+//   collection(t)    C_ij / a_i = exp(s_ij) / (r^{t-1}_i c^t_j)       columns of C sum to 1
+//
+// where the matrix is the tile of K itself and the factors do the rest (scaling), or the plan is
+// formed from s and the factors are 1 (log domain). Dividing C by a keeps everything finite where
+// a_i = 0, and gives the exact derivative with respect to such a mass.
+#pragma once
+
+#include "similarity.h"
+#include "team.h"
+
+namespace setformer::cpu::SETFORMER_ISA {
+
+// What one thread needs for the tile it is at.
+template <class T>
+struct Worker {
+  TileBuffers<T> tile;
+  T* matrix;       // [tile, references] a plan, in the log domain
+  T* gradient;     // [tile, references] ds and then E (similarity.h), in backward
+  T* product;      // [tile, references] left right, in backward
+  T* values;       // [tile, value_depth]
+  T* outputs;      // [tile, value_depth]
+  T* grad_keys;    // [tile, depth] in backward
+  T* left;         // [tile, left_width] in backward
+  T* row_factors;  // [tile]
+  T* row_terms;    // [tile]
+
+  void place(Arena& arena, const Widths<T>& widths, bool backward, int64_t left_width) {
+    tile.place(arena, widths);
+    matrix = arena.take<T>(kTileTokens * widths.references);
+    values = arena.take<T>(kTileTokens * widths.value_depth);
+    outputs = arena.take<T>(kTileTokens * widths.value_depth);
+    row_factors = arena.take<T>(kTileTokens);
+    row_terms = arena.take<T>(kTileTokens);
+    if (!backward) return;
+    gradient = arena.take<T>(kTileTokens * widths.references);
+    product = arena.take<T>(kTileTokens * widths.references);
+    grad_keys = arena.take<T>(kTileTokens * widths.depth);
+    left = arena.take<T>(kTileTokens * left_width);
+  }
+};
+
+// The references' marginal b of one head.
+template <class T>
+struct ReferenceMarginal {
+  T* b;       // [references] 0 in the padding
+  T* log2_b;  // [references] -inf in the padding
+  T total;    // of the masses as given
+};
+
+template <class Storage>
+class Transport {
+  using T = Accumulate<Storage>;
+
+ public:
+  using Crew = Team<Worker<T>>;
+
+  Transport(const ForwardParams& p, const Tokens& tokens, bool backward)
+      : p_(&p), tokens_(tokens), widths_(p), spans_(tokens.count), backward_(backward) {}
+
+  void place(Arena& arena) {
+    similarity_.place(arena, *p_, widths_);
+    a_ = arena.take<T>(tokens_.count);
+    potentials_ = arena.take<T>((p_->iterations + 1) * widths_.references);
+    column_potentials_ = arena.take<T>(larger<int64_t>(p_->iterations, 1) * widths_.references);
+    column_sums_.place(arena, spans_, 2 * widths_.references);
+    // Scores are kept while they fit a constant amount of fast memory and recomputed beyond it.
+    const int64_t row = widths_.references * (backward_ ? 2 : 1);
+    const int64_t tiles = kCacheBytes / (kTileTokens * row * int64_t{sizeof(T)});
+    cached_ = smaller(tiles * kTileTokens, round_up(tokens_.count, kTileTokens));
+    score_cache_ = arena.take<T>(cached_ * widths_.references);
+    if (backward_) factor_cache_ = arena.take<T>(cached_ * widths_.references);
+  }
+
+  // Makes ready for head (b, h). token_mass (optional) [B, H, N]; rows [T + 1, N] and columns
+  // [max(T, 1), M] are this head's normalisers, which solve writes and the rest reads.
+  Status prepare(int64_t b, int64_t h, const Tensor& token_mass,
+                 const ReferenceMarginal<T>& marginal, T* rows, T* columns,
+                 const Worker<T>& worker) {
+    similarity_.prepare(*p_, widths_, tokens_, b, h, worker.tile);
+    marginal_ = marginal;
+    rows_ = rows;
+    columns_ = columns;
+    fresh_ = true;
+    fill(potentials_, widths_.references, log_domain() ? T(0) : T(1));
+    for (int64_t j = p_->references; j < widths_.references; ++j) {
+      potentials_[j] = log_domain() ? -T(__builtin_inf()) : T(0);
+    }
+    return load_marginal(b, h, token_mass);
+  }
+
+  // No valid token holds mass: nothing to transport, all outputs and gradients are 0.
+  bool empty() const { return total_mass_ == 0; }
+  double total_mass() const { return total_mass_; }
+  bool log_domain() const { return similarity_.log_domain(); }
+  const Similarity<Storage>& similarity() const { return similarity_; }
+  const Spans& spans() const { return spans_; }
+  const Widths<T>& widths() const { return widths_; }
+  const T* a() const { return a_; }
+
+  // The tile's scores (and, for backward, factors), from the cache or recomputed. Each pass over
+  // the tokens asks once for every tile; the first fills the cache.
+  const T* scores(int64_t begin, int64_t count, const Worker<T>& worker) const {
+    if (begin >= cached_) {
+      similarity_.compute(begin, count, worker.tile, worker.tile.scores,
+                          backward_ ? worker.tile.factors : nullptr);
+      return worker.tile.scores;
+    }
+    T* scores = score_cache_ + begin * widths_.references;
+    if (fresh_) {
+      similarity_.compute(begin, count, worker.tile, scores,
+                          backward_ ? factor_cache_ + begin * widths_.references : nullptr);
+    }
+    return scores;
+  }
+  const T* factors(int64_t begin, const Worker<T>& worker) const {
+    return begin < cached_ ? factor_cache_ + begin * widths_.references : worker.tile.factors;
+  }
+  // Did asking for this tile's scores leave its keys in worker.tile.keys?
+  bool keys_loaded(int64_t begin) const { return fresh_ || begin >= cached_; }
+  void pass_done() { fresh_ = false; }
+
+  // The T steps. Where `pool` is wanted it is called for every tile with the matrix of
+  // collection(T) and the factors a_i * row factor in worker.row_factors: in scaling form during
+  // the last step, whose tile is that matrix already.
+  template <class BeginSpan, class Pool>
+  void solve(const Crew& crew, bool pools, BeginSpan begin_span, Pool pool) {
+    const int64_t width = widths_.references;
+    const int64_t last = p_->iterations;
+    for (int64_t t = smaller<int64_t>(1, last); t <= last; ++t) {
+      const bool pools_now = pools && t == last && !log_domain();
+      crew.for_each_tile(
+          spans_,
+          [&](int64_t span) {
+            if (log_domain()) {
+              log_sums(span).clear(width);
+            } else {
+              column_sums_.clear(span);
+            }
+            if (pools_now) begin_span(span);
+          },
+          [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
+            const T* tile = scores(begin, count, worker);
+            if (t > 0) normalize_rows(t - 1, begin, count, tile);
+            row_potentials(t, begin, count, worker.row_factors);
+            if (log_domain()) {
+              log_sums(span).add(tile, count, width, worker.row_factors);
+            } else {
+              add_transposed_product(tile, count, width, worker.row_factors, column_sums_.of(span));
+            }
+            if (pools_now) pool(span, begin, count, tile, worker);
+          });
+      pass_done();
+      normalize_columns(t);
+    }
+    if (!pools || !log_domain()) return;
+    crew.for_each_tile(spans_, begin_span,
+                       [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
+                         const T* tile =
+                             collection(last, begin, count, scores(begin, count, worker), worker);
+                         for (int64_t i = 0; i < count; ++i) worker.row_factors[i] = a_[begin + i];
+                         pool(span, begin, count, tile, worker);
+                       });
+  }
+
+  // rows^t = sum_j exp(s_ij + g^t_j).
+  void normalize_rows(int64_t t, int64_t begin, int64_t count, const T* scores) const {
+    T normalizers[kTileTokens];
+    if (log_domain()) {
+      row_log_sums(scores, count, widths_.references, potential(t), normalizers);
+    } else {
+      multiply_vector(scores, count, widths_.references, potential(t), normalizers);
+    }
+    T* rows = row_normalizers(t, begin);
+    for (int64_t i = 0; i < count; ++i) rows[i] = normalizers[i];
+  }
+
+  // Backward finds rows and columns as forward left them; potentials follow.
+  void restore_potentials() {
+    for (int64_t t = smaller<int64_t>(1, p_->iterations); t <= p_->iterations; ++t) {
+      set_potentials(t);
+    }
+  }
+
+  // The matrices and factors of distribution(t), t in 0..T, and of collection(t), t in 1..T; t = 0
+  // where T = 0, for then f = log a has no normaliser.
+  const T* distribution(int64_t t, int64_t begin, int64_t count, const T* scores,
+                        const Worker<T>& worker) const {
+    return plan(row_normalizers(t, begin), potential(t), count, scores, worker);
+  }
+  void distribution_rows(int64_t t, int64_t begin, int64_t count, T* factors) const {
+    row_factors(row_normalizers(t, begin), count, factors);
+  }
+  void distribution_columns(int64_t t, T* factors) const { column_factors(potential(t), factors); }
+
+  const T* collection(int64_t t, int64_t begin, int64_t count, const T* scores,
+                      const Worker<T>& worker) const {
+    return plan(row_normalizers(t - 1, begin), column_potential(t), count, scores, worker);
+  }
+  void collection_rows(int64_t t, int64_t begin, int64_t count, T* factors) const {
+    row_factors(row_normalizers(t - 1, begin), count, factors);
+  }
+  void collection_columns(int64_t t, T* factors) const {
+    column_factors(column_potential(t), factors);
+  }
+
+ private:
+  // 4 MiB a matrix or so: what a core may claim of the last cache.
+  static constexpr int64_t kCacheBytes = int64_t{8} << 20;
+
+  // w^t or log2 g^t, [references]; t in 0..T. The padding transports nothing: 0 or -inf.
+  T* potential(int64_t t) const { return potentials_ + t * widths_.references; }
+  // 1 / c^t or -log2 c^t, [references]; t in 1..T, and t = 0 where T = 0.
+  T* column_potential(int64_t t) const {
+    return column_potentials_ + larger<int64_t>(t - 1, 0) * widths_.references;
+  }
+  // r^t of the tokens from `begin` on; null for t < 0.
+  T* row_normalizers(int64_t t, int64_t begin) const {
+    return t < 0 ? nullptr : rows_ + t * tokens_.count + begin;
+  }
+  T* column_normalizers(int64_t t) const {
+    return columns_ + larger<int64_t>(t - 1, 0) * p_->references;
+  }
+  ColumnLogSums<T> log_sums(int64_t span) const {
+    return {column_sums_.of(span), column_sums_.of(span) + widths_.references};
+  }
+
+  Status load_marginal(int64_t b, int64_t h, const Tensor& token_mass) {
+    const T* mass = at<const T>(token_mass, b, h);
+    double total = 0;  // a float32 sum of a million masses would lose digits
+    for (int64_t i = 0; i < tokens_.count; ++i) {
+      const bool valid = similarity_.valid()[i];
+      a_[i] = !valid ? T(0) : mass == nullptr ? T(1) : mass[i * token_mass.stride[2]];
+      if (a_[i] < T(0)) return Status::kNegativeTokenMass;
+      total += double(a_[i]);
+    }
+    total_mass_ = total;
+    const double scale = total == 0 ? 0 : 1 / total;
+    for (int64_t i = 0; i < tokens_.count; ++i) a_[i] = T(double(a_[i]) * scale);
+    return Status::kOk;
+  }
+
+  // exp(f^t) = a / r^{t-1}, or f^t as a logarithm.
+  void row_potentials(int64_t t, int64_t begin, int64_t count, T* potentials) const {
+    const T* rows = row_normalizers(t - 1, begin);
+    if (!log_domain()) {
+      row_factors(rows, count, potentials);
+      for (int64_t i = 0; i < count; ++i) potentials[i] *= a_[begin + i];
+      return;
+    }
+    for (int64_t i = 0; i < kTileTokens; ++i) potentials[i] = i < count ? a_[begin + i] : T(0);
+    for (int64_t i = 0; i < kTileTokens; i += kLanes<T>) {
+      store<T>(potentials + i, log2<T>(load(potentials + i)));
+    }
+    for (int64_t i = 0; i < count && rows != nullptr; ++i) potentials[i] -= rows[i];
+  }
+
+  void normalize_columns(int64_t t) {
+    T* normalizers = column_sums_.data;
+    if (log_domain()) {
+      for (int64_t span = 1; span < spans_.count; ++span) {
+        log_sums(0).merge(log_sums(span), widths_.references);
+      }
+      log_sums(0).normalizers(widths_.references, normalizers);
+    } else {
+      column_sums_.total(spans_);
+    }
+    T* columns = column_normalizers(t);
+    for (int64_t j = 0; j < p_->references; ++j) columns[j] = normalizers[j];
+    set_potentials(t);
+  }
+
+  // The potentials that follow from the normalisers of step t.
+  void set_potentials(int64_t t) {
+    const T* columns = column_normalizers(t);
+    T* column_terms = column_potential(t);
+    fill(column_terms, widths_.references, log_domain() ? -T(__builtin_inf()) : T(0));
+    for (int64_t j = 0; j < p_->references; ++j) {
+      column_terms[j] = log_domain() ? -columns[j] : 1 / columns[j];
+    }
+    if (t == 0) return;
+    for (int64_t j = 0; j < widths_.references; ++j) {
+      potential(t)[j] =
+          log_domain() ? marginal_.log2_b[j] + column_terms[j] : marginal_.b[j] * column_terms[j];
+    }
+  }
+
+  const T* plan(const T* rows, const T* column_terms, int64_t count, const T* scores,
+                const Worker<T>& worker) const {
+    if (!log_domain()) return scores;
+    // Entries of plans are at most 1; only C / a of a token without mass can exceed this bound.
+    const Vector<T> bound = splat(T(100));
+    for (int64_t i = 0; i < count; ++i) {
+      const Vector<T> row = splat(rows == nullptr ? T(0) : rows[i]);
+      for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
+        const int64_t at = i * widths_.references + j;
+        const Vector<T> exponent = (load(scores + at) - row) + load(column_terms + j);
+        store<T>(worker.matrix + at, exp2_bounded<T>(at_most<T>(exponent, bound)));
+      }
+    }
+    return worker.matrix;
+  }
+  void row_factors(const T* rows, int64_t count, T* factors) const {
+    if (log_domain() || rows == nullptr) {
+      fill(factors, count, T(1));
+    } else {
+      for (int64_t i = 0; i < count; ++i) factors[i] = 1 / rows[i];
+    }
+  }
+  void column_factors(const T* column_terms, T* factors) const {
+    for (int64_t j = 0; j < widths_.references; ++j) {
+      factors[j] = log_domain() ? T(j < p_->references) : column_terms[j];
+    }
+  }
+
+  const ForwardParams* p_;
+  Tokens tokens_;
+  Widths<T> widths_;
+  Spans spans_;
+  bool backward_;
+  Similarity<Storage> similarity_;
+  ReferenceMarginal<T> marginal_{};
+  double total_mass_ = 0;
+  bool fresh_ = true;   // no pass over the tokens is complete yet: the cache is not filled
+  int64_t cached_ = 0;  // tokens whose scores are kept
+  T* rows_ = nullptr;
+  T* columns_ = nullptr;
+
+  T* a_ = nullptr;                  // [N]
+  T* potentials_ = nullptr;         // [T + 1, references]
+  T* column_potentials_ = nullptr;  // [max(T, 1), references]
+  Partials<T> column_sums_{};       // [2, references] per span
+  T* score_cache_ = nullptr;        // [cached, references]
+  T* factor_cache_ = nullptr;       // [cached, references], in backward
+};
+
+}  // namespace setformer::cpu::SETFORMER_ISA

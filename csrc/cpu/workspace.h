@@ -1,0 +1,45 @@
+// Scratch memory: one allocation per call, carved up by an arena.
+#pragma once
+
+#include <cstdlib>
+
+#include "simd.h"
+
+namespace setformer::cpu::SETFORMER_ISA {
+
+// Hands out aligned arrays from a block; with no block it only measures how much it would need,
+// so that one description of the buffers serves for both.
+class Arena {
+ public:
+  explicit Arena(void* block = nullptr) : block_(static_cast<char*>(block)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* result = block_ == nullptr ? nullptr : reinterpret_cast<T*>(block_ + used_);
+    used_ += round_up(count * int64_t{sizeof(T)}, kAlignment);
+    return result;
+  }
+  int64_t used() const { return used_; }
+
+  static constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
+
+ private:
+  char* block_;
+  int64_t used_ = 0;
+};
+
+// Owns the block of a call.
+class Block {
+ public:
+  explicit Block(int64_t bytes)
+      : data_(std::aligned_alloc(Arena::kAlignment, larger<int64_t>(bytes, Arena::kAlignment))) {}
+  ~Block() { std::free(data_); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  void* data_;
+};
+
+}  // namespace setformer::cpu::SETFORMER_ISA
