@@ -14,7 +14,7 @@ from conftest import Backend
 from problems import call, generator, output_gradient, random_problem, run
 from torch import Tensor
 
-CONVERGED = 2000  # iterations after which Sinkhorn at epsilon = 0.3 no longer moves
+CONVERGED = 400  # iterations after which Sinkhorn at epsilon = 0.3 no longer moves
 
 # A result of a few hundred float64 operations on numbers of size 1 to 10.
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -136,11 +136,11 @@ def test_kernels_and_positions_planted_as_similarities(
     arguments = problem(backend, kernel=kernel, P=P, bandwidth=0.7)
     x, y = arguments["key"], arguments["reference"]
     if kernel == "gaussian":
-        s = torch.exp(-torch.cdist(x, y.expand(2, -1, -1, -1)) ** 2 / (2 * 0.7**2))
+        s = torch.exp(-(torch.cdist(x, y.expand(2, -1, -1, -1)) ** 2) / (2 * 0.7**2))
     else:
         s = torch.einsum("bhnd,hmd->bhnm", x, y)
     positions = arguments["token_positions"], arguments["reference_positions"]
-    w = torch.exp(-torch.cdist(*positions) ** 2 / arguments["position_bandwidth"] ** 2)
+    w = torch.exp(-(torch.cdist(*positions) ** 2) / arguments["position_bandwidth"] ** 2)
     planted = {
         "query": None,
         "key": s * w,
@@ -261,13 +261,16 @@ def test_plan_is_that_of_pot_at_convergence(backend: Backend, kernel: str) -> No
         kernel=kernel,
         epsilon=0.5,
         iterations=CONVERGED,
+        H=1,
         token_mass=True,
         reference_mass="learned",
     )
+    # every token has mass, else POT takes log 0
+    arguments["token_mass"] = arguments["token_mass"] + 0.1
     plan = call(backend.transport_plan, arguments).cpu()
     pooled = call(backend.set_pooling, arguments).cpu()
     output = call(backend.set_attention, arguments).cpu()
-    for item, head in np.ndindex(2, 3):
+    for item, head in np.ndindex(2, 1):
         a, b = (
             (mass / mass.sum()).cpu().numpy()
             for mass in (arguments["token_mass"][item, head], arguments["reference_mass"][head])
@@ -277,11 +280,10 @@ def test_plan_is_that_of_pot_at_convergence(backend: Backend, kernel: str) -> No
         )
         # POT stops once the marginals are off by less than 1e-12
         close(plan[item, head], expected, rtol=1e-8, atol=1e-11)
-        has_mass = torch.from_numpy(a > 0)
         A = expected.mT @ arguments["value"][item, head].cpu() / torch.from_numpy(b)[:, None]
-        R = expected[has_mass] / torch.from_numpy(a)[has_mass, None]
+        R = expected / torch.from_numpy(a)[:, None]
         close(pooled[item, head], A, rtol=1e-8, atol=1e-9)
-        close(output[item, head, has_mass], R @ A, rtol=1e-8, atol=1e-9)
+        close(output[item, head], R @ A, rtol=1e-8, atol=1e-9)
 
 
 def plan_of_pot(
@@ -296,10 +298,10 @@ def plan_of_pot(
 
 def test_cross_attention_glues_two_plans_of_pot(backend: Backend) -> None:
     """LOTFormer's coupling: queries to references to keys, P_q diag(1/b) P_k^T / a_q."""
-    arguments = problem(backend, Nq=9, epsilon=0.5, iterations=CONVERGED)
+    arguments = problem(backend, H=1, Nq=9, epsilon=0.5, iterations=CONVERGED)
     output = call(backend.set_attention, arguments).cpu()
     uniform = {n: np.full(n, 1 / n) for n in (33, 9, 7)}
-    for item, head in np.ndindex(2, 3):
+    for item, head in np.ndindex(2, 1):
         to_keys, to_queries = (
             plan_of_pot(
                 arguments[name][item, head],
@@ -533,11 +535,7 @@ def test_masked_equals_removed(backend: Backend, cross: bool) -> None:
         shared = dict.fromkeys(("reference", "reference_mass"), 0)
         for item in range(2):
             keep, keep_queries = tokens[item], queries[item]
-            alone = {
-                name: x
-                for name, x in arguments.items()
-                if name not in ("mask", "query_mask")
-            }
+            alone = {name: x for name, x in arguments.items() if name not in ("mask", "query_mask")}
             for name in ("key", "value", "token_mass"):
                 alone[name] = arguments[name][item : item + 1, :, keep]
             if cross:

@@ -82,7 +82,9 @@ def to(x: object, device: str) -> object:
     ],
     ids=str,
 )
-def test_chosen_problems(backend: Backend, function: str, dtype: torch.dtype, options: dict) -> None:
+def test_chosen_problems(
+    backend: Backend, function: str, dtype: torch.dtype, options: dict
+) -> None:
     arguments = random_problem(7, dtype=dtype, device=backend.device, **options)
     assert_as_exact_as_definition(getattr(backend, function), arguments)
 
