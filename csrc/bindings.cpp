@@ -8,6 +8,7 @@
 
 #include "arrays.h"
 #include "build_info.h"
+#include "cuda/device.h"
 
 namespace setformer {
 namespace {
@@ -332,4 +333,8 @@ PYBIND11_MODULE(_C, m) {
       "All instruction sets that were compiled and that this processor has.");
   m.def("max_threads", &max_threads, "Threads a call may use; torch.set_num_threads sets it.");
   m.def("build_info", &build_info, "What this module was compiled with.");
+  m.def("cuda_driver_version", &cuda::driver_version, "Empty where there is no CUDA driver.");
+  m.def("cuda_devices", &cuda::devices,
+        "One line a device, and whether this module has code for it. For reports: it starts the\n"
+        "CUDA context of each.");
 }

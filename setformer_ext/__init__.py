@@ -1,5 +1,36 @@
-"""SeT attention."""
+"""SeT attention: self-optimal transport of tokens onto a small set of references."""
 
-from .functional import set_attention, set_pooling, transport_plan
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-__all__ = ["set_attention", "set_pooling", "transport_plan"]
+from . import _import_failure
+
+# torch before _C: both need libgomp.so.1, and whichever comes first decides which copy the process
+# gets. It must be the one that torch ships and was built with. One copy is one pool of threads, so
+# that torch.set_num_threads holds for both.
+try:
+    import torch as _torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    _torch = None  # type: ignore[assignment]
+
+try:
+    from ._C import build_info as _build_info
+except ImportError as error:
+    raise ImportError(_import_failure.explain(error, _Path(__file__).parent)) from error
+
+if _TYPE_CHECKING or _torch is not None:
+    from .functional import set_attention, set_pooling, transport_plan
+    from .modules import SetAttention
+else:
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(_import_failure.TORCH_IS_MISSING.format(name=f"{__name__}.{name}"))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__version__: str = _build_info()["version"]
+
+__all__ = ["SetAttention", "__version__", "set_attention", "set_pooling", "transport_plan"]

@@ -1,0 +1,45 @@
+"""The command ``setformer``; each subcommand is a module with ``add_arguments`` and ``run``."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from . import __version__
+
+COMMANDS = {
+    "info": "print versions, processor, threads and CUDA: what a bug report needs",
+    "demo": "train a small vision classifier with SeT attention, then with softmax, on real images",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status.
+
+    Only the chosen module is imported, so that ``info`` needs nothing that ``demo`` needs.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="setformer", description="SeT attention.")
+    parser.add_argument("--version", action="version", version=f"setformer_ext {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name in arguments[:1]:
+            module = _import_command(name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    return options.run(options) or 0
+
+
+def _import_command(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(str(__package__)):
+            raise
+        sys.exit(
+            f"setformer {name}: needs the package {error.name}, which is not installed. "
+            f'In the source folder: pip install ".[{name}]"'
+        )
