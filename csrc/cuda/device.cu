@@ -32,8 +32,8 @@ std::string describe(int device) {
     return std::string("unavailable: ") + cudaGetErrorString(status);
   }
   return std::string(properties.name) + ", capability " + std::to_string(properties.major) + "." +
-         std::to_string(properties.minor) + ", " +
-         std::to_string(properties.totalGlobalMem >> 20) + " MiB, " + code_for_current_device();
+         std::to_string(properties.minor) + ", " + std::to_string(properties.totalGlobalMem >> 20) +
+         " MiB, " + code_for_current_device();
 }
 
 }  // namespace
