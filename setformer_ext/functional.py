@@ -1,5 +1,306 @@
-"""set_attention, set_pooling and transport_plan."""
+"""set_attention, set_pooling and transport_plan: the public functions."""
 
-from .reference import set_attention, set_pooling, transport_plan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, transforms  # noqa: F401  (register what the operations can do)
+from .arguments import Arguments
+from .ops import Problem, accumulate_dtype
 
 __all__ = ["set_attention", "set_pooling", "transport_plan"]
+
+
+def set_attention(
+    query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    reference: Tensor,
+    *,
+    mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    token_mass: Tensor | None = None,
+    reference_mass: Tensor | None = None,
+    kernel: str = "gaussian",
+    bandwidth: float | Tensor = 1.0,
+    epsilon: float | Tensor = 0.1,
+    iterations: int = 5,
+    token_positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    reference_positions: Tensor | None = None,
+    position_bandwidth: float | None = None,
+) -> Tensor:
+    """SeT attention: tokens are pooled onto references by entropic transport and read back.
+
+    With ``S_ij = kappa(k_i, y_j) w_ij`` and the potentials f, g of ``iterations`` Sinkhorn steps
+    on ``S / epsilon`` (:func:`setformer_ext.reference.sinkhorn`)::
+
+        C_ij = softmax_i(S_ij / epsilon + f_i)      A_j = sum_i C_ij v_i     (collect)
+        R_ij = softmax_j(S_ij / epsilon + g_j)      O_i = sum_j R_ij A_j     (distribute)
+
+    Both are averages: outputs stay within the convex hull of the values. O(N M) time and
+    O(T (N + M)) memory, forward and backward; the gradient is the exact one of the T steps.
+
+    Source: Shamsolmoali et al., SeTformer (AAAI 2024, arXiv:2401.03540). The kernel cost, the
+    references, the entropic transport and the positional penalty are the paper's; distribute, the
+    masses and all default values are our reading.
+
+    Args:
+        query: [B, H, Nq, D]. ``None`` or ``key`` itself is self attention, with one solve for both
+            sides. Anything else is cross attention: the queries' potentials come from a second
+            solve against the same references, with uniform marginals over the valid queries.
+        key: [B, H, N, D], float32, float64, bfloat16 or float16. Any strides.
+        value: [B, H, N, Dv], of the key's type.
+        reference: [H, M, D] (learned) or [B, H, M, D] (computed from the input), M >= 1, of the
+            key's type.
+        mask: bool [B, N], True = valid. Masked tokens hold no mass; in self attention their output
+            is 0. Their gradient is 0 whatever they contain.
+        query_mask: bool [B, Nq], for cross attention: outputs of masked queries are 0.
+        token_mass: [B, H, N] >= 0, floating: the marginal a, up to its sum. Uniform if None. A token
+            of mass 0 gives nothing and still receives.
+        reference_mass: [H, M] or [B, H, M] > 0, floating: the marginal b, up to its sum.
+        kernel: ``"gaussian"``, kappa = exp(-|k - y|^2 / (2 bandwidth^2)), or ``"linear"``, <k, y>.
+        bandwidth: > 0, a number or a tensor, scalar or [H], with gradient.
+        epsilon: > 0, the entropy; a number or a tensor, scalar or [H], with gradient.
+        iterations: T >= 0. T = 0 leaves f = log a, g = 0: two softmax attentions in a row.
+        token_positions: [N, P], P = 1, 2 or 3 coordinates, floating, without gradient; together with
+            ``reference_positions`` they weigh S by w_ij = exp(-|p_i - r_j|^2 / position_bandwidth^2).
+        query_positions: [Nq, P], for cross attention; w = 1 for the queries if None.
+        reference_positions: [M, P].
+        position_bandwidth: > 0, required with positions.
+
+    Returns:
+        [B, H, Nq, Dv] of the key's type (Nq = N in self attention). Under autocast query, key, value
+        and reference take the autocast type. Computation is in float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape, size, device or value that does not fit; it names the argument.
+        TypeError: an argument of the wrong type.
+    """
+    if query is key:
+        query = None
+    arguments = Arguments("set_attention", key)
+    batch, heads, tokens, depth = key.shape
+    if query is not None:
+        arguments.storage("query", query, [("B", batch), ("H", heads), ("Nq", None), ("D", depth)])
+        queries = ("Nq", query.shape[2])
+        arguments.mask("query_mask", query_mask, [("B", batch), queries])
+    else:
+        queries = ("Nq", tokens)
+        for name, x in (("query_mask", query_mask), ("query_positions", query_positions)):
+            if x is not None:
+                expected = "None in self attention (mask and token_positions serve both sides)"
+                raise arguments.value_error(name, expected, type(x).__name__)
+    problem = _problem(
+        arguments,
+        value,
+        reference,
+        mask,
+        token_mass,
+        reference_mass,
+        kernel,
+        bandwidth,
+        epsilon,
+        iterations,
+        token_positions,
+        reference_positions,
+        position_bandwidth,
+        query=query,
+        query_mask=query_mask,
+        query_positions=(query_positions, queries),
+    )
+    output: Tensor = torch.ops.setformer_ext.set_attention(*problem)[0]
+    return output
+
+
+def set_pooling(
+    key: Tensor,
+    value: Tensor,
+    reference: Tensor,
+    *,
+    mask: Tensor | None = None,
+    token_mass: Tensor | None = None,
+    reference_mass: Tensor | None = None,
+    kernel: str = "gaussian",
+    bandwidth: float | Tensor = 1.0,
+    epsilon: float | Tensor = 0.1,
+    iterations: int = 5,
+    token_positions: Tensor | None = None,
+    reference_positions: Tensor | None = None,
+    position_bandwidth: float | None = None,
+) -> Tensor:
+    """The pooled outputs ``A_j = sum_i C_ij v_i`` of :func:`set_attention`, one per reference.
+
+    This is the optimal-transport kernel embedding of Mialon et al. (ICLR 2021, arXiv:2006.12065).
+    Arguments and errors are those of :func:`set_attention`.
+
+    Returns:
+        [B, H, M, Dv] of the key's type.
+    """
+    arguments = Arguments("set_pooling", key)
+    problem = _problem(
+        arguments,
+        value,
+        reference,
+        mask,
+        token_mass,
+        reference_mass,
+        kernel,
+        bandwidth,
+        epsilon,
+        iterations,
+        token_positions,
+        reference_positions,
+        position_bandwidth,
+        distribute=False,
+    )
+    output, pooled, *_ = torch.ops.setformer_ext.set_attention(*problem)
+    result: Tensor = pooled.to(output.dtype)
+    return result
+
+
+def transport_plan(
+    key: Tensor,
+    reference: Tensor,
+    *,
+    mask: Tensor | None = None,
+    token_mass: Tensor | None = None,
+    reference_mass: Tensor | None = None,
+    kernel: str = "gaussian",
+    bandwidth: float | Tensor = 1.0,
+    epsilon: float | Tensor = 0.1,
+    iterations: int = 5,
+    token_positions: Tensor | None = None,
+    reference_positions: Tensor | None = None,
+    position_bandwidth: float | None = None,
+) -> Tensor:
+    """The plan ``b_j C_ij``, for T >= 1 ``exp(S_ij / epsilon + f_i + g_j)``: what moves from i to j.
+
+    Its columns sum to the reference marginal b, its rows to the token marginal a as T grows.
+    Arguments and errors are those of :func:`set_attention`. For looking at, and for losses on the
+    plan: it stores N x M numbers, and its derivative goes through the definition in plain torch.
+
+    Returns:
+        [B, H, N, M] of the key's type.
+    """
+    arguments = Arguments("transport_plan", key)
+    p = _problem(
+        arguments,
+        None,
+        reference,
+        mask,
+        token_mass,
+        reference_mass,
+        kernel,
+        bandwidth,
+        epsilon,
+        iterations,
+        token_positions,
+        reference_positions,
+        position_bandwidth,
+    )
+    plan: Tensor = torch.ops.setformer_ext.transport_plan(
+        p.key,
+        p.reference,
+        p.epsilon,
+        p.mask,
+        p.token_mass,
+        p.reference_mass,
+        p.token_positions,
+        p.reference_positions,
+        p.kernel,
+        p.bandwidth,
+        p.position_bandwidth,
+        p.iterations,
+    )
+    return plan
+
+
+def _problem(
+    arguments: Arguments,
+    value: Tensor | None,
+    reference: Tensor,
+    mask: Tensor | None,
+    token_mass: Tensor | None,
+    reference_mass: Tensor | None,
+    kernel: str,
+    bandwidth: float | Tensor,
+    epsilon: float | Tensor,
+    iterations: int,
+    token_positions: Tensor | None,
+    reference_positions: Tensor | None,
+    position_bandwidth: float | None,
+    *,
+    query: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_positions: tuple[Tensor | None, tuple[str, int]] | None = None,
+    distribute: bool = True,
+) -> Problem:
+    """Checks what the public functions share and brings it into the form of the operations."""
+    key = arguments.key
+    batch, heads, tokens, depth = key.shape
+    b, h, n = ("B", batch), ("H", heads), ("N", tokens)
+    if value is not None:
+        arguments.storage("value", value, [b, h, n, ("Dv", None)])
+        if value.shape[3] < 1:
+            raise arguments.value_error("value", "[B, H, N, Dv] with Dv >= 1", list(value.shape))
+    per_head = [h, ("M", None), ("D", depth)]
+    arguments.storage("reference", reference, per_head, [b, *per_head])
+    m = ("M", reference.shape[-2])
+    if reference.shape[-2] < 1:
+        raise arguments.value_error("reference", "[.., M, D] with M >= 1", list(reference.shape))
+    arguments.mask("mask", mask, [b, n])
+    arguments.mass("token_mass", token_mass, [b, h, n], zero=True)
+    arguments.mass("reference_mass", reference_mass, [h, m], [b, h, m], zero=False)
+    arguments.kernel(kernel)
+    arguments.positive("bandwidth", bandwidth, heads)
+    arguments.positive("epsilon", epsilon, heads)
+    arguments.iterations(iterations)
+    queried = query_positions or (None, n)
+    arguments.positions(
+        {
+            "token_positions": (token_positions, n),
+            "query_positions": queried,
+            "reference_positions": (reference_positions, m),
+        },
+        position_bandwidth,
+    )
+
+    accumulate = accumulate_dtype(key.dtype)
+    if isinstance(bandwidth, Tensor):
+        # kappa(k, y) with this bandwidth is kappa(k / bandwidth, y / bandwidth) with bandwidth 1,
+        # and the division carries the gradient.
+        if kernel == "gaussian":
+            key, reference = (_divide(x, bandwidth) for x in (key, reference))
+            query = None if query is None else _divide(query, bandwidth)
+        bandwidth = 1.0
+    if not isinstance(epsilon, Tensor):
+        epsilon = torch.full((heads,), epsilon, dtype=accumulate, device=key.device)
+    return Problem(
+        key=key,
+        value=key if value is None else value,
+        reference=reference,
+        epsilon=epsilon.to(accumulate).expand(heads),
+        query=query,
+        mask=mask,
+        query_mask=query_mask,
+        token_mass=_to(token_mass, accumulate),
+        reference_mass=_to(reference_mass, accumulate),
+        token_positions=_to(token_positions, accumulate),
+        query_positions=_to(queried[0], accumulate),
+        reference_positions=_to(reference_positions, accumulate),
+        kernel=kernel,
+        bandwidth=float(bandwidth),
+        position_bandwidth=float(position_bandwidth or 1.0),
+        iterations=iterations,
+        distribute=distribute,
+    )
+
+
+def _divide(x: Tensor, bandwidth: Tensor) -> Tensor:  # [..., H, N, D], [] or [H]
+    return x / bandwidth.to(x.dtype)[..., None, None]
+
+
+def _to(x: Tensor | None, dtype: torch.dtype) -> Any:
+    return None if x is None else x.to(dtype)

@@ -1,0 +1,168 @@
+"""Checks of the public functions' arguments.
+
+Each raises one error that names the function, the argument, what was expected and what came.
+Shapes, types and devices are checked always, also when tracing; values of tensors only where they
+can be read without waiting for a device (eager CPU tensors).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STORAGE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Dimension = tuple[str, int | None]
+
+
+class Arguments:
+    """Checks arguments of `function` against the key, which decides device and type."""
+
+    def __init__(self, function: str, key: Tensor):
+        self.function = function
+        if not isinstance(key, Tensor):
+            raise TypeError(f"{function}: key must be a tensor, got {type(key).__name__}")
+        self.key = key
+        self.autocast = _autocast_enabled(key.device.type)
+        if key.dtype not in STORAGE_TYPES:
+            raise self.type_error("key", "float32, float64, bfloat16 or float16", _name(key.dtype))
+        self.shape("key", key, [("B", None), ("H", None), ("N", None), ("D", None)])
+        if key.shape[3] < 1:
+            raise self.value_error("key", "[B, H, N, D] with D >= 1", list(key.shape))
+
+    def value_error(self, name: str, expected: str, got: object) -> ValueError:
+        return ValueError(f"{self.function}: {name} must be {expected}, got {got}")
+
+    def type_error(self, name: str, expected: str, got: object) -> TypeError:
+        return TypeError(f"{self.function}: {name} must be {expected}, got {got}")
+
+    def shape(self, name: str, x: Tensor, *shapes: Sequence[Dimension]) -> None:
+        """One of these shapes, each a sequence of (letter, size or None for any)."""
+        for shape in shapes:
+            if len(shape) == x.dim() and all(
+                size is None or size == given
+                for (_, size), given in zip(shape, x.shape, strict=True)
+            ):
+                return
+        expected = " or ".join(
+            "[" + ", ".join(k if size is None else f"{k}={size}" for k, size in shape) + "]"
+            for shape in shapes
+        )
+        raise self.value_error(name, expected, list(x.shape))
+
+    def device(self, name: str, x: Tensor) -> None:
+        if x.device != self.key.device:
+            raise self.value_error(name, f"on the key's device, {self.key.device}", x.device)
+
+    def storage(self, name: str, x: Tensor, *shapes: Sequence[Dimension]) -> None:
+        """A tensor of the key's type, or of any type that autocast will make the same."""
+        if not isinstance(x, Tensor):
+            raise self.type_error(name, "a tensor", type(x).__name__)
+        same = x.dtype in STORAGE_TYPES if self.autocast else x.dtype == self.key.dtype
+        if not same:
+            expected = f"{_name(self.key.dtype)} as the key is"
+            raise self.type_error(name, expected, _name(x.dtype))
+        self.device(name, x)
+        self.shape(name, x, *shapes)
+
+    def floating(self, name: str, x: Tensor, *shapes: Sequence[Dimension]) -> None:
+        """A tensor of any floating type: masses, positions, bandwidth and epsilon."""
+        if not isinstance(x, Tensor):
+            raise self.type_error(name, "a tensor", type(x).__name__)
+        if not x.is_floating_point():
+            raise self.type_error(name, "a floating-point tensor", _name(x.dtype))
+        self.device(name, x)
+        self.shape(name, x, *shapes)
+
+    def mask(self, name: str, x: Tensor | None, shape: Sequence[Dimension]) -> None:
+        if x is None:
+            return
+        if not isinstance(x, Tensor):
+            raise self.type_error(name, "a bool tensor", type(x).__name__)
+        if x.dtype != torch.bool:
+            raise self.type_error(name, "a bool tensor (True = valid)", _name(x.dtype))
+        self.device(name, x)
+        self.shape(name, x, shape)
+
+    def mass(self, name: str, x: Tensor | None, *shapes: Sequence[Dimension], zero: bool) -> None:
+        """Masses >= 0, or > 0 where zero is not allowed."""
+        if x is None:
+            return
+        self.floating(name, x, *shapes)
+        if _readable(x) and x.numel() > 0:
+            least = x.min().item()
+            if least < 0 or (least == 0 and not zero):
+                raise self.value_error(name, f"{'>=' if zero else '>'} 0 everywhere", least)
+
+    def positive(self, name: str, x: object, heads: int) -> None:
+        """A number or a tensor (scalar or [H]), finite and > 0."""
+        if isinstance(x, Tensor):
+            self.floating(name, x, [], [("H", heads)])
+            if not _readable(x) or x.numel() == 0:
+                return
+            bad = ~((x > 0) & x.isfinite())
+            if bad.any():
+                raise self.value_error(name, "> 0 and finite", x[bad][0].item())
+            return
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
+            raise self.type_error(name, "a number or a tensor", type(x).__name__)
+        if not (x > 0 and math.isfinite(x)):
+            raise self.value_error(name, "> 0 and finite", x)
+
+    def iterations(self, x: object) -> None:
+        if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+            raise self.type_error("iterations", "an int", type(x).__name__)
+        if x < 0:
+            raise self.value_error("iterations", ">= 0", x)
+
+    def kernel(self, x: object) -> None:
+        if x not in ("gaussian", "linear"):
+            raise self.value_error("kernel", "'gaussian' or 'linear'", repr(x))
+
+    def positions(
+        self,
+        positions: dict[str, tuple[Tensor | None, Dimension]],
+        bandwidth: float | None,
+    ) -> None:
+        """token_positions and reference_positions together, query_positions where wanted."""
+        if all(x is None for x, _ in positions.values()):
+            return
+        for name in ("token_positions", "reference_positions"):
+            if positions[name][0] is None:
+                given = ", ".join(other for other, (x, _) in positions.items() if x is not None)
+                raise self.value_error(name, f"given together with {given}", None)
+        coordinates = None
+        for name, (x, rows) in positions.items():
+            if x is None:
+                continue
+            self.floating(name, x, [rows, ("P", coordinates)])
+            if x.shape[1] not in (1, 2, 3):
+                raise self.value_error(name, "[.., P] with P = 1, 2 or 3", list(x.shape))
+            if x.requires_grad:
+                expected = "without gradient, for there is none (call .detach())"
+                raise self.value_error(name, expected, "requires_grad=True")
+            coordinates = x.shape[1]
+        if bandwidth is None:
+            raise self.value_error("position_bandwidth", "given together with positions", None)
+        if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)):
+            raise self.type_error("position_bandwidth", "a number", type(bandwidth).__name__)
+        if not (bandwidth > 0 and math.isfinite(bandwidth)):
+            raise self.value_error("position_bandwidth", "> 0 and finite", bandwidth)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _readable(x: Tensor) -> bool:
+    """Can values be looked at here? Not when tracing or vmapping, nor without waiting for a GPU."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and not torch._C._functorch.is_batchedtensor(x)
+        and not isinstance(x, torch._subclasses.FakeTensor)
+    )

@@ -1,0 +1,247 @@
+"""torch.ops.setformer_ext: the operations, their kernels and their shapes.
+
+``set_attention`` solves, collects and (where ``distribute``) distributes in one call and returns,
+beside the results, what its backward needs; ``set_attention_backward`` is an operation of its own,
+shared by every way to differentiate; ``transport_plan`` returns the plan. Derivatives are
+registered in ``autograd.py``, vmap, autocast and FLOP counts in ``transforms.py``.
+
+Arguments arrive checked (``functional.py``): storage type is that of key, and "accumulate" is
+float64 for float64 keys and float32 otherwise.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from . import _C
+
+OPTIONS = "str kernel, float bandwidth, float position_bandwidth, SymInt iterations"
+PROBLEM = (
+    "Tensor key, Tensor value, Tensor reference, Tensor epsilon, Tensor? query, Tensor? mask, "
+    "Tensor? query_mask, Tensor? token_mass, Tensor? reference_mass, Tensor? token_positions, "
+    f"Tensor? query_positions, Tensor? reference_positions, {OPTIONS}, bool distribute"
+)
+SOLUTION = (
+    "Tensor output, Tensor pooled, Tensor rows, Tensor columns, Tensor query_rows, "
+    "Tensor query_columns"
+)
+
+torch.library.define("setformer_ext::set_attention", f"({PROBLEM}) -> ({SOLUTION})")
+torch.library.define(
+    "setformer_ext::set_attention_backward",
+    f"(Tensor? grad_output, Tensor? grad_pooled, {SOLUTION}, {PROBLEM}) -> (Tensor grad_key, "
+    "Tensor grad_value, Tensor grad_reference, Tensor grad_epsilon, Tensor grad_query, "
+    "Tensor grad_token_mass, Tensor grad_reference_mass)",
+)
+torch.library.define(
+    "setformer_ext::transport_plan",
+    "(Tensor key, Tensor reference, Tensor epsilon, Tensor? mask, Tensor? token_mass, "
+    f"Tensor? reference_mass, Tensor? token_positions, Tensor? reference_positions, {OPTIONS}) "
+    "-> Tensor",
+)
+
+
+class Problem(NamedTuple):
+    """The arguments of ``set_attention``, in the order of its schema."""
+
+    key: Tensor  # [B, H, N, D] storage
+    value: Tensor  # [B, H, N, Dv] storage
+    reference: Tensor  # [H, M, D] or [B, H, M, D] storage
+    epsilon: Tensor  # [H] accumulate
+    query: Tensor | None  # [B, H, Nq, D] storage; None: the keys are the queries
+    mask: Tensor | None  # [B, N] bool
+    query_mask: Tensor | None  # [B, Nq] bool
+    token_mass: Tensor | None  # [B, H, N] accumulate
+    reference_mass: Tensor | None  # [H, M] or [B, H, M] accumulate
+    token_positions: Tensor | None  # [N, P] accumulate
+    query_positions: Tensor | None  # [Nq, P] accumulate
+    reference_positions: Tensor | None  # [M, P] accumulate
+    kernel: str
+    bandwidth: float
+    position_bandwidth: float
+    iterations: int
+    distribute: bool
+
+    def arrays(self) -> dict[str, Any]:
+        """The tensors that are given and the options, by the names that the compiled module knows."""
+        absent = {"distribute"} | (
+            {"query_mask", "query_positions"} if self.query is None else set()
+        )
+        return {
+            name: x for name, x in self._asdict().items() if x is not None and name not in absent
+        }
+
+
+class Solution(NamedTuple):
+    """The results of ``set_attention``; empty tensors where the problem has no such result."""
+
+    output: Tensor  # [B, H, Nq or N, Dv] storage
+    pooled: Tensor  # [B, H, M, Dv] accumulate
+    rows: Tensor  # [B, H, T + 1, N] accumulate: the row normalisers of every step
+    columns: Tensor  # [B, H, max(T, 1), M] accumulate: the column normalisers
+    query_rows: Tensor  # [B, H, T + 1, Nq] accumulate
+    query_columns: Tensor  # [B, H, max(T, 1), M] accumulate
+
+    def arrays(self, problem: Problem) -> dict[str, Tensor]:
+        """The results that the problem has, by name."""
+        fields = self._asdict()
+        if not problem.distribute:
+            del fields["output"]
+        if problem.query is None:
+            del fields["query_rows"], fields["query_columns"]
+        return fields
+
+
+class Gradients(NamedTuple):
+    """The results of ``set_attention_backward``: per sample also for learned (shared) tensors."""
+
+    key: Tensor  # [B, H, N, D] storage
+    value: Tensor  # [B, H, N, Dv] storage
+    reference: Tensor  # [B, H, M, D] accumulate
+    epsilon: Tensor  # [B, H] accumulate
+    query: Tensor  # [B, H, Nq, D] storage, empty without a query
+    token_mass: Tensor  # [B, H, N] accumulate, empty without one
+    reference_mass: Tensor  # [B, H, M] accumulate, empty without one
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_solution(problem: Problem) -> Solution:
+    """Unwritten results of the right shapes and types, on the problem's device."""
+    key, query = problem.key, problem.query
+    batch, heads, tokens = key.shape[:3]
+    references, depth = problem.reference.shape[-2], problem.value.shape[-1]
+    steps = problem.iterations
+    accumulate = accumulate_dtype(key.dtype)
+
+    def empty(*sizes: int, dtype: torch.dtype = accumulate) -> Tensor:
+        return key.new_empty(sizes, dtype=dtype)
+
+    queries = tokens if query is None else query.shape[2]
+    columns = (batch, heads, max(steps, 1), references)
+    output = (batch, heads, queries, depth) if problem.distribute else (0,)
+    return Solution(
+        output=empty(*output, dtype=key.dtype),
+        pooled=empty(batch, heads, references, depth),
+        rows=empty(batch, heads, steps + 1, tokens),
+        columns=empty(*columns),
+        query_rows=empty(0) if query is None else empty(batch, heads, steps + 1, queries),
+        query_columns=empty(0) if query is None else empty(*columns),
+    )
+
+
+def empty_gradients(problem: Problem) -> Gradients:
+    """Unwritten gradients of the right shapes and types, on the problem's device."""
+    key = problem.key
+    batch, heads, tokens, depth = key.shape
+    references = problem.reference.shape[-2]
+    accumulate = accumulate_dtype(key.dtype)
+
+    def empty(*sizes: int, dtype: torch.dtype = accumulate) -> Tensor:
+        return key.new_empty(sizes, dtype=dtype)
+
+    return Gradients(
+        key=empty(*key.shape, dtype=key.dtype),
+        value=empty(*problem.value.shape, dtype=key.dtype),
+        reference=empty(batch, heads, references, depth),
+        epsilon=empty(batch, heads),
+        query=empty(*(problem.query.shape if problem.query is not None else (0,)), dtype=key.dtype),
+        token_mass=empty(0) if problem.token_mass is None else empty(batch, heads, tokens),
+        reference_mass=(
+            empty(0) if problem.reference_mass is None else empty(batch, heads, references)
+        ),
+    )
+
+
+def _export(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Tensors as DLPack capsules, which unlike __dlpack__ do not mind requires_grad."""
+    return {
+        name: to_dlpack(array) if isinstance(array, Tensor) else array
+        for name, array in arrays.items()
+    }
+
+
+@torch.library.impl("setformer_ext::set_attention", "CPU")
+def _set_attention_cpu(*arguments: Any) -> Solution:
+    problem = Problem(*arguments)
+    solution = empty_solution(problem)
+    _C.set_attention_forward(**_export(problem.arrays() | solution.arrays(problem)))
+    return solution
+
+
+@torch.library.impl("setformer_ext::set_attention_backward", "CPU")
+def _set_attention_backward_cpu(
+    grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
+) -> Gradients:
+    solution, problem = Solution(*arguments[:6]), Problem(*arguments[6:])
+    gradients = empty_gradients(problem)
+    arrays = problem.arrays() | solution.arrays(problem)
+    if problem.distribute and grad_output is None:
+        grad_output = torch.zeros_like(solution.output)
+    arrays |= {"grad_output": grad_output, "grad_pooled": grad_pooled}
+    arrays |= {
+        f"grad_{name}": grad
+        for name, grad in gradients._asdict().items()
+        if getattr(problem, name) is not None
+    }
+    _C.set_attention_backward(**_export(arrays))
+    return gradients
+
+
+@torch.library.impl("setformer_ext::transport_plan", "CPU")
+def _transport_plan_cpu(
+    key: Tensor,
+    reference: Tensor,
+    epsilon: Tensor,
+    mask: Tensor | None,
+    token_mass: Tensor | None,
+    reference_mass: Tensor | None,
+    token_positions: Tensor | None,
+    reference_positions: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    problem = Problem(
+        key,
+        key[..., :1],  # any value will do: only the normalisers are of interest
+        reference,
+        epsilon,
+        None,
+        mask,
+        None,
+        token_mass,
+        reference_mass,
+        token_positions,
+        None,
+        reference_positions,
+        *options,
+        distribute=False,
+    )
+    solution = empty_solution(problem)
+    arrays = problem.arrays()
+    _C.set_attention_forward(**_export(arrays | solution.arrays(problem)))
+    plan = _fake_plan(key, reference)
+    del arrays["value"]
+    _C.transport_plan(
+        **_export(arrays | {"rows": solution.rows, "columns": solution.columns, "plan": plan})
+    )
+    return plan
+
+
+@torch.library.register_fake("setformer_ext::set_attention")
+def _fake_set_attention(*arguments: Any) -> Solution:
+    return empty_solution(Problem(*arguments))
+
+
+@torch.library.register_fake("setformer_ext::set_attention_backward")
+def _fake_backward(*arguments: Any) -> Gradients:
+    return empty_gradients(Problem(*arguments[8:]))
+
+
+@torch.library.register_fake("setformer_ext::transport_plan")
+def _fake_plan(key: Tensor, reference: Tensor, *_: Any) -> Tensor:
+    return key.new_empty((*key.shape[:3], reference.shape[-2]))

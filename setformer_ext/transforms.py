@@ -1,0 +1,232 @@
+"""vmap, autocast and FLOP counts of the operations."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .ops import Gradients, Problem, Solution
+
+OPERATIONS = torch.ops.setformer_ext
+# Rank of each tensor where it is given per sample: with this rank it starts with the batch.
+RANKS = {
+    "key": 4,
+    "value": 4,
+    "reference": 4,
+    "query": 4,
+    "mask": 2,
+    "query_mask": 2,
+    "token_mass": 3,
+    "reference_mass": 3,
+}
+
+
+def _batch_problem(size: int, problem: Problem, in_dims: tuple[int | None, ...]) -> Problem | None:
+    """The problem of all vmapped samples with the vmapped dimension folded into the batch.
+
+    None where that cannot be done: epsilon and positions have no batch to fold into.
+    """
+    batched = {}
+    for name, tensor, dim in zip(Problem._fields, problem, in_dims, strict=True):
+        if not isinstance(tensor, Tensor):
+            continue
+        if name not in RANKS:
+            if dim is not None:
+                return None
+            continue
+        if dim is None:
+            if tensor.dim() < RANKS[name]:
+                continue  # learned: shared by all samples
+            tensor = tensor.expand(size, *tensor.shape)
+        else:
+            tensor = tensor.movedim(dim, 0)
+            if tensor.dim() == RANKS[name]:  # learned, one per sample of the vmap
+                batch = _batch_size(problem, in_dims)
+                tensor = tensor.unsqueeze(1).expand(size, batch, *tensor.shape[1:])
+        batched[name] = tensor.flatten(0, 1)
+    return problem._replace(**batched)
+
+
+def _batch_size(problem: Problem, in_dims: tuple[int | None, ...]) -> int:
+    shape = list(problem.key.shape)
+    if in_dims[0] is not None:
+        del shape[in_dims[0]]
+    return int(shape[0])
+
+
+def _fold(size: int, tensor: Any, dim: int | None) -> Any:  # [V, B, ...] -> [V * B, ...]
+    if not isinstance(tensor, Tensor) or (dim is None and tensor.numel() == 0):
+        return tensor
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1) if tensor.dim() > 1 else tensor[0]
+
+
+def _unfold(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(
+        t.unflatten(0, (size, -1)) if t.dim() > 1 else t.expand(size, *t.shape) for t in tensors
+    )
+
+
+def _one_by_one(
+    operation: Any, size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    """The operation called for each sample, for what cannot be folded."""
+    results = [
+        operation(
+            *(
+                x.select(dim, sample) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for sample in range(size)
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+
+
+def _vmap_set_attention(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    size = info.batch_size
+    problem = _batch_problem(size, Problem(*arguments), in_dims)
+    if problem is None:
+        results = _one_by_one(OPERATIONS.set_attention, size, in_dims, arguments)
+    else:
+        results = _unfold(size, OPERATIONS.set_attention(*problem))
+    return Solution(*results), Solution(*(0,) * len(Solution._fields))
+
+
+def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    size = info.batch_size
+    problem = _batch_problem(size, Problem(*arguments[8:]), in_dims[8:])
+    if problem is None:
+        results = _one_by_one(OPERATIONS.set_attention_backward, size, in_dims, arguments)
+    else:
+        folded = [_fold(size, x, dim) for x, dim in zip(arguments[:8], in_dims[:8], strict=True)]
+        results = _unfold(size, OPERATIONS.set_attention_backward(*folded, *problem))
+    return Gradients(*results), Gradients(*(0,) * len(Gradients._fields))
+
+
+def _vmap_plan(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    key, reference, epsilon, mask, token_mass, reference_mass, *rest = arguments
+    names = ("key", "reference", "epsilon", "mask", "token_mass", "reference_mass")
+    fields = dict.fromkeys(Problem._fields)
+    dims = dict.fromkeys(Problem._fields)
+    fields |= dict(zip(names, arguments, strict=False))
+    dims |= dict(zip(names, in_dims, strict=False))
+    problem = _batch_problem(info.batch_size, Problem(**fields), tuple(dims.values()))
+    if problem is None or any(dim is not None for dim in in_dims[len(names) :]):
+
+        def call(*sample: Any) -> tuple[Tensor]:
+            return (OPERATIONS.transport_plan(*sample),)
+
+        return _one_by_one(call, info.batch_size, in_dims, arguments)[0], 0
+    plan = OPERATIONS.transport_plan(*(getattr(problem, name) for name in names), *rest)
+    return plan.unflatten(0, (info.batch_size, -1)), 0
+
+
+torch.library.register_vmap("setformer_ext::set_attention", _vmap_set_attention)
+torch.library.register_vmap("setformer_ext::set_attention_backward", _vmap_backward)
+torch.library.register_vmap("setformer_ext::transport_plan", _vmap_plan)
+
+
+def _register_autocast(name: str, storage: tuple[int, ...], device: str) -> None:
+    """Under autocast the tensors at these positions of the schema take the autocast type.
+
+    Masses, epsilon and positions stay float32: the kernels accumulate in it whatever the storage.
+    """
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+    operation = getattr(OPERATIONS, name).default
+
+    def cast(index: int, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(torch.get_autocast_dtype(device) if index in storage else torch.float32)
+
+    def kernel(_: Any, *arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return operation(*(cast(index, x) for index, x in enumerate(arguments)))
+
+    _LIBRARY.impl(name, kernel, key.name, with_keyset=True)
+
+
+_LIBRARY = torch.library.Library("setformer_ext", "FRAGMENT")
+for _device in ("cpu", "cuda"):
+    _register_autocast(
+        "set_attention",
+        tuple(Problem._fields.index(name) for name in ("key", "value", "reference", "query")),
+        _device,
+    )
+    _register_autocast("transport_plan", (0, 1), _device)
+
+
+def attention_flops(
+    batch: int,
+    heads: int,
+    tokens: int,
+    queries: int | None,
+    references: int,
+    depth: int,
+    value_depth: int,
+    iterations: int,
+    distribute: bool = True,
+) -> int:
+    """Floating-point operations of a forward call, two for each multiply-add.
+
+    Per token and reference: 2 D for the similarity, 4 for each Sinkhorn step, 2 Dv to collect;
+    then 2 Dv (and 2 for its normaliser) to distribute. Exponentials are not counted.
+    """
+    pairs = batch * heads * references
+    per_key = 2 * depth + 4 * iterations + 2 * value_depth
+    if not distribute:
+        return pairs * tokens * per_key
+    if queries is None:
+        return pairs * tokens * (per_key + 2 * value_depth + 2)
+    per_query = 2 * depth + 4 * iterations + 2 * value_depth + 2
+    return pairs * (tokens * per_key + queries * per_query)
+
+
+def _sizes(shapes: tuple[Any, ...]) -> dict[str, Any]:
+    problem = Problem(*shapes)
+    batch, heads, tokens, depth = problem.key
+    return {
+        "batch": batch,
+        "heads": heads,
+        "tokens": tokens,
+        "queries": None if problem.query is None else problem.query[2],
+        "references": problem.reference[-2],
+        "depth": depth,
+        "value_depth": problem.value[-1],
+        "iterations": problem.iterations,
+        "distribute": problem.distribute,
+    }
+
+
+@register_flop_formula(OPERATIONS.set_attention)
+def _set_attention_flops(*shapes: Any, **_: Any) -> int:
+    return attention_flops(**_sizes(shapes))
+
+
+@register_flop_formula(OPERATIONS.set_attention_backward)
+def _set_attention_backward_flops(*shapes: Any, **_: Any) -> int:
+    """Recomputes the similarity (2 D), then the gradient of the scores (4 Dv + 4 + 4 T), of the
+    pooled outputs and of the values (2 Dv each), the T adjoint steps (4 each), and keys and
+    references from the scores (2 D each)."""
+    sizes = _sizes(shapes[8:])
+    pairs = sizes["batch"] * sizes["heads"] * sizes["references"]
+    depth, value_depth, steps = sizes["depth"], sizes["value_depth"], sizes["iterations"]
+    solve = 6 * depth + 8 * steps
+    tokens, queries = sizes["tokens"], sizes["queries"]
+    if not sizes["distribute"]:
+        return pairs * tokens * (solve + 4 * value_depth + 2)
+    if queries is None:
+        return pairs * tokens * (solve + 8 * value_depth + 4)
+    return pairs * (tokens + queries) * (solve + 4 * value_depth + 2)
+
+
+@register_flop_formula(OPERATIONS.transport_plan)
+def _transport_plan_flops(
+    key: Any, reference: Any, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:
+    batch, heads, tokens, depth = key
+    return attention_flops(
+        batch, heads, tokens, None, reference[-2], depth, 0, rest[-1], distribute=False
+    )
