@@ -105,6 +105,9 @@ class Array {
   // Throws unless C-contiguous: outputs whose layout the kernels fix.
   const Array& expect_contiguous() const {
     int64_t stride = 1;
+    for (int i = 0; i < rank(); ++i) {
+      if (size(i) == 0) return *this;
+    }
     for (int i = rank() - 1; i >= 0; --i) {
       if (size(i) > 1 && tensor_->strides != nullptr && tensor_->strides[i] != stride) {
         throw py::value_error(label_ + " must be contiguous");

@@ -97,7 +97,7 @@ class Arguments:
     def positive(self, name: str, x: object, heads: int) -> None:
         """A number or a tensor (scalar or [H]), finite and > 0."""
         if isinstance(x, Tensor):
-            self.floating(name, x, [], [("H", heads)])
+            self.floating(name, x, [], [("H", 1)] if x.numel() == 1 else [("H", heads)])
             if not _readable(x) or x.numel() == 0:
                 return
             bad = ~((x > 0) & x.isfinite())

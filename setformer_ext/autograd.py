@@ -5,6 +5,7 @@ gradient of the unrolled Sinkhorn steps. Higher derivatives, and those of ``tran
 through the differentiable definition (``reference.py``), whose N x M matrices they then store.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,58 +72,61 @@ def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
 
 
 def _second_backward(ctx: Any, *grad_gradients: Tensor | None) -> Any:
-    """The derivative of <set_attention_backward(...), grad_gradients>."""
+    """The derivative of sum_k <gradient_k, grad_gradient_k>."""
     grad_output, grad_pooled, *tensors = ctx.saved_tensors
     problem = Problem(*tensors, *ctx.options)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # set_attention_backward answers per sample, so the definition gets a copy per sample.
-        batch = problem.key.shape[0]
-        per_sample = list(problem)
-        for index in DIFFERENTIABLE:
-            tensor = problem[index]
-            if tensor is not None:
-                leaf = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-                name, rank = Problem._fields[index], tensor.dim()
-                shared = rank < {"epsilon": 2, "reference_mass": 3}.get(name, 4)
-                shared = shared and name != "token_mass"
-                per_sample[index] = leaf.expand(batch, *leaf.shape) if shared else leaf
-        inputs = [per_sample[index] for index in DIFFERENTIABLE]
-        present = [x for x in inputs if x is not None]
-        grads = [
-            g if g is None or g.requires_grad else g.detach().requires_grad_()
-            for g in (grad_output, grad_pooled)
-        ]
-        results = [
-            (result, grad)
-            for result, grad in zip(_define(Problem(*per_sample)), grads, strict=True)
-            if result is not None and grad is not None
-        ]
-        first = torch.autograd.grad(
-            [result for result, _ in results],
+        inputs = {name: _per_sample(problem, name) for name in Gradients._fields}
+        grads = [_differentiable(grad_output), _differentiable(grad_pooled)]
+        results = _define(problem._replace(**inputs))
+        first = _gradients(results, list(inputs.values()), grads, create_graph=True)
+        second = _gradients(
+            first, grads + list(inputs.values()), grad_gradients, create_graph=create_graph
+        )
+    of_problem = _gradients_of_inputs(tuple(problem), tuple(second[2:]))
+    return *second[:2], *(None,) * len(Solution._fields), *of_problem
+
+
+def _per_sample(problem: Problem, name: str) -> Tensor | None:
+    """The tensor as set_attention_backward answers for it: one per sample also where shared."""
+    tensor = _differentiable(getattr(problem, name))
+    if tensor is None or tensor.dim() == {"epsilon": 2, "token_mass": 3, "reference_mass": 3}.get(
+        name, 4
+    ):
+        return tensor
+    return tensor.expand(problem.key.shape[0], *tensor.shape)
+
+
+def _differentiable(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.requires_grad else x.detach().requires_grad_()
+
+
+def _gradients(
+    results: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """torch.autograd.grad that passes over what is absent, on either side."""
+    pairs = [
+        (result, grad.to(result.dtype))
+        for result, grad in zip(results, grads, strict=True)
+        if result is not None and grad is not None and result.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    present = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in pairs],
             present,
-            [grad.to(result.dtype) for result, grad in results],
-            create_graph=True,
+            [grad for _, grad in pairs],
+            create_graph=create_graph,
             allow_unused=True,
-            materialize_grads=True,
         )
-        given = [g for g, x in zip(grad_gradients, inputs, strict=True) if x is not None]
-        product = sum((f * g).sum() for f, g in zip(first, given, strict=True) if g is not None)
-        wanted = [g for g in grads if g is not None] + present
-        second = iter(
-            torch.autograd.grad(
-                product,
-                wanted,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-            if isinstance(product, Tensor)
-            else (None,) * len(wanted)
-        )
-        of_grads = [None if g is None else next(second) for g in grads]
-        of_inputs = [None if x is None else next(second) for x in inputs]
-    of_problem = _gradients_of_inputs(tuple(problem), tuple(of_inputs))
-    return *of_grads, *(None,) * len(Solution._fields), *of_problem
+    )
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
 torch.library.register_autograd(
@@ -136,32 +140,33 @@ def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _plan_backward(ctx: Any, grad_plan: Tensor) -> Any:
-    names = ("mask", "token_mass", "reference_mass", "token_positions", "reference_positions")
-    options = ("kernel", "bandwidth", "position_bandwidth", "iterations")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Contiguous, so that torch's products round alike whatever the strides.
         tensors = [
-            x
-            if x is None or x.requires_grad or not x.is_floating_point()
-            else x.detach().requires_grad_()
+            _differentiable(x.contiguous()) if x is not None and x.is_floating_point() else x
             for x in ctx.saved_tensors
         ]
-        key, references, epsilon, *rest = tensors
-        plan = reference.transport_plan(
-            key,
-            references,
-            epsilon=epsilon,
-            **dict(zip(names, rest, strict=True)),
-            **dict(zip(options, ctx.options, strict=True)),
-        )
-        wanted = [x for x in tensors if x is not None and x.requires_grad]
-        grads = iter(
-            torch.autograd.grad(
-                plan, wanted, grad_plan, create_graph=create_graph, allow_unused=True
-            )
-        )
-    given = [next(grads) if x is not None and x.requires_grad else None for x in tensors]
-    return *given, *(None,) * len(ctx.options)
+        arguments = dict(zip(_PLAN_ARGUMENTS, (*tensors, *ctx.options), strict=True))
+        plan = reference.transport_plan(**arguments)
+        gradients = _gradients([plan], tensors, [grad_plan.contiguous()], create_graph)
+    return *gradients, *(None,) * len(ctx.options)
+
+
+_PLAN_ARGUMENTS = (
+    "key",
+    "reference",
+    "epsilon",
+    "mask",
+    "token_mass",
+    "reference_mass",
+    "token_positions",
+    "reference_positions",
+    "kernel",
+    "bandwidth",
+    "position_bandwidth",
+    "iterations",
+)
 
 
 torch.library.register_autograd(

@@ -218,5 +218,5 @@ def _zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, H, N, D]
 
 
 def _per_head(x: float | Tensor, like: Tensor) -> float | Tensor:
-    """A scalar as it is, a tensor [H] (or [B, H]) as [..., 1, 1]."""
+    """A number as it is, a tensor [], [H] or [B, H] as [..., 1, 1]."""
     return x.to(like.dtype)[..., None, None] if isinstance(x, Tensor) else x
