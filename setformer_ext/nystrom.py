@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,14 +44,14 @@ class _InverseSquareRoot(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, matrix: Tensor, floor: float) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor, floor: float) -> Tensor:
         ctx.save_for_backward(matrix)
         ctx.floor = floor
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         return (vectors * eigenvalues.clamp(min=floor).rsqrt().unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (matrix,) = ctx.saved_tensors
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         raised = eigenvalues.clamp(min=ctx.floor)

@@ -1,0 +1,116 @@
+"""Images to train on: scikit-learn's digits, or a folder with one subfolder per class."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TEST_SHARE = 0.25
+
+
+@dataclass
+class Images:
+    """Labelled images, split into training and test; values in [0, 1]."""
+
+    train: Tensor  # [N, channels, S, S] float32
+    train_labels: Tensor  # [N] int64
+    test: Tensor  # [K, channels, S, S] float32
+    test_labels: Tensor  # [K] int64
+    classes: list[str]
+    source: str
+
+
+def load_digits(image_size: int, seed: int) -> Images:
+    """The 1797 handwritten digits that come with scikit-learn, 8 x 8 in 17 levels of grey."""
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
+    if image_size != images.shape[-1]:
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
+    classes = [str(name) for name in digits.target_names]
+    return _split(images, torch.tensor(digits.target), classes, "scikit-learn's digits", seed)
+
+
+def load_folder(folder: Path, image_size: int, seed: int) -> Images:
+    """The images under ``folder/CLASS/``, cropped to squares and resized, in RGB.
+
+    Files that cannot be read are skipped and named on stderr.
+
+    Raises:
+        ValueError: if the folder does not hold at least two classes of two images.
+    """
+    from PIL import Image
+    from tqdm import tqdm
+
+    if not folder.is_dir():
+        raise ValueError(f"--data must be a folder with one subfolder per class, got {folder}")
+    suffixes = {
+        suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN
+    }
+    files = {
+        sub.name: sorted(p for p in sub.rglob("*") if p.suffix.lower() in suffixes)
+        for sub in sorted(folder.iterdir())
+        if sub.is_dir() and not sub.name.startswith(".")
+    }
+    classes = [name for name, paths in files.items() if paths]
+    if len(classes) < 2:
+        raise ValueError(
+            f"--data must hold at least 2 subfolders with images, one per class; {folder} has "
+            f"{len(classes)}: {', '.join(classes) or 'none'}"
+        )
+
+    images, labels, broken = [], [], []
+    todo = [(label, path) for label, name in enumerate(classes) for path in files[name]]
+    for label, path in tqdm(todo, desc="reading images", unit="image", leave=False):
+        try:
+            images.append(_read(path, image_size))
+            labels.append(label)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            broken.append(f"  {path}: {error}")
+    if broken:
+        print(f"skipped {len(broken)} unreadable files:", *broken, sep="\n", file=sys.stderr)
+
+    counts = np.bincount(labels, minlength=len(classes))
+    few = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < 2]
+    if few:
+        raise ValueError(
+            f"each class needs at least 2 readable images; too few in {', '.join(few)}"
+        )
+    return _split(torch.stack(images), torch.tensor(labels), classes, str(folder), seed)
+
+
+def _read(path: Path, image_size: int) -> Tensor:  # [3, S, S]
+    """An image of any size and mode as RGB in [0, 1]; transparency becomes white."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16 bits and more: convert() would clip them
+            levels = np.asarray(image, dtype=np.float64)
+            levels = (levels - levels.min()) / max(np.ptp(levels), 1e-12)
+            image = Image.fromarray(np.uint8(255 * levels))
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
+
+
+def _split(images: Tensor, labels: Tensor, classes: list[str], source: str, seed: int) -> Images:
+    """A quarter of every class, drawn by the seed, becomes the test set."""
+    generator = torch.Generator().manual_seed(seed)
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(classes)):
+        members = (labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        is_test[members[: max(1, round(TEST_SHARE * len(members)))]] = True
+    return Images(
+        images[~is_test], labels[~is_test], images[is_test], labels[is_test], classes, source
+    )
