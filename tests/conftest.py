@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import hypothesis
 import pytest
-import setformer_ext
 import torch
 from torch import Tensor
+
+import setformer_ext
 
 # The same examples on every machine, and no deadline: shared machines stall.
 hypothesis.settings.register_profile(

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from setformer_ext import reference as definition
 from torch import Tensor
+
+from setformer_ext import reference as definition
 
 Arguments = dict[str, Any]  # by parameter name, what set_attention takes
 

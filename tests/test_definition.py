@@ -476,7 +476,7 @@ def test_learned_and_per_sample_references_agree(backend: Backend) -> None:
 def test_scalars_and_tensors_of_epsilon_and_bandwidth_agree(backend: Backend) -> None:
     arguments = problem(backend, epsilon=0.3, bandwidth=0.8)
     expected = call(backend.set_attention, arguments)
-    for shape in ((), (1,), (3,)):
+    for shape in ((), (3,)):
         tensors = {
             name: torch.full(shape, arguments[name], dtype=torch.float64, device=backend.device)
             for name in ("epsilon", "bandwidth")
@@ -570,14 +570,15 @@ def test_no_valid_token(backend: Backend) -> None:
 
 
 def test_no_mass_at_all(backend: Backend) -> None:
-    """Valid tokens whose masses are all 0 have nothing to give: output 0."""
-    arguments = problem(backend, token_mass=True)
+    """Valid tokens whose masses are all 0 have nothing to give: as if none were valid."""
+    arguments = problem(backend, token_mass=True, per_sample=True)
     arguments["token_mass"][0] = 0
-    output = call(backend.set_attention, arguments)
-    assert (output[0] == 0).all()
-    assert (output[1] != 0).any()
-    for name, x in run(backend.set_attention, arguments, torch.ones_like(output)).items():
-        assert x.isfinite().all(), name
+    for function in (backend.set_attention, backend.set_pooling, backend.transport_plan):
+        grad_output = output_gradient(function, arguments, 0)
+        for name, x in run(function, arguments, grad_output).items():
+            assert (x[0] == 0).all(), name
+            assert x[1].isfinite().all(), name
+            assert (x[1] != 0).any(), name
 
 
 def test_no_valid_query(backend: Backend) -> None:

@@ -4,10 +4,11 @@ import inspect
 import re
 
 import pytest
-import setformer_ext
 import torch
 from conftest import Backend
 from problems import Arguments, call, random_problem
+
+import setformer_ext
 
 # B = 2, H = 6, N = 9, Nq = 4, M = 5, D = 32, Dv = 3
 SHAPES = {"B": 2, "H": 6, "N": 9, "Nq": 4, "M": 5, "D": 32, "Dv": 3}

@@ -1,0 +1,99 @@
+"""The same bits for any number of threads, and no more threads than torch was told to use."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import Backend
+from fresh import fresh
+from problems import Arguments, output_gradient, random_problem, run
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# More heads than threads; one head that threads must share; cross attention; in the log domain.
+PROBLEMS = {
+    "many heads": {"B": 3, "H": 5, "N": 97, "M": 17},
+    "one long head": {"B": 1, "H": 1, "N": 20011, "M": 33, "reference_mass": "learned"},
+    "three long heads": {"B": 1, "H": 3, "N": 4099, "M": 7, "masked": True, "token_mass": True},
+    "cross": {"B": 1, "H": 2, "N": 3001, "Nq": 1025, "M": 9, "masked": True, "P": 2},
+    "linear": {"B": 1, "H": 2, "N": 5003, "M": 31, "kernel": "linear", "epsilon": 0.01},
+    "many references": {"B": 1, "H": 1, "N": 257, "M": 2049, "D": 5, "per_sample": True},
+}
+
+
+def results(backend: Backend, arguments: Arguments) -> dict[str, torch.Tensor]:
+    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    together = run(backend.set_attention, arguments, grad_output)
+    pooled = run(backend.set_pooling, arguments, output_gradient(backend.set_pooling, arguments, 0))
+    plan = run(backend.transport_plan, arguments)["output"]
+    return together | {f"pooling {name}": x for name, x in pooled.items()} | {"plan": plan}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", PROBLEMS)
+def test_bitwise_the_same(backend: Backend, options: str, dtype: torch.dtype) -> None:
+    """Forward and backward, from run to run and for 1, 2 and 4 threads."""
+    arguments = random_problem(1, dtype=dtype, device=backend.device, **PROBLEMS[options])
+    torch.set_num_threads(1)
+    expected = results(backend, arguments)
+    for threads in (1, 2, 2, 4):
+        torch.set_num_threads(threads)
+        for name, x in results(backend, arguments).items():
+            assert torch.equal(x, expected[name]), f"{name} with {threads} threads"
+
+
+def test_calls_from_several_python_threads(backend: Backend) -> None:
+    """They run at the same time (kernels release the GIL) and do not disturb one another."""
+    problems = [random_problem(seed, N=1025, device=backend.device) for seed in range(4)]
+    torch.set_num_threads(2)
+    expected = [results(backend, arguments) for arguments in problems]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda i: results(backend, problems[i % 4]), range(16))
+        for i, result in enumerate(found):
+            for name, x in result.items():
+                assert torch.equal(x, expected[i % 4][name]), name
+
+
+COUNT = """
+import os, re
+import torch, setformer_ext
+from problems import output_gradient, random_problem, run
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+def call():
+    arguments = random_problem(0, N=20011, B=2, dtype=torch.float32)
+    function = setformer_ext.set_attention
+    run(function, arguments, output_gradient(function, arguments, 0))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_set_num_threads_is_obeyed(threads: int) -> None:
+    """The process has as many threads more as it takes beside the calling one."""
+    code = f"""
+torch.set_num_threads({threads})
+before = count()
+call()
+result = count() - before
+"""
+    assert fresh(COUNT + code) == threads - 1
+
+
+def test_one_pool_of_threads_with_torch() -> None:
+    """After torch has started its threads a call needs none of its own."""
+    code = """
+torch.set_num_threads(3)
+idle = count()
+torch.ones(1 << 22).exp().sum()
+before = count()
+call()
+maps = open("/proc/self/maps").read()
+libraries = sorted(set(re.findall(r"/\\S*lib[gi]?omp\\S*", maps)))
+result = [before - idle, count() - before, libraries]
+"""
+    of_torch, more, libraries = fresh(COUNT + code)
+    assert of_torch == 2
+    assert more == 0
+    assert len(libraries) == 1, libraries
