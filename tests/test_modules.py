@@ -1,0 +1,387 @@
+"""SetAttention, the Nystrom features and the parts of sequences and grids."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from setformer_ext import SetAttention
+from setformer_ext import reference as definition
+from setformer_ext.layout import average_parts, centres, nearly_square
+from setformer_ext.nystrom import _InverseSquareRoot, nystrom_features
+
+OPTIONS = {
+    "default": {},
+    "uniform masses": {"learned_token_mass": False, "learned_reference_mass": False},
+    "pooled references": {"pooled_references": True},
+    "own query": {"query_projection": True},
+    "linear": {"kernel": "linear", "bias": False},
+    "nystrom": {"num_anchors": 5},
+    "learned scales": {"learned_bandwidth": True, "learned_epsilon": True},
+    "positions": {"position_bandwidth": 0.5},
+    "no iterations": {"iterations": 0},
+    "everything": {
+        "query_projection": True,
+        "num_anchors": 5,
+        "learned_bandwidth": True,
+        "learned_epsilon": True,
+        "position_bandwidth": 0.5,
+        "pooled_references": True,
+    },
+}
+# With positions, padding counts as part of the sequence.
+PADDING_CHANGES_NOTHING = [n for n, o in OPTIONS.items() if "position_bandwidth" not in o]
+
+
+def make(name: str, dim: int = 24, heads: int = 3, references: int = 7) -> SetAttention:
+    """A module whose parameters are all away from where they start, in float64."""
+    torch.manual_seed(0)
+    module = SetAttention(dim, heads, references, **OPTIONS[name]).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("B", "N"), [(1, 1), (2, 35), (3, 4), (0, 5), (2, 0)])
+def test_shape_and_dtype(name: str, B: int, N: int) -> None:
+    output = make(name)(tokens(B, N, 24))
+    assert output.shape == (B, N, 24)
+    assert output.dtype == torch.float64
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("grid", [None, (5, 7)])
+def test_gradients_reach_every_parameter(name: str, grid: tuple[int, int] | None) -> None:
+    module, x = make(name), tokens(2, 35, 24).requires_grad_()
+    module(x, grid=grid).square().sum().backward()
+    for parameter_name, parameter in [("x", x), *module.named_parameters()]:
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        if (name, parameter_name) == ("no iterations", "reference_log_mass"):
+            assert (parameter.grad == 0).all()  # T = 0: the reference mass plays no part
+        else:
+            assert parameter.grad.abs().max() > 1e-6, parameter_name
+
+
+@pytest.mark.parametrize("name", ["default", "everything"])
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    module, x = make(name, dim=4, heads=2, references=3), tokens(1, 5, 4)
+    mask = torch.tensor([[True, False, True, True, True]])
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        parameters = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(module, parameters, (x, mask))
+
+    assert torch.autograd.gradcheck(call, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", PADDING_CHANGES_NOTHING)
+@pytest.mark.parametrize("padding", [0.0, math.nan])
+def test_padded_equals_unpadded(name: str, padding: float) -> None:
+    module, x = make(name), tokens(2, 19, 24)
+    mask = torch.ones(2, 19, dtype=torch.bool)
+    mask[0, 11:] = mask[1, :3] = False
+    x = x.where(mask.unsqueeze(-1), padding).requires_grad_()
+    output = module(x, mask)
+    short = module(x[:1, :11]), module(x[1:, 3:])
+    torch.testing.assert_close(output[:1, :11], short[0])
+    torch.testing.assert_close(output[1:, 3:], short[1])
+    assert (output[~mask] == 0).all()
+    output.square().sum().backward()
+    assert (x.grad[~mask] == 0).all()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_masked_grid_and_masked_sample_are_finite() -> None:
+    module, x = make("everything"), tokens(2, 35, 24)
+    mask = torch.zeros(2, 35, dtype=torch.bool)
+    mask[0, 4:9] = True
+    output = module(x, mask, grid=(5, 7))
+    assert output.isfinite().all()
+    assert (output[1] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["default", "uniform masses", "own query", "nystrom"])
+def test_permuted_tokens_permute_the_output(name: str) -> None:
+    module, x = make(name), tokens(2, 17, 24)
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module(x[:, order]), module(x)[:, order])
+
+
+def test_is_the_definition_on_its_own_projections() -> None:
+    """The whole of the default module, written out."""
+    module, x = make("default"), tokens(2, 19, 24)
+
+    def heads(y: torch.Tensor) -> torch.Tensor:
+        return y.reshape(2, 19, 3, 8).transpose(1, 2)
+
+    key = heads(module.key(x))
+    output = definition.set_attention(
+        None,
+        key / key.norm(dim=-1, keepdim=True),
+        heads(module.value(x)),
+        module.reference / module.reference.norm(dim=-1, keepdim=True),
+        token_mass=module.token_mass(x).exp().transpose(1, 2),
+        reference_mass=module.reference_log_mass.exp(),
+    )
+    expected = module.projection(output.transpose(1, 2).reshape(2, 19, 24))
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_plan_has_the_masses_as_marginals() -> None:
+    module, x = make("default"), tokens(2, 35, 24)
+    module.iterations = 200
+    plan = module.transport_plan(x)
+    assert plan.shape == (2, 3, 35, 7)
+    torch.testing.assert_close(plan.sum(-2), module.reference_log_mass.softmax(-1).expand(2, 3, 7))
+    token_mass = module.token_mass(x).softmax(1).transpose(1, 2)
+    torch.testing.assert_close(plan.sum(-1), token_mass, atol=1e-6, rtol=1e-3)
+
+
+def test_masses_start_uniform() -> None:
+    module = SetAttention(24, 3, 7, iterations=200).double()
+    plan = module.transport_plan(tokens(2, 35, 24))
+    torch.testing.assert_close(plan.sum(-1), torch.full_like(plan[..., 0], 1 / 35))
+    torch.testing.assert_close(plan.sum(-2), torch.full_like(plan[..., 0, :], 1 / 7))
+
+
+@pytest.mark.parametrize("shift", [-80.0, 80.0])
+def test_learned_scales_stay_positive(shift: float) -> None:
+    module = SetAttention(24, 3, learned_bandwidth=True, learned_epsilon=True)
+    assert torch.allclose(module.bandwidth, torch.ones(3))
+    assert torch.allclose(module.epsilon, torch.full((3,), 0.1))
+    nn.init.constant_(module.log_bandwidth, shift)
+    nn.init.constant_(module.log_epsilon, shift)
+    assert (module.bandwidth > 0).all()
+    assert (module.epsilon > 0).all()
+
+
+def test_huge_token_logits_stay_finite() -> None:
+    module, x = make("default"), tokens(2, 35, 24).requires_grad_()
+    nn.init.constant_(module.token_mass.weight, 1e4)
+    output = module(x)
+    output.square().sum().backward()
+    assert output.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def test_position_penalty_makes_references_local() -> None:
+    """With a narrow penalty each reference draws most mass from its own part of the grid."""
+    module = SetAttention(24, 3, 4, position_bandwidth=0.2, epsilon=0.02).double()
+    plan = module.transport_plan(tokens(2, 64, 24), grid=(8, 8)).unflatten(2, (8, 8))
+    quarters = plan.unflatten(3, (2, 4)).unflatten(2, (2, 4)).sum((3, 5)).flatten(2, 3)
+    drawn = quarters.diagonal(dim1=-2, dim2=-1) / quarters.sum(-2)
+    assert drawn.min() > 0.8
+
+
+def test_grid_matters_only_to_positions_and_pooled_references() -> None:
+    x = tokens(2, 36, 24)
+    torch.testing.assert_close(make("default")(x, grid=(6, 6)), make("default")(x))
+    for name in ("positions", "pooled references"):
+        assert not torch.allclose(make(name)(x, grid=(6, 6)), make(name)(x))
+
+
+def test_centres() -> None:
+    like = torch.zeros(())
+    assert torch.equal(centres((4,), like), torch.tensor([[0.125], [0.375], [0.625], [0.875]]))
+    expected = torch.tensor([[0.25, 1 / 6], [0.25, 0.5], [0.25, 5 / 6],
+                             [0.75, 1 / 6], [0.75, 0.5], [0.75, 5 / 6]])  # fmt: skip
+    torch.testing.assert_close(centres((2, 3), like), expected)
+    long = centres((3136,), like.bfloat16()).flatten()
+    assert (long.diff() > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "shape"), [(1, (1, 1)), (7, (1, 7)), (12, (3, 4)), (49, (7, 7)), (50, (5, 10))]
+)
+def test_nearly_square(count: int, shape: tuple[int, int]) -> None:
+    assert nearly_square(count) == shape
+
+
+@pytest.mark.parametrize("N", [1, 6, 7, 19])
+@pytest.mark.parametrize("count", [1, 6, 20])
+def test_average_parts_is_adaptive_average_pooling(N: int, count: int) -> None:
+    x = tokens(2, N, 3)
+    expected = F.adaptive_avg_pool1d(x.mT, count).mT
+    torch.testing.assert_close(average_parts(x, count), expected)
+    padded = torch.cat([tokens(2, 4, 3, seed=2), x, tokens(2, 3, 3, seed=3)], dim=1)
+    mask = torch.zeros(padded.shape[:2], dtype=torch.bool)
+    mask[:, 4 : 4 + N] = True
+    torch.testing.assert_close(average_parts(padded, count, mask), expected)
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (2, 9)])
+def test_average_parts_of_a_grid_is_adaptive_average_pooling(grid: tuple[int, int]) -> None:
+    x = tokens(2, math.prod(grid), 3)
+    pooled = F.adaptive_avg_pool2d(x.mT.unflatten(-1, grid), (3, 4)).flatten(2).mT
+    torch.testing.assert_close(average_parts(x, 12, grid=grid), pooled)
+    every_other = (torch.arange(math.prod(grid)) % 2 == 0).expand(2, -1)
+    twice = average_parts(torch.cat([x, x + 1], -1), 12, every_other, grid)
+    torch.testing.assert_close(twice[..., 3:] - twice[..., :3], torch.ones_like(pooled))
+
+
+def test_nystrom_features_are_exact_at_the_anchors() -> None:
+    anchor, x = F.normalize(tokens(3, 6, 8), dim=-1), tokens(2, 3, 35, 8, seed=2)
+    bandwidth = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    of_anchors = nystrom_features(anchor.unsqueeze(0), anchor, bandwidth)
+    of_x = nystrom_features(x, anchor, bandwidth)
+    kernel = definition.similarity(x, anchor, "gaussian", bandwidth)
+    torch.testing.assert_close(of_x @ of_anchors.mT, kernel, rtol=1e-6, atol=1e-6)
+    assert of_x.norm(dim=-1).max() <= 1 + 1e-6  # kappa(x, x) = 1 from below
+
+
+def test_nystrom_features_approximate_the_kernel_better_with_more_anchors() -> None:
+    x = F.normalize(tokens(1, 1, 50, 3), dim=-1)
+    kernel = definition.similarity(x, x[0])
+    anchors = F.normalize(tokens(1, 32, 3, seed=5), dim=-1)
+    errors = []
+    for count in (2, 8, 32):
+        feature = nystrom_features(x, anchors[:, :count])
+        errors.append(float((feature @ feature.mT - kernel).abs().max()))
+    assert errors[0] > errors[1] > 30 * errors[2]
+    assert errors[2] < 0.02
+
+
+def test_nystrom_attention_equals_gaussian_where_references_are_anchors() -> None:
+    plain, nystrom = make("default"), SetAttention(24, 3, 7, num_anchors=7).double()
+    nystrom.load_state_dict(plain.state_dict() | {"anchor": plain.reference})
+    x = tokens(2, 19, 24)
+    torch.testing.assert_close(nystrom(x), plain(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_coinciding_or_distant_anchors_have_finite_gradients(count: int) -> None:
+    """Equal eigenvalues, where the derivative of eigh itself divides by zero."""
+    together = torch.ones(1, count, 8)
+    apart = 10 * torch.eye(8)[:count].unsqueeze(0)
+    for anchor in (together, apart):
+        anchor.requires_grad_()
+        feature = nystrom_features(tokens(1, 1, 9, 8).float(), anchor)
+        feature.square().sum().backward()
+        assert feature.isfinite().all()
+        assert anchor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("floor", [1e-3, 1.5])
+def test_inverse_square_root_derivatives(floor: float) -> None:
+    """Below, and among the eigenvalues; both derivatives against finite differences."""
+    factor = tokens(2, 5, 5)
+    matrix = factor @ factor.mT + 0.5 * torch.eye(5)
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    assert (eigenvalues > 1.5).any()
+    assert (eigenvalues < 1.5).any()
+
+    def root(matrix: torch.Tensor) -> torch.Tensor:
+        return _InverseSquareRoot.apply((matrix + matrix.mT) / 2, floor)
+
+    assert torch.autograd.gradcheck(root, matrix.requires_grad_())
+    assert torch.autograd.gradgradcheck(root, matrix)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_state_dict_round_trip(name: str) -> None:
+    module, other = make(name), SetAttention(24, 3, 7, **OPTIONS[name]).double()
+    assert set(module.state_dict()) == {n for n, _ in module.named_parameters()}
+    other.load_state_dict(module.state_dict())
+    x = tokens(2, 19, 24)
+    assert torch.equal(other(x), module(x))
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+
+
+def test_reset_parameters_draws_again_from_the_seed() -> None:
+    module = SetAttention(24, 3, num_anchors=5, learned_epsilon=True)
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 7.0)
+    fresh = SetAttention(24, 3, num_anchors=5, learned_epsilon=True)
+    for each in (module, fresh):
+        torch.manual_seed(3)
+        each.reset_parameters()
+    for name, parameter in fresh.state_dict().items():
+        assert torch.equal(module.state_dict()[name], parameter), name
+
+
+@pytest.mark.parametrize("name", ["default", "everything"])
+def test_compiles_to_one_graph(name: str) -> None:
+    module, x = make(name).float(), tokens(2, 35, 24).float().requires_grad_()
+    mask = torch.rand(2, 35, generator=torch.Generator().manual_seed(0)) > 0.3
+    expected = module(x, mask, (5, 7))
+    expected.square().sum().backward()
+    expected_gradient, x.grad = x.grad, None
+    output = torch.compile(module, fullgraph=True)(x, mask, (5, 7))
+    output.square().sum().backward()
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad, expected_gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bfloat16_autocast_and_module(name: str) -> None:
+    module, x = make(name).float(), tokens(2, 35, 24).float()
+    exact = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+    assert output.dtype == torch.bfloat16
+    scale = exact.abs().max()
+    assert (output - exact).abs().max() < 0.1 * scale
+    output.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+    low = module.bfloat16()(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert (low - exact).abs().max() < 0.1 * scale
+
+
+def test_repr_tells_the_options() -> None:
+    text = repr(SetAttention(24, 3, 7, learned_epsilon=True, position_bandwidth=0.5))
+    for part in ("24", "num_heads=3", "num_references=7", "epsilon=learned from 0.1", "0.5"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_heads", 0),
+        ("num_heads", 5),
+        ("num_references", 0),
+        ("kernel", "cosine"),
+        ("bandwidth", 0.0),
+        ("bandwidth", math.inf),
+        ("epsilon", -1.0),
+        ("epsilon", math.nan),
+        ("iterations", -1),
+        ("num_anchors", 0),
+        ("position_bandwidth", 0.0),
+    ],
+)
+def test_constructor_names_the_bad_argument(name: str, value: object) -> None:
+    culprit = "dim" if (name, value) == ("num_heads", 5) else name
+    with pytest.raises(ValueError, match=rf"SetAttention: {culprit} must be .*got "):
+        SetAttention(**{"dim": 24, "num_heads": 3, name: value})
+
+
+@pytest.mark.parametrize("option", [{"num_anchors": 5}, {"learned_bandwidth": True}])
+def test_linear_kernel_has_no_bandwidth(option: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        SetAttention(24, 3, kernel="linear", **option)
+
+
+def test_forward_names_the_bad_argument() -> None:
+    module, x = SetAttention(24, 3), torch.zeros(2, 35, 24)
+    for bad in (x[0], x[..., :23], x.long()):
+        with pytest.raises(ValueError, match=r"x must be floating point \[B, N, C=24\], got"):
+            module(bad)
+    for mask in (torch.ones(2, 35), torch.ones(2, 34, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"mask must be bool \[B=2, N=35\], got"):
+            module(x, mask)
+    for grid in ((5, 8), (35,), (-5, -7)):
+        with pytest.raises(ValueError, match=r"grid must be \(H, W\) with H \* W = N = 35, got"):
+            module(x, grid=grid)
