@@ -511,7 +511,7 @@ class BackwardHead {
                            int64_t depth) {
     for (int64_t i = 0; i < count; ++i) {
       Storage* row = at<Storage>(tensor, b, h) + i * tensor.stride[2];
-      for (int64_t c = 0; c < depth; ++c) to_storage(T(0), row[c * tensor.stride[3]]);
+      for (int64_t c = 0; c < depth; ++c) to_storage(T(0), row + c * tensor.stride[3]);
     }
   }
 

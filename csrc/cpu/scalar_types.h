@@ -32,36 +32,85 @@ SETFORMER_INLINE To bit_cast(From from) {
   return to;
 }
 
-SETFORMER_INLINE float to_accumulate(float x) { return x; }
-SETFORMER_INLINE double to_accumulate(double x) { return x; }
-SETFORMER_INLINE float to_accumulate(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
-SETFORMER_INLINE float to_accumulate(Float16 x) {
-  // Moved into float's fields the exponent is 112 too low; the product mends subnormals as well.
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
-  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  const uint32_t bits = magnitude >= 0x7c00u << 13 ? 0x7f800000u | magnitude : finite;
-  return bit_cast<float>(bits | uint32_t(x.bits & 0x8000u) << 16);
+// The formulas below serve scalars (Float = float, Bits = uint32_t) and vectors of them alike.
+
+template <class Float, class Bits>
+SETFORMER_INLINE Float from_bfloat16(Bits x) {
+  return bit_cast<Float>(x << 16);
 }
 
-// All round to nearest, ties to even.
-SETFORMER_INLINE void to_storage(float x, float& y) { y = x; }
-SETFORMER_INLINE void to_storage(double x, double& y) { y = x; }
-SETFORMER_INLINE void to_storage(float x, BFloat16& y) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;  // adding could carry a NaN over to zero
-  y.bits = uint16_t(x == x ? rounded : quiet_nan);
+template <class Float, class Bits>
+SETFORMER_INLINE Float from_float16(Bits x) {
+  // Moved into float's fields the exponent is 112 too low; the product mends subnormals as well.
+  const Bits magnitude = (x & 0x7fffu) << 13;
+  const Bits finite = bit_cast<Bits>(bit_cast<Float>(magnitude) * 0x1p112f);
+  const Bits bits = magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : finite;
+  return bit_cast<Float>(bits | (x & 0x8000u) << 16);
 }
-SETFORMER_INLINE void to_storage(float x, Float16& y) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+
+// Both round to nearest, ties to even.
+template <class Float, class Bits>
+SETFORMER_INLINE Bits to_bfloat16(Float x) {
+  const Bits bits = bit_cast<Bits>(x);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits quiet_nan = (bits >> 16) | 0x40u;  // rounding could carry a NaN over to zero
+  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+}
+
+template <class Float, class Bits>
+SETFORMER_INLINE Bits to_float16(Float x) {
+  const Bits bits = bit_cast<Bits>(x);
+  const Bits magnitude = bits & 0x7fffffffu;
+  const Bits normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Added to 0.5, whose last bit is worth 2^-24, the float unit does the rounding of subnormals.
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t half = magnitude >= 0x477ff000u ? special : finite;  // 65520 rounds to infinity
-  y.bits = uint16_t(half | ((bits >> 16) & 0x8000u));
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits infinity = (magnitude & 0u) + 0x7c00u;
+  const Bits special = magnitude > 0x7f800000u ? infinity + 0x200u : infinity;
+  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Bits half = magnitude >= 0x477ff000u ? special : finite;  // 65520 rounds to infinity
+  return half | ((bits >> 16) & 0x8000u);
+}
+
+SETFORMER_INLINE float to_accumulate(float x) { return x; }
+SETFORMER_INLINE double to_accumulate(double x) { return x; }
+SETFORMER_INLINE float to_accumulate(BFloat16 x) { return from_bfloat16<float>(uint32_t{x.bits}); }
+SETFORMER_INLINE float to_accumulate(Float16 x) { return from_float16<float>(uint32_t{x.bits}); }
+
+SETFORMER_INLINE void to_storage(float x, float* y) { *y = x; }
+SETFORMER_INLINE void to_storage(double x, double* y) { *y = x; }
+SETFORMER_INLINE void to_storage(float x, BFloat16* y) {
+  y->bits = uint16_t(to_bfloat16<float, uint32_t>(x));
+}
+SETFORMER_INLINE void to_storage(float x, Float16* y) {
+  y->bits = uint16_t(to_float16<float, uint32_t>(x));
+}
+
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+SETFORMER_INLINE Bits32 load_bits(const void* p) {
+  return __builtin_convertvector(*static_cast<const Bits16*>(p), Bits32);
+}
+SETFORMER_INLINE void store_bits(void* p, Bits32 bits) {
+  *static_cast<Bits16*>(p) = __builtin_convertvector(bits, Bits16);
+}
+
+// A whole vector of storage elements, converted.
+SETFORMER_INLINE Vector<float> load_vector(const float* p) { return load(p); }
+SETFORMER_INLINE Vector<double> load_vector(const double* p) { return load(p); }
+SETFORMER_INLINE Vector<float> load_vector(const BFloat16* p) {
+  return from_bfloat16<Vector<float>>(load_bits(p));
+}
+SETFORMER_INLINE Vector<float> load_vector(const Float16* p) {
+  return from_float16<Vector<float>>(load_bits(p));
+}
+SETFORMER_INLINE void store_vector(Vector<float> x, float* p) { store(p, x); }
+SETFORMER_INLINE void store_vector(Vector<double> x, double* p) { store(p, x); }
+SETFORMER_INLINE void store_vector(Vector<float> x, BFloat16* p) {
+  store_bits(p, to_bfloat16<Vector<float>, Bits32>(x));
+}
+SETFORMER_INLINE void store_vector(Vector<float> x, Float16* p) {
+  store_bits(p, to_float16<Vector<float>, Bits32>(x));
 }
 
 template <class T>
@@ -69,24 +118,25 @@ void fill(T* x, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) x[i] = value;
 }
 
-// row[0 .. width) = `count` elements `stride` apart, then zeros. The loops of stride 1 vectorise.
+// row[0 .. width) = `count` elements `stride` apart, then zeros.
 template <class Storage, class T>
-void load_row(const Storage* from, int64_t stride, int64_t count, T* row, int64_t width) {
+SETFORMER_INLINE void load_row(const Storage* from, int64_t stride, int64_t count, T* row,
+                               int64_t width) {
+  int64_t c = 0;
   if (stride == 1) {
-    for (int64_t c = 0; c < count; ++c) row[c] = to_accumulate(from[c]);
-  } else {
-    for (int64_t c = 0; c < count; ++c) row[c] = to_accumulate(from[c * stride]);
+    for (; c + kLanes<T> <= count; c += kLanes<T>) store<T>(row + c, load_vector(from + c));
   }
-  fill(row + count, width - count, T(0));
+  for (; c < count; ++c) row[c] = to_accumulate(from[c * stride]);
+  for (; c < width; ++c) row[c] = T(0);
 }
 
 template <class Storage, class T>
-void store_row(const T* row, int64_t count, Storage* to, int64_t stride) {
+SETFORMER_INLINE void store_row(const T* row, int64_t count, Storage* to, int64_t stride) {
+  int64_t c = 0;
   if (stride == 1) {
-    for (int64_t c = 0; c < count; ++c) to_storage(row[c], to[c]);
-  } else {
-    for (int64_t c = 0; c < count; ++c) to_storage(row[c], to[c * stride]);
+    for (; c + kLanes<T> <= count; c += kLanes<T>) store_vector(load(row + c), to + c);
   }
+  for (; c < count; ++c) to_storage(row[c], to + c * stride);
 }
 
 }  // namespace setformer::cpu::SETFORMER_ISA
