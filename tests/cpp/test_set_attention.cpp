@@ -331,8 +331,8 @@ void check_gradient(Problem<double>& p, Array<double>& x, const std::vector<doub
     x.data[i] = kept;
     // Epsilons are down to a fifth of c.epsilon, so truncation is some (5e-3)^4 = 6e-10 times the
     // fifth derivative's constant. The loss, a sum of some hundred numbers near 1 from exponents
-    // near 1 / epsilon, is rounded at 1e-14 / epsilon.
-    const double rounding = 1e-14 / p.c.epsilon / step;
+    // up to ten times 1 / epsilon, is rounded at 1e-13 / epsilon.
+    const double rounding = 1e-13 / p.c.epsilon / step;
     CHECK_CLOSE(gradient[i], difference, 2e-8 * std::abs(gradient[i]) + rounding);
   }
 }
