@@ -1,0 +1,251 @@
+"""setformer_ext._C with NumPy arrays: no tensor anywhere near it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fresh import fresh
+from problems import random_problem, run
+
+from setformer_ext import _C
+from setformer_ext import reference as definition
+
+Arrays = dict[str, Any]
+
+
+def problem(dtype: str = "float64", **options: object) -> Arrays:
+    """What set_attention_forward takes, as arrays."""
+    arguments = random_problem(
+        3, N=17, M=5, dtype=getattr(torch, dtype), **({"epsilon": "learned"} | options)
+    )
+    accumulate = "float64" if dtype == "float64" else "float32"
+    storage = ("query", "key", "value", "reference")
+    arrays = {}
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor):
+            x = x.numpy()
+            if x.dtype != bool and name not in storage:
+                x = x.astype(accumulate)
+        if x is not None:
+            arrays[name] = x
+    return arrays
+
+
+def results(arrays: Arrays) -> Arrays:
+    """Arrays for what set_attention_forward writes, full of NaN."""
+    key, value, query = arrays["key"], arrays["value"], arrays.get("query")
+    B, H, N, _ = key.shape
+    M, T, accumulate = arrays["reference"].shape[-2], arrays["iterations"], arrays["epsilon"].dtype
+
+    def nan(*shape: int, dtype: Any = accumulate) -> np.ndarray:
+        return np.full(shape, np.nan, dtype)
+
+    columns = (B, H, max(T, 1), M)
+    tokens = N if query is None else query.shape[2]
+    written = {
+        "output": nan(B, H, tokens, value.shape[-1], dtype=key.dtype),
+        "pooled": nan(B, H, M, value.shape[-1]),
+        "rows": nan(B, H, T + 1, N),
+        "columns": nan(*columns),
+    }
+    if query is not None:
+        written |= {"query_rows": nan(B, H, T + 1, tokens), "query_columns": nan(*columns)}
+    return written
+
+
+def gradients(arrays: Arrays) -> Arrays:
+    """Arrays for what set_attention_backward writes, full of NaN."""
+    B, H, _, D = arrays["key"].shape
+    M, accumulate = arrays["reference"].shape[-2], arrays["epsilon"].dtype
+    shapes = {
+        name: (arrays[name].shape, arrays[name].dtype)
+        for name in ("key", "value", "query", "token_mass")
+        if name in arrays
+    } | {"reference": ((B, H, M, D), accumulate), "epsilon": ((B, H), accumulate)}
+    if "reference_mass" in arrays:
+        shapes["reference_mass"] = ((B, H, M), accumulate)
+    return {f"grad_{name}": np.full(*shape[:1], np.nan, shape[1]) for name, shape in shapes.items()}
+
+
+def as_torch(arrays: Arrays) -> Arrays:
+    """The same problem for the definition, in float64."""
+    tensors = {
+        name: torch.from_numpy(np.array(x, bool if x.dtype == bool else "float64"))
+        if isinstance(x, np.ndarray)
+        else x
+        for name, x in arrays.items()
+    }
+    return {"query": None, "bandwidth": 1.0} | tensors
+
+
+OPTIONS = [
+    {},
+    {"masked": True, "token_mass": True, "reference_mass": "learned", "P": 2},
+    {"Nq": 9, "masked": True, "per_sample": True, "kernel": "linear", "iterations": 2, "P": 1},
+    {"iterations": 0},
+]
+
+# of results of size 1 to 10: rounding of the storage type, some tens of operations in the other
+TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_forward_and_backward(options: dict, dtype: str) -> None:
+    arrays = problem(dtype, **options)
+    written = results(arrays)
+    assert _C.set_attention_forward(**arrays, **written) is None
+    grad_output = np.random.default_rng(0).standard_normal(written["output"].shape).astype(dtype)
+    grads = gradients(arrays)
+    _C.set_attention_backward(**arrays, **written, **grads, grad_output=grad_output)
+
+    expected = run(
+        definition.set_attention, as_torch(arrays), torch.from_numpy(grad_output).double()
+    )
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(written["output"], expected["output"], tolerance, tolerance)
+    assert len(grads) == len(expected) - 1
+    for name, x in grads.items():
+        y = expected[name.removeprefix("grad_")].numpy()
+        if x.ndim > y.ndim:
+            x = x.sum(0)  # one per sample of what all samples share
+        np.testing.assert_allclose(
+            x, y, tolerance, tolerance * max(1, np.abs(y).max()), err_msg=name
+        )
+
+
+def test_plan() -> None:
+    arrays = problem(masked=True, reference_mass="learned")
+    written = results(arrays)
+    _C.set_attention_forward(**arrays, **written)
+    plan = np.full((2, 3, 17, 5), np.nan)
+    del arrays["value"]
+    _C.transport_plan(**arrays, rows=written["rows"], columns=written["columns"], plan=plan)
+    arguments = as_torch(arrays)
+    del arguments["query"]
+    expected = definition.transport_plan(**arguments)
+    np.testing.assert_allclose(plan, expected, 1e-11, 1e-13)
+
+
+def test_pooling_alone() -> None:
+    """Without an output array only the pooled outputs are written."""
+    arrays = problem()
+    expected, written = results(arrays), results(arrays)
+    _C.set_attention_forward(**arrays, **expected)
+    del written["output"]
+    _C.set_attention_forward(**arrays, **written)
+    np.testing.assert_array_equal(written["pooled"], expected["pooled"])
+
+
+def test_strides() -> None:
+    """Transposed and sliced arrays in, a sliced array out."""
+    arrays = problem(reference_mass="learned", masked=True)
+    expected = results(arrays)
+    _C.set_attention_forward(**arrays, **expected)
+    strided = {name: x.T.copy().T if isinstance(x, np.ndarray) else x for name, x in arrays.items()}
+    written = results(arrays)
+    wide = np.full((2, 6, 17, 11), np.nan)
+    written["output"] = wide[:, ::2, :, 1::2]
+    _C.set_attention_forward(**strided, **written)
+    np.testing.assert_array_equal(wide[:, ::2, :, 1::2], expected["output"])
+    assert np.isnan(wide[:, 1::2]).all()
+    assert np.isnan(wide[..., ::2]).all()
+
+
+def test_read_only_inputs() -> None:
+    """Broadcast and memory-mapped arrays cannot be written to, and need not be."""
+    arrays = problem()
+    expected, written = results(arrays), results(arrays)
+    _C.set_attention_forward(**arrays, **expected)
+    arrays["key"] = np.array(arrays["key"])
+    arrays["key"].flags.writeable = False
+    _C.set_attention_forward(**arrays, **written)
+    np.testing.assert_array_equal(written["output"], expected["output"])
+
+
+BAD = [
+    # argument: what is done to it, error, what the message says
+    ("key", lambda x: x[0], ValueError, r"key must be \[B, H, N, D\], got \[3, 17, 8\]"),
+    ("key", lambda x: x.astype("int64"), TypeError, "key must be float32.* got int64"),
+    ("key", lambda x: x.tolist(), TypeError, "key must be an array with __dlpack__.* got list"),
+    ("key", lambda x: None, TypeError, "key must be given"),
+    ("value", lambda x: x[:, :, :5], ValueError, r"value must be .*N=17.*got \[2, 3, 5, 5\]"),
+    ("value", lambda x: x.astype("float32"), TypeError, "value must be float64, got float32"),
+    ("reference", lambda x: x[:2], ValueError, r"reference must be .*H=3.*got \[2, 5, 8\]"),
+    ("mask", lambda x: np.ones((2, 17)), TypeError, "mask must be bool, got float64"),
+    ("mask", lambda x: np.ones((2, 9), bool), ValueError, r"mask must be .*N=17.*got \[2, 9\]"),
+    ("epsilon", lambda x: x[:1], ValueError, r"epsilon must be \[H=3\], got \[1\]"),
+    ("epsilon", lambda x: -x, ValueError, "epsilon must be > 0"),
+    ("token_mass", lambda x: -np.ones((2, 3, 17)), ValueError, "token_mass must be >= 0"),
+    ("reference_mass", lambda x: np.zeros((3, 5)), ValueError, "reference_mass must be > 0"),
+    ("rows", lambda x: x[:, :, 1:], ValueError, r"rows must be .*T\+1=6.*got \[2, 3, 5, 17\]"),
+    ("rows", lambda x: x[..., ::-1], ValueError, "rows must be contiguous"),
+    ("rows", lambda x: None, TypeError, "rows must be given"),
+    ("output", lambda x: x[:, :, 1:], ValueError, r"output must be .*N=17.*got \[2, 3, 16, 5\]"),
+    ("token_positions", lambda x: np.ones((17, 2)), ValueError, "reference_positions"),
+    ("reference_positions", lambda x: np.ones((5, 2)), ValueError, "token_positions"),
+    ("iterations", lambda x: -1, ValueError, "iterations must be >= 0, got -1"),
+    ("kernel", lambda x: "cosine", ValueError, "kernel must be .* got 'cosine'"),
+    ("bandwidth", lambda x: 0.0, ValueError, "bandwidth must be > 0"),
+    ("position_bandwidth", lambda x: -1.0, ValueError, "position_bandwidth must be > 0"),
+    ("nonsense", lambda x: np.ones(3), TypeError, "unexpected argument 'nonsense'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "error", "message"), BAD, ids=[f"{x[0]} {x[3]}" for x in BAD]
+)
+def test_refused(name: str, spoil: Any, error: type, message: str) -> None:
+    arrays = problem()
+    arrays |= results(arrays)
+    arrays[name] = spoil(arrays.get(name))
+    with pytest.raises(error, match=message) as caught:
+        _C.set_attention_forward(**arrays)
+    assert caught.type is error
+
+
+def test_positions_of_four_coordinates() -> None:
+    arrays = problem() | {
+        "token_positions": np.ones((17, 4)),
+        "reference_positions": np.ones((5, 4)),
+    }
+    with pytest.raises(ValueError, match=r"positions must .*got \[.*4\]"):
+        _C.set_attention_forward(**arrays, **results(arrays))
+
+
+def test_results_that_cannot_be_written() -> None:
+    arrays = problem()
+    written = results(arrays)
+    written["output"].flags.writeable = False
+    with pytest.raises((ValueError, BufferError, TypeError)):
+        _C.set_attention_forward(**arrays, **written)
+    assert np.isnan(written["output"]).all()
+
+
+def test_without_importing_torch() -> None:
+    """The arrays are NumPy's and so is the rest; torch is blocked, as if not installed."""
+    code = """
+    import sys
+    sys.modules["torch"] = None
+    import numpy as np
+    try:
+        import setformer_ext
+    except ImportError:
+        pass
+    from setformer_ext import _C
+    rng = np.random.default_rng(0)
+    key, value = rng.standard_normal((2, 1, 1, 9, 4))
+    reference = rng.standard_normal((1, 3, 4))
+    output = np.empty((1, 1, 9, 4))
+    _C.set_attention_forward(
+        key=key, value=value, reference=reference, epsilon=np.array([0.5]), iterations=0,
+        kernel="linear", output=output, pooled=np.empty((1, 1, 3, 4)),
+        rows=np.empty((1, 1, 1, 9)), columns=np.empty((1, 1, 1, 3)),
+    )
+    s = key[0, 0] @ reference[0].T / 0.5
+    C = np.exp(s) / np.exp(s).sum(0)
+    R = np.exp(s) / np.exp(s).sum(1, keepdims=True)
+    result = np.abs(output[0, 0] - R @ (C.T @ value[0, 0])).max()
+    """
+    assert fresh(code) < 1e-14
