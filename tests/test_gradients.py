@@ -1,12 +1,15 @@
 """First and second derivatives in float64 against finite differences."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import Backend
 from problems import call, differentiable, random_problem, used
 from torch import Tensor
+
+from setformer_ext import reference as definition
 
 SMALL = {"B": 2, "H": 2, "N": 5, "M": 3, "D": 2, "Dv": 2, "epsilon": 0.5}
 
@@ -67,6 +70,25 @@ def test_second_in_full(backend: Backend) -> None:
     }  # fmt: skip
     of_tensors, tensors = function_of_tensors(backend, "set_attention", options)
     assert torch.autograd.gradgradcheck(of_tensors, tensors)
+
+
+@pytest.mark.parametrize("function", ["set_attention", "set_pooling", "transport_plan"])
+@pytest.mark.parametrize(
+    "options", [{}, {"Nq": 3, "token_mass": True, "epsilon": "learned"}], ids=str
+)
+def test_second_of_a_nonlinear_loss(backend: Backend, function: str, options: dict) -> None:
+    """As in a gradient penalty: the gradient handed down depends on the inputs as well."""
+    ours, tensors = function_of_tensors(backend, function, options)
+    plain = replace(backend, **{function: getattr(definition, function)})
+    of_definition, _ = function_of_tensors(plain, function, options)
+
+    def penalty(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(f(*tensors).square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
+
+    for x, y in zip(penalty(ours), penalty(of_definition), strict=True):
+        # some thousand float64 operations
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11 * y.abs().max().item())
 
 
 def test_only_what_is_asked_for(backend: Backend) -> None:
