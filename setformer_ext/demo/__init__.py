@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
             return _fail(f'{error.name} is missing: pip install "setformer_ext[demo]"')
     from .compare import compare
 
-    image_size = args.image_size or (8 if args.data is None else 32)
+    image_size = args.image_size
+    if image_size is None:
+        image_size = 8 if args.data is None else 32
     if image_size < 8 or image_size % 8:
         return _fail(f"--image-size must be a positive multiple of 8, got {image_size}")
     if args.steps < 1:

@@ -72,10 +72,10 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Images:
         try:
             images.append(_read(path, image_size))
             labels.append(label)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise what they like
             broken.append(f"  {path}: {error}")
     if broken:
-        print(f"skipped {len(broken)} unreadable files:", *broken, sep="\n", file=sys.stderr)
+        print(f"skipped {len(broken)} unreadable file(s):", *broken, sep="\n", file=sys.stderr)
 
     counts = np.bincount(labels, minlength=len(classes))
     few = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < 2]
@@ -96,9 +96,10 @@ def _read(path: Path, image_size: int) -> Tensor:  # [3, S, S]
             levels = np.asarray(image, dtype=np.float64)
             levels = (levels - levels.min()) / max(np.ptp(levels), 1e-12)
             image = Image.fromarray(np.uint8(255 * levels))
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
         return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
 
