@@ -35,7 +35,7 @@ def competitors() -> dict[str, Attention]:
     torch._dynamo.config.cache_size_limit = 64
     return {
         "setformer_ext": lambda key, value, y: set_attention(None, key, value, y),
-        "eager definition": peers.definition,
+        "eager, log domain": peers.log_domain,
         "torch.compile, scaling": torch.compile(peers.scaling, dynamic=False),
     }
 

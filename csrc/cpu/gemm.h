@@ -28,6 +28,12 @@ struct Tile {
   }
 
  private:
+  template <int Row, int... V>
+  static SETFORMER_INLINE void add_row(Vector<T>* sum, Vector<T> left, const Vector<T>* right,
+                                       std::integer_sequence<int, V...>) {
+    ((sum[Row * Vectors + V] += left * right[V]), ...);
+  }
+
   template <int... I, int... R, int... V>
   static SETFORMER_INLINE void expand(std::integer_sequence<int, I...>,
                                       std::integer_sequence<int, R...>,
@@ -39,8 +45,8 @@ struct Tile {
     const T* row[Rows] = {(a + R * a_row)...};
     for (int64_t k = 0; k < depth; ++k) {
       const Vector<T> right[Vectors] = {load<T>(b + V * lanes)...};
-      const Vector<T> left[Rows] = {splat<T>(*row[R])...};
-      ((sum[I] += left[I / Vectors] * right[I % Vectors]), ...);
+      // Row by row: broadcasting all of A's first would leave too few registers.
+      (add_row<R>(sum, splat<T>(*row[R]), right, std::make_integer_sequence<int, Vectors>{}), ...);
       ((row[R] += a_depth), ...);
       b += b_depth;
     }

@@ -58,8 +58,11 @@ template <class Storage, class T = Accumulate<Storage>>
 void load_tokens(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int64_t count,
                  int64_t depth, const Validity& valid, T* rows, int64_t width) {
   const Storage* from = at<const Storage>(tensor, b, h) + begin * tensor.stride[2];
+  const int64_t tile_ahead = kTileTokens * tensor.stride[2];
   for (int64_t i = 0; i < count; ++i, from += tensor.stride[2], rows += width) {
     if (valid[begin + i]) {
+      // The next tile's rows will be wanted when this tile's arithmetic is done.
+      prefetch_row(from, tile_ahead, depth);
       load_row(from, tensor.stride[3], depth, rows, width);
     } else {
       fill(rows, width, T(0));
