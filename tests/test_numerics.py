@@ -110,6 +110,33 @@ def test_epsilon_and_iterations(
     assert_as_exact_as_definition(backend.set_attention, arguments)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+@pytest.mark.parametrize("epsilon", [0.02, 0.05, 0.1])
+def test_masses_of_zero_at_small_epsilon(
+    backend: Backend, epsilon: float, iterations: int, seed: int
+) -> None:
+    """A few tokens, so that one without mass can be far nearer a reference than all with mass."""
+    arguments = random_problem(
+        seed,
+        B=7,
+        H=5,
+        N=3,
+        M=2,
+        D=1,
+        Dv=1,
+        bandwidth=0.5,
+        epsilon=epsilon,
+        iterations=iterations,
+        token_mass=True,
+        dtype=torch.float32,
+        device=backend.device,
+    )
+    arguments["token_mass"][..., 0] = 1  # no head without any mass
+    assert_as_exact_as_definition(backend.set_attention, arguments)
+    assert_as_exact_as_definition(backend.set_pooling, arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_options_of_half_problems(backend: Backend, dtype: torch.dtype) -> None:
     """Learned epsilon and bandwidth stay in float32 where the tokens are cast to half."""

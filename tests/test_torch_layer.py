@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from fresh import fresh
 from problems import (
     Arguments,
@@ -166,12 +167,16 @@ def test_compile_with_changing_sizes() -> None:
     compiled = torch.compile(
         setformer_ext.set_attention, fullgraph=True, dynamic=True, backend=counter
     )
-    for N, B in ((7, 2), (9, 3), (33, 5)):
-        arguments = small("plain", N=N, B=B)
+    compilations = []
+    for N, B in ((7, 5), (11, 8), (33, 9)):
+        # no two sizes equal: dynamo takes those for one
+        arguments = random_problem(0, B=B, H=2, N=N, M=3, D=4, Dv=6)
         expected = loss_and_gradients(setformer_ext.set_attention, arguments)
         for name, x in loss_and_gradients(named(compiled), arguments).items():
             assert torch.equal(x, expected[name]), name
-    assert counter.frame_count == 1
+        compilations.append(counter.frame_count)
+    # dynamo may start over within the first call, once it has seen which numbers are symbols
+    assert len(set(compilations)) == 1
 
 
 @pytest.mark.parametrize("options", OPTIONS)
