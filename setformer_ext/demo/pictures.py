@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
+from torch.nn import functional as F
 
 from .data import Images
 from .model import GRID, Classifier
@@ -24,6 +25,7 @@ COLOURS = ["#56b4e9", "#e69f00", "#2ee6a0", "#f0e442", "#ff6ec7", "#d55e00", "#9
 CURVE_COLOURS = ["#d1495b", "#30638e"]
 SHOWN_REFERENCES = len(COLOURS)
 SHOWN_IMAGES = 10
+SHOWN_SIZE = 128  # pixels
 
 
 def draw_curves(histories: dict[str, History], source: str, path: Path) -> None:
@@ -42,9 +44,13 @@ def draw_curves(histories: dict[str, History], source: str, path: Path) -> None:
             markersize=3,
             label=f"{name}: {history.accuracy:.1%} at the end",
         )
-    loss_axes.set(title="Training loss, smoothed", xlabel="step", ylabel="cross-entropy")
+    loss_axes.set(
+        title="Training loss, running mean",
+        xlabel="step",
+        ylabel="cross-entropy (labels smoothed by 0.1)",
+    )
     accuracy_axes.set(title="Test accuracy", xlabel="step", ylabel="share of images right")
-    accuracy_axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -62,34 +68,51 @@ def draw_plans(model: Classifier, images: Images, path: Path) -> None:
     chosen = _one_of_each_class(images)
     pictures = images.test[chosen]
     depth, head, plan = _most_telling_head(model, pictures)  # plan [K, N, M]
-    references = plan.sum((0, 1)).topk(min(SHOWN_REFERENCES, plan.shape[-1])).indices
+    drawn = plan.mT / plan.sum(1).unsqueeze(-1)  # [K, M, N], the weights of collect
+    references = _largest_from_top_to_bottom(plan.sum((0, 1)), drawn.mean(0))
     shares = plan / plan.sum(-1, keepdim=True)  # of token i's mass, the part that goes to j
-    token_mass = _relative(plan.sum(-1))
-    drawn = _relative(plan.mT / plan.sum(1).unsqueeze(-1))  # [K, M, N]
     colours = torch.tensor([to_rgb(colour) for colour in COLOURS[: len(references)]])
 
     titles = ["image", "all", *(f"reference {j}" for j in range(1, len(references) + 1))]
     rows, columns = len(chosen), len(titles)
-    figure = Figure(figsize=(1.05 * columns, 1.05 * rows + 1), facecolor="black")
+    height = 1.05 * rows + 1.1
+    figure = Figure(figsize=(1.05 * columns, height), facecolor="black")
+    figure.subplots_adjust(0.05, 0.01, 0.99, 1 - 1.05 / height, 0.05, 0.05)
     grid = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(0.05, 0.01, 0.99, 1 - 1 / (1.05 * rows + 1), 0.05, 0.05)
     for row in range(rows):
-        grey = pictures[row].mean(0)
-        _show(grid[row][0], pictures[row].permute(1, 2, 0).expand(-1, -1, 3))
-        grid[row][0].set_ylabel(images.classes[images.test_labels[chosen[row]]], color="white")
+        picture = _enlarge(pictures[row], "bicubic").expand(-1, -1, 3)
+        grey = picture.mean(-1, keepdim=True)
         mixture = shares[row][:, references] @ colours  # [N, 3]
-        _show(grid[row][1], _glow(grey, token_mass[row], mixture))
-        for column, reference in enumerate(references, start=2):
-            colour = colours[column - 2].expand(len(mixture), 3)
-            _show(grid[row][column], _glow(grey, drawn[row, reference], colour))
+        _show(grid[row][0], picture)
+        _show(grid[row][1], _glow(grey, plan[row].sum(-1), mixture))
+        for axes, reference, colour in zip(grid[row][2:], references, colours, strict=True):
+            _show(axes, _glow(grey, drawn[row, reference], colour.expand_as(mixture)))
+        grid[row][0].set_ylabel(images.classes[images.test_labels[chosen[row]]], color="white")
     for axes, title, shade in zip(grid[0], titles, ["white", "white", *COLOURS], strict=False):
         axes.set_title(title, color=shade, fontsize=9)
     figure.suptitle(
-        "Which tokens each reference draws its mass from "
-        f"(block {depth + 1}, head {head + 1}; bright = much; all = whose token it is)",
+        "Which tokens each reference draws its mass from",
         color="white",
+        fontsize=15,
+        y=1 - 0.12 / height,
+    )
+    figure.text(
+        0.5,
+        1 - 0.65 / height,
+        f"{len(references)} of {plan.shape[-1]} references of block {depth + 1}, head {head + 1}; "
+        "bright: draws much. All: every token in the colours of those that draw from it.",
+        color="#bbbbbb",
+        fontsize=9,
+        ha="center",
     )
     figure.savefig(path, dpi=150)
+
+
+def _largest_from_top_to_bottom(mass: Tensor, drawn: Tensor) -> Tensor:  # [M], [M, N] -> [shown]
+    """The references of largest mass, ordered by the mean row that they draw from."""
+    largest = mass.topk(min(SHOWN_REFERENCES, len(mass))).indices
+    row = torch.arange(drawn.shape[-1]) // GRID[1]
+    return largest[(drawn[largest] @ row.to(drawn.dtype)).argsort()]
 
 
 def _one_of_each_class(images: Images) -> Tensor:
@@ -110,20 +133,19 @@ def _most_telling_head(model: Classifier, pictures: Tensor) -> tuple[int, int, T
     return depth, head, plans[depth, :, head]
 
 
-def _relative(x: Tensor) -> Tensor:  # [..., N], the largest becomes 1
-    return x / x.amax(-1, keepdim=True)
+def _glow(grey: Tensor, strength: Tensor, colour: Tensor) -> Tensor:  # [S, S, 1], [N], [N, 3]
+    """A dim grey image under coloured light, of one strength and colour per token."""
+    light = (strength / strength.max()).unsqueeze(-1) * colour
+    return 0.35 * grey + 0.9 * _enlarge(light.mT.unflatten(1, GRID), "nearest")
 
 
-def _glow(grey: Tensor, strength: Tensor, colour: Tensor) -> Tensor:  # [S, S], [N], [N, 3]
-    """A dim grey image under coloured light, one strength and colour per token."""
-    size = len(grey) // GRID[0]
-    light = (strength.unsqueeze(-1) * colour).unflatten(0, GRID)
-    light = light.repeat_interleave(size, 0).repeat_interleave(size, 1)
-    return (0.35 * grey.unsqueeze(-1) + 0.9 * light).clamp(0, 1)
+def _enlarge(picture: Tensor, mode: str) -> Tensor:  # [channels, H, W] -> [S, S, channels]
+    size = (SHOWN_SIZE, SHOWN_SIZE)
+    return F.interpolate(picture.unsqueeze(0), size, mode=mode).squeeze(0).permute(1, 2, 0)
 
 
 def _show(axes: Axes, picture: Tensor) -> None:  # [S, S, 3]
-    axes.imshow(picture.numpy(), interpolation="nearest")
+    axes.imshow(picture.clamp(0, 1).numpy())
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("#444444")
 

@@ -106,9 +106,13 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of indices: every image once, in a new order each round."""
+    """Endless batches of indices, all of one size: rounds through the images in a new order."""
+    indices = torch.empty(0, dtype=torch.int64)
     while True:
-        yield from torch.randperm(count, generator=generator).split(BATCH_SIZE)
+        while len(indices) < BATCH_SIZE:
+            indices = torch.cat([indices, torch.randperm(count, generator=generator)])
+        yield indices[:BATCH_SIZE]
+        indices = indices[BATCH_SIZE:]
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:  # [B, channels, S, S]
