@@ -81,10 +81,9 @@ class ForwardHead {
     } else {
       collect(b, h, team, pooled);
     }
-    if (!p_.distribute) {
-      if (!keys_.empty()) fill(rows + steps * p_.tokens, p_.tokens, T(0));
-      return Status::kOk;
-    }
+    // Only the side that distributes has normalisers after the last step.
+    if (!p_.distribute || p_.cross) fill(rows + steps * p_.tokens, p_.tokens, T(0));
+    if (!p_.distribute) return Status::kOk;
     if (!p_.cross) return distribute(keys_, b, h, team);
 
     T* query_rows = at<T>(p_.query_rows, 0) + head * (steps + 1) * p_.queries;
