@@ -87,9 +87,10 @@ def train(
             if step % test_every == 0 or step == steps:
                 history.tested_at.append(step)
                 history.accuracies.append(accuracy(model, images.test, images.test_labels))
-            bar.update()
             if history.accuracies:
-                bar.set_postfix(loss=f"{history.losses[-1]:.2f}", test=f"{history.accuracy:.1%}")
+                status = f"loss={history.losses[-1]:.2f}, test={history.accuracy:.1%}"
+                bar.set_postfix_str(status, refresh=False)
+            bar.update()
     return model, history
 
 
