@@ -29,7 +29,7 @@ def nystrom_features(
         points, anchor = x.to(dtype), anchor.to(dtype)
         gram = similarity(anchor.unsqueeze(0), anchor, bandwidth=bandwidth)  # [1, H, P, P]
         kernel = similarity(points, anchor, bandwidth=bandwidth)  # [B, H, N, P]
-        return (kernel @ _InverseSquareRoot.apply(gram, floor)).to(x.dtype)
+        return (kernel @ _InverseSquareRoot.apply(gram, gram.new_full((), floor))).to(x.dtype)
 
 
 class _InverseSquareRoot(torch.autograd.Function):
@@ -44,22 +44,21 @@ class _InverseSquareRoot(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, floor: float) -> Tensor:
-        ctx.save_for_backward(matrix)
-        ctx.floor = floor
+    def forward(ctx: Any, matrix: Tensor, floor: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix, floor)
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         return (vectors * eigenvalues.clamp(min=floor).rsqrt().unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (matrix,) = ctx.saved_tensors
+        matrix, floor = ctx.saved_tensors
         eigenvalues, vectors = torch.linalg.eigh(matrix)
-        raised = eigenvalues.clamp(min=ctx.floor)
+        raised = eigenvalues.clamp(min=floor)
         root = raised.sqrt()
         difference = -1 / (raised.unsqueeze(-1) * root.unsqueeze(-2)
                            + raised.unsqueeze(-2) * root.unsqueeze(-1))  # fmt: skip
         # Where the floor acts, c moves less than lambda: by (c_i - c_j) / (lambda_i - lambda_j).
-        moves = eigenvalues > ctx.floor
+        moves = eigenvalues > floor
         both = moves.unsqueeze(-1) & moves.unsqueeze(-2)
         one = moves.unsqueeze(-1) ^ moves.unsqueeze(-2)
         gap = torch.where(one, eigenvalues.unsqueeze(-1) - eigenvalues.unsqueeze(-2), 1)

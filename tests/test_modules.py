@@ -283,7 +283,7 @@ def test_inverse_square_root_derivatives(floor: float) -> None:
     assert (eigenvalues < 1.5).any()
 
     def root(matrix: torch.Tensor) -> torch.Tensor:
-        return _InverseSquareRoot.apply((matrix + matrix.mT) / 2, floor)
+        return _InverseSquareRoot.apply((matrix + matrix.mT) / 2, matrix.new_full((), floor))
 
     assert torch.autograd.gradcheck(root, matrix.requires_grad_())
     assert torch.autograd.gradgradcheck(root, matrix)
@@ -322,6 +322,18 @@ def test_compiles_to_one_graph(name: str) -> None:
     output.square().sum().backward()
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad, expected_gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["default", "everything"])
+def test_exports_for_any_length(name: str) -> None:
+    module, x = make(name), tokens(2, 35, 24)
+    mask = torch.ones(2, 35, dtype=torch.bool)
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = ({1: length}, {1: length})
+    exported = torch.export.export(module, (x, mask), dynamic_shapes=shapes).module()
+    longer = tokens(2, 51, 24)
+    mask = torch.rand(2, 51, generator=torch.Generator().manual_seed(0)) > 0.3
+    torch.testing.assert_close(exported(longer, mask), module(longer, mask))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
