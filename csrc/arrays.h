@@ -52,13 +52,20 @@ class Array {
                              " must be an array with __dlpack__ (NumPy, torch, ...), got " +
                              std::string(py::str(py::type::handle_of(object).attr("__name__"))));
       }
-      capsule_ = object.attr("__dlpack__")();
+      capsule_ = export_capsule(object);
     }
     // The capsule stays ours, unconsumed, until the call is over; then its own destructor frees it.
-    auto* managed =
-        static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
-    if (managed == nullptr) throw py::error_already_set();
-    tensor_ = &managed->tensor;
+    if (PyCapsule_IsValid(capsule_.ptr(), "dltensor_versioned")) {
+      auto* managed = static_cast<dlpack::ManagedTensorVersioned*>(
+          PyCapsule_GetPointer(capsule_.ptr(), "dltensor_versioned"));
+      tensor_ = &managed->tensor;
+      read_only_ = managed->flags & dlpack::kReadOnly;
+    } else {
+      auto* managed =
+          static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
+      if (managed == nullptr) throw py::error_already_set();
+      tensor_ = &managed->tensor;
+    }
   }
 
   bool given() const { return tensor_ != nullptr; }
@@ -102,6 +109,11 @@ class Array {
     return *this;
   }
 
+  const Array& expect_writable() const {
+    if (read_only_) throw py::value_error(label_ + " must be writable, got a read-only array");
+    return *this;
+  }
+
   // Throws unless C-contiguous: outputs whose layout the kernels fix.
   const Array& expect_contiguous() const {
     int64_t stride = 1;
@@ -135,9 +147,21 @@ class Array {
   }
 
  private:
+  // Version 1.0 of the protocol can hand over read-only arrays; older libraries do not know it.
+  static py::object export_capsule(const py::object& object) {
+    const py::object method = object.attr("__dlpack__");
+    try {
+      return method(py::arg("max_version") = py::make_tuple(1, 0));
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;
+      return method();
+    }
+  }
+
   std::string label_;
   py::object capsule_;
   const dlpack::Tensor* tensor_ = nullptr;
+  bool read_only_ = false;
 };
 
 }  // namespace setformer

@@ -40,8 +40,8 @@ class Call {
   Call(const char* function, const py::dict& arrays) : function_(function), arrays_(arrays) {}
 
   // Inputs and options common to all calls.
-  void read_problem(ForwardParams& p, const std::string& kernel, double bandwidth,
-                    double position_bandwidth, int64_t iterations) {
+  void read_problem(ForwardParams& p, const std::string& kernel, double position_bandwidth,
+                    int64_t iterations) {
     const Array key = required("key");
     key.expect_cpu();
     p.type = scalar_type(function_, key.type());
@@ -63,14 +63,11 @@ class Call {
 
     require(kernel == "gaussian" || kernel == "linear", function_,
             "kernel must be 'gaussian' or 'linear', got '" + kernel + "'");
-    require(std::isfinite(bandwidth) && bandwidth > 0, function_,
-            "bandwidth must be > 0, got " + std::to_string(bandwidth));
     require(std::isfinite(position_bandwidth) && position_bandwidth > 0, function_,
             "position_bandwidth must be > 0, got " + std::to_string(position_bandwidth));
     require(iterations >= 0, function_,
             "iterations must be >= 0, got " + std::to_string(iterations));
     p.kernel = kernel == "gaussian" ? Kernel::kGaussian : Kernel::kLinear;
-    p.bandwidth = bandwidth;
     p.position_bandwidth = position_bandwidth;
     p.iterations = iterations;
 
@@ -79,6 +76,7 @@ class Call {
     p.reference_mass =
         optional("reference_mass", accumulate(),
                  {{{"H", p.heads}, {"M", p.references}}, heads_of(p, {"M", p.references})}, 3);
+    p.bandwidth = optional("bandwidth", accumulate(), {{{"H", p.heads}}}, 1);
     p.epsilon = needed("epsilon", accumulate(), {{{"H", p.heads}}}, 1);
     const Array positions = array("reference_positions");
     if (positions.given()) {
@@ -86,6 +84,8 @@ class Call {
       p.position_depth = positions.size(1);
       p.reference_positions = keep(positions).view(2);
     }
+    require(positions.given() == array("token_positions").given(), function_,
+            "token_positions and reference_positions must be given together");
     p.token_positions =
         optional("token_positions", accumulate(), {{{"N", p.tokens}, {"P", p.position_depth}}}, 2);
   }
@@ -117,7 +117,7 @@ class Call {
   void read_forward_results(ForwardParams& p) {
     read_normalizers(p);
     p.pooled = contiguous("pooled", {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})});
-    p.output = optional("output", storage_, {output_shape(p)}, 4);
+    p.output = written_if_given("output", storage_, {output_shape(p)}, 4);
     p.distribute = p.output.data != nullptr;
   }
 
@@ -130,15 +130,18 @@ class Call {
     p.grad_output = optional("grad_output", storage_, {output_shape(p)}, 4);
     p.grad_pooled = optional("grad_pooled", accumulate(),
                              {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})}, 4);
-    p.grad_key = needed("grad_key", storage_, {heads_of(p, {"N", p.tokens}, {"D", p.depth})}, 4);
+    p.grad_key = written("grad_key", storage_, {heads_of(p, {"N", p.tokens}, {"D", p.depth})}, 4);
     p.grad_value =
-        needed("grad_value", storage_, {heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth})}, 4);
+        written("grad_value", storage_, {heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth})}, 4);
     if (p.cross) {
       p.grad_query =
-          needed("grad_query", storage_, {heads_of(p, {"Nq", p.queries}, {"D", p.depth})}, 4);
+          written("grad_query", storage_, {heads_of(p, {"Nq", p.queries}, {"D", p.depth})}, 4);
     }
     p.grad_reference =
         contiguous("grad_reference", {heads_of(p, {"M", p.references}, {"D", p.depth})});
+    if (array("grad_bandwidth").given()) {
+      p.grad_bandwidth = contiguous("grad_bandwidth", {{{"B", p.batch}, {"H", p.heads}}});
+    }
     p.grad_epsilon = contiguous("grad_epsilon", {{{"B", p.batch}, {"H", p.heads}}});
     if (array("grad_token_mass").given()) {
       p.grad_token_mass = contiguous("grad_token_mass", {heads_of(p, {"N", p.tokens})});
@@ -149,7 +152,7 @@ class Call {
   }
 
   void read_plan(PlanParams& p) {
-    p.plan = needed("plan", storage_, {heads_of(p, {"N", p.tokens}, {"M", p.references})}, 4);
+    p.plan = written("plan", storage_, {heads_of(p, {"N", p.tokens}, {"M", p.references})}, 4);
   }
 
   // Names that no read above knows would otherwise be ignored in silence.
@@ -180,6 +183,9 @@ class Call {
       case Status::kNonPositiveReferenceMass:
         throw py::value_error(std::string(function_) +
                               ": reference_mass must be > 0 everywhere, got a mass <= 0");
+      case Status::kNonPositiveBandwidth:
+        throw py::value_error(std::string(function_) +
+                              ": bandwidth must be > 0 for every head, got a value <= 0 or NaN");
       case Status::kNonPositiveEpsilon:
         throw py::value_error(std::string(function_) +
                               ": epsilon must be > 0 for every head, got a value <= 0 or NaN");
@@ -232,10 +238,22 @@ class Call {
                 int dimensions) {
     return checked(required(name), type, shapes, dimensions);
   }
+  // Results: like inputs, but in memory that may be written.
+  Tensor written_if_given(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
+                          int dimensions) {
+    const Array found = array(name);
+    if (found.given()) found.expect_writable();
+    return checked(found, type, shapes, dimensions);
+  }
+  Tensor written(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
+                 int dimensions) {
+    required(name);
+    return written_if_given(name, type, shapes, dimensions);
+  }
   Tensor contiguous(const char* name, const std::vector<Shape>& shapes) {
     const Array found = required(name);
     const Tensor view = checked(found, accumulate(), shapes, found.rank());
-    found.expect_contiguous();
+    found.expect_contiguous().expect_writable();
     return view;
   }
 
@@ -246,11 +264,11 @@ class Call {
   std::vector<std::string> known_;
 };
 
-void forward(const std::string& kernel, double bandwidth, double position_bandwidth,
-             int64_t iterations, const py::kwargs& arrays) {
+void forward(const std::string& kernel, double position_bandwidth, int64_t iterations,
+             const py::kwargs& arrays) {
   Call call("set_attention_forward", arrays);
   ForwardParams p;
-  call.read_problem(p, kernel, bandwidth, position_bandwidth, iterations);
+  call.read_problem(p, kernel, position_bandwidth, iterations);
   call.read_query(p);
   call.read_value(p);
   call.read_forward_results(p);
@@ -258,11 +276,11 @@ void forward(const std::string& kernel, double bandwidth, double position_bandwi
   call.run(cpu::set_attention_forward, p);
 }
 
-void backward(const std::string& kernel, double bandwidth, double position_bandwidth,
-              int64_t iterations, const py::kwargs& arrays) {
+void backward(const std::string& kernel, double position_bandwidth, int64_t iterations,
+              const py::kwargs& arrays) {
   Call call("set_attention_backward", arrays);
   BackwardParams p;
-  call.read_problem(p, kernel, bandwidth, position_bandwidth, iterations);
+  call.read_problem(p, kernel, position_bandwidth, iterations);
   call.read_query(p);
   call.read_value(p);
   call.read_forward_results(p);
@@ -273,11 +291,11 @@ void backward(const std::string& kernel, double bandwidth, double position_bandw
   call.run(cpu::set_attention_backward, p);
 }
 
-void plan(const std::string& kernel, double bandwidth, double position_bandwidth,
-          int64_t iterations, const py::kwargs& arrays) {
+void plan(const std::string& kernel, double position_bandwidth, int64_t iterations,
+          const py::kwargs& arrays) {
   Call call("transport_plan", arrays);
   PlanParams p;
-  call.read_problem(p, kernel, bandwidth, position_bandwidth, iterations);
+  call.read_problem(p, kernel, position_bandwidth, iterations);
   call.read_normalizers(p);
   call.read_plan(p);
   call.finish();
@@ -301,7 +319,8 @@ PYBIND11_MODULE(_C, m) {
       "Inputs: key [B, H, N, D], value [B, H, N, Dv], reference [H, M, D] or [B, H, M, D], query\n"
       "[B, H, Nq, D] (optional: cross attention), all storage; mask [B, N] and query_mask [B, Nq]\n"
       "bool, optional; token_mass [B, H, N] and reference_mass [H, M] or [B, H, M] accumulate,\n"
-      "optional; epsilon [H] accumulate; token_positions [N, P], query_positions [Nq, P],\n"
+      "optional; bandwidth and epsilon [H] accumulate; token_positions [N, P], query_positions "
+      "[Nq, P],\n"
       "reference_positions [M, P] accumulate, optional.\n"
       "Results of the forward call: output [B, H, Nq or N, Dv] storage (optional: without it only\n"
       "pooled is computed), pooled [B, H, M, Dv], rows [B, H, T + 1, N], columns\n"
@@ -309,8 +328,8 @@ PYBIND11_MODULE(_C, m) {
       "contiguous.\n\n"
       "Wrong shapes and values raise ValueError, wrong types TypeError, naming the argument.";
   const auto options = [](auto&& define) {
-    define(py::arg("kernel") = "gaussian", py::arg("bandwidth") = 1.0,
-           py::arg("position_bandwidth") = 1.0, py::arg("iterations") = 5);
+    define(py::arg("kernel") = "gaussian", py::arg("position_bandwidth") = 1.0,
+           py::arg("iterations") = 5);
   };
   options([&](auto... arguments) {
     m.def("set_attention_forward", &forward, arguments...,
@@ -319,14 +338,15 @@ PYBIND11_MODULE(_C, m) {
           "Takes what forward took and wrote, with grad_output [B, H, Nq or N, Dv] (storage) and\n"
           "grad_pooled [B, H, M, Dv] (accumulate, optional); writes grad_query, grad_key, "
           "grad_value\n"
-          "(storage), grad_reference [B, H, M, D], grad_epsilon [B, H] and, where given,\n"
+          "(storage), grad_reference [B, H, M, D], grad_bandwidth and grad_epsilon [B, H] and, "
+          "where given,\n"
           "grad_token_mass [B, H, N] and grad_reference_mass [B, H, M] (accumulate).");
     m.def("transport_plan", &plan, arguments...,
           "Writes plan [B, H, N, M] (storage) from the rows and columns of a forward call.");
   });
   m.def("cpu_isa", &cpu::instruction_set,
         "The instruction set in use: 'baseline', 'avx2' or 'avx512'.\n"
-        "The environment variable SETFORMER_EXT_CPU_ISA overrides the choice.");
+        "The environment variable SETFORMER_CPU_ISA overrides the choice.");
   m.def(
       "cpu_isas_supported",
       [] { return py::str(cpu::supported_instruction_sets()).attr("split")(); },

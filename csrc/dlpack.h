@@ -1,4 +1,4 @@
-// The part of the DLPack ABI (github.com/dmlc/dlpack, version 0.8) that crosses into this package.
+// The part of the DLPack ABI (github.com/dmlc/dlpack, version 1.0) that crosses into this package.
 #pragma once
 
 #include <cstdint>
@@ -34,5 +34,16 @@ struct ManagedTensor {
   void* manager_context;
   void (*deleter)(ManagedTensor*);
 };
+
+// Since version 1.0, named "dltensor_versioned": says whether the memory may be written.
+struct ManagedTensorVersioned {
+  uint32_t major, minor;
+  void* manager_context;
+  void (*deleter)(ManagedTensorVersioned*);
+  uint64_t flags;
+  Tensor tensor;
+};
+
+constexpr uint64_t kReadOnly = 1;
 
 }  // namespace setformer::dlpack

@@ -21,6 +21,7 @@ enum class Status : int32_t {
   kOutOfMemory,
   kNegativeTokenMass,         // token_mass must be >= 0
   kNonPositiveReferenceMass,  // reference_mass must be > 0
+  kNonPositiveBandwidth,      // bandwidth must be > 0
   kNonPositiveEpsilon,        // epsilon must be > 0
 };
 
@@ -46,7 +47,6 @@ struct ForwardParams {
   // Options.
   ScalarType type = ScalarType::kFloat32;
   Kernel kernel = Kernel::kGaussian;
-  double bandwidth = 1.0;
   double position_bandwidth = 1.0;
   int64_t iterations = 5;  // T
   bool cross = false;      // queries are not the keys: they get a Sinkhorn solve of their own
@@ -61,6 +61,7 @@ struct ForwardParams {
   Tensor query_mask;           // bool       [B, Nq], optional
   Tensor token_mass;           // accumulate [B, H, N], optional
   Tensor reference_mass;       // accumulate [B, H, M], optional
+  Tensor bandwidth;            // accumulate [H], optional: 1
   Tensor epsilon;              // accumulate [H]
   Tensor token_positions;      // accumulate [N, P], optional
   Tensor query_positions;      // accumulate [Nq, P], optional
@@ -88,6 +89,7 @@ struct BackwardParams : ForwardParams {
   Tensor grad_reference;       // accumulate [B, H, M, D] contiguous, per sample also if learned
   Tensor grad_token_mass;      // accumulate [B, H, N] contiguous, optional
   Tensor grad_reference_mass;  // accumulate [B, H, M] contiguous, optional
+  Tensor grad_bandwidth;       // accumulate [B, H] contiguous, optional
   Tensor grad_epsilon;         // accumulate [B, H] contiguous
 };
 
@@ -103,7 +105,7 @@ Status set_attention_backward(const BackwardParams& params);
 Status transport_plan(const PlanParams& params);
 
 // The instruction set the calls above run on: "baseline", "avx2" or "avx512". Chosen once, the
-// best that was compiled and that the processor has; SETFORMER_EXT_CPU_ISA overrides it.
+// best that was compiled and that the processor has; SETFORMER_CPU_ISA overrides it.
 const char* instruction_set();
 // All that could be chosen on this processor, separated by spaces, best last.
 const char* supported_instruction_sets();

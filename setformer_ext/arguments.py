@@ -106,7 +106,7 @@ class Arguments:
             return
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise self.type_error(name, "a number or a tensor", type(x).__name__)
-        if not (x > 0 and math.isfinite(x)):
+        if not 0 < x < math.inf:
             raise self.value_error(name, "> 0 and finite", x)
 
     def iterations(self, x: object) -> None:
@@ -146,7 +146,7 @@ class Arguments:
             raise self.value_error("position_bandwidth", "given together with positions", None)
         if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)):
             raise self.type_error("position_bandwidth", "a number", type(bandwidth).__name__)
-        if not (bandwidth > 0 and math.isfinite(bandwidth)):
+        if not 0 < bandwidth < math.inf:
             raise self.value_error("position_bandwidth", "> 0 and finite", bandwidth)
 
 
@@ -163,6 +163,6 @@ def _readable(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
-        and not torch._C._functorch.is_batchedtensor(x)
+        and not torch._C._are_functorch_transforms_active()
         and not isinstance(x, torch._subclasses.FakeTensor)
     )

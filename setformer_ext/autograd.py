@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import Gradients, Problem, Solution
+from .ops import Gradients, Problem, Solution, accumulate_dtype
 
 # Positions of the differentiable tensors in Problem, which name those of Gradients too.
 DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in Gradients._fields)
@@ -27,11 +27,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: None) -> Any:
-    solution, problem = Solution(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:] + ctx.options
+    tensors = ctx.saved_tensors
+    solution, problem = tensors[: len(Solution._fields)], tensors[len(Solution._fields) :]
+    problem += ctx.options
+    if not Problem(*problem).distribute:
+        grad_output = None  # of the empty output
     if grad_output is None and grad_pooled is None:
         return (None,) * len(problem)
-    gradients = torch.ops.setformer_ext.set_attention_backward(
-        grad_output, grad_pooled, *solution, *problem
+    gradients = differentiable_call(
+        "set_attention_backward", grad_output, grad_pooled, *solution, *problem
     )
     return _gradients_of_inputs(problem, gradients)
 
@@ -77,29 +81,42 @@ def _second_backward(ctx: Any, *grad_gradients: Tensor | None) -> Any:
     problem = Problem(*tensors, *ctx.options)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = {name: _per_sample(problem, name) for name in Gradients._fields}
+        inputs: dict[str, Any] = {name: _per_sample(problem, name) for name in Gradients._fields}
         grads = [_differentiable(grad_output), _differentiable(grad_pooled)]
         results = _define(problem._replace(**inputs))
         first = _gradients(results, list(inputs.values()), grads, create_graph=True)
         second = _gradients(
             first, grads + list(inputs.values()), grad_gradients, create_graph=create_graph
         )
+    of_grads = [
+        None if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(second, (grad_output, grad_pooled), strict=False)
+    ]
     of_problem = _gradients_of_inputs(tuple(problem), tuple(second[2:]))
-    return *second[:2], *(None,) * len(Solution._fields), *of_problem
+    return *of_grads, *(None,) * len(Solution._fields), *of_problem
+
+
+# Rank of each tensor where it is given per sample.
+_RANKS = {"bandwidth": 2, "epsilon": 2, "token_mass": 3, "reference_mass": 3}
 
 
 def _per_sample(problem: Problem, name: str) -> Tensor | None:
     """The tensor as set_attention_backward answers for it: one per sample also where shared."""
     tensor = _differentiable(getattr(problem, name))
-    if tensor is None or tensor.dim() == {"epsilon": 2, "token_mass": 3, "reference_mass": 3}.get(
-        name, 4
-    ):
+    if tensor is None or tensor.dim() == _RANKS.get(name, 4):
         return tensor
     return tensor.expand(problem.key.shape[0], *tensor.shape)
 
 
 def _differentiable(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.requires_grad else x.detach().requires_grad_()
+    """x where derivatives end: its own history, if it has one, is the caller's to follow.
+
+    In accumulate type, for the definition would lose half precision's few digits at every step.
+    """
+    if x is None:
+        return None
+    x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    return x.to(accumulate_dtype(x.dtype))
 
 
 def _gradients(
@@ -134,28 +151,10 @@ torch.library.register_autograd(
 )
 
 
-def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
-
-
-def _plan_backward(ctx: Any, grad_plan: Tensor) -> Any:
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Contiguous, so that torch's products round alike whatever the strides.
-        tensors = [
-            _differentiable(x.contiguous()) if x is not None and x.is_floating_point() else x
-            for x in ctx.saved_tensors
-        ]
-        arguments = dict(zip(_PLAN_ARGUMENTS, (*tensors, *ctx.options), strict=True))
-        plan = reference.transport_plan(**arguments)
-        gradients = _gradients([plan], tensors, [grad_plan.contiguous()], create_graph)
-    return *gradients, *(None,) * len(ctx.options)
-
-
 _PLAN_ARGUMENTS = (
     "key",
     "reference",
+    "bandwidth",
     "epsilon",
     "mask",
     "token_mass",
@@ -163,10 +162,31 @@ _PLAN_ARGUMENTS = (
     "token_positions",
     "reference_positions",
     "kernel",
-    "bandwidth",
     "position_bandwidth",
     "iterations",
 )
+_PLAN_TENSORS = _PLAN_ARGUMENTS.index("kernel")
+
+
+def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_PLAN_TENSORS])
+    ctx.options = inputs[_PLAN_TENSORS:]
+
+
+def _plan_backward(ctx: Any, grad_plan: Tensor) -> Any:
+    saved = ctx.saved_tensors
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Contiguous, so that torch's products round alike whatever the strides.
+        tensors = [
+            _differentiable(x.contiguous()) if x is not None and x.is_floating_point() else x
+            for x in saved
+        ]
+        arguments = dict(zip(_PLAN_ARGUMENTS, (*tensors, *ctx.options), strict=True))
+        plan = reference.transport_plan(**arguments)
+        gradients = _gradients([plan], tensors, [grad_plan.contiguous()], create_graph)
+    given = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, saved, strict=True)]
+    return *given, *(None,) * len(ctx.options)
 
 
 torch.library.register_autograd(
@@ -177,18 +197,53 @@ torch.library.register_autograd(
 class SetAttentionFunction(torch.autograd.Function):
     """``set_attention`` as a ``torch.autograd.Function``, for code that composes such functions.
 
-    ``SetAttentionFunction.apply(*Problem(...))`` returns output and pooled; its backward is the
-    operation ``torch.ops.setformer_ext.set_attention_backward``, as it is for the operation.
+    ``SetAttentionFunction.apply(*Problem(...))`` returns the fields of ``Solution``. Its backward
+    is the operation ``torch.ops.setformer_ext.set_attention_backward``, as it is for the operation.
     """
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
     @staticmethod
     def forward(*problem: Any) -> tuple[Tensor, ...]:
         return tuple(torch.ops.setformer_ext.set_attention(*problem))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup_context(ctx, inputs, output)
+
+class _SetAttentionBackwardFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_second_context)
+    backward = staticmethod(_second_backward)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _backward(ctx, *grads)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.setformer_ext.set_attention_backward(*arguments))
+
+
+class _TransportPlanFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_plan_context)
+    backward = staticmethod(_plan_backward)
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        plan: Tensor = torch.ops.setformer_ext.transport_plan(*arguments)
+        return plan
+
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
+    "set_attention": SetAttentionFunction,
+    "set_attention_backward": _SetAttentionBackwardFunction,
+    "transport_plan": _TransportPlanFunction,
+}
+
+
+def differentiable_call(name: str, *arguments: Any) -> Any:
+    """The operation, in a form that torch.func can differentiate where that is at work.
+
+    Formulas registered with an operation are unknown to torch.func (grad, jacrev, vmap of them);
+    those of an autograd.Function it knows.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[name].apply(*arguments)
+    return getattr(torch.ops.setformer_ext, name)(*arguments)

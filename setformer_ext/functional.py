@@ -1,12 +1,11 @@
 """set_attention, set_pooling and transport_plan: the public functions."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import autograd, transforms  # noqa: F401  (register what the operations can do)
+from . import transforms  # noqa: F401  (registers vmap, autocast and FLOP counts)
 from .arguments import Arguments
+from .autograd import differentiable_call
 from .ops import Problem, accumulate_dtype
 
 __all__ = ["set_attention", "set_pooling", "transport_plan"]
@@ -57,22 +56,23 @@ def set_attention(
         mask: bool [B, N], True = valid. Masked tokens hold no mass; in self attention their output
             is 0. Their gradient is 0 whatever they contain.
         query_mask: bool [B, Nq], for cross attention: outputs of masked queries are 0.
-        token_mass: [B, H, N] >= 0, floating: the marginal a, up to its sum. Uniform if None. A token
-            of mass 0 gives nothing and still receives.
+        token_mass: [B, H, N] >= 0, floating: the marginal a, up to its sum. Uniform if None. A
+            token of mass 0 gives nothing and still receives.
         reference_mass: [H, M] or [B, H, M] > 0, floating: the marginal b, up to its sum.
-        kernel: ``"gaussian"``, kappa = exp(-|k - y|^2 / (2 bandwidth^2)), or ``"linear"``, <k, y>.
+        kernel: ``"gaussian"``, exp(-|k - y|^2 / (2 bandwidth^2)), or ``"linear"``, <k, y>.
         bandwidth: > 0, a number or a tensor, scalar or [H], with gradient.
         epsilon: > 0, the entropy; a number or a tensor, scalar or [H], with gradient.
         iterations: T >= 0. T = 0 leaves f = log a, g = 0: two softmax attentions in a row.
-        token_positions: [N, P], P = 1, 2 or 3 coordinates, floating, without gradient; together with
-            ``reference_positions`` they weigh S by w_ij = exp(-|p_i - r_j|^2 / position_bandwidth^2).
+        token_positions: [N, P], P = 1, 2 or 3 coordinates, floating, without gradient. Together
+            with ``reference_positions`` they weigh S by
+            w_ij = exp(-|p_i - r_j|^2 / position_bandwidth^2).
         query_positions: [Nq, P], for cross attention; w = 1 for the queries if None.
         reference_positions: [M, P].
         position_bandwidth: > 0, required with positions.
 
     Returns:
-        [B, H, Nq, Dv] of the key's type (Nq = N in self attention). Under autocast query, key, value
-        and reference take the autocast type. Computation is in float32 (float64 for float64).
+        [B, H, Nq, Dv] of the key's type (Nq = N in self attention). Under autocast query, key,
+        value and reference take the autocast type. Computation is in float32 (float64 for float64).
 
     Raises:
         ValueError: a shape, size, device or value that does not fit; it names the argument.
@@ -110,7 +110,7 @@ def set_attention(
         query_mask=query_mask,
         query_positions=(query_positions, queries),
     )
-    output: Tensor = torch.ops.setformer_ext.set_attention(*problem)[0]
+    output: Tensor = differentiable_call("set_attention", *problem)[0]
     return output
 
 
@@ -155,7 +155,7 @@ def set_pooling(
         position_bandwidth,
         distribute=False,
     )
-    output, pooled, *_ = torch.ops.setformer_ext.set_attention(*problem)
+    output, pooled, *_ = differentiable_call("set_attention", *problem)
     result: Tensor = pooled.to(output.dtype)
     return result
 
@@ -175,11 +175,12 @@ def transport_plan(
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
 ) -> Tensor:
-    """The plan ``b_j C_ij``, for T >= 1 ``exp(S_ij / epsilon + f_i + g_j)``: what moves from i to j.
+    """The plan ``b_j C_ij``: what moves from token i to reference j.
 
-    Its columns sum to the reference marginal b, its rows to the token marginal a as T grows.
-    Arguments and errors are those of :func:`set_attention`. For looking at, and for losses on the
-    plan: it stores N x M numbers, and its derivative goes through the definition in plain torch.
+    For T >= 1 that is ``exp(S_ij / epsilon + f_i + g_j)``. Its columns sum to the reference
+    marginal b, its rows to the token marginal a as T grows. Arguments and errors are those of
+    :func:`set_attention`. For looking at, and for losses on the plan: it stores N x M numbers, and
+    its derivative goes through the definition in plain torch.
 
     Returns:
         [B, H, N, M] of the key's type.
@@ -200,9 +201,11 @@ def transport_plan(
         reference_positions,
         position_bandwidth,
     )
-    plan: Tensor = torch.ops.setformer_ext.transport_plan(
+    plan: Tensor = differentiable_call(
+        "transport_plan",
         p.key,
         p.reference,
+        p.bandwidth,
         p.epsilon,
         p.mask,
         p.token_mass,
@@ -210,7 +213,6 @@ def transport_plan(
         p.token_positions,
         p.reference_positions,
         p.kernel,
-        p.bandwidth,
         p.position_bandwidth,
         p.iterations,
     )
@@ -268,20 +270,12 @@ def _problem(
     )
 
     accumulate = accumulate_dtype(key.dtype)
-    if isinstance(bandwidth, Tensor):
-        # kappa(k, y) with this bandwidth is kappa(k / bandwidth, y / bandwidth) with bandwidth 1,
-        # and the division carries the gradient.
-        if kernel == "gaussian":
-            key, reference = (_divide(x, bandwidth) for x in (key, reference))
-            query = None if query is None else _divide(query, bandwidth)
-        bandwidth = 1.0
-    if not isinstance(epsilon, Tensor):
-        epsilon = torch.full((heads,), epsilon, dtype=accumulate, device=key.device)
     return Problem(
         key=key,
         value=key if value is None else value,
         reference=reference,
-        epsilon=epsilon.to(accumulate).expand(heads),
+        bandwidth=_by_head(bandwidth, heads, key, accumulate),
+        epsilon=_by_head(epsilon, heads, key, accumulate),
         query=query,
         mask=mask,
         query_mask=query_mask,
@@ -291,16 +285,17 @@ def _problem(
         query_positions=_to(queried[0], accumulate),
         reference_positions=_to(reference_positions, accumulate),
         kernel=kernel,
-        bandwidth=float(bandwidth),
         position_bandwidth=float(position_bandwidth or 1.0),
         iterations=iterations,
         distribute=distribute,
     )
 
 
-def _divide(x: Tensor, bandwidth: Tensor) -> Tensor:  # [..., H, N, D], [] or [H]
-    return x / bandwidth.to(x.dtype)[..., None, None]
+def _by_head(x: float | Tensor, heads: int, key: Tensor, dtype: torch.dtype) -> Tensor:  # [H]
+    if isinstance(x, Tensor):
+        return x.to(dtype).expand(heads)
+    return torch.full((heads,), x, dtype=dtype, device=key.device)
 
 
-def _to(x: Tensor | None, dtype: torch.dtype) -> Any:
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)

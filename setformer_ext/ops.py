@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from . import _C
 
-OPTIONS = "str kernel, float bandwidth, float position_bandwidth, SymInt iterations"
+OPTIONS = "str kernel, float position_bandwidth, SymInt iterations"
 PROBLEM = (
-    "Tensor key, Tensor value, Tensor reference, Tensor epsilon, Tensor? query, Tensor? mask, "
-    "Tensor? query_mask, Tensor? token_mass, Tensor? reference_mass, Tensor? token_positions, "
-    f"Tensor? query_positions, Tensor? reference_positions, {OPTIONS}, bool distribute"
+    "Tensor key, Tensor value, Tensor reference, Tensor bandwidth, Tensor epsilon, Tensor? query, "
+    "Tensor? mask, Tensor? query_mask, Tensor? token_mass, Tensor? reference_mass, "
+    "Tensor? token_positions, Tensor? query_positions, Tensor? reference_positions, "
+    f"{OPTIONS}, bool distribute"
 )
 SOLUTION = (
     "Tensor output, Tensor pooled, Tensor rows, Tensor columns, Tensor query_rows, "
@@ -32,14 +33,14 @@ torch.library.define("setformer_ext::set_attention", f"({PROBLEM}) -> ({SOLUTION
 torch.library.define(
     "setformer_ext::set_attention_backward",
     f"(Tensor? grad_output, Tensor? grad_pooled, {SOLUTION}, {PROBLEM}) -> (Tensor grad_key, "
-    "Tensor grad_value, Tensor grad_reference, Tensor grad_epsilon, Tensor grad_query, "
-    "Tensor grad_token_mass, Tensor grad_reference_mass)",
+    "Tensor grad_value, Tensor grad_reference, Tensor grad_bandwidth, Tensor grad_epsilon, "
+    "Tensor grad_query, Tensor grad_token_mass, Tensor grad_reference_mass)",
 )
 torch.library.define(
     "setformer_ext::transport_plan",
-    "(Tensor key, Tensor reference, Tensor epsilon, Tensor? mask, Tensor? token_mass, "
-    f"Tensor? reference_mass, Tensor? token_positions, Tensor? reference_positions, {OPTIONS}) "
-    "-> Tensor",
+    "(Tensor key, Tensor reference, Tensor bandwidth, Tensor epsilon, Tensor? mask, "
+    "Tensor? token_mass, Tensor? reference_mass, Tensor? token_positions, "
+    f"Tensor? reference_positions, {OPTIONS}) -> Tensor",
 )
 
 
@@ -49,6 +50,7 @@ class Problem(NamedTuple):
     key: Tensor  # [B, H, N, D] storage
     value: Tensor  # [B, H, N, Dv] storage
     reference: Tensor  # [H, M, D] or [B, H, M, D] storage
+    bandwidth: Tensor  # [H] accumulate
     epsilon: Tensor  # [H] accumulate
     query: Tensor | None  # [B, H, Nq, D] storage; None: the keys are the queries
     mask: Tensor | None  # [B, N] bool
@@ -59,13 +61,12 @@ class Problem(NamedTuple):
     query_positions: Tensor | None  # [Nq, P] accumulate
     reference_positions: Tensor | None  # [M, P] accumulate
     kernel: str
-    bandwidth: float
     position_bandwidth: float
     iterations: int
     distribute: bool
 
     def arrays(self) -> dict[str, Any]:
-        """The tensors that are given and the options, by the names that the compiled module knows."""
+        """The given tensors and the options, by the names that the compiled module knows."""
         absent = {"distribute"} | (
             {"query_mask", "query_positions"} if self.query is None else set()
         )
@@ -100,6 +101,7 @@ class Gradients(NamedTuple):
     key: Tensor  # [B, H, N, D] storage
     value: Tensor  # [B, H, N, Dv] storage
     reference: Tensor  # [B, H, M, D] accumulate
+    bandwidth: Tensor  # [B, H] accumulate
     epsilon: Tensor  # [B, H] accumulate
     query: Tensor  # [B, H, Nq, D] storage, empty without a query
     token_mass: Tensor  # [B, H, N] accumulate, empty without one
@@ -149,6 +151,7 @@ def empty_gradients(problem: Problem) -> Gradients:
         key=empty(*key.shape, dtype=key.dtype),
         value=empty(*problem.value.shape, dtype=key.dtype),
         reference=empty(batch, heads, references, depth),
+        bandwidth=empty(batch, heads),
         epsilon=empty(batch, heads),
         query=empty(*(problem.query.shape if problem.query is not None else (0,)), dtype=key.dtype),
         token_mass=empty(0) if problem.token_mass is None else empty(batch, heads, tokens),
@@ -178,7 +181,9 @@ def _set_attention_cpu(*arguments: Any) -> Solution:
 def _set_attention_backward_cpu(
     grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
 ) -> Gradients:
-    solution, problem = Solution(*arguments[:6]), Problem(*arguments[6:])
+    # The kernels fix the layout of what forward wrote; vmap may have changed it since.
+    solution = Solution(*(x.contiguous() for x in arguments[:6]))
+    problem = Problem(*arguments[6:])
     gradients = empty_gradients(problem)
     arrays = problem.arrays() | solution.arrays(problem)
     if problem.distribute and grad_output is None:
@@ -197,6 +202,7 @@ def _set_attention_backward_cpu(
 def _transport_plan_cpu(
     key: Tensor,
     reference: Tensor,
+    bandwidth: Tensor,
     epsilon: Tensor,
     mask: Tensor | None,
     token_mass: Tensor | None,
@@ -209,6 +215,7 @@ def _transport_plan_cpu(
         key,
         key[..., :1],  # any value will do: only the normalisers are of interest
         reference,
+        bandwidth,
         epsilon,
         None,
         mask,
@@ -218,8 +225,7 @@ def _transport_plan_cpu(
         token_positions,
         None,
         reference_positions,
-        *options,
-        distribute=False,
+        *(*options, False),
     )
     solution = empty_solution(problem)
     arrays = problem.arrays()

@@ -40,7 +40,8 @@ def set_attention(
     position_bandwidth: float | None = None,
 ) -> Tensor:  # [B, H, Nq, Dv]
     """SeT attention; see :func:`setformer_ext.set_attention` for the parameters."""
-    own_query = query is None or query is key
+    if query is key:
+        query = None
     key, value = _zero_invalid(key, mask), _zero_invalid(value, mask)
     s = similarity(
         key, reference, kernel, bandwidth, token_positions, reference_positions, position_bandwidth
@@ -50,7 +51,7 @@ def set_attention(
     rows, columns, g = sinkhorn(s, a, log_b, iterations)
     pooled = collect(s, a, rows, columns).mT @ value  # A_j = sum_i C_ij v_i
 
-    if not own_query:
+    if query is not None:
         query = _zero_invalid(query, query_mask)
         s = similarity(
             query,
@@ -63,7 +64,7 @@ def set_attention(
         ) / _per_head(epsilon, key)
         _, _, g = sinkhorn(s, token_marginal(s, None, query_mask), log_b, iterations)
     distribution = torch.softmax(s + g.unsqueeze(-2), dim=-1)  # R_ij, rows sum to 1
-    return _zero_invalid(distribution @ pooled, mask if own_query else query_mask)
+    return _zero_invalid(distribution @ pooled, mask if query is None else query_mask)
 
 
 def set_pooling(
@@ -155,7 +156,7 @@ def token_marginal(s: Tensor, token_mass: Tensor | None, mask: Tensor | None) ->
     if mask is not None:
         mass = torch.where(mask.unsqueeze(1), mass, 0)
     total = mass.sum(-1, keepdim=True)
-    return mass / torch.where(total == 0, 1, total)
+    return torch.where(total == 0, 0, mass) / torch.where(total == 0, 1, total)
 
 
 def log_reference_marginal(s: Tensor, reference_mass: Tensor | None) -> Tensor:  # [..., H, M]

@@ -25,9 +25,9 @@ RANKS = {
 def _batch_problem(size: int, problem: Problem, in_dims: tuple[int | None, ...]) -> Problem | None:
     """The problem of all vmapped samples with the vmapped dimension folded into the batch.
 
-    None where that cannot be done: epsilon and positions have no batch to fold into.
+    None where that cannot be done: bandwidth, epsilon and positions have no batch to fold into.
     """
-    batched = {}
+    batched: dict[str, Any] = {}
     for name, tensor, dim in zip(Problem._fields, problem, in_dims, strict=True):
         if not isinstance(tensor, Tensor):
             continue
@@ -91,7 +91,7 @@ def _vmap_set_attention(info: Any, in_dims: tuple[int | None, ...], *arguments: 
         results = _one_by_one(OPERATIONS.set_attention, size, in_dims, arguments)
     else:
         results = _unfold(size, OPERATIONS.set_attention(*problem))
-    return Solution(*results), Solution(*(0,) * len(Solution._fields))
+    return results, (0,) * len(Solution._fields)
 
 
 def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -102,14 +102,13 @@ def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) 
     else:
         folded = [_fold(size, x, dim) for x, dim in zip(arguments[:8], in_dims[:8], strict=True)]
         results = _unfold(size, OPERATIONS.set_attention_backward(*folded, *problem))
-    return Gradients(*results), Gradients(*(0,) * len(Gradients._fields))
+    return results, (0,) * len(Gradients._fields)
 
 
 def _vmap_plan(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-    key, reference, epsilon, mask, token_mass, reference_mass, *rest = arguments
-    names = ("key", "reference", "epsilon", "mask", "token_mass", "reference_mass")
-    fields = dict.fromkeys(Problem._fields)
-    dims = dict.fromkeys(Problem._fields)
+    names = ("key", "reference", "bandwidth", "epsilon", "mask", "token_mass", "reference_mass")
+    fields: dict[str, Any] = dict.fromkeys(Problem._fields)
+    dims: dict[str, int | None] = dict.fromkeys(Problem._fields)
     fields |= dict(zip(names, arguments, strict=False))
     dims |= dict(zip(names, in_dims, strict=False))
     problem = _batch_problem(info.batch_size, Problem(**fields), tuple(dims.values()))
@@ -119,7 +118,9 @@ def _vmap_plan(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> A
             return (OPERATIONS.transport_plan(*sample),)
 
         return _one_by_one(call, info.batch_size, in_dims, arguments)[0], 0
-    plan = OPERATIONS.transport_plan(*(getattr(problem, name) for name in names), *rest)
+    plan = OPERATIONS.transport_plan(
+        *(getattr(problem, name) for name in names), *arguments[len(names) :]
+    )
     return plan.unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -131,7 +132,7 @@ torch.library.register_vmap("setformer_ext::transport_plan", _vmap_plan)
 def _register_autocast(name: str, storage: tuple[int, ...], device: str) -> None:
     """Under autocast the tensors at these positions of the schema take the autocast type.
 
-    Masses, epsilon and positions stay float32: the kernels accumulate in it whatever the storage.
+    Masses, bandwidth, epsilon and positions stay float32, which the kernels accumulate in.
     """
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
     operation = getattr(OPERATIONS, name).default

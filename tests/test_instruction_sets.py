@@ -31,14 +31,14 @@ result = setformer_ext._C.cpu_isa()
 
 @pytest.mark.parametrize("name", _C.cpu_isas_supported())
 def test_as_exact_as_the_definition(name: str) -> None:
-    assert fresh(CHECK, SETFORMER_EXT_CPU_ISA=name) == name
+    assert fresh(CHECK, SETFORMER_CPU_ISA=name) == name
 
 
 def test_the_best_is_the_default() -> None:
     supported = _C.cpu_isas_supported()
     assert supported[0] == "baseline"
     code = "import setformer_ext; result = setformer_ext._C.cpu_isa()"
-    assert fresh(code, SETFORMER_EXT_CPU_ISA="") == supported[-1]
+    assert fresh(code, SETFORMER_CPU_ISA="") == supported[-1]
 
 
 def test_a_name_that_is_none() -> None:
@@ -50,6 +50,6 @@ def test_a_name_that_is_none() -> None:
     except ValueError as error:
         result = str(error)
     """
-    message = fresh(code, SETFORMER_EXT_CPU_ISA="avx9000")
-    assert "SETFORMER_EXT_CPU_ISA must be one of: " + " ".join(_C.cpu_isas_supported()) in message
+    message = fresh(code, SETFORMER_CPU_ISA="avx9000")
+    assert "SETFORMER_CPU_ISA must be one of: " + " ".join(_C.cpu_isas_supported()) in message
     assert "'avx9000'" in message

@@ -27,6 +27,8 @@ def problem(dtype: str = "float64", **options: object) -> Arrays:
             x = x.numpy()
             if x.dtype != bool and name not in storage:
                 x = x.astype(accumulate)
+        elif name == "bandwidth":
+            x = np.full(arguments["key"].shape[1], x, accumulate)
         if x is not None:
             arrays[name] = x
     return arrays
@@ -63,6 +65,8 @@ def gradients(arrays: Arrays) -> Arrays:
         for name in ("key", "value", "query", "token_mass")
         if name in arrays
     } | {"reference": ((B, H, M, D), accumulate), "epsilon": ((B, H), accumulate)}
+    if "bandwidth" in arrays:
+        shapes["bandwidth"] = ((B, H), accumulate)
     if "reference_mass" in arrays:
         shapes["reference_mass"] = ((B, H, M), accumulate)
     return {f"grad_{name}": np.full(*shape[:1], np.nan, shape[1]) for name, shape in shapes.items()}
@@ -76,7 +80,7 @@ def as_torch(arrays: Arrays) -> Arrays:
         else x
         for name, x in arrays.items()
     }
-    return {"query": None, "bandwidth": 1.0} | tensors
+    return {"query": None} | tensors
 
 
 OPTIONS = [
@@ -183,11 +187,11 @@ BAD = [
     ("rows", lambda x: x[..., ::-1], ValueError, "rows must be contiguous"),
     ("rows", lambda x: None, TypeError, "rows must be given"),
     ("output", lambda x: x[:, :, 1:], ValueError, r"output must be .*N=17.*got \[2, 3, 16, 5\]"),
-    ("token_positions", lambda x: np.ones((17, 2)), ValueError, "token_positions must be"),
-    ("reference_positions", lambda x: np.ones((5, 2)), ValueError, "token_positions"),
+    ("token_positions", lambda x: np.ones((17, 2)), ValueError, "must be given together"),
+    ("reference_positions", lambda x: np.ones((5, 2)), ValueError, "must be given together"),
     ("iterations", lambda x: -1, ValueError, "iterations must be >= 0, got -1"),
     ("kernel", lambda x: "cosine", ValueError, "kernel must be .* got 'cosine'"),
-    ("bandwidth", lambda x: 0.0, ValueError, "bandwidth must be > 0"),
+    ("bandwidth", lambda x: np.zeros(3), ValueError, "bandwidth must be > 0"),
     ("position_bandwidth", lambda x: -1.0, ValueError, "position_bandwidth must be > 0"),
     ("nonsense", lambda x: np.ones(3), TypeError, "unexpected argument 'nonsense'"),
 ]

@@ -42,16 +42,17 @@ def small(options: str = "plain", seed: int = 0, **more: object) -> Arguments:
 
 
 def operands(arguments: Arguments, distribute: bool = True) -> Problem:
-    """The arguments of torch.ops.setformer_ext.set_attention; bandwidth as a number."""
+    """The arguments of torch.ops.setformer_ext.set_attention."""
     heads, dtype = arguments["key"].shape[1], arguments["key"].dtype
     given = {name: arguments.get(name) for name in Problem._fields}
-    epsilon = torch.as_tensor(arguments["epsilon"], dtype=dtype).expand(heads).clone()
-    bandwidth = arguments["bandwidth"]
+    by_head = {
+        name: torch.as_tensor(arguments[name], dtype=dtype).expand(heads).clone()
+        for name in ("bandwidth", "epsilon")
+    }
     return Problem(
         **given
+        | by_head
         | {
-            "epsilon": epsilon,
-            "bandwidth": 1.0 if isinstance(bandwidth, Tensor) else bandwidth,
             "position_bandwidth": arguments.get("position_bandwidth", 1.0),
             "distribute": distribute,
         }
@@ -100,8 +101,8 @@ def test_opcheck_set_attention_backward(options: str, given: str) -> None:
 def test_opcheck_transport_plan(options: str) -> None:
     problem = with_gradients(operands(small(options)))
     names = (
-        "key", "reference", "epsilon", "mask", "token_mass", "reference_mass", "token_positions",
-        "reference_positions", "kernel", "bandwidth", "position_bandwidth", "iterations",
+        "key", "reference", "bandwidth", "epsilon", "mask", "token_mass", "reference_mass",
+        "token_positions", "reference_positions", "kernel", "position_bandwidth", "iterations",
     )  # fmt: skip
     arguments = tuple(getattr(problem, name) for name in names)
     torch.library.opcheck(OPERATIONS.transport_plan.default, arguments)

@@ -1,5 +1,5 @@
 // Times the kernels without Python: benchmark_set_attention [SHAPE] [ROUNDS]. For profilers, and
-// for a look at one instruction set (SETFORMER_EXT_CPU_ISA) or number of threads (OMP_NUM_THREADS).
+// for a look at one instruction set (SETFORMER_CPU_ISA) or number of threads (OMP_NUM_THREADS).
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -65,11 +65,13 @@ void benchmark(const Shape& shape, int rounds) {
   const auto [name, B, H, N, D, M] = shape;
   const int64_t T = 5;
   std::mt19937 random(0);
-  Array key(B, H, N, D), value(B, H, N, D), reference(1, H, M, D), epsilon(1, 1, 1, H);
+  Array key(B, H, N, D), value(B, H, N, D), reference(1, H, M, D), bandwidth(1, 1, 1, H),
+      epsilon(1, 1, 1, H);
   Array output(B, H, N, D), pooled(B, H, M, D), rows(B, H, T + 1, N), columns(B, H, T, M);
   Array grad_output(B, H, N, D), grad_key(B, H, N, D), grad_value(B, H, N, D);
-  Array grad_reference(B, H, M, D), grad_epsilon(1, 1, B, H);
+  Array grad_reference(B, H, M, D), grad_bandwidth(1, 1, B, H), grad_epsilon(1, 1, B, H);
   for (Array* array : {&key, &value, &reference, &grad_output}) array->randomize(random, D);
+  std::fill(bandwidth.data.begin(), bandwidth.data.end(), 1.0f);
   std::fill(epsilon.data.begin(), epsilon.data.end(), 0.1f);
 
   BackwardParams p;
@@ -77,11 +79,13 @@ void benchmark(const Shape& shape, int rounds) {
   p.iterations = T;
   p.key = key.tensor, p.value = value.tensor, p.reference = reference.tensor;
   p.reference.stride[0] = 0;
+  p.bandwidth = {bandwidth.data.data(), {1}};
   p.epsilon = {epsilon.data.data(), {1}};
   p.output = output.tensor, p.pooled = pooled.tensor;
   p.rows = rows.tensor, p.columns = columns.tensor;
   p.grad_output = grad_output.tensor, p.grad_key = grad_key.tensor;
   p.grad_value = grad_value.tensor, p.grad_reference = grad_reference.tensor;
+  p.grad_bandwidth = grad_bandwidth.tensor;
   p.grad_epsilon = grad_epsilon.tensor;
 
   const double pairs = double(B * H * N * M);

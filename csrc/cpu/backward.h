@@ -46,12 +46,16 @@ class BackwardHead {
       if (status != Status::kOk) return status;
     }
     T* grad_reference = at<T>(p_.grad_reference, 0) + head * p_.references * p_.depth;
+    T* grad_bandwidth = at<T>(p_.grad_bandwidth, 0);
+    if (grad_bandwidth != nullptr) grad_bandwidth += head;
     T* grad_epsilon = at<T>(p_.grad_epsilon, 0) + head;
     fill(grad_log_b_, widths_.references, T(0));
     if (keys_.transport().empty()) {
-      clear(b, h, grad_reference, grad_epsilon);
+      clear(b, h, grad_reference);
+      if (grad_bandwidth != nullptr) *grad_bandwidth = T(0);
+      *grad_epsilon = T(0);
     } else {
-      differentiate(b, h, team, grad_reference, grad_epsilon);
+      differentiate(b, h, team, {grad_reference, grad_bandwidth, grad_epsilon});
     }
     if (T* grad = at<T>(p_.grad_reference_mass, 0)) {
       store_reference_mass_gradient(grad + head * p_.references);
@@ -67,12 +71,12 @@ class BackwardHead {
     const Status status = side.transport().prepare(
         b, h, mass, marginal_, at<T>(rows, 0) + head * (steps + 1) * tokens,
         at<T>(columns, 0) + head * larger<int64_t>(steps, 1) * p_.references, team.workers[0]);
-    if (status == Status::kOk) side.begin(b, h);
+    if (status == Status::kOk) side.begin(b, h, team);
     return status;
   }
 
-  void differentiate(int64_t b, int64_t h, const Team<Worker<T>>& team, T* grad_reference,
-                     T* grad_epsilon) {
+  void differentiate(int64_t b, int64_t h, const Team<Worker<T>>& team,
+                     const typename Similarity<Storage>::Results& results) {
     const int64_t head = b * p_.heads + h, depth = widths_.value_depth;
     const T* values = at<const T>(p_.pooled, 0) + head * p_.references * p_.value_depth;
     const T* grad = at<const T>(p_.grad_pooled, b, h);
@@ -94,22 +98,21 @@ class BackwardHead {
       }
     }
     keys_.steps(team, pooled_, grad_log_b_);
-    keys_.finish(team, grad_reference, grad_epsilon, false);
+    keys_.finish(team, results, false);
     if (T* grad_mass = at<T>(p_.grad_token_mass, 0)) {
       keys_.store_mass_gradient(grad_mass + head * p_.tokens);
     }
     if (has_queries) {
       queries_.steps(team, pooled_, grad_log_b_);
-      queries_.finish(team, grad_reference, grad_epsilon, true);
+      queries_.finish(team, results, true);
     } else if (p_.cross) {
       clear_tokens(p_.grad_query, b, h, p_.queries, p_.depth);
     }
   }
 
   // No token holds mass: the output is 0 whatever the inputs are.
-  void clear(int64_t b, int64_t h, T* grad_reference, T* grad_epsilon) {
+  void clear(int64_t b, int64_t h, T* grad_reference) {
     fill(grad_reference, p_.references * p_.depth, T(0));
-    *grad_epsilon = T(0);
     if (T* grad = at<T>(p_.grad_token_mass, 0)) {
       fill(grad + (b * p_.heads + h) * p_.tokens, p_.tokens, T(0));
     }

@@ -45,12 +45,12 @@ std::string names_of(const std::vector<Backend>& backends) {
 
 Backend choose() {
   const std::vector<Backend> backends = supported_backends();
-  const char* wanted = std::getenv("SETFORMER_EXT_CPU_ISA");
+  const char* wanted = std::getenv("SETFORMER_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return backends.back();
   for (const Backend& backend : backends) {
     if (wanted == std::string(backend.name)) return backend;
   }
-  throw std::invalid_argument("SETFORMER_EXT_CPU_ISA must be one of: " + names_of(backends) +
+  throw std::invalid_argument("SETFORMER_CPU_ISA must be one of: " + names_of(backends) +
                               " (what was compiled and this processor has), got '" + wanted + "'");
 }
 

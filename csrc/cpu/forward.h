@@ -5,17 +5,6 @@
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// matrix[i][:] *= factors[i].
-template <class T>
-void scale_rows(T* matrix, int64_t count, int64_t width, const T* factors) {
-  for (int64_t i = 0; i < count; ++i) {
-    const Vector<T> factor = splat(factors[i]);
-    for (int64_t c = 0; c < width; c += kLanes<T>) {
-      store<T>(matrix + i * width + c, load(matrix + i * width + c) * factor);
-    }
-  }
-}
-
 // The marginal b of head (b, h) from its masses; uniform where none are given.
 template <class T>
 Status load_reference_marginal(const ForwardParams& p, const Widths<T>& widths, int64_t b,
@@ -69,6 +58,8 @@ class ForwardHead {
     T* rows = at<T>(p_.rows, 0) + head * (steps + 1) * p_.tokens;
     T* columns = at<T>(p_.columns, 0) + head * larger<int64_t>(steps, 1) * p_.references;
     T* pooled = at<T>(p_.pooled, 0) + head * p_.references * p_.value_depth;
+    const T* bandwidth = at<const T>(p_.bandwidth, h);
+    if (bandwidth != nullptr && !(*bandwidth > 0)) return Status::kNonPositiveBandwidth;
     if (!(at<const T>(p_.epsilon, h)[0] > 0)) return Status::kNonPositiveEpsilon;
     Status status = load_reference_marginal(p_, widths_, b, h, marginal_);
     if (status != Status::kOk) return status;

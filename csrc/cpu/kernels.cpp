@@ -35,6 +35,7 @@ class PlanHead {
     if (status != Status::kOk) return status;
     if (!keys_.empty()) {
       keys_.restore_potentials();
+      keys_.normalize_collection(team);
       keys_.collection_columns(steps, column_factors_);
       for (int64_t j = 0; j < width; ++j) column_factors_[j] *= marginal_.b[j];
     }

@@ -101,18 +101,20 @@ class SideGradient {
     da_ = arena.take<T>(spans.tokens);
     sums_.place(arena, spans, widths_.references);
     matrix_sums_.place(arena, spans, p_.references * larger(widths_.value_depth, widths_.depth));
-    epsilon_sums_.place(arena, spans, 1);
+    scalar_sums_.place(arena, spans, 2);
   }
 
   Transport<Storage>& transport() { return transport_; }
   int64_t left_width() const { return columns_.total(); }
 
-  void begin(int64_t b, int64_t h) {
+  void begin(int64_t b, int64_t h, const Crew& crew) {
     b_ = b;
     h_index_ = h;
     fill(gbar_, widths_.references, T(0));
     fill(da_, transport_.spans().tokens, T(0));
-    if (!transport_.empty()) transport_.restore_potentials();
+    if (transport_.empty()) return;
+    transport_.restore_potentials();
+    if (collects_) transport_.normalize_collection(crew);
   }
 
   // Through distribute: adds to pooled.gradient, leaves gbar.
@@ -188,14 +190,15 @@ class SideGradient {
     }
   }
 
-  // ds, and through the similarity to tokens, references and epsilon.
-  void finish(const Crew& crew, T* grad_reference, T* grad_epsilon, bool accumulate) {
+  // ds, and through the similarity to the tokens and to `results`.
+  void finish(const Crew& crew, const typename Similarity<Storage>::Results& results,
+              bool accumulate) {
     crew.for_each_tile(
         transport_.spans(),
         [&](int64_t span) {
           sums_.clear(span);
           matrix_sums_.clear(span);
-          epsilon_sums_.clear(span);
+          scalar_sums_.clear(span);
         },
         [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
           const T* scores = transport_.scores(begin, count, worker);
@@ -205,16 +208,15 @@ class SideGradient {
           if (!transport_.keys_loaded(begin)) similarity.load_keys(begin, count, worker.tile);
           similarity.add_gradient(count, worker.tile, worker.gradient, worker.row_terms,
                                   worker.grad_keys,
-                                  {matrix_sums_.of(span), sums_.of(span), epsilon_sums_.of(span)});
+                                  {matrix_sums_.of(span), sums_.of(span), scalar_sums_.of(span)});
           store_tokens<Storage>(worker.grad_keys, widths_.depth, grad_tokens_, b_, h_index_, begin,
                                 count, p_.depth);
         });
     transport_.pass_done();
     const Spans& spans = transport_.spans();
-    transport_.similarity().store_reference_gradient(
-        {matrix_sums_.total(spans), sums_.total(spans), nullptr}, grad_reference, accumulate);
-    const T epsilon = *epsilon_sums_.total(spans);
-    *grad_epsilon = accumulate ? *grad_epsilon + epsilon : epsilon;
+    transport_.similarity().store_gradient(
+        {matrix_sums_.total(spans), sums_.total(spans), scalar_sums_.total(spans)}, results,
+        accumulate);
   }
 
   // dmass_i = (da_i - sum_k a_k da_k) / total mass, 0 for masked tokens.
@@ -384,16 +386,16 @@ class SideGradient {
   Columns columns_;
   int64_t b_ = 0, h_index_ = 0;
 
-  T* right_ = nullptr;          // [L, references]
-  T* factors_ = nullptr;        // [references]
-  T* gbar_ = nullptr;           // [references] dL/dg of the step at hand
-  T* weights_ = nullptr;        // [references]
-  T* delta_ = nullptr;          // [tokens]
-  T* h_ = nullptr;              // [T, tokens] fbar^t r_R^{t-1}
-  T* da_ = nullptr;             // [tokens] dL/da
-  Partials<T> sums_{};          // [references] per span
-  Partials<T> matrix_sums_{};   // [M, value_depth or depth] per span
-  Partials<T> epsilon_sums_{};  // [1] per span
+  T* right_ = nullptr;         // [L, references]
+  T* factors_ = nullptr;       // [references]
+  T* gbar_ = nullptr;          // [references] dL/dg of the step at hand
+  T* weights_ = nullptr;       // [references]
+  T* delta_ = nullptr;         // [tokens]
+  T* h_ = nullptr;             // [T, tokens] fbar^t r_R^{t-1}
+  T* da_ = nullptr;            // [tokens] dL/da
+  Partials<T> sums_{};         // [references] per span
+  Partials<T> matrix_sums_{};  // [M, value_depth or depth] per span
+  Partials<T> scalar_sums_{};  // [2] per span
 };
 
 }  // namespace setformer::cpu::SETFORMER_ISA

@@ -121,6 +121,7 @@ class Similarity {
     gaussian_ = p.kernel == Kernel::kGaussian;
     has_positions_ = tokens.positions.data != nullptr && p.reference_positions.data != nullptr;
     epsilon_ = at<const T>(p.epsilon, h)[0];
+    bandwidth_ = p.bandwidth.data == nullptr ? T(1) : at<const T>(p.bandwidth, h)[0];
     scale_ = kLog2E / epsilon_;
     load_references();
 
@@ -135,7 +136,6 @@ class Similarity {
   // Solve in the log domain, or by scaling? Follows from the options and this head's data alone.
   bool log_domain() const { return log_domain_; }
   const Validity& valid() const { return valid_; }
-  T epsilon() const { return epsilon_; }
 
   // buffers.keys = the tile's keys, centred.
   void load_keys(int64_t begin, int64_t count, const TileBuffers<T>& buffers) const {
@@ -180,16 +180,15 @@ class Similarity {
   // With E_ij = ds_ij factors_ij gradient_scale():
   //   gaussian  dk_i = sum_j E_ij (y_j - k_i),  dy_j = sum_i E_ij (k_i - y_j)
   //   linear    dk_i = sum_j E_ij y_j,          dy_j = sum_i E_ij k_i
-  // and dL/depsilon = -epsilon_gradient() sum E_ij (gaussian) or -sum_i <k_i, dk_i> / epsilon.
   T gradient_scale() const {
-    return gaussian_ ? T(1 / (double(epsilon_) * p_->bandwidth * p_->bandwidth)) : 1 / epsilon_;
+    return gaussian_ ? 1 / (epsilon_ * bandwidth_ * bandwidth_) : 1 / epsilon_;
   }
 
-  // Accumulators of a span of tokens.
+  // Sums over tokens, of a span or of all.
   struct Gradient {
     T* references;  // [M, depth] sum_i E_ij k_i
     T* columns;     // [references] sum_i E_ij
-    T* epsilon;     // [1], in a whole vector
+    T* scalars;     // [2] sum_ij E_ij, sum_i <k_i, dk_i>
   };
 
   // Adds the tile's share to `gradient` and writes dk to `grad_keys` [tile, depth]; buffers.keys
@@ -201,7 +200,6 @@ class Similarity {
              depth, false);
     multiply(p_->references, depth, count, e, int64_t{1}, columns, buffers.keys, depth,
              gradient.references, depth, true);
-    T total = 0;
     if (gaussian_) {
       T ones[kTileTokens];
       fill(ones, kTileTokens, T(1));
@@ -213,31 +211,48 @@ class Similarity {
           const int64_t at = i * depth + d;
           store<T>(grad_keys + at, load(grad_keys + at) - row_total * load(buffers.keys + at));
         }
-        total += row_totals[i];
+        gradient.scalars[0] += row_totals[i];
       }
-      total *= T(p_->bandwidth * p_->bandwidth);
-    } else {
-      Vector<T> sum{};
-      for (int64_t at = 0; at < count * depth; at += kLanes<T>) {
-        sum += load(grad_keys + at) * load(buffers.keys + at);
-      }
-      total = sum_of<T>(sum);
     }
-    *gradient.epsilon -= total / epsilon_;
+    Vector<T> products{};
+    for (int64_t at = 0; at < count * depth; at += kLanes<T>) {
+      products += load(grad_keys + at) * load(buffers.keys + at);
+    }
+    gradient.scalars[1] += sum_of<T>(products);
   }
 
-  // grad_reference[b, h] (+)= the sums of add_gradient over all tokens.
-  void store_reference_gradient(const Gradient& gradient, T* grad_reference,
-                                bool accumulate) const {
+  // Where the gradient of one head goes.
+  struct Results {
+    T* reference;  // [M, D]
+    T* bandwidth;  // optional
+    T* epsilon;
+  };
+
+  // From the sums of add_gradient over all tokens. E is homogeneous in k and y, so that
+  //   gaussian  dL/dbandwidth = sum E |k - y|^2 / bandwidth = -(sum <k, dk> + sum <y, dy>) /
+  //   bandwidth
+  //             dL/depsilon   = -sum E bandwidth^2 / epsilon
+  //   linear    dL/depsilon   = -sum <k, dk> / epsilon
+  void store_gradient(const Gradient& gradient, const Results& results, bool accumulate) const {
+    const auto put = [accumulate](T value, T* to) { *to = accumulate ? *to + value : value; };
+    T products = gradient.scalars[1];
     for (int64_t j = 0; j < p_->references; ++j) {
       for (int64_t d = 0; d < p_->depth; ++d) {
         const int64_t at = j * widths_.depth + d;
         T sum = gradient.references[at];
-        if (gaussian_) sum -= gradient.columns[j] * references_[at];
-        T& target = grad_reference[j * p_->depth + d];
-        target = accumulate ? target + sum : sum;
+        if (gaussian_) {
+          sum -= gradient.columns[j] * references_[at];
+          products += sum * references_[at];
+        }
+        put(sum, results.reference + j * p_->depth + d);
       }
     }
+    if (results.bandwidth != nullptr) {
+      put(gaussian_ ? -products / bandwidth_ : T(0), results.bandwidth);
+    }
+    put(gaussian_ ? -gradient.scalars[0] * bandwidth_ * bandwidth_ / epsilon_
+                  : -products / epsilon_,
+        results.epsilon);
   }
 
  private:
@@ -250,7 +265,7 @@ class Similarity {
     fill(reference_norms_, widths_.references, T(0));
     fill(right_, depth * widths_.references, T(0));
     // In base 2: -|k - y|^2 c = k.(2 c y) - c |k|^2 - c |y|^2 with c = log2(e) / (2 bandwidth^2).
-    const T c = gaussian_ ? T(kLog2E / (2 * p_->bandwidth * p_->bandwidth)) : T(0);
+    const T c = gaussian_ ? kLog2E / (2 * bandwidth_ * bandwidth_) : T(0);
     if (gaussian_) {
       for (int64_t j = 0; j < count; ++j) {
         for (int64_t d = 0; d < depth; ++d) center_[d] += references_[j * width + d] / T(count);
@@ -351,7 +366,7 @@ class Similarity {
   int64_t b_ = 0, h_ = 0;
   Validity valid_;
   bool gaussian_ = true, has_positions_ = false, log_domain_ = false;
-  T epsilon_ = 1, scale_ = 1, shift_ = 0, position_scale_ = 0;
+  T bandwidth_ = 1, epsilon_ = 1, scale_ = 1, shift_ = 0, position_scale_ = 0;
 
   T* references_ = nullptr;           // [M, depth] y, centred
   T* center_ = nullptr;               // [depth]

@@ -93,6 +93,17 @@ void add_transposed_product(const T* matrix, int64_t count, int64_t columns, con
   }
 }
 
+// matrix[i][:] *= factors[i].
+template <class T>
+void scale_rows(T* matrix, int64_t count, int64_t width, const T* factors) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Vector<T> factor = splat(factors[i]);
+    for (int64_t c = 0; c < width; c += kLanes<T>) {
+      store<T>(matrix + i * width + c, load(matrix + i * width + c) * factor);
+    }
+  }
+}
+
 // logs[i] = log2 sum_j 2^(scores[i][j] + potential[j]), shifted by each row's maximum.
 template <class T>
 void row_log_sums(const T* scores, int64_t count, int64_t columns, const T* potential, T* logs) {

@@ -19,7 +19,11 @@
 //   collection(t)    C_ij / a_i = exp(s_ij) / (r^{t-1}_i c^t_j)       columns of C sum to 1
 //
 // where the matrix is the tile of K itself and the factors do the rest (scaling), or the plan is
-// formed from s and the factors are 1 (log domain). Dividing C by a keeps everything finite where
+// formed from s and the factors are 1 (log domain). A logarithm of size 1000 is rounded at 1e-4, so
+// plans formed in the log domain would miss their sums by as much, and gradients, which are
+// differences of such sums, by far more: the sums that must be 1 are taken again and divided out.
+//
+// Dividing C by a keeps everything finite where
 // a_i = 0, and gives the exact derivative with respect to such a mass.
 #pragma once
 
@@ -80,6 +84,7 @@ class Transport {
     a_ = arena.take<T>(tokens_.count);
     potentials_ = arena.take<T>((p_->iterations + 1) * widths_.references);
     column_potentials_ = arena.take<T>(larger<int64_t>(p_->iterations, 1) * widths_.references);
+    collection_scale_ = arena.take<T>(widths_.references);
     column_sums_.place(arena, spans_, 2 * widths_.references);
     // Scores are kept while they fit a constant amount of fast memory and recomputed beyond it.
     const int64_t row = widths_.references * (backward_ ? 2 : 1);
@@ -99,6 +104,7 @@ class Transport {
     rows_ = rows;
     columns_ = columns;
     fresh_ = true;
+    fill(collection_scale_, widths_.references, T(1));
     fill(potentials_, widths_.references, log_domain() ? T(0) : T(1));
     for (int64_t j = p_->references; j < widths_.references; ++j) {
       potentials_[j] = log_domain() ? -T(__builtin_inf()) : T(0);
@@ -171,6 +177,7 @@ class Transport {
       normalize_columns(t);
     }
     if (!pools || !log_domain()) return;
+    normalize_collection(crew);
     crew.for_each_tile(spans_, begin_span,
                        [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
                          const T* tile =
@@ -192,6 +199,21 @@ class Transport {
     for (int64_t i = 0; i < count; ++i) rows[i] = normalizers[i];
   }
 
+  // In the log domain: the sums of collection(T) over its columns, to be divided out.
+  void normalize_collection(const Crew& crew) {
+    if (!log_domain()) return;
+    crew.for_each_tile(
+        spans_, [&](int64_t span) { column_sums_.clear(span); },
+        [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
+          const T* tile = scores(begin, count, worker);
+          add_transposed_product(collection(p_->iterations, begin, count, tile, worker), count,
+                                 widths_.references, a_ + begin, column_sums_.of(span));
+        });
+    pass_done();
+    const T* sums = column_sums_.total(spans_);
+    for (int64_t j = 0; j < p_->references; ++j) collection_scale_[j] = 1 / sums[j];
+  }
+
   // Backward finds rows and columns as forward left them; potentials follow.
   void restore_potentials() {
     for (int64_t t = smaller<int64_t>(1, p_->iterations); t <= p_->iterations; ++t) {
@@ -203,7 +225,12 @@ class Transport {
   // where T = 0, for then f = log a has no normaliser.
   const T* distribution(int64_t t, int64_t begin, int64_t count, const T* scores,
                         const Worker<T>& worker) const {
-    return plan(row_normalizers(t, begin), potential(t), count, scores, worker);
+    if (!log_domain()) return scores;
+    form_plan(row_normalizers(t, begin), potential(t), count, scores, worker.matrix);
+    row_sums(worker.matrix, count, widths_.references, worker.row_factors);
+    for (int64_t i = 0; i < count; ++i) worker.row_factors[i] = 1 / worker.row_factors[i];
+    scale_rows(worker.matrix, count, widths_.references, worker.row_factors);
+    return worker.matrix;
   }
   void distribution_rows(int64_t t, int64_t begin, int64_t count, T* factors) const {
     row_factors(row_normalizers(t, begin), count, factors);
@@ -212,7 +239,10 @@ class Transport {
 
   const T* collection(int64_t t, int64_t begin, int64_t count, const T* scores,
                       const Worker<T>& worker) const {
-    return plan(row_normalizers(t - 1, begin), column_potential(t), count, scores, worker);
+    if (!log_domain()) return scores;
+    form_plan(row_normalizers(t - 1, begin), column_potential(t), count, scores, worker.matrix);
+    if (t == p_->iterations) scale_columns(worker.matrix, count, collection_scale_);
+    return worker.matrix;
   }
   void collection_rows(int64_t t, int64_t begin, int64_t count, T* factors) const {
     row_factors(row_normalizers(t - 1, begin), count, factors);
@@ -302,9 +332,9 @@ class Transport {
     }
   }
 
-  const T* plan(const T* rows, const T* column_terms, int64_t count, const T* scores,
-                const Worker<T>& worker) const {
-    if (!log_domain()) return scores;
+  // matrix_ij = 2^(s_ij - rows_i + column_terms_j), rows = 0 where null.
+  void form_plan(const T* rows, const T* column_terms, int64_t count, const T* scores,
+                 T* matrix) const {
     // Entries of plans are at most 1; only C / a of a token without mass can exceed this bound.
     const Vector<T> bound = splat(T(100));
     for (int64_t i = 0; i < count; ++i) {
@@ -312,11 +342,19 @@ class Transport {
       for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
         const int64_t at = i * widths_.references + j;
         const Vector<T> exponent = (load(scores + at) - row) + load(column_terms + j);
-        store<T>(worker.matrix + at, exp2_bounded<T>(at_most<T>(exponent, bound)));
+        store<T>(matrix + at, exp2_bounded<T>(at_most<T>(exponent, bound)));
       }
     }
-    return worker.matrix;
   }
+  void scale_columns(T* matrix, int64_t count, const T* factors) const {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
+        const int64_t at = i * widths_.references + j;
+        store<T>(matrix + at, load(matrix + at) * load(factors + j));
+      }
+    }
+  }
+  // The row and column factors that go with a plan's matrix: 1 in the log domain.
   void row_factors(const T* rows, int64_t count, T* factors) const {
     if (log_domain() || rows == nullptr) {
       fill(factors, count, T(1));
@@ -346,6 +384,7 @@ class Transport {
   T* a_ = nullptr;                  // [N]
   T* potentials_ = nullptr;         // [T + 1, references]
   T* column_potentials_ = nullptr;  // [max(T, 1), references]
+  T* collection_scale_ = nullptr;   // [references] of the log domain's collection(T)
   Partials<T> column_sums_{};       // [2, references] per span
   T* score_cache_ = nullptr;        // [cached, references]
   T* factor_cache_ = nullptr;       // [cached, references], in backward

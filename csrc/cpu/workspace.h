@@ -32,7 +32,7 @@ class Arena {
 class Block {
  public:
   explicit Block(int64_t bytes)
-      : data_(std::aligned_alloc(Arena::kAlignment, larger<int64_t>(bytes, Arena::kAlignment))) {}
+      : data_(std::aligned_alloc(Arena::kAlignment, round_up(bytes + 1, Arena::kAlignment))) {}
   ~Block() { std::free(data_); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;

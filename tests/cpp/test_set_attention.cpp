@@ -69,7 +69,7 @@ template <class Real>
 struct Problem {
   Case c;
   int64_t queries;
-  Array<Real> query, key, value, reference, token_mass, reference_mass, epsilon;
+  Array<Real> query, key, value, reference, token_mass, reference_mass, bandwidth, epsilon;
   Array<Real> token_positions, query_positions, reference_positions, grad_output;
   std::unique_ptr<bool[]> mask, query_mask;
 
@@ -82,6 +82,7 @@ struct Problem {
         reference(1, c.H, c.M, c.D),
         token_mass(1, c.B, c.H, c.N),
         reference_mass(1, 1, c.H, c.M),
+        bandwidth(1, 1, 1, c.H),
         epsilon(1, 1, 1, c.H),
         token_positions(1, 1, c.N, c.P),
         query_positions(1, 1, queries, c.P),
@@ -99,6 +100,7 @@ struct Problem {
          {&token_mass, &reference_mass, &token_positions, &query_positions, &reference_positions}) {
       for (Real& x : array->data) x = Real(uniform(random));
     }
+    for (Real& x : bandwidth.data) x = Real(1 + uniform(random));
     for (Real& x : epsilon.data) x = Real(c.epsilon * uniform(random));
     for (int64_t i = 0; i < c.B * c.N; ++i) mask[i] = !c.mask || i % 3 != 1;
     for (int64_t i = 0; i < c.B * queries; ++i) query_mask[i] = !c.mask || i % 4 != 2;
@@ -111,7 +113,7 @@ struct Problem {
     p.batch = c.B, p.heads = c.H, p.tokens = c.N, p.queries = queries, p.references = c.M;
     p.depth = c.D, p.value_depth = c.Dv, p.position_depth = c.P, p.iterations = c.T;
     p.type = sizeof(Real) == 8 ? ScalarType::kFloat64 : ScalarType::kFloat32;
-    p.kernel = c.kernel, p.bandwidth = 1.3, p.position_bandwidth = 0.8;
+    p.kernel = c.kernel, p.position_bandwidth = 0.8;
     p.cross = c.Nq >= 0;
     p.key = key.tensor(), p.value = value.tensor(), p.query = query.tensor();
     p.reference = reference.tensor();
@@ -124,6 +126,7 @@ struct Problem {
       p.token_mass = {token_mass.data.data(), {c.H * c.N, c.N, 1}};
       p.reference_mass = {reference_mass.data.data(), {0, c.M, 1}};
     }
+    p.bandwidth = {bandwidth.data.data(), {1}};
     p.epsilon = {epsilon.data.data(), {1}};
     if (c.P > 0) {
       p.token_positions = {token_positions.data.data(), {c.P, 1}};
@@ -160,8 +163,9 @@ Matrix scores(Problem<double>& p, Array<double>& tokens, Array<double>& position
         const double difference = positions(0, 0, i, d) - p.reference_positions(0, 0, j, d);
         offset += difference * difference;
       }
+      const double bandwidth = p.bandwidth(0, 0, 0, h);
       const double kappa =
-          c.kernel == Kernel::kLinear ? product : std::exp(-distance / (2 * 1.3 * 1.3));
+          c.kernel == Kernel::kLinear ? product : std::exp(-distance / (2 * bandwidth * bandwidth));
       s[i][j] = kappa * std::exp(-offset / (0.8 * 0.8)) / p.epsilon(0, 0, 0, h);
     }
   }
@@ -251,7 +255,7 @@ template <class Real>
 struct Results {
   Array<Real> output, pooled, rows, columns, query_rows, query_columns, plan;
   Array<Real> grad_query, grad_key, grad_value, grad_reference, grad_token_mass;
-  Array<Real> grad_reference_mass, grad_epsilon;
+  Array<Real> grad_reference_mass, grad_bandwidth, grad_epsilon;
 
   Results(const Case& c, int64_t queries)
       : output(c.B, c.H, queries, c.Dv),
@@ -267,6 +271,7 @@ struct Results {
         grad_reference(c.B, c.H, c.M, c.D),
         grad_token_mass(1, c.B, c.H, c.N),
         grad_reference_mass(1, c.B, c.H, c.M),
+        grad_bandwidth(1, 1, c.B, c.H),
         grad_epsilon(1, 1, c.B, c.H) {}
 
   bool operator==(const Results& other) const {
@@ -275,6 +280,7 @@ struct Results {
            grad_reference.data == other.grad_reference.data &&
            grad_token_mass.data == other.grad_token_mass.data &&
            grad_reference_mass.data == other.grad_reference_mass.data &&
+           grad_bandwidth.data == other.grad_bandwidth.data &&
            grad_epsilon.data == other.grad_epsilon.data && plan.data == other.plan.data;
   }
 };
@@ -291,6 +297,7 @@ Results<Real> run(const Backend& backend, Problem<Real>& problem) {
   p.grad_output = problem.grad_output.tensor();
   p.grad_query = r.grad_query.tensor(), p.grad_key = r.grad_key.tensor();
   p.grad_value = r.grad_value.tensor(), p.grad_reference = r.grad_reference.tensor();
+  p.grad_bandwidth = r.grad_bandwidth.tensor();
   p.grad_epsilon = r.grad_epsilon.tensor();
   if (problem.c.masses) {
     p.grad_token_mass = r.grad_token_mass.tensor();
@@ -356,6 +363,7 @@ void test_double(const Backend& backend, const Case& c) {
   check_gradient(p, p.value, r.grad_value.data);
   if (c.Nq >= 0) check_gradient(p, p.query, r.grad_query.data);
   check_gradient(p, p.reference, sum_over_batch(r.grad_reference, p.reference.data.size()));
+  check_gradient(p, p.bandwidth, sum_over_batch(r.grad_bandwidth, c.H));
   check_gradient(p, p.epsilon, sum_over_batch(r.grad_epsilon, c.H));
   if (c.masses) {
     check_gradient(p, p.token_mass, r.grad_token_mass.data);
@@ -371,7 +379,8 @@ void test_float(const Backend& backend, const Case& c) {
     to.data.assign(from.data.begin(), from.data.end());
   };
   widen(low.query, high.query), widen(low.key, high.key), widen(low.value, high.value);
-  widen(low.reference, high.reference), widen(low.epsilon, high.epsilon);
+  widen(low.reference, high.reference);
+  widen(low.bandwidth, high.bandwidth), widen(low.epsilon, high.epsilon);
   widen(low.token_mass, high.token_mass), widen(low.reference_mass, high.reference_mass);
   widen(low.token_positions, high.token_positions);
   widen(low.query_positions, high.query_positions);
@@ -429,6 +438,7 @@ void test_bad_values(const Backend& backend) {
   CHECK(status([](auto&) {}) == Status::kOk);
   CHECK(status([](auto& p) { p.token_mass.data[3] = -1; }) == Status::kNegativeTokenMass);
   CHECK(status([](auto& p) { p.reference_mass.data[3] = 0; }) == Status::kNonPositiveReferenceMass);
+  CHECK(status([](auto& p) { p.bandwidth.data[1] = -1; }) == Status::kNonPositiveBandwidth);
   CHECK(status([](auto& p) { p.epsilon.data[1] = 0; }) == Status::kNonPositiveEpsilon);
   CHECK(status([](auto& p) { p.epsilon.data[0] = NAN; }) == Status::kNonPositiveEpsilon);
 }
