@@ -325,6 +325,15 @@ def test_compiles_to_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "everything"])
+def test_compiles_for_any_length(name: str) -> None:
+    module = make(name)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for N in (19, 35):
+        x = tokens(2, N, 24)
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("name", ["default", "everything"])
 def test_exports_for_any_length(name: str) -> None:
     module, x = make(name), tokens(2, 35, 24)
     mask = torch.ones(2, 35, dtype=torch.bool)
