@@ -172,13 +172,18 @@ def output_gradient(function: Callable[..., Tensor], arguments: Arguments, seed:
 
 
 def assert_as_exact_as_definition(
-    function: Callable[..., Tensor], arguments: Arguments, *, backward: bool = True, seed: int = 0
+    function: Callable[..., Tensor],
+    arguments: Arguments,
+    *,
+    backward: bool = True,
+    seed: int = 0,
+    more_noise: dict[str, float] | None = None,
 ) -> None:
     """max|out - exact| <= 2 max|low - exact| + atol for the output and every gradient.
 
     exact is the definition in float64, low is the definition in the type that the backend
     accumulates in, rounded to the storage type: it calibrates itself to shape, options and
-    type. atol is for where low is exact by luck; see `rounding`.
+    type. atol is for where low is exact by luck; see `rounding`, to which `more_noise` adds.
     """
     dtype = arguments["key"].dtype
     plain = getattr(definition, function.__name__)
@@ -208,6 +213,7 @@ def assert_as_exact_as_definition(
         error = largest(out[name].double() - expected)
         calibration = largest(low[name].double() - expected) * narrow
         assert math.isfinite(calibration), f"{name} of the definition is not finite"
+        noise[name] += (more_noise or {}).get(name, 0.0)
         allowed = 2 * calibration + noise[name]
         assert error <= allowed, (
             f"{name}: error {error:.3g} > {allowed:.3g}"
