@@ -342,40 +342,48 @@ class SideGradient {
   void score_gradient(int64_t begin, int64_t count, const T* scores,
                       const Worker<T>& worker) const {
     const int64_t size = count * widths_.references, steps = p_.iterations;
+    const T* ds = worker.gradient;
     if (!transport_.log_domain()) {
-      add_group(count, {0, columns_.total()}, scores, false, worker);
+      multiply_group(count, {0, columns_.total()}, worker);
+      ds = scores;
     } else {
-      bool accumulate = false;
+      fill(worker.gradient, size, T(0));
       for (int64_t t = smaller<int64_t>(1, steps); t <= steps; ++t) {
         const T* matrix = transport_.collection(t, begin, count, scores, worker);
-        accumulate |= add_group(count, columns_.collection(t), matrix, accumulate, worker);
+        add_group(count, columns_.collection(t), matrix, worker);
       }
       for (int64_t t = 0; t <= steps; ++t) {
         const T* matrix = transport_.distribution(t, begin, count, scores, worker);
-        accumulate |= add_group(count, columns_.distribution(t), matrix, accumulate, worker);
+        add_group(count, columns_.distribution(t), matrix, worker);
       }
+      fill(worker.product, size, T(1));
     }
     const T* factors = transport_.factors(begin, worker);
     const Vector<T> scale = splat(transport_.similarity().gradient_scale());
     for (int64_t at = 0; at < size; at += kLanes<T>) {
-      store<T>(worker.gradient + at, SETFORMER_ISA::load(worker.gradient + at) *
-                                         SETFORMER_ISA::load(factors + at) * scale);
+      store<T>(worker.gradient + at, SETFORMER_ISA::load(ds + at) *
+                                         SETFORMER_ISA::load(worker.product + at) *
+                                         (SETFORMER_ISA::load(factors + at) * scale));
     }
   }
 
-  // worker.gradient (+)= matrix * (left right) over the group's columns; false if it has none.
-  bool add_group(int64_t count, const Group& group, const T* matrix, bool accumulate,
-                 const Worker<T>& worker) const {
-    if (group.depth == 0) return false;
+  // worker.product = left right over the group's columns.
+  void multiply_group(int64_t count, const Group& group, const Worker<T>& worker) const {
     const int64_t width = widths_.references;
     multiply(count, width, group.depth, worker.left + group.offset, columns_.total(), int64_t{1},
              right(group.offset), width, worker.product, width, false);
-    for (int64_t at = 0; at < count * width; at += kLanes<T>) {
-      Vector<T> ds = SETFORMER_ISA::load(matrix + at) * SETFORMER_ISA::load(worker.product + at);
-      if (accumulate) ds += SETFORMER_ISA::load(worker.gradient + at);
-      store<T>(worker.gradient + at, ds);
+  }
+
+  // worker.gradient += matrix * (left right) over the group's columns, if it has any.
+  void add_group(int64_t count, const Group& group, const T* matrix,
+                 const Worker<T>& worker) const {
+    if (group.depth == 0) return;
+    multiply_group(count, group, worker);
+    for (int64_t at = 0; at < count * widths_.references; at += kLanes<T>) {
+      store<T>(worker.gradient + at,
+               SETFORMER_ISA::load(worker.gradient + at) +
+                   SETFORMER_ISA::load(matrix + at) * SETFORMER_ISA::load(worker.product + at));
     }
-    return true;
   }
 
   const BackwardParams& p_;

@@ -261,24 +261,25 @@ class Similarity {
   void load_references() {
     const int64_t count = p_->references, depth = p_->depth, width = widths_.depth;
     load_tokens<Storage>(p_->reference, b_, h_, 0, count, depth, Validity(), references_, width);
-    fill(center_, width, T(0));
     fill(reference_norms_, widths_.references, T(0));
-    fill(right_, depth * widths_.references, T(0));
     // In base 2: -|k - y|^2 c = k.(2 c y) - c |k|^2 - c |y|^2 with c = log2(e) / (2 bandwidth^2).
-    const T c = gaussian_ ? kLog2E / (2 * bandwidth_ * bandwidth_) : T(0);
+    T factor = 1;
     if (gaussian_) {
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t d = 0; d < depth; ++d) center_[d] += references_[j * width + d] / T(count);
-      }
+      const T c = kLog2E / (2 * bandwidth_ * bandwidth_);
+      factor = 2 * c;
       fill(square_weights_, width, -c);
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t d = 0; d < depth; ++d) {
-        T& y = references_[j * width + d];
-        y -= center_[d];
-        reference_norms_[j] -= c * y * y;
-        right_[d * widths_.references + j] = gaussian_ ? 2 * c * y : y;
+      center_references();
+      for (int64_t j = 0; j < count; j += kTileTokens) {
+        T norms[kTileTokens];
+        const int64_t rows = smaller(kTileTokens, count - j);
+        weighted_squares(references_ + j * width, rows, width, square_weights_, norms);
+        for (int64_t i = 0; i < rows; ++i) reference_norms_[j + i] = norms[i];
       }
+    }
+    for (int64_t d = 0; d < depth; ++d) {
+      T* row = right_ + d * widths_.references;
+      for (int64_t j = 0; j < count; ++j) row[j] = factor * references_[j * width + d];
+      fill(row + count, widths_.references - count, T(0));
     }
     if (!has_positions_) return;
     fill(reference_positions_, p_->position_depth * widths_.references, T(0));
@@ -289,6 +290,19 @@ class Similarity {
       }
     }
     position_scale_ = T(-kLog2E / (p_->position_bandwidth * p_->position_bandwidth));
+  }
+
+  void center_references() {
+    const int64_t width = widths_.depth;
+    for (int64_t d = 0; d < width; d += kLanes<T>) {
+      Vector<T> sum{};
+      for (int64_t j = 0; j < p_->references; ++j) sum += load(references_ + j * width + d);
+      const Vector<T> mean = sum / T(p_->references);
+      store<T>(center_ + d, mean);
+      for (int64_t j = 0; j < p_->references; ++j) {
+        store<T>(references_ + j * width + d, load(references_ + j * width + d) - mean);
+      }
+    }
   }
 
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.

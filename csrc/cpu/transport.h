@@ -274,6 +274,11 @@ class Transport {
 
   Status load_marginal(int64_t b, int64_t h, const Tensor& token_mass) {
     const T* mass = at<const T>(token_mass, b, h);
+    if (mass == nullptr && tokens_.mask.data == nullptr) {
+      total_mass_ = double(tokens_.count);
+      fill(a_, tokens_.count, T(1 / total_mass_));
+      return Status::kOk;
+    }
     double total = 0;  // a float32 sum of a million masses would lose digits
     for (int64_t i = 0; i < tokens_.count; ++i) {
       const bool valid = similarity_.valid()[i];
