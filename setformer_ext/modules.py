@@ -236,8 +236,8 @@ class SetAttention(nn.Module):
             "key": key,
             "reference": reference,
             "mask": mask,
-            "token_mass": self._token_mass(x, mask, key.dtype),
-            "reference_mass": self._reference_mass(key.dtype),
+            "token_mass": self._token_mass(x, mask),
+            "reference_mass": self._reference_mass(),
             "kernel": self.kernel if self.anchor is None else "linear",
             "bandwidth": self.bandwidth if self.anchor is None else 1.0,
             "epsilon": self.epsilon,
@@ -255,25 +255,25 @@ class SetAttention(nn.Module):
 
     def _features(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, D] or [B, H, N, P]
         """On the unit sphere and, with anchors, in the space of the Nystrom features."""
-        x = F.normalize(x, dim=-1).to(x.dtype)
+        x = _unit(x)
         if self.anchor is None:
             return x
-        return nystrom_features(x, F.normalize(self.anchor, dim=-1), self.bandwidth)
+        return nystrom_features(x, _unit(self.anchor), self.bandwidth)
 
-    def _token_mass(self, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """[B, H, N], 1 on average: the scale does not matter, and half precision holds it."""
+    def _token_mass(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """[B, H, N], 1 on average: the scale does not matter. Float16 could not hold N."""
         if self.token_mass is None:
             return None
         logits = self.token_mass(x).transpose(1, 2)
         if mask is not None:
             logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(logits.dtype).min)
-        return (logits.softmax(-1) * x.shape[1]).to(dtype)
+        return _softmax(logits) * x.shape[1]
 
-    def _reference_mass(self, dtype: torch.dtype) -> Tensor | None:
+    def _reference_mass(self) -> Tensor | None:
         """[H, M], 1 on average."""
         if self.reference_log_mass is None:
             return None
-        return (self.reference_log_mass.softmax(-1) * self.num_references).to(dtype)
+        return _softmax(self.reference_log_mass) * self.num_references
 
     def _check(self, x: Tensor, mask: Tensor | None, grid: Grid | None) -> None:
         _require(
@@ -313,6 +313,16 @@ def _parameter(present: bool, *shape: int) -> nn.Parameter | None:
 
 def _describe(initial: float, logarithm: Tensor | None) -> str:
     return f"{initial}" if logarithm is None else f"learned from {initial}"
+
+
+def _unit(x: Tensor) -> Tensor:
+    """To length 1 over the last dimension; 0 stays 0, also where float16 rounds 1e-12 to it."""
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny)).to(x.dtype)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Over the last dimension, in float32 at least."""
+    return x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]
