@@ -43,11 +43,16 @@ class _InverseSquareRoot(torch.autograd.Function):
         (c_i^(-1/2) - c_j^(-1/2)) / (c_i - c_j) = -1 / (c_i c_j^(1/2) + c_j c_i^(1/2)).
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, floor: Tensor) -> Tensor:
-        ctx.save_for_backward(matrix, floor)
+    def forward(matrix: Tensor, floor: Tensor) -> Tensor:
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         return (vectors * eigenvalues.clamp(min=floor).rsqrt().unsqueeze(-2)) @ vectors.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -176,6 +176,50 @@ def test_huge_token_logits_stay_finite() -> None:
     assert x.grad.isfinite().all()
 
 
+def test_one_dominant_token_of_many_fits_half_precision() -> None:
+    """Its mass is N, more than the largest float16."""
+    module = SetAttention(2, 1, 2, iterations=2).half()
+    nn.init.constant_(module.token_mass.weight, 100.0)
+    x = torch.zeros(1, 70_000, 2, dtype=torch.float16)
+    x[:, 5] = 1
+    x.requires_grad_()
+    output = module(x)
+    output.float().mean().backward()
+    assert output.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_tokens_with_zero_keys_stay_finite_in_half_precision() -> None:
+    """As masked ones are where the key has no bias."""
+    module = SetAttention(24, 3, num_anchors=5, bias=False).half()
+    x = tokens(2, 35, 24).half()
+    x[:, 4] = 0
+    x.requires_grad_()
+    mask = torch.ones(2, 35, dtype=torch.bool)
+    mask[1, 3:9] = False
+    output = module(x, mask)
+    output.float().sum().backward()
+    assert output.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("masses", ["token_mass", "reference_mass"])
+def test_masses_are_computed_in_float32_at_least(
+    masses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from setformer_ext import modules
+
+    given = {}
+    monkeypatch.setattr(
+        modules, "set_attention", lambda *_, **options: given.update(options) or _[2]
+    )
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        make("default").to(dtype)(tokens(2, 35, 24).to(dtype))
+        assert given[masses].dtype == expected
+
+
 def test_position_penalty_makes_references_local() -> None:
     """With a narrow penalty each reference draws most mass from its own part of the grid."""
     module = SetAttention(24, 3, 4, position_bandwidth=0.2, epsilon=0.02).double()
@@ -287,6 +331,23 @@ def test_inverse_square_root_derivatives(floor: float) -> None:
 
     assert torch.autograd.gradcheck(root, matrix.requires_grad_())
     assert torch.autograd.gradgradcheck(root, matrix)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_functional_gradients_are_those_of_backward(name: str) -> None:
+    module, x = make(name), tokens(3, 19, 24)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters, x)
+    loss(dict(module.named_parameters()), x).backward()
+    for n, parameter in module.named_parameters():
+        torch.testing.assert_close(gradients[n], parameter.grad, msg=n)
+    of_samples = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
+    for n, gradient in of_samples.items():
+        torch.testing.assert_close(gradient.sum(0), gradients[n], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
