@@ -1,6 +1,6 @@
 """What the options of SetAttention are worth: accuracy on the digits of ``setformer demo``.
 
-    python -m benchmarks.module_options [--seeds 3] [--steps 800] [NAME ...]
+    python benchmarks/module_options.py [--seeds 3] [--steps 800] [NAME ...]
 
 prints a line of Markdown per option: the test accuracy of every seed, their mean, and the mean
 training loss of the last 50 steps. The seed draws the split, the weights and the order.

@@ -111,6 +111,11 @@ class Array {
 
   const Array& expect_writable() const {
     if (read_only_) throw py::value_error(label_ + " must be writable, got a read-only array");
+    for (int i = 0; tensor_->strides != nullptr && i < rank(); ++i) {
+      if (size(i) > 1 && tensor_->strides[i] == 0) {
+        throw py::value_error(label_ + " must hold every element once, got an expanded array");
+      }
+    }
     return *this;
   }
 

@@ -14,6 +14,8 @@ namespace setformer {
 namespace {
 
 constexpr dlpack::DataType kBoolType{dlpack::kBool, 8, 1};
+constexpr int64_t kMostIterations = int64_t{1} << 31;
+constexpr int64_t kMostColumns = int64_t{1} << 24;  // of M, D and Dv: products of two stay small
 
 dlpack::DataType accumulate_type(dlpack::DataType storage) {
   return {dlpack::kFloat, uint8_t(storage.bits == 64 ? 64 : 32), 1};
@@ -60,13 +62,16 @@ class Call {
     p.reference = keep(reference).view(4);
     require(p.references > 0, function_, "reference must hold at least one reference, got M=0");
     require(p.depth > 0, function_, "key must have at least one dimension per head, got D=0");
+    require(p.references <= kMostColumns && p.depth <= kMostColumns, function_,
+            "reference must be [.., M, D] with M and D up to 2^24, got M=" +
+                std::to_string(p.references) + ", D=" + std::to_string(p.depth));
 
     require(kernel == "gaussian" || kernel == "linear", function_,
             "kernel must be 'gaussian' or 'linear', got '" + kernel + "'");
     require(std::isfinite(position_bandwidth) && position_bandwidth > 0, function_,
             "position_bandwidth must be > 0, got " + std::to_string(position_bandwidth));
-    require(iterations >= 0, function_,
-            "iterations must be >= 0, got " + std::to_string(iterations));
+    require(iterations >= 0 && iterations < kMostIterations, function_,
+            "iterations must be >= 0 and < 2^31, got " + std::to_string(iterations));
     p.kernel = kernel == "gaussian" ? Kernel::kGaussian : Kernel::kLinear;
     p.position_bandwidth = position_bandwidth;
     p.iterations = iterations;
@@ -82,6 +87,9 @@ class Call {
     if (positions.given()) {
       positions.expect_cpu().expect_type(accumulate()).expect_shape({{{"M", p.references}, {"P"}}});
       p.position_depth = positions.size(1);
+      require(p.position_depth >= 1 && p.position_depth <= 3, function_,
+              "reference_positions must be [M, P] with P = 1, 2 or 3, got P=" +
+                  std::to_string(p.position_depth));
       p.reference_positions = keep(positions).view(2);
     }
     require(positions.given() == array("token_positions").given(), function_,
@@ -110,7 +118,9 @@ class Call {
     const Array value = required("value");
     value.expect_cpu().expect_type(storage_).expect_shape({heads_of(p, {"N", p.tokens}, {"Dv"})});
     p.value_depth = value.size(3);
-    require(p.value_depth > 0, function_, "value must have at least one dimension, got Dv=0");
+    require(
+        p.value_depth > 0 && p.value_depth <= kMostColumns, function_,
+        "value must be [.., Dv] with Dv from 1 to 2^24, got Dv=" + std::to_string(p.value_depth));
     p.value = keep(value).view(4);
   }
 

@@ -112,8 +112,8 @@ class Arguments:
     def iterations(self, x: object) -> None:
         if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
             raise self.type_error("iterations", "an int", type(x).__name__)
-        if x < 0:
-            raise self.value_error("iterations", ">= 0", x)
+        if not 0 <= x < 2**31:
+            raise self.value_error("iterations", ">= 0 and < 2^31", x)
 
     def kernel(self, x: object) -> None:
         if x not in ("gaussian", "linear"):
@@ -125,6 +125,11 @@ class Arguments:
         bandwidth: float | None,
     ) -> None:
         """token_positions and reference_positions together, query_positions where wanted."""
+        if bandwidth is not None:
+            if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)):
+                raise self.type_error("position_bandwidth", "a number", type(bandwidth).__name__)
+            if not 0 < bandwidth < math.inf:
+                raise self.value_error("position_bandwidth", "> 0 and finite", bandwidth)
         if all(x is None for x, _ in positions.values()):
             return
         for name in ("token_positions", "reference_positions"):
@@ -144,10 +149,6 @@ class Arguments:
             coordinates = x.shape[1]
         if bandwidth is None:
             raise self.value_error("position_bandwidth", "given together with positions", None)
-        if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)):
-            raise self.type_error("position_bandwidth", "a number", type(bandwidth).__name__)
-        if not 0 < bandwidth < math.inf:
-            raise self.value_error("position_bandwidth", "> 0 and finite", bandwidth)
 
 
 def _name(dtype: torch.dtype) -> str:

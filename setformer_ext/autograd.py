@@ -5,18 +5,20 @@ gradient of the unrolled Sinkhorn steps. Higher derivatives, and those of ``tran
 through the differentiable definition (``reference.py``), whose N x M matrices they then store.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .ops import Gradients, Problem, Solution, accumulate_dtype
+from .ops import BEFORE_PROBLEM, Gradients, Problem, Solution, accumulate_dtype
 
 # Positions of the differentiable tensors in Problem, which name those of Gradients too.
 DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in Gradients._fields)
 TENSORS = Problem._fields.index("kernel")
+
+
+_vjp: Any = torch.func.vjp  # whose annotation counts a third result that needs has_aux
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -28,14 +30,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: None) -> Any:
     tensors = ctx.saved_tensors
-    solution, problem = tensors[: len(Solution._fields)], tensors[len(Solution._fields) :]
-    problem += ctx.options
-    if not Problem(*problem).distribute:
+    solution = Solution(*tensors[: len(Solution._fields)])
+    problem = Problem(*tensors[len(Solution._fields) :], *ctx.options)
+    if not problem.distribute:
         grad_output = None  # of the empty output
     if grad_output is None and grad_pooled is None:
         return (None,) * len(problem)
     gradients = differentiable_call(
-        "set_attention_backward", grad_output, grad_pooled, *solution, *problem
+        "set_attention_backward",
+        grad_output,
+        grad_pooled,
+        *solution,
+        *problem.in_storage_type(solution.output.dtype),
     )
     return _gradients_of_inputs(problem, gradients)
 
@@ -71,79 +77,66 @@ def _define(problem: Problem) -> tuple[Tensor | None, Tensor]:
 
 def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2], *inputs[8 : 8 + TENSORS])
-    ctx.options = inputs[8 + TENSORS :]
+    ctx.save_for_backward(*inputs[:2], *inputs[BEFORE_PROBLEM : BEFORE_PROBLEM + TENSORS])
+    ctx.options = inputs[BEFORE_PROBLEM + TENSORS :]
 
 
 def _second_backward(ctx: Any, *grad_gradients: Tensor | None) -> Any:
     """The derivative of sum_k <gradient_k, grad_gradient_k>."""
     grad_output, grad_pooled, *tensors = ctx.saved_tensors
     problem = Problem(*tensors, *ctx.options)
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs: dict[str, Any] = {name: _per_sample(problem, name) for name in Gradients._fields}
-        grads = [_differentiable(grad_output), _differentiable(grad_pooled)]
-        results = _define(problem._replace(**inputs))
-        first = _gradients(results, list(inputs.values()), grads, create_graph=True)
-        second = _gradients(
-            first, grads + list(inputs.values()), grad_gradients, create_graph=create_graph
-        )
-    of_grads = [
-        None if g is None or x is None else g.to(x.dtype)
-        for g, x in zip(second, (grad_output, grad_pooled), strict=False)
-    ]
-    of_problem = _gradients_of_inputs(tuple(problem), tuple(second[2:]))
-    return *of_grads, *(None,) * len(Solution._fields), *of_problem
+    inputs = {
+        name: _per_sample(problem, name)
+        for name in Gradients._fields
+        if getattr(problem, name) is not None
+    }
+    # In accumulate type: the definition would lose half precision's few digits at every step.
+    accumulate = accumulate_dtype(problem.key.dtype)
+    grads = {
+        name: grad.to(accumulate)
+        for name, grad in (("output", grad_output), ("pooled", grad_pooled))
+        if grad is not None
+    }
+
+    def gradients(inputs: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        def results(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
+            output, pooled = _define(problem._replace(**inputs))
+            return {n: x for n, x in (("output", output), ("pooled", pooled)) if n in grads}
+
+        _, pull_back = _vjp(results, inputs)
+        found: dict[str, Tensor] = pull_back(grads)[0]
+        return found
+
+    first, pull_back = _vjp(gradients, inputs, grads)
+    given = dict(zip(Gradients._fields, grad_gradients, strict=True))
+    of_inputs, of_grads = pull_back(
+        {
+            name: torch.zeros_like(x) if (grad := given[name]) is None else grad.to(x.dtype)
+            for name, x in first.items()
+        }
+    )
+    of_problem = _gradients_of_inputs(
+        tuple(problem), tuple(of_inputs.get(name) for name in Gradients._fields)
+    )
+    return (
+        None if grad_output is None else of_grads["output"].to(grad_output.dtype),
+        None if grad_pooled is None else of_grads["pooled"].to(grad_pooled.dtype),
+        *(None,) * len(Solution._fields),
+        *of_problem,
+    )
 
 
 # Rank of each tensor where it is given per sample.
 _RANKS = {"bandwidth": 2, "epsilon": 2, "token_mass": 3, "reference_mass": 3}
 
 
-def _per_sample(problem: Problem, name: str) -> Tensor | None:
+def _per_sample(problem: Problem, name: str) -> Tensor:
     """The tensor as set_attention_backward answers for it: one per sample also where shared."""
-    tensor = _differentiable(getattr(problem, name))
-    if tensor is None or tensor.dim() == _RANKS.get(name, 4):
+    tensor: Tensor = getattr(problem, name)
+    tensor = tensor.to(accumulate_dtype(tensor.dtype))
+    if tensor.dim() == _RANKS.get(name, 4):
         return tensor
     return tensor.expand(problem.key.shape[0], *tensor.shape)
-
-
-def _differentiable(x: Tensor | None) -> Tensor | None:
-    """x where derivatives end: its own history, if it has one, is the caller's to follow.
-
-    In accumulate type, for the definition would lose half precision's few digits at every step.
-    """
-    if x is None:
-        return None
-    x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-    return x.to(accumulate_dtype(x.dtype))
-
-
-def _gradients(
-    results: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """torch.autograd.grad that passes over what is absent, on either side."""
-    pairs = [
-        (result, grad.to(result.dtype))
-        for result, grad in zip(results, grads, strict=True)
-        if result is not None and grad is not None and result.requires_grad
-    ]
-    if not pairs:
-        return [None] * len(inputs)
-    present = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [result for result, _ in pairs],
-            present,
-            [grad for _, grad in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
 torch.library.register_autograd(
@@ -174,19 +167,23 @@ def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _plan_backward(ctx: Any, grad_plan: Tensor) -> Any:
-    saved = ctx.saved_tensors
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Contiguous, so that torch's products round alike whatever the strides.
-        tensors = [
-            _differentiable(x.contiguous()) if x is not None and x.is_floating_point() else x
-            for x in saved
-        ]
-        arguments = dict(zip(_PLAN_ARGUMENTS, (*tensors, *ctx.options), strict=True))
-        plan = reference.transport_plan(**arguments)
-        gradients = _gradients([plan], tensors, [grad_plan.contiguous()], create_graph)
-    given = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, saved, strict=True)]
-    return *given, *(None,) * len(ctx.options)
+    arguments = dict(zip(_PLAN_ARGUMENTS, (*ctx.saved_tensors, *ctx.options), strict=True))
+    # Contiguous, so that torch's products round alike whatever the strides; in accumulate type
+    # for its digits.
+    inputs = {
+        name: x.contiguous().to(accumulate_dtype(x.dtype))
+        for name, x in arguments.items()
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
+
+    def plan(inputs: dict[str, Any]) -> Tensor:
+        return reference.transport_plan(**arguments | inputs)
+
+    result, pull_back = _vjp(plan, inputs)
+    found = pull_back(grad_plan.contiguous().to(result.dtype))[0]
+    return tuple(
+        found[name].to(x.dtype) if name in found else None for name, x in arguments.items()
+    )
 
 
 torch.library.register_autograd(

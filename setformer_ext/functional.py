@@ -188,7 +188,7 @@ def transport_plan(
     arguments = Arguments("transport_plan", key)
     p = _problem(
         arguments,
-        None,
+        key,  # the plan has no values: these stand in where all problems have them
         reference,
         mask,
         token_mass,
@@ -221,7 +221,7 @@ def transport_plan(
 
 def _problem(
     arguments: Arguments,
-    value: Tensor | None,
+    value: Tensor,
     reference: Tensor,
     mask: Tensor | None,
     token_mass: Tensor | None,
@@ -243,10 +243,9 @@ def _problem(
     key = arguments.key
     batch, heads, tokens, depth = key.shape
     b, h, n = ("B", batch), ("H", heads), ("N", tokens)
-    if value is not None:
-        arguments.storage("value", value, [b, h, n, ("Dv", None)])
-        if value.shape[3] < 1:
-            raise arguments.value_error("value", "[B, H, N, Dv] with Dv >= 1", list(value.shape))
+    arguments.storage("value", value, [b, h, n, ("Dv", None)])
+    if value.shape[3] < 1:
+        raise arguments.value_error("value", "[B, H, N, Dv] with Dv >= 1", list(value.shape))
     per_head = [h, ("M", None), ("D", depth)]
     arguments.storage("reference", reference, per_head, [b, *per_head])
     m = ("M", reference.shape[-2])
@@ -272,7 +271,7 @@ def _problem(
     accumulate = accumulate_dtype(key.dtype)
     return Problem(
         key=key,
-        value=key if value is None else value,
+        value=value,
         reference=reference,
         bandwidth=_by_head(bandwidth, heads, key, accumulate),
         epsilon=_by_head(epsilon, heads, key, accumulate),

@@ -74,6 +74,18 @@ class Problem(NamedTuple):
             name: x for name, x in self._asdict().items() if x is not None and name not in absent
         }
 
+    def in_storage_type(self, dtype: torch.dtype) -> "Problem":
+        """The problem as autocast to ``dtype`` passes it on: masses and the like in float32."""
+        accumulate = accumulate_dtype(dtype)
+        storage = ("key", "value", "reference", "query")
+        return self._replace(
+            **{
+                name: x.to(dtype if name in storage else accumulate)
+                for name, x in self._asdict().items()
+                if isinstance(x, Tensor) and x.is_floating_point()
+            }
+        )
+
 
 class Solution(NamedTuple):
     """The results of ``set_attention``; empty tensors where the problem has no such result."""
@@ -106,6 +118,10 @@ class Gradients(NamedTuple):
     query: Tensor  # [B, H, Nq, D] storage, empty without a query
     token_mass: Tensor  # [B, H, N] accumulate, empty without one
     reference_mass: Tensor  # [B, H, M] accumulate, empty without one
+
+
+# set_attention_backward takes two gradients and the solution before the problem.
+BEFORE_PROBLEM = 2 + len(Solution._fields)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -161,8 +177,16 @@ def empty_gradients(problem: Problem) -> Gradients:
     )
 
 
+def empty_plan(key: Tensor, reference: Tensor) -> Tensor:  # [B, H, N, M]
+    """An unwritten plan."""
+    return key.new_empty((*key.shape[:3], reference.shape[-2]))
+
+
 def _export(arrays: dict[str, Any]) -> dict[str, Any]:
     """Tensors as DLPack capsules, which unlike __dlpack__ do not mind requires_grad."""
+    # OpenMP keeps the number of threads per calling thread, and torch sets it there when first
+    # asked: without this, torch.set_num_threads would not hold in other threads than the main one.
+    torch.get_num_threads()
     return {
         name: to_dlpack(array) if isinstance(array, Tensor) else array
         for name, array in arrays.items()
@@ -182,8 +206,8 @@ def _set_attention_backward_cpu(
     grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
 ) -> Gradients:
     # The kernels fix the layout of what forward wrote; vmap may have changed it since.
-    solution = Solution(*(x.contiguous() for x in arguments[:6]))
-    problem = Problem(*arguments[6:])
+    solution = Solution(*(x.contiguous() for x in arguments[: len(Solution._fields)]))
+    problem = Problem(*arguments[len(Solution._fields) :])
     gradients = empty_gradients(problem)
     arrays = problem.arrays() | solution.arrays(problem)
     if problem.distribute and grad_output is None:
@@ -230,7 +254,7 @@ def _transport_plan_cpu(
     solution = empty_solution(problem)
     arrays = problem.arrays()
     _C.set_attention_forward(**_export(arrays | solution.arrays(problem)))
-    plan = _fake_plan(key, reference)
+    plan = empty_plan(key, reference)
     del arrays["value"]
     _C.transport_plan(
         **_export(arrays | {"rows": solution.rows, "columns": solution.columns, "plan": plan})
@@ -245,9 +269,9 @@ def _fake_set_attention(*arguments: Any) -> Solution:
 
 @torch.library.register_fake("setformer_ext::set_attention_backward")
 def _fake_backward(*arguments: Any) -> Gradients:
-    return empty_gradients(Problem(*arguments[8:]))
+    return empty_gradients(Problem(*arguments[BEFORE_PROBLEM:]))
 
 
 @torch.library.register_fake("setformer_ext::transport_plan")
 def _fake_plan(key: Tensor, reference: Tensor, *_: Any) -> Tensor:
-    return key.new_empty((*key.shape[:3], reference.shape[-2]))
+    return empty_plan(key, reference)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops import Gradients, Problem, Solution
+from .ops import BEFORE_PROBLEM, Gradients, Problem, Solution
 
 OPERATIONS = torch.ops.setformer_ext
 # Rank of each tensor where it is given per sample: with this rank it starts with the batch.
@@ -96,11 +96,14 @@ def _vmap_set_attention(info: Any, in_dims: tuple[int | None, ...], *arguments: 
 
 def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
     size = info.batch_size
-    problem = _batch_problem(size, Problem(*arguments[8:]), in_dims[8:])
+    problem = _batch_problem(size, Problem(*arguments[BEFORE_PROBLEM:]), in_dims[BEFORE_PROBLEM:])
     if problem is None:
         results = _one_by_one(OPERATIONS.set_attention_backward, size, in_dims, arguments)
     else:
-        folded = [_fold(size, x, dim) for x, dim in zip(arguments[:8], in_dims[:8], strict=True)]
+        folded = [
+            _fold(size, x, dim)
+            for x, dim in zip(arguments[:BEFORE_PROBLEM], in_dims[:BEFORE_PROBLEM], strict=True)
+        ]
         results = _unfold(size, OPERATIONS.set_attention_backward(*folded, *problem))
     return results, (0,) * len(Gradients._fields)
 
@@ -211,7 +214,7 @@ def _set_attention_backward_flops(*shapes: Any, **_: Any) -> int:
     """Recomputes the similarity (2 D), then the gradient of the scores (4 Dv + 4 + 4 T), of the
     pooled outputs and of the values (2 Dv each), the T adjoint steps (4 each), and keys and
     references from the scores (2 D each)."""
-    sizes = _sizes(shapes[8:])
+    sizes = _sizes(shapes[BEFORE_PROBLEM:])
     pairs = sizes["batch"] * sizes["heads"] * sizes["references"]
     depth, value_depth, steps = sizes["depth"], sizes["value_depth"], sizes["iterations"]
     solve = 6 * depth + 8 * steps

@@ -233,7 +233,8 @@ def rounding(
     Storing a result costs a unit of the storage type at its largest entry. Inside, s is off by
     eps (1 + |s|) and by that of the terms it is formed of, and so are the logarithms of the
     weights of the averages. The gradient of s is a difference of terms dO.v, so it is off by
-    that times such a term; terms that are summed add like random signs.
+    that times such a term; terms that are summed add like random signs, of which the largest of
+    many sums is some three standard deviations.
     """
     dtype = arguments["key"].dtype
     wide = move(arguments, dtype=torch.float64)
@@ -255,7 +256,7 @@ def rounding(
     noise = {name: (storage + inner) * largest(x) for name, x in exact.items()}
     if grad_output is None:
         return noise
-    term = typical(grad_output.double())
+    term = 3 * typical(grad_output.double())
     if function.__name__ != "transport_plan":
         term *= typical(value) * value.shape[-1] ** 0.5
     # the difference may be taken with the stored output, and every iteration forms s again

@@ -10,9 +10,10 @@ import ot
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from conftest import Backend
 from problems import call, generator, output_gradient, random_problem, run
-from torch import Tensor
 
 CONVERGED = 400  # iterations after which Sinkhorn at epsilon = 0.3 no longer moves
 

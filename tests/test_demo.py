@@ -176,7 +176,12 @@ def test_missing_package_says_what_to_install(
 def test_import_is_light() -> None:
     heavy = "{'sklearn', 'matplotlib', 'PIL'}"
     code = f"import sys, setformer_ext.demo; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_plans_are_drawn_from_the_most_telling_head(tmp_path: Path) -> None:

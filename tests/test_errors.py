@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from conftest import Backend
-from problems import Arguments, call, random_problem
 
 import setformer_ext
+from conftest import Backend
+from problems import Arguments, call, random_problem
 
 # B = 2, H = 6, N = 9, Nq = 4, M = 5, D = 32, Dv = 3
 SHAPES = {"B": 2, "H": 6, "N": 9, "Nq": 4, "M": 5, "D": 32, "Dv": 3}
@@ -80,6 +80,7 @@ CASES = [
     ("key", None, TypeError, "a tensor", "NoneType"),
     ("query", ones(2, 6, 4, 32, dtype=F64), TypeError, "float32", "float64"),
     ("query", "key", TypeError, "a tensor", "str"),
+    ("value", None, TypeError, "a tensor", "NoneType"),
     ("value", ones(2, 6, 9, 3, dtype=F16), TypeError, "float32", "float16"),
     ("value", ones(2, 6, 9, 3, dtype=INT), TypeError, "float32", "int64"),
     ("reference", ones(6, 5, 32, dtype=torch.bfloat16), TypeError, "float32", "bfloat16"),
@@ -113,6 +114,7 @@ CASES = [
     ("epsilon", torch.tensor(0.0), ValueError, "> 0", "0"),
     ("epsilon", torch.tensor([1.0, 1, 0, 1, 1, 1]), ValueError, "> 0", "0"),
     ("iterations", -1, ValueError, ">= 0", "-1"),
+    ("iterations", 2**62, ValueError, "< 2^31", str(2**62)),
     ("kernel", "cosine", ValueError, "'gaussian' or 'linear'", "'cosine'"),
     ("position_bandwidth", 0.0, ValueError, "> 0", "0.0"),
     ("position_bandwidth", -2.0, ValueError, "> 0", "-2.0"),

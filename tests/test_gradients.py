@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Backend
-from problems import call, differentiable, random_problem, used
 from torch import Tensor
 
+from conftest import Backend
+from problems import call, differentiable, random_problem, used
 from setformer_ext import reference as definition
 
 SMALL = {"B": 2, "H": 2, "N": 5, "M": 3, "D": 2, "Dv": 2, "epsilon": 0.5}

@@ -1,8 +1,8 @@
 """Every instruction set that the processor has gives the same, and can be asked for."""
 
 import pytest
-from fresh import fresh
 
+from fresh import fresh
 from setformer_ext import _C
 
 CHECK = """

@@ -1,6 +1,7 @@
 """Peak memory of large problems: no N x M array, forward or backward."""
 
 import pytest
+
 from fresh import fresh
 
 MIB = 2**20

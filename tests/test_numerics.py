@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import Backend
 from hypothesis import given
 from hypothesis import strategies as st
+
+from conftest import Backend
 from problems import (
     Arguments,
     assert_as_exact_as_definition,
@@ -16,7 +17,6 @@ from problems import (
     random_problem,
     run,
 )
-
 from setformer_ext import reference as definition
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -20,6 +20,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     package_folder = str(Path(setformer_ext.__file__).parent.parent)
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,  # where no source folder comes before the installed package
         env={**os.environ, "PYTHONPATH": package_folder},
         capture_output=True,
         text=True,

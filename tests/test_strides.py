@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from conftest import Backend
 from problems import Arguments, differentiable, output_gradient, random_problem, run
-from torch import Tensor
 
 
 def transposed(x: Tensor) -> Tensor:

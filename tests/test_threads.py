@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from conftest import Backend
 from fresh import fresh
 from problems import Arguments, output_gradient, random_problem, run
@@ -97,3 +98,26 @@ result = [before - idle, count() - before, libraries]
     assert of_torch == 2
     assert more == 0
     assert len(libraries) == 1, libraries
+
+
+def test_set_num_threads_holds_in_every_thread() -> None:
+    """OpenMP keeps the number per calling thread; torch's setting must reach all of them."""
+    started = fresh(
+        """
+        import os, threading, torch, setformer_ext
+        torch.set_num_threads(1)
+        x, y = torch.randn(2, 4, 300, 8), torch.randn(4, 5, 8)
+        threads = []
+
+        def work():
+            setformer_ext.set_attention(None, x, x, y)
+            threads.append(len(os.listdir("/proc/self/task")))
+
+        before = len(os.listdir("/proc/self/task"))
+        worker = threading.Thread(target=work)
+        worker.start()
+        worker.join()
+        result = threads[0] - before
+        """
+    )
+    assert started == 1  # the worker itself

@@ -1,10 +1,16 @@
 """The operations inside torch: opcheck, compile, export, func, autocast, DDP, FLOP counts."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import setformer_ext
 from fresh import fresh
 from problems import (
     Arguments,
@@ -15,11 +21,7 @@ from problems import (
     random_problem,
     run,
 )
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
-
-import setformer_ext
+from setformer_ext import reference as definition
 from setformer_ext.autograd import SetAttentionFunction
 from setformer_ext.ops import Problem
 
@@ -357,6 +359,34 @@ def test_autocast_leaves_float64_alone() -> None:
     assert torch.equal(output, call(setformer_ext.set_attention, arguments))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_func_hessian(options: str) -> None:
+    """Transforms of transforms: the second derivative goes through the definition."""
+    arguments = small(options)
+
+    def loss(function: Callable[..., Tensor], key: Tensor) -> Tensor:
+        return call(function, arguments | {"key": key}).square().sum()
+
+    hessians = [
+        torch.func.jacrev(torch.func.grad(partial(loss, function)))(arguments["key"])
+        for function in (setformer_ext.set_attention, definition.set_attention)
+    ]
+    assert largest(hessians[0] - hessians[1]) <= 1e-9 * largest(hessians[1])
+
+
+def test_func_grad_under_autocast() -> None:
+    arguments = small(dtype=torch.float32)
+
+    def loss(key: Tensor) -> Tensor:
+        return call(setformer_ext.set_attention, arguments | {"key": key}).float().square().sum()
+
+    leaf = arguments["key"].clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        assert torch.equal(torch.func.grad(loss)(arguments["key"]), expected)
+    assert largest(expected) > 0
+
+
 @pytest.mark.parametrize("cross", [False, True])
 def test_flop_counts(cross: bool) -> None:
     """By hand: B H = 6, N = 7, Nq = 5, M = 3, D = 4, Dv = 2, T = 5, two for a multiply-add.
@@ -390,6 +420,7 @@ def test_flop_counts(cross: bool) -> None:
 
 
 DDP = """
+import os
 import torch, torch.distributed as distributed, torch.multiprocessing as multiprocessing
 import setformer_ext
 from problems import random_problem
@@ -421,7 +452,8 @@ def worker(rank, path):
     model = torch.nn.parallel.DistributedDataParallel(Pooled())
     found = gradients(model, *(x[2 * rank : 2 * rank + 2] for x in data()))
     torch.save(found, f"{path}/{rank}.pt")
-    distributed.destroy_process_group()
+    distributed.barrier()  # neither leaves while the other still talks to it
+    os._exit(0)  # gloo's threads abort now and then when the interpreter ends in order
 """
 
 

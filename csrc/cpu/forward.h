@@ -58,9 +58,6 @@ class ForwardHead {
     T* rows = at<T>(p_.rows, 0) + head * (steps + 1) * p_.tokens;
     T* columns = at<T>(p_.columns, 0) + head * larger<int64_t>(steps, 1) * p_.references;
     T* pooled = at<T>(p_.pooled, 0) + head * p_.references * p_.value_depth;
-    const T* bandwidth = at<const T>(p_.bandwidth, h);
-    if (bandwidth != nullptr && !(*bandwidth > 0)) return Status::kNonPositiveBandwidth;
-    if (!(at<const T>(p_.epsilon, h)[0] > 0)) return Status::kNonPositiveEpsilon;
     Status status = load_reference_marginal(p_, widths_, b, h, marginal_);
     if (status != Status::kOk) return status;
     status = keys_.prepare(b, h, p_.token_mass, marginal_, rows, columns, team.workers[0]);

@@ -100,6 +100,7 @@ Status run(const Params& p) {
   }
 
   Status result = Status::kOk;
+  int64_t first_failed = heads;  // its status is the result, whichever thread is done first
   if (over_heads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -113,7 +114,10 @@ Status run(const Params& p) {
         const Status status = head.run(i / p.heads, i % p.heads, team);
         if (status != Status::kOk) {
 #pragma omp critical
-          result = status;
+          if (i < first_failed) {
+            first_failed = i;
+            result = status;
+          }
         }
       }
     }
@@ -123,7 +127,7 @@ Status run(const Params& p) {
     const Team<Worker<T>> team{workers, threads};
     for (int64_t i = 0; i < heads; ++i) {
       const Status status = sample.run(i / p.heads, i % p.heads, team);
-      if (status != Status::kOk) result = status;
+      if (status != Status::kOk) return status;
     }
   }
   return result;

@@ -14,10 +14,10 @@
 // fbar_i = v_i.dv_i - sum_j C_ij eta_j. And since every plan is the same matrix K with factors per
 // row and column (scaling form), all of ds is one product of inner depth 2 Dv + 2 + 2 T,
 //
-//   ds = K * (left right),   left  [N, L]: v a r_C | -a r_C | a r_C^t.. | dO r_R | -delta r_R |
-//   h^t..
-//                            right [L, M]: dA c_C  | eta c_C | -gbar c_C^t.. | A c_R | c_R    |
-//                            -c_R^t..
+// clang-format off
+//   ds = K * (left right),  left  [N, L]: v a r_C | -a r_C | a r_C^t..      | dO r_R | -delta r_R | h^t..
+//                           right [L, M]: dA c_C  | eta c_C | -gbar c_C^t.. | A c_R  | c_R        | -c_R^t..
+// clang-format on
 //
 // taken a tile at a time in the last pass. In the log domain the same columns are taken in groups,
 // one per plan. f enters as fhat = fbar / a, which is dL/da_i of the step and finite at a_i = 0.
@@ -97,7 +97,7 @@ class SideGradient {
     gbar_ = arena.take<T>(widths_.references);
     weights_ = arena.take<T>(widths_.references);
     delta_ = arena.take<T>(spans.tokens);
-    h_ = arena.take<T>(p_.iterations * spans.tokens);
+    row_adjoints_ = arena.take<T>(p_.iterations * spans.tokens);
     da_ = arena.take<T>(spans.tokens);
     sums_.place(arena, spans, widths_.references);
     matrix_sums_.place(arena, spans, p_.references * larger(widths_.value_depth, widths_.depth));
@@ -105,11 +105,10 @@ class SideGradient {
   }
 
   Transport<Storage>& transport() { return transport_; }
-  int64_t left_width() const { return columns_.total(); }
 
   void begin(int64_t b, int64_t h, const Crew& crew) {
     b_ = b;
-    h_index_ = h;
+    head_ = h;
     fill(gbar_, widths_.references, T(0));
     fill(da_, transport_.spans().tokens, T(0));
     if (transport_.empty()) return;
@@ -209,7 +208,7 @@ class SideGradient {
           similarity.add_gradient(count, worker.tile, worker.gradient, worker.row_terms,
                                   worker.grad_keys,
                                   {matrix_sums_.of(span), sums_.of(span), scalar_sums_.of(span)});
-          store_tokens<Storage>(worker.grad_keys, widths_.depth, grad_tokens_, b_, h_index_, begin,
+          store_tokens<Storage>(worker.grad_keys, widths_.depth, grad_tokens_, b_, head_, begin,
                                 count, p_.depth);
         });
     transport_.pass_done();
@@ -242,7 +241,7 @@ class SideGradient {
     }
   }
   void load(const Tensor& tensor, int64_t begin, int64_t count, T* rows) const {
-    load_tokens<Storage>(tensor, b_, h_index_, begin, count, p_.value_depth,
+    load_tokens<Storage>(tensor, b_, head_, begin, count, p_.value_depth,
                          transport_.similarity().valid(), rows, widths_.value_depth);
   }
   static T dot(const T* x, const T* y, int64_t width) {
@@ -290,7 +289,7 @@ class SideGradient {
     if (collects) {
       for (int64_t i = 0; i < count; ++i) worker.row_factors[i] *= a[i];
       scale_rows(worker.outputs, count, depth, worker.row_factors);
-      store_tokens<Storage>(worker.outputs, depth, p_.grad_value, b_, h_index_, begin, count,
+      store_tokens<Storage>(worker.outputs, depth, p_.grad_value, b_, head_, begin, count,
                             p_.value_depth);
     }
     for (int64_t i = 0; i < count; ++i) da_[begin + i] += fhat[i];
@@ -298,7 +297,7 @@ class SideGradient {
 
     matrix = transport_.distribution(t - 1, begin, count, scores, worker);
     transport_.distribution_rows(t - 1, begin, count, worker.row_factors);
-    T* h = h_ + (t - 1) * transport_.spans().tokens + begin;
+    T* h = row_adjoints_ + (t - 1) * transport_.spans().tokens + begin;
     for (int64_t i = 0; i < count; ++i) h[i] = a[i] * fhat[i] * worker.row_factors[i];
     if (t > 1) add_transposed_product(matrix, count, widths_.references, h, sums_.of(span));
   }
@@ -333,7 +332,7 @@ class SideGradient {
       }
     }
     for (int64_t t = 1; t <= steps; ++t) {
-      const T* h = h_ + (t - 1) * transport_.spans().tokens + begin;
+      const T* h = row_adjoints_ + (t - 1) * transport_.spans().tokens + begin;
       for (int64_t i = 0; i < count; ++i) worker.left[i * width + columns_.row_step(t)] = h[i];
     }
   }
@@ -356,7 +355,7 @@ class SideGradient {
         const T* matrix = transport_.distribution(t, begin, count, scores, worker);
         add_group(count, columns_.distribution(t), matrix, worker);
       }
-      fill(worker.product, size, T(1));
+      fill(worker.product, size, T(1));  // its share is in the gradient already
     }
     const T* factors = transport_.factors(begin, worker);
     const Vector<T> scale = splat(transport_.similarity().gradient_scale());
@@ -392,14 +391,14 @@ class SideGradient {
   Transport<Storage> transport_;
   Widths<T> widths_;
   Columns columns_;
-  int64_t b_ = 0, h_index_ = 0;
+  int64_t b_ = 0, head_ = 0;
 
   T* right_ = nullptr;         // [L, references]
   T* factors_ = nullptr;       // [references]
   T* gbar_ = nullptr;          // [references] dL/dg of the step at hand
   T* weights_ = nullptr;       // [references]
   T* delta_ = nullptr;         // [tokens]
-  T* h_ = nullptr;             // [T, tokens] fbar^t r_R^{t-1}
+  T* row_adjoints_ = nullptr;  // [T, tokens] fbar^t r_R^{t-1}
   T* da_ = nullptr;            // [tokens] dL/da
   Partials<T> sums_{};         // [references] per span
   Partials<T> matrix_sums_{};  // [M, value_depth or depth] per span

@@ -142,12 +142,6 @@ SETFORMER_INLINE Vector<T> exp2_bounded(Vector<T> x) {
   return exp2_in_range<T>(at_least<T>(x, splat<T>(-T(Simd<T>::kExponentBias))));
 }
 
-// 2^x for any x; saturates at a finite power of two.
-template <class T>
-SETFORMER_INLINE Vector<T> exp2_any(Vector<T> x) {
-  return exp2_bounded<T>(at_most<T>(x, splat<T>(T(Simd<T>::kExponentBias))));
-}
-
 // log2 x for x >= 0; -inf at 0 and below the smallest normal number; keeps inf and NaN. With
 // m in [sqrt(1/2), sqrt(2)) and z = (m - 1) / (m + 1): log m = 2 (z + z^3/3 + z^5/5 + ...).
 template <class T>

@@ -1,7 +1,6 @@
 // One Sinkhorn solve: the tokens of one head against its references.
 //
-// A step is, with row normalisers r and column normalisers c (f = log a - log r, g = log b - log
-// c),
+// A step is, with normalisers r of rows and c of columns (f = log a - log r, g = log b - log c),
 //
 //   r_i = sum_j exp(s_ij + g_j),    c_j = sum_i exp(s_ij + f_i)
 //
@@ -99,6 +98,9 @@ class Transport {
   Status prepare(int64_t b, int64_t h, const Tensor& token_mass,
                  const ReferenceMarginal<T>& marginal, T* rows, T* columns,
                  const Worker<T>& worker) {
+    const T* bandwidth = at<const T>(p_->bandwidth, h);
+    if (bandwidth != nullptr && !(*bandwidth > 0)) return Status::kNonPositiveBandwidth;
+    if (!(*at<const T>(p_->epsilon, h) > 0)) return Status::kNonPositiveEpsilon;
     similarity_.prepare(*p_, widths_, tokens_, b, h, worker.tile);
     marginal_ = marginal;
     rows_ = rows;
@@ -118,7 +120,6 @@ class Transport {
   bool log_domain() const { return similarity_.log_domain(); }
   const Similarity<Storage>& similarity() const { return similarity_; }
   const Spans& spans() const { return spans_; }
-  const Widths<T>& widths() const { return widths_; }
   const T* a() const { return a_; }
 
   // The tile's scores (and, for backward, factors), from the cache or recomputed. Each pass over

@@ -16,12 +16,18 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     T* result = block_ == nullptr ? nullptr : reinterpret_cast<T*>(block_ + used_);
-    used_ += round_up(count * int64_t{sizeof(T)}, kAlignment);
+    int64_t bytes;
+    if (__builtin_mul_overflow(count, int64_t{sizeof(T)}, &bytes) || bytes > kMost - used_) {
+      used_ = kMost;  // and stays there: Block will find that it cannot have this much
+    } else {
+      used_ += round_up(bytes, kAlignment);
+    }
     return result;
   }
   int64_t used() const { return used_; }
 
-  static constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
+  static constexpr int64_t kAlignment = 64;           // a cache line, and the widest vector
+  static constexpr int64_t kMost = int64_t{1} << 50;  // beyond any address space
 
  private:
   char* block_;

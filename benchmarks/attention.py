@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: time of the operation and of its peers, float32, as ratios.
+"""``python benchmarks/attention.py``: time of the operation and of its peers, float32, as ratios.
 
 All competitors of a case run in turn, round after round, so that a change of the machine's speed
 meets them alike; each figure is the minimum and the median over rounds. Inputs have unit norm,
@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import peers
 from setformer_ext import _C, set_attention
-
-from . import peers
 
 # name: B, H, N, D, M (Dv = D)
 SHAPES = {
@@ -73,7 +72,7 @@ def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["v1", "v2", "lang"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
