@@ -78,13 +78,12 @@ class Problem(NamedTuple):
         """The problem as autocast to ``dtype`` passes it on: masses and the like in float32."""
         accumulate = accumulate_dtype(dtype)
         storage = ("key", "value", "reference", "query")
-        return self._replace(
-            **{
-                name: x.to(dtype if name in storage else accumulate)
-                for name, x in self._asdict().items()
-                if isinstance(x, Tensor) and x.is_floating_point()
-            }
-        )
+        cast: dict[str, Any] = {
+            name: x.to(dtype if name in storage else accumulate)
+            for name, x in self._asdict().items()
+            if isinstance(x, Tensor) and x.is_floating_point()
+        }
+        return self._replace(**cast)
 
 
 class Solution(NamedTuple):
