@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arguments import _autocast_enabled
 from .functional import set_attention, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
@@ -61,7 +62,8 @@ class SetAttention(nn.Module):
         x [B, N, C] (and mask [B, N]) to [B, N, C], of x's dtype (autocast's under autocast).
 
     Raises:
-        ValueError: for an argument outside these ranges, or inputs of another shape.
+        TypeError: for an argument of another type, or inputs of another dtype.
+        ValueError: for an argument outside these ranges, or inputs of another shape or device.
     """
 
     def __init__(
@@ -85,18 +87,48 @@ class SetAttention(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        integers = {
+            "dim": dim,
+            "num_heads": num_heads,
+            "num_references": num_references,
+            "iterations": iterations,
+        }
+        numbers = {"bandwidth": bandwidth, "epsilon": epsilon}
+        flags = {
+            "pooled_references": pooled_references,
+            "query_projection": query_projection,
+            "learned_bandwidth": learned_bandwidth,
+            "learned_epsilon": learned_epsilon,
+            "learned_token_mass": learned_token_mass,
+            "learned_reference_mass": learned_reference_mass,
+            "bias": bias,
+        }
+        for name, integer in integers.items():
+            _require_type(_is_integer(integer), name, "an int", integer)
+        for name, number in numbers.items():
+            _require_type(_is_number(number), name, "a number", number)
+        for name, flag in flags.items():
+            _require_type(isinstance(flag, bool), name, "a bool", flag)
+        _require_type(isinstance(kernel, str), "kernel", "a string", kernel)
         _require(num_heads >= 1, "num_heads", "at least 1", num_heads)
         _require(
             dim >= 1 and dim % num_heads == 0, "dim", f"a multiple of num_heads={num_heads}", dim
         )
         _require(num_references >= 1, "num_references", "at least 1", num_references)
-        _require(kernel in ("gaussian", "linear"), "kernel", "'gaussian' or 'linear'", kernel)
+        _require(kernel in ("gaussian", "linear"), "kernel", "'gaussian' or 'linear'", repr(kernel))
         _require(_is_positive(bandwidth), "bandwidth", "finite and positive", bandwidth)
         _require(_is_positive(epsilon), "epsilon", "finite and positive", epsilon)
         _require(iterations >= 0, "iterations", "at least 0", iterations)
         if num_anchors is not None:
+            _require_type(_is_integer(num_anchors), "num_anchors", "an int or None", num_anchors)
             _require(num_anchors >= 1, "num_anchors", "at least 1 or None", num_anchors)
         if position_bandwidth is not None:
+            _require_type(
+                _is_number(position_bandwidth),
+                "position_bandwidth",
+                "a number or None",
+                position_bandwidth,
+            )
             _require(
                 _is_positive(position_bandwidth),
                 "position_bandwidth",
@@ -276,20 +308,26 @@ class SetAttention(nn.Module):
         return _softmax(self.reference_log_mass) * self.num_references
 
     def _check(self, x: Tensor, mask: Tensor | None, grid: Grid | None) -> None:
-        _require(
-            x.dim() == 3 and x.shape[-1] == self.dim and x.is_floating_point(),
-            "x",
-            f"floating point [B, N, C={self.dim}]",
-            f"{x.dtype} {list(x.shape)}",
-        )
+        _require_type(isinstance(x, Tensor), "x", "a tensor", x)
+        shape = f"floating point [B, N, C={self.dim}]"
+        if not x.is_floating_point():
+            raise TypeError(_message("x", shape, f"{x.dtype} {list(x.shape)}"))
+        fits = x.dim() == 3 and x.shape[-1] == self.dim
+        _require(fits, "x", shape, f"{x.dtype} {list(x.shape)}")
+        self._check_against_parameters(x)
         if mask is not None:
-            _require(
-                mask.dtype == torch.bool and mask.shape == x.shape[:2],
-                "mask",
-                f"bool [B={x.shape[0]}, N={x.shape[1]}]",
-                f"{mask.dtype} {list(mask.shape)}",
-            )
+            shape = f"bool [B={x.shape[0]}, N={x.shape[1]}]"
+            _require_type(isinstance(mask, Tensor), "mask", "a bool tensor or None", mask)
+            if mask.dtype != torch.bool:
+                raise TypeError(_message("mask", shape, f"{mask.dtype} {list(mask.shape)}"))
+            _require(mask.shape == x.shape[:2], "mask", shape, f"{mask.dtype} {list(mask.shape)}")
+            on = f"on x's device, {x.device}"
+            _require(mask.device == x.device, "mask", on, mask.device)
         if grid is not None:
+            pair = "a pair of ints (H, W) or None"
+            _require_type(isinstance(grid, (tuple, list)), "grid", pair, grid)
+            if not all(_is_integer(size) for size in grid):
+                raise TypeError(_message("grid", pair, grid))
             _require(
                 len(grid) == 2 and min(grid) >= 1 and grid[0] * grid[1] == x.shape[1],
                 "grid",
@@ -297,10 +335,42 @@ class SetAttention(nn.Module):
                 grid,
             )
 
+    def _check_against_parameters(self, x: Tensor) -> None:
+        """On the device and of the dtype of the key's weight, where that has the usual form."""
+        weight = getattr(self.key, "weight", None)
+        if (
+            not isinstance(weight, Tensor) or not weight.is_floating_point()
+        ):  # replaced or quantized
+            return
+        on = f"on the parameters' device, {weight.device}"
+        _require(x.device == weight.device, "x", on, x.device)
+        # Autocast leaves float64 as it is.
+        mixed = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        if x.dtype != weight.dtype and not mixed:
+            expected = f"{weight.dtype} as the parameters are (convert one, or use autocast)"
+            raise TypeError(_message("x", expected, x.dtype))
+
+
+def _message(name: str, expected: str, got: object) -> str:
+    return f"SetAttention: {name} must be {expected}, got {got}"
+
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise ValueError(f"SetAttention: {name} must be {expected}, got {got}")
+        raise ValueError(_message(name, expected, got))
+
+
+def _require_type(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise TypeError(_message(name, expected, type(got).__name__))
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _is_positive(x: float) -> bool:

@@ -456,14 +456,93 @@ def test_linear_kernel_has_no_bandwidth(option: dict) -> None:
         SetAttention(24, 3, kernel="linear", **option)
 
 
-def test_forward_names_the_bad_argument() -> None:
-    module, x = SetAttention(24, 3), torch.zeros(2, 35, 24)
-    for bad in (x[0], x[..., :23], x.long()):
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("dim", 8.0, "an int, got float"),
+        ("num_heads", "2", "an int, got str"),
+        ("num_references", None, "an int, got NoneType"),
+        ("iterations", 2.5, "an int, got float"),
+        ("iterations", True, "an int, got bool"),
+        ("num_anchors", 3.0, "an int or None, got float"),
+        ("bandwidth", "1", "a number, got str"),
+        ("epsilon", None, "a number, got NoneType"),
+        ("epsilon", True, "a number, got bool"),
+        ("position_bandwidth", [0.5], "a number or None, got list"),
+        ("kernel", None, "a string, got NoneType"),
+        ("pooled_references", 4, "a bool, got int"),
+        ("learned_epsilon", 0.1, "a bool, got float"),
+        ("bias", "no", "a bool, got str"),
+    ],
+)
+def test_constructor_names_the_argument_of_wrong_type(
+    name: str, value: object, expected: str
+) -> None:
+    with pytest.raises(TypeError, match=f"^SetAttention: {name} must be {expected}$"):
+        SetAttention(**{"dim": 8, "num_heads": 2, name: value})
+
+
+@pytest.mark.parametrize("method", ["forward", "transport_plan"])
+def test_inputs_of_wrong_shape_are_named(method: str) -> None:
+    call, x = getattr(SetAttention(24, 3), method), torch.zeros(2, 35, 24)
+    for bad in (x[0], x[..., :23]):
         with pytest.raises(ValueError, match=r"x must be floating point \[B, N, C=24\], got"):
-            module(bad)
-    for mask in (torch.ones(2, 35), torch.ones(2, 34, dtype=torch.bool)):
-        with pytest.raises(ValueError, match=r"mask must be bool \[B=2, N=35\], got"):
-            module(x, mask)
+            call(bad)
+    with pytest.raises(ValueError, match=r"mask must be bool \[B=2, N=35\], got"):
+        call(x, torch.ones(2, 34, dtype=torch.bool))
     for grid in ((5, 8), (35,), (-5, -7)):
         with pytest.raises(ValueError, match=r"grid must be \(H, W\) with H \* W = N = 35, got"):
-            module(x, grid=grid)
+            call(x, grid=grid)
+
+
+@pytest.mark.parametrize("method", ["forward", "transport_plan"])
+def test_inputs_of_wrong_type_or_device_are_named(method: str) -> None:
+    module, x = SetAttention(24, 3), torch.zeros(2, 35, 24)
+    call, mask = getattr(module, method), torch.ones(2, 35, dtype=torch.bool)
+    for bad in ([[1.0]], None):
+        with pytest.raises(TypeError, match=r"SetAttention: x must be a tensor, got (list|None)"):
+            call(bad)
+    with pytest.raises(
+        TypeError, match=r"x must be floating point \[B, N, C=24\], got torch.int64"
+    ):
+        call(x.long())
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(TypeError, match=f"x must be torch.float32 as the .*, got {dtype}"):
+            call(x.to(dtype))
+    with pytest.raises(ValueError, match="x must be on the parameters' device, cpu, got meta"):
+        call(x.to("meta"))
+    with pytest.raises(TypeError, match="mask must be a bool tensor or None, got list"):
+        call(x, [True])
+    with pytest.raises(TypeError, match=r"mask must be bool \[B=2, N=35\], got torch.float32"):
+        call(x, mask.float())
+    with pytest.raises(ValueError, match="mask must be on x's device, cpu, got meta"):
+        call(x, mask.to("meta"))
+    for grid in (6, (1.5, 4.0), (True, 35), "57"):
+        with pytest.raises(TypeError, match=r"grid must be a pair of ints \(H, W\) or None, got"):
+            call(x, grid=grid)
+    assert call(x, mask, [5, 7]).isfinite().all()
+
+
+def test_autocast_takes_x_of_another_dtype_but_float64() -> None:
+    module, x = SetAttention(24, 3), tokens(2, 35, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x.bfloat16()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"x must be torch.float32 as .*, got torch.float64"):
+            module(x)
+
+
+def test_projections_may_be_replaced_by_modules_without_a_weight() -> None:
+    """As quantization and adapters do; then there is nothing to compare x with."""
+    module, x = make("default"), tokens(2, 35, 24)
+    expected = module(x)
+    module.key = nn.Sequential(module.key)
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("name", ["pooled references", "positions"])
+def test_compiles_for_any_grid(name: str) -> None:
+    module = make(name)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for grid in ((3, 5), (5, 7)):
+        x = tokens(2, math.prod(grid), 24)
+        torch.testing.assert_close(compiled(x, grid=grid), module(x, grid=grid))
