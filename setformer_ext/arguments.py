@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 STORAGE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "meta")
 Dimension = tuple[str, int | None]
 
 
@@ -26,6 +27,9 @@ class Arguments:
         self.autocast = _autocast_enabled(key.device.type)
         if key.dtype not in STORAGE_TYPES:
             raise self.type_error("key", "float32, float64, bfloat16 or float16", _name(key.dtype))
+        if key.device.type not in DEVICES:
+            raise self.value_error("key", "on the CPU, where the kernels are", key.device)
+        self.device("key", key)
         self.shape("key", key, [("B", None), ("H", None), ("N", None), ("D", None)])
         if key.shape[3] < 1:
             raise self.value_error("key", "[B, H, N, D] with D >= 1", list(key.shape))
@@ -53,6 +57,8 @@ class Arguments:
     def device(self, name: str, x: Tensor) -> None:
         if x.device != self.key.device:
             raise self.value_error(name, f"on the key's device, {self.key.device}", x.device)
+        if x.layout != torch.strided:
+            raise self.value_error(name, "a dense tensor (call .to_dense())", x.layout)
 
     def storage(self, name: str, x: Tensor, *shapes: Sequence[Dimension]) -> None:
         """A tensor of the key's type, or of any type that autocast will make the same."""

@@ -101,6 +101,9 @@ CASES = [
     ("iterations", "5", TypeError, "an int", "str"),
     ("token_positions", ones(9, 2, dtype=INT), TypeError, "float", "int64"),
     ("position_bandwidth", "1", TypeError, "a number", "str"),
+    # layout
+    ("key", ones(2, 6, 9, 32).to_sparse(), ValueError, "a dense tensor", "torch.sparse_coo"),
+    ("token_mass", ones(2, 6, 9).to_sparse(), ValueError, "a dense tensor", "torch.sparse_coo"),
     # range
     ("bandwidth", 0.0, ValueError, "> 0", "0.0"),
     ("bandwidth", -1.0, ValueError, "> 0", "-1.0"),
