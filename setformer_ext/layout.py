@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Grid = tuple[int, int]
 
@@ -39,26 +40,41 @@ def average_parts(
     ``nearly_square(count)`` cells, of which the valid tokens are averaged. A part without valid
     tokens gives 0.
     """
+    batch, length = x.shape[:2]
     if grid is not None:
         rows, columns = (
-            _parts(torch.arange(size, device=x.device), size, parts)
+            _members(size, size, parts, x.device)
             for size, parts in zip(grid, nearly_square(count), strict=True)
         )
-        member = rows[:, None, :, None] & columns[None, :, None, :]  # [rows, columns, H, W]
-        member = member.flatten(2).flatten(0, 1)  # [count, N]
-        if mask is not None:
-            member = member & mask.unsqueeze(1)
-    elif mask is None:
-        member = _parts(torch.arange(x.shape[1], device=x.device), x.shape[1], count)
+        row, column = rows[:, None, :, None], columns[:, None]
+        index = torch.where((row > 0) & (column > 0), (row - 1) * grid[1] + column, 0)
+        index = index.flatten(2).flatten(0, 1)  # [rows, columns, ., .] -> [count, L]
     else:
-        rank = mask.cumsum(1) - 1
-        member = _parts(rank, mask.sum(1)[:, None, None], count) & mask.unsqueeze(1)
-    size = member.sum(-1, keepdim=True).clamp(min=1)
-    return (member / size).to(x.dtype) @ x
+        total = length if mask is None else mask.sum(1)[:, None, None]
+        index = _members(total, length, count, x.device)
+    sample = torch.arange(batch, device=x.device)[:, None, None]
+    if mask is not None:
+        if grid is None:  # the i-th valid token
+            token = 1 + (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        else:
+            token = mask * torch.arange(1, length + 1, device=x.device)
+        index = F.pad(token, (1, 0))[sample, index]
+    size = (index > 0).sum(-1, keepdim=True).clamp(min=1)
+    members = F.pad(x, (0, 0, 1, 0))[sample, index]  # [B, count, L, C]
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    return (members.sum(2, dtype=accumulate) / size).to(x.dtype)
 
 
-def _parts(rank: Tensor, total: int | Tensor, count: int) -> Tensor:  # [..., N] -> [..., count, N]
-    """Whether a token of this rank among ``total`` is in [floor(j t / c), ceil((j + 1) t / c))."""
-    part = torch.arange(count, device=rank.device).unsqueeze(-1)
-    rank = rank.unsqueeze(-2)
-    return (part * total < (rank + 1) * count) & (rank * count < (part + 1) * total)
+def _members(
+    total: int | Tensor,  # t, scalar or [B, 1, 1]
+    largest: int,  # N >= t
+    count: int,  # c
+    device: torch.device,
+) -> Tensor:  # [count, L] or [B, count, L]
+    """The members floor(j t / c) + 1 to ceil((j + 1) t / c) of each part j, filled up with 0.
+
+    L, the length of the longest part, is at most N / c + 2, so this holds O(N + c) numbers.
+    """
+    part = torch.arange(count, device=device).unsqueeze(-1)
+    rank = part * total // count + torch.arange((largest + 2 * count - 2) // count, device=device)
+    return torch.where(rank * count < (part + 1) * total, rank + 1, 0)

@@ -275,6 +275,30 @@ def test_average_parts_of_a_grid_is_adaptive_average_pooling(grid: tuple[int, in
     torch.testing.assert_close(twice[..., 3:] - twice[..., :3], torch.ones_like(pooled))
 
 
+@pytest.mark.parametrize("grid", [None, (64, 256)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_average_parts_stores_no_token_by_part_matrix(
+    grid: tuple[int, int] | None, masked: bool
+) -> None:
+    """The largest tensor it makes is a few times the input, and far from count * N."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor):
+                self.numbers = max(self.numbers, result.numel())
+            return result
+
+    N, count = 64 * 256, 1024
+    mask = torch.arange(N).expand(1, -1) % 3 > 0 if masked else None
+    with Largest() as largest:
+        average_parts(tokens(1, N, 4), count, mask, grid)
+    assert largest.numbers <= 6 * N * 4 < count * N / 8
+
+
 def test_nystrom_features_are_exact_at_the_anchors() -> None:
     anchor, x = F.normalize(tokens(3, 6, 8), dim=-1), tokens(2, 3, 35, 8, seed=2)
     bandwidth = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
