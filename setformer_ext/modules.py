@@ -239,8 +239,10 @@ class SetAttention(nn.Module):
             parts.append(f"bandwidth={_describe(self.initial_bandwidth, self.log_bandwidth)}")
         parts.append(f"epsilon={_describe(self.initial_epsilon, self.log_epsilon)}")
         parts.append(f"iterations={self.iterations}")
-        if self.reference_log_mass is not None:
-            parts.append("learned_reference_mass=True")
+        if self.token_mass is None:
+            parts.append("learned_token_mass=False")
+        if self.reference_log_mass is None:
+            parts.append("learned_reference_mass=False")
         if self.num_anchors is not None:
             parts.append(f"num_anchors={self.num_anchors}")
         if self.position_bandwidth is not None:

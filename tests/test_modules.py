@@ -450,6 +450,9 @@ def test_repr_tells_the_options() -> None:
     text = repr(SetAttention(24, 3, 7, learned_epsilon=True, position_bandwidth=0.5))
     for part in ("24", "num_heads=3", "num_references=7", "epsilon=learned from 0.1", "0.5"):
         assert part in text
+    assert "learned_" not in text
+    uniform = repr(SetAttention(24, 3, learned_token_mass=False, learned_reference_mass=False))
+    assert "learned_token_mass=False, learned_reference_mass=False" in uniform
 
 
 @pytest.mark.parametrize(
