@@ -3,8 +3,8 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from . import __version__
 
@@ -26,16 +26,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name in arguments[:1]:
-            module = _import_command(name)
+            with _missing_packages_explained(name):
+                module = importlib.import_module(f"{__package__}.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
-    return options.run(options) or 0
+    with _missing_packages_explained(options.command):
+        return options.run(options) or 0
 
 
-def _import_command(name: str) -> ModuleType:
+@contextmanager
+def _missing_packages_explained(name: str) -> Iterator[None]:
     try:
-        return importlib.import_module(f"{__package__}.{name}")
+        yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(str(__package__)):
             raise

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from setformer_ext import SetAttention, demo
+from setformer_ext import SetAttention, cli, demo
 from setformer_ext.demo.data import load_digits, load_folder
 from setformer_ext.demo.model import Classifier, SoftmaxAttention, make_set_attention
 from setformer_ext.demo.pictures import draw_plans
@@ -159,17 +159,22 @@ def test_bad_folders_are_explained(
     assert "--image-size must be a positive multiple of 8, got 12" in message("--image-size", 12)
     assert "--image-size must be a positive multiple of 8, got 0" in message("--image-size", 0)
     assert "--steps must be at least 1, got 0" in message("--steps", 0)
+    for seed in (2**64, -(2**63) - 1):
+        assert f"--seed must be at least -2^63 and less than 2^64, got {seed}" in message(
+            f"--seed={seed}"
+        )
+    assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("in the way")
     assert "file" in message("--output", tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", ["sklearn", "matplotlib", "tqdm"])
 def test_missing_package_says_what_to_install(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    assert run_demo("--output", tmp_path / "out", "--steps", 1) == 1
-    assert f'{name} is missing: pip install "setformer_ext[demo]"' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=rf'needs the package {name}.*pip install "\.\[demo\]"'):
+        cli.main(["demo", "--output", str(tmp_path / "out"), "--steps", "1"])
     assert not (tmp_path / "out").exists()
 
 

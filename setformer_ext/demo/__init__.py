@@ -43,10 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train both networks, print the table and draw the pictures; returns the exit status."""
     for name in PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            return _fail(f'{error.name} is missing: pip install "setformer_ext[demo]"')
+        importlib.import_module(name)  # before any work; the command says how to install one
     from .compare import compare
 
     image_size = args.image_size
@@ -56,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         return _fail(f"--image-size must be a positive multiple of 8, got {image_size}")
     if args.steps < 1:
         return _fail(f"--steps must be at least 1, got {args.steps}")
+    if not -(2**63) <= args.seed < 2**64:
+        return _fail(f"--seed must be at least -2^63 and less than 2^64, got {args.seed}")
     try:
         compare(args.data, args.output, args.steps, args.seed, image_size)
     except (ValueError, OSError) as error:

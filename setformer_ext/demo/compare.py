@@ -33,10 +33,10 @@ def compare(folder: Path | None, output: Path, steps: int, seed: int, image_size
         ValueError: if the folder cannot be learned from.
         OSError: if the output cannot be written.
     """
-    output.mkdir(parents=True, exist_ok=True)
     images = (
         load_digits(image_size, seed) if folder is None else load_folder(folder, image_size, seed)
     )
+    output.mkdir(parents=True, exist_ok=True)
     print(
         f"{images.source}: {len(images.train)} images to train on, {len(images.test)} to test, "
         f"{len(images.classes)} classes, {image_size} x {image_size}"
