@@ -40,7 +40,7 @@ def collect() -> dict[str, str]:
         "NumPy": _version("numpy"),
         "compiler": f"{build['compiler']}, {build['build_type']}",
         "processor": f"{_processor()}, {os.cpu_count()} threads",
-        "instruction set": f"{cpu_isa()} (compiled: {build['instruction_sets']})",
+        "instruction set": f"{_instruction_set()} (compiled: {build['instruction_sets']})",
         "OpenMP": f"{max_threads()} threads, {_openmp_libraries()}",
         "CUDA": build["cuda"],
         "CUDA architectures": build["cuda_architectures"].replace(";", " ") or "none",
@@ -75,6 +75,14 @@ def _processor() -> str:
         text = ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return model[1] if model else platform.processor() or platform.machine()
+
+
+def _instruction_set() -> str:
+    """The one in use, or what is wrong with the variable that chooses it."""
+    try:
+        return cpu_isa()
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _openmp_libraries() -> str:
