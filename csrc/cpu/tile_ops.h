@@ -6,10 +6,11 @@
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// Tokens of a tile. With 64 references and depths of 64 in float32, a tile of scores, of keys and of
-// values is 12 KiB each: together they fit a first-level cache of 48 KiB, two at a time one of 32.
-// (From 32 to 96 tokens make no difference that could be measured.) A multiple of every vector's
-// lanes: buffers of one number per token have this length, so whole vectors may be stored to them.
+// Tokens of a tile. With 64 references and depths of 64 in float32, a tile of scores, of keys and
+// of values is 12 KiB each: together they fit a first-level cache of 48 KiB, two at a time one
+// of 32. (From 32 to 96 tokens make no difference that could be measured.) A multiple of every
+// vector's lanes: buffers of one number per token have this length, so whole vectors may be stored
+// to them.
 inline constexpr int64_t kTileTokens = 48;
 
 template <class T, class Term, int... R>
