@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import BEFORE_PROBLEM, Gradients, Problem, Solution, accumulate_dtype
+from .ops import BEFORE_PROBLEM, RANKS, Gradients, Problem, Solution, accumulate_dtype
 
 # Positions of the differentiable tensors in Problem, which name those of Gradients too.
 DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in Gradients._fields)
@@ -126,15 +126,11 @@ def _second_backward(ctx: Any, *grad_gradients: Tensor | None) -> Any:
     )
 
 
-# Rank of each tensor where it is given per sample.
-_RANKS = {"bandwidth": 2, "epsilon": 2, "token_mass": 3, "reference_mass": 3}
-
-
 def _per_sample(problem: Problem, name: str) -> Tensor:
     """The tensor as set_attention_backward answers for it: one per sample also where shared."""
     tensor: Tensor = getattr(problem, name)
     tensor = tensor.to(accumulate_dtype(tensor.dtype))
-    if tensor.dim() == _RANKS.get(name, 4):
+    if tensor.dim() == RANKS[name]:
         return tensor
     return tensor.expand(problem.key.shape[0], *tensor.shape)
 

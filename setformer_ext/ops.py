@@ -119,6 +119,21 @@ class Gradients(NamedTuple):
     reference_mass: Tensor  # [B, H, M] accumulate, empty without one
 
 
+# Rank of each of a problem's tensors where it is given per sample: then it starts with the batch.
+# Bandwidth and epsilon are per sample only inside the second derivative.
+RANKS = {
+    "key": 4,
+    "value": 4,
+    "reference": 4,
+    "bandwidth": 2,
+    "epsilon": 2,
+    "query": 4,
+    "mask": 2,
+    "query_mask": 2,
+    "token_mass": 3,
+    "reference_mass": 3,
+}
+
 # set_attention_backward takes two gradients and the solution before the problem.
 BEFORE_PROBLEM = 2 + len(Solution._fields)
 

@@ -6,20 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops import BEFORE_PROBLEM, Gradients, Problem, Solution
+from .ops import BEFORE_PROBLEM, RANKS, Gradients, Problem, Solution
 
 OPERATIONS = torch.ops.setformer_ext
-# Rank of each tensor where it is given per sample: with this rank it starts with the batch.
-RANKS = {
-    "key": 4,
-    "value": 4,
-    "reference": 4,
-    "query": 4,
-    "mask": 2,
-    "query_mask": 2,
-    "token_mass": 3,
-    "reference_mass": 3,
-}
+# What vmap can fold into the batch; positions, bandwidth and epsilon belong to all samples.
+FOLDED = RANKS.keys() - {"bandwidth", "epsilon"}
 
 
 def _batch_problem(size: int, problem: Problem, in_dims: tuple[int | None, ...]) -> Problem | None:
@@ -31,7 +22,7 @@ def _batch_problem(size: int, problem: Problem, in_dims: tuple[int | None, ...])
     for name, tensor, dim in zip(Problem._fields, problem, in_dims, strict=True):
         if not isinstance(tensor, Tensor):
             continue
-        if name not in RANKS:
+        if name not in FOLDED:
             if dim is not None:
                 return None
             continue

@@ -90,9 +90,8 @@ Status run(const Params& p) {
                         threads * int64_t{sizeof(Worker<T>)};
   Block block(bytes);
   if (block.data() == nullptr) return Status::kOutOfMemory;
-  char* free_memory = block.data();
-  auto* head_memory = free_memory;
-  auto* worker_memory = head_memory + heads_at_once * head_size.used();
+  char* head_memory = block.data();
+  char* worker_memory = head_memory + heads_at_once * head_size.used();
   auto* workers = reinterpret_cast<Worker<T>*>(worker_memory + threads * worker_size.used());
   for (int thread = 0; thread < threads; ++thread) {
     Arena arena(worker_memory + thread * worker_size.used());

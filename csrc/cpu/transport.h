@@ -22,8 +22,8 @@
 // plans formed in the log domain would miss their sums by as much, and gradients, which are
 // differences of such sums, by far more: the sums that must be 1 are taken again and divided out.
 //
-// Dividing C by a keeps everything finite where
-// a_i = 0, and gives the exact derivative with respect to such a mass.
+// Dividing C by a keeps everything finite where a_i = 0, and gives the exact derivative with
+// respect to such a mass.
 #pragma once
 
 #include "similarity.h"

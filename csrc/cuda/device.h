@@ -7,8 +7,6 @@
 
 namespace setformer::cuda {
 
-bool compiled();
-
 // "13.0", the version of the runtime linked in; empty without CUDA in the build.
 std::string runtime_version();
 

@@ -3,8 +3,6 @@
 
 namespace setformer::cuda {
 
-bool compiled() { return false; }
-
 std::string runtime_version() { return ""; }
 
 std::string driver_version() { return ""; }
