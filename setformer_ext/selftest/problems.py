@@ -1,0 +1,155 @@
+"""Random problems with outliers and odd sizes, and calling the operation on them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]  # by parameter name, what set_attention takes
+
+# What set_pooling and transport_plan have no use for.
+QUERY_SIDE = {"query", "query_mask", "query_positions"}
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_problem(
+    seed: int = 0,
+    *,
+    B: int = 2,
+    H: int = 3,
+    N: int = 97,
+    M: int = 7,
+    D: int = 8,
+    Dv: int = 5,
+    Nq: int | None = None,  # None: the tokens attend to themselves
+    per_sample: bool = False,  # reference [B, H, M, D] rather than [H, M, D]
+    masked: bool = False,
+    token_mass: bool = False,
+    reference_mass: str | None = None,  # "learned" [H, M] or "per-sample" [B, H, M]
+    kernel: str = "gaussian",
+    bandwidth: float | str = 1.0,  # or "learned": a tensor [H]
+    epsilon: float | str = 0.1,  # or "learned": a tensor [H]
+    iterations: int = 5,
+    P: int = 0,  # dimensions of the positions; 0: none
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> Arguments:
+    """Points of length about 1, a few coordinates ten times as large, masks with holes."""
+    rng = generator(seed)
+
+    def points(*shape: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=rng, dtype=torch.float64) * scale
+        outlier = torch.rand(shape, generator=rng) < 0.01
+        return torch.where(outlier, 10 * x, x).to(dtype)
+
+    def uniform(*shape: int, low: float, high: float) -> Tensor:
+        x = torch.rand(shape, generator=rng, dtype=torch.float64)
+        return (low + (high - low) * x).to(dtype)
+
+    def holes(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=rng) < 0.7
+
+    arguments: Arguments = {
+        "query": None,
+        "key": points(B, H, N, D, scale=D**-0.5),
+        "value": points(B, H, N, Dv),
+        "reference": points(*((B, H, M, D) if per_sample else (H, M, D)), scale=D**-0.5),
+        "kernel": kernel,
+        "bandwidth": uniform(H, low=0.5, high=2) if bandwidth == "learned" else bandwidth,
+        "epsilon": uniform(H, low=0.1, high=0.5) if epsilon == "learned" else epsilon,
+        "iterations": iterations,
+    }
+    if Nq is not None:
+        arguments["query"] = points(B, H, Nq, D, scale=D**-0.5)
+    if masked:
+        arguments["mask"] = holes(B, N)
+        if Nq is not None:
+            arguments["query_mask"] = holes(B, Nq)
+    if token_mass:
+        mass = uniform(B, H, N, low=0.1, high=2)
+        arguments["token_mass"] = torch.where(holes(B, H, N), mass, 0)
+    if reference_mass is not None:
+        shape = (B, H, M) if reference_mass == "per-sample" else (H, M)
+        arguments["reference_mass"] = uniform(*shape, low=0.1, high=2)
+    if P:
+        arguments["token_positions"] = uniform(N, P, low=0, high=4)
+        arguments["reference_positions"] = uniform(M, P, low=0, high=4)
+        arguments["position_bandwidth"] = 2.5
+        if Nq is not None:
+            arguments["query_positions"] = uniform(Nq, P, low=0, high=4)
+    return move(arguments, device=device)
+
+
+def move(
+    arguments: Arguments, *, dtype: torch.dtype | None = None, device: str | None = None
+) -> Arguments:
+    """The problem in another type (masks stay bool) or on another device."""
+    return {
+        name: x.to(device or x.device, dtype if dtype and x.is_floating_point() else x.dtype)
+        if isinstance(x, Tensor)
+        else x
+        for name, x in arguments.items()
+    }
+
+
+def differentiable(arguments: Arguments) -> list[str]:
+    """Names of the tensors that take a gradient."""
+    return [
+        name
+        for name, x in arguments.items()
+        if isinstance(x, Tensor) and x.is_floating_point() and not name.endswith("positions")
+    ]
+
+
+def call(function: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+    """Hand set_attention, set_pooling or transport_plan what it takes of a problem."""
+    unused: set[str] = set()
+    if function.__name__ != "set_attention":
+        unused = unused | QUERY_SIDE
+    if function.__name__ == "transport_plan":
+        unused = unused | {"value"}
+    return function(**{name: x for name, x in arguments.items() if name not in unused})
+
+
+def run(
+    function: Callable[..., Tensor], arguments: Arguments, grad_output: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The output and, given its gradient, the gradient of every input: {name: tensor}."""
+    names = differentiable(arguments)
+    arguments = {
+        name: x.detach().requires_grad_(grad_output is not None) if name in names else x
+        for name, x in arguments.items()
+    }
+    output = call(function, arguments)
+    results = {"output": output.detach()}
+    if grad_output is not None:
+        names = [name for name in names if used(function, name)]
+        inputs = [arguments[name] for name in names]
+        gradients = torch.autograd.grad(
+            output, inputs, grad_output, allow_unused=True, materialize_grads=True
+        )
+        results |= dict(zip(names, gradients, strict=True))
+    return results
+
+
+def used(function: Callable[..., Tensor], name: str) -> bool:
+    if function.__name__ == "set_attention":
+        return True
+    return name not in QUERY_SIDE and (function.__name__ == "set_pooling" or name != "value")
+
+
+def output_gradient(function: Callable[..., Tensor], arguments: Arguments, seed: int) -> Tensor:
+    """A random gradient of the output, in the problem's type."""
+    key, value, query = arguments["key"], arguments["value"], arguments["query"]
+    tokens = key if query is None else query
+    M = arguments["reference"].shape[-2]
+    shape = {
+        "set_attention": (*tokens.shape[:3], value.shape[-1]),
+        "set_pooling": (*key.shape[:2], M, value.shape[-1]),
+        "transport_plan": (*key.shape[:3], M),
+    }[function.__name__]
+    return torch.randn(shape, generator=generator(seed)).to(key)
