@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,6 +21,13 @@ inline std::string type_name(dlpack::DataType type) {
                                       "bfloat", "complex", "bool"};
   if (type.code == dlpack::kBool) return "bool";
   return (type.code < 7 ? kinds[type.code] : "type") + std::to_string(type.bits);
+}
+
+// As torch writes it: "cpu", "cuda:1".
+inline std::string device_name(dlpack::Device device) {
+  if (device.type == dlpack::kCpu) return "cpu";
+  if (device.type == dlpack::kCuda) return "cuda:" + std::to_string(device.id);
+  return "DLPack device type " + std::to_string(device.type);
 }
 
 // A dimension's letter and, where it is fixed already, its size.
@@ -41,8 +49,9 @@ inline std::string describe(const Shape& shape) {
 
 class Array {
  public:
-  // `object` may be None: an absent array.
-  Array(const char* function, const char* name, const py::object& object)
+  Array() = default;
+  // `object` may be None: an absent array. `stream` is the cudaStream_t that will use it.
+  Array(const char* function, const char* name, const py::object& object, uintptr_t stream)
       : label_(std::string(function) + ": " + name) {
     if (object.is_none()) return;
     capsule_ = object;
@@ -52,7 +61,7 @@ class Array {
                              " must be an array with __dlpack__ (NumPy, torch, ...), got " +
                              std::string(py::str(py::type::handle_of(object).attr("__name__"))));
       }
-      capsule_ = export_capsule(object);
+      capsule_ = export_capsule(object, stream);
     }
     // The capsule stays ours, unconsumed, until the call is over; then its own destructor frees it.
     if (PyCapsule_IsValid(capsule_.ptr(), "dltensor_versioned")) {
@@ -72,6 +81,7 @@ class Array {
   int rank() const { return tensor_->ndim; }
   int64_t size(int dimension) const { return tensor_->shape[dimension]; }
   dlpack::DataType type() const { return tensor_->dtype; }
+  dlpack::Device device() const { return memory_of(tensor_->device); }
 
   // Throws unless the array has one of these shapes.
   const Array& expect_shape(const std::vector<Shape>& shapes) const {
@@ -100,11 +110,10 @@ class Array {
     return *this;
   }
 
-  const Array& expect_cpu() const {
-    if (tensor_->device.type != dlpack::kCpu) {
-      throw py::value_error(label_ + " must be in CPU memory, got DLPack device type " +
-                            std::to_string(tensor_->device.type) +
-                            ": this version has CPU kernels only, move the arrays to the CPU");
+  const Array& expect_device(dlpack::Device expected) const {
+    if (device().type != expected.type || device().id != expected.id) {
+      throw py::value_error(label_ + " must be on the key's device, " + device_name(expected) +
+                            ", got " + device_name(device()) + ": move one to the other");
     }
     return *this;
   }
@@ -152,14 +161,36 @@ class Array {
   }
 
  private:
-  // Version 1.0 of the protocol can hand over read-only arrays; older libraries do not know it.
-  static py::object export_capsule(const py::object& object) {
+  // The device whose kernels can use the memory.
+  static dlpack::Device memory_of(dlpack::Device device) {
+#ifdef SETFORMER_EMULATED_DEVICE
+    // A build for tests, where the CUDA kernels run on the CPU: the host's memory is that of the
+    // emulated device 0, so that CPU tensors take the way of CUDA tensors.
+    if (device.type == dlpack::kCpu) return {dlpack::kCuda, 0};
+#endif
+    if (device.type == dlpack::kCudaManaged) return {dlpack::kCuda, device.id};
+    return device;
+  }
+
+  static bool is_cuda(const py::object& object) {
+    const int type = py::cast<int>(py::tuple(object.attr("__dlpack_device__")())[0]);
+    return type == dlpack::kCuda || type == dlpack::kCudaManaged;
+  }
+
+  static py::object export_capsule(const py::object& object, uintptr_t stream) {
     const py::object method = object.attr("__dlpack__");
+    py::dict options;
+    // The owner makes our stream wait for what it still writes. The protocol's number for CUDA's
+    // default stream, 0 as a cudaStream_t, is 1.
+    if (is_cuda(object)) options["stream"] = stream == 0 ? 1 : stream;
+    // Version 1.0 of the protocol can hand over read-only arrays; older libraries do not know it.
+    options["max_version"] = py::make_tuple(1, 0);
     try {
-      return method(py::arg("max_version") = py::make_tuple(1, 0));
+      return method(**options);
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_TypeError)) throw;
-      return method();
+      options.attr("pop")("max_version");
+      return method(**options);
     }
   }
 

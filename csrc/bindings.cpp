@@ -1,294 +1,128 @@
-// setformer_ext._C: the kernels for any DLPack array. Checks everything that a kernel relies on;
-// memory is the caller's; the GIL is released while kernels run.
+// setformer_ext._C: the kernels for any DLPack array, on the CPU or a CUDA device. Memory is the
+// caller's; the GIL is released while kernels run or are launched.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cmath>
-
-#include "arrays.h"
 #include "build_info.h"
+#include "call.h"
 #include "cuda/device.h"
+#include "cuda/launch.h"
+#include "nvtx.h"
 
 namespace setformer {
 namespace {
 
-constexpr dlpack::DataType kBoolType{dlpack::kBool, 8, 1};
-constexpr int64_t kMostIterations = int64_t{1} << 31;
-constexpr int64_t kMostColumns = int64_t{1} << 24;  // of M, D and Dv: products of two stay small
+constexpr int64_t kWorkspaceAlignment = 256;
 
-dlpack::DataType accumulate_type(dlpack::DataType storage) {
-  return {dlpack::kFloat, uint8_t(storage.bits == 64 ? 64 : 32), 1};
-}
-
-ScalarType scalar_type(const char* function, dlpack::DataType type) {
-  if (type.code == dlpack::kFloat && type.bits == 32) return ScalarType::kFloat32;
-  if (type.code == dlpack::kFloat && type.bits == 64) return ScalarType::kFloat64;
-  if (type.code == dlpack::kFloat && type.bits == 16) return ScalarType::kFloat16;
-  if (type.code == dlpack::kBFloat && type.bits == 16) return ScalarType::kBFloat16;
-  throw py::type_error(std::string(function) +
-                       ": key must be float32, float64, bfloat16 or float16, got " +
-                       type_name(type));
-}
-
-void require(bool condition, const char* function, const std::string& message) {
-  if (!condition) throw py::value_error(std::string(function) + ": " + message);
-}
-
-// Reads the arrays and options of a call into Params, checking each against the sizes that key and
-// reference fix.
-class Call {
+// What a CUDA call needs beside its arrays: the caller's function `allocate` is asked for bytes, if
+// any are needed, and gives an array of them.
+class Workspace {
  public:
-  Call(const char* function, const py::dict& arrays) : function_(function), arrays_(arrays) {}
-
-  // Inputs and options common to all calls.
-  void read_problem(ForwardParams& p, const std::string& kernel, double position_bandwidth,
-                    int64_t iterations) {
-    const Array key = required("key");
-    key.expect_cpu();
-    p.type = scalar_type(function_, key.type());
-    storage_ = key.type();
-    key.expect_shape({{{"B"}, {"H"}, {"N"}, {"D"}}});
-    p.batch = key.size(0);
-    p.heads = key.size(1);
-    p.tokens = key.size(2);
-    p.depth = key.size(3);
-    p.key = keep(key).view(4);
-    const Array reference = required("reference");
-    reference.expect_cpu().expect_type(storage_).expect_shape(
-        {{{"H", p.heads}, {"M"}, {"D", p.depth}},
-         {{"B", p.batch}, {"H", p.heads}, {"M"}, {"D", p.depth}}});
-    p.references = reference.size(reference.rank() - 2);
-    p.reference = keep(reference).view(4);
-    require(p.references > 0, function_, "reference must hold at least one reference, got M=0");
-    require(p.depth > 0, function_, "key must have at least one dimension per head, got D=0");
-    require(p.references <= kMostColumns && p.depth <= kMostColumns, function_,
-            "reference must be [.., M, D] with M and D up to 2^24, got M=" +
-                std::to_string(p.references) + ", D=" + std::to_string(p.depth));
-
-    require(kernel == "gaussian" || kernel == "linear", function_,
-            "kernel must be 'gaussian' or 'linear', got '" + kernel + "'");
-    require(std::isfinite(position_bandwidth) && position_bandwidth > 0, function_,
-            "position_bandwidth must be > 0, got " + std::to_string(position_bandwidth));
-    require(iterations >= 0 && iterations < kMostIterations, function_,
-            "iterations must be >= 0 and < 2^31, got " + std::to_string(iterations));
-    p.kernel = kernel == "gaussian" ? Kernel::kGaussian : Kernel::kLinear;
-    p.position_bandwidth = position_bandwidth;
-    p.iterations = iterations;
-
-    p.mask = optional("mask", kBoolType, {{{"B", p.batch}, {"N", p.tokens}}}, 2);
-    p.token_mass = optional("token_mass", accumulate(), {heads_of(p, {"N", p.tokens})}, 3);
-    p.reference_mass =
-        optional("reference_mass", accumulate(),
-                 {{{"H", p.heads}, {"M", p.references}}, heads_of(p, {"M", p.references})}, 3);
-    p.bandwidth = optional("bandwidth", accumulate(), {{{"H", p.heads}}}, 1);
-    p.epsilon = needed("epsilon", accumulate(), {{{"H", p.heads}}}, 1);
-    const Array positions = array("reference_positions");
-    if (positions.given()) {
-      positions.expect_cpu().expect_type(accumulate()).expect_shape({{{"M", p.references}, {"P"}}});
-      p.position_depth = positions.size(1);
-      require(p.position_depth >= 1 && p.position_depth <= 3, function_,
-              "reference_positions must be [M, P] with P = 1, 2 or 3, got P=" +
-                  std::to_string(p.position_depth));
-      p.reference_positions = keep(positions).view(2);
+  Workspace(const Call& call, const py::object& allocate, int64_t bytes) {
+    if (bytes == 0) return;
+    const std::string function = call.function();
+    if (!PyCallable_Check(allocate.ptr())) {
+      throw py::type_error(function +
+                           ": workspace must be a function that takes a number of bytes and "
+                           "returns a uint8 array of that size on " +
+                           device_name(call.device()) + ", got " +
+                           std::string(py::str(py::type::handle_of(allocate).attr("__name__"))));
     }
-    require(positions.given() == array("token_positions").given(), function_,
-            "token_positions and reference_positions must be given together");
-    p.token_positions =
-        optional("token_positions", accumulate(), {{{"N", p.tokens}, {"P", p.position_depth}}}, 2);
-  }
-
-  void read_query(ForwardParams& p) {
-    const Array query = array("query");
-    p.cross = query.given();
-    if (!p.cross) return;
-    query.expect_cpu().expect_type(storage_).expect_shape(
-        {{{"B", p.batch}, {"H", p.heads}, {"Nq"}, {"D", p.depth}}});
-    p.queries = query.size(2);
-    p.query = keep(query).view(4);
-    p.query_mask = optional("query_mask", kBoolType, {{{"B", p.batch}, {"Nq", p.queries}}}, 2);
-    p.query_positions = optional("query_positions", accumulate(),
-                                 {{{"Nq", p.queries}, {"P", p.position_depth}}}, 2);
-    p.query_rows =
-        contiguous("query_rows", {heads_of(p, {"T+1", p.iterations + 1}, {"Nq", p.queries})});
-    p.query_columns = contiguous("query_columns", {columns_of(p)});
-  }
-
-  void read_value(ForwardParams& p) {
-    const Array value = required("value");
-    value.expect_cpu().expect_type(storage_).expect_shape({heads_of(p, {"N", p.tokens}, {"Dv"})});
-    p.value_depth = value.size(3);
-    require(
-        p.value_depth > 0 && p.value_depth <= kMostColumns, function_,
-        "value must be [.., Dv] with Dv from 1 to 2^24, got Dv=" + std::to_string(p.value_depth));
-    p.value = keep(value).view(4);
-  }
-
-  void read_forward_results(ForwardParams& p) {
-    read_normalizers(p);
-    p.pooled = contiguous("pooled", {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})});
-    p.output = written_if_given("output", storage_, {output_shape(p)}, 4);
-    p.distribute = p.output.data != nullptr;
-  }
-
-  void read_normalizers(ForwardParams& p) {
-    p.rows = contiguous("rows", {heads_of(p, {"T+1", p.iterations + 1}, {"N", p.tokens})});
-    p.columns = contiguous("columns", {columns_of(p)});
-  }
-
-  void read_gradients(BackwardParams& p) {
-    p.grad_output = optional("grad_output", storage_, {output_shape(p)}, 4);
-    p.grad_pooled = optional("grad_pooled", accumulate(),
-                             {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})}, 4);
-    p.grad_key = written("grad_key", storage_, {heads_of(p, {"N", p.tokens}, {"D", p.depth})}, 4);
-    p.grad_value =
-        written("grad_value", storage_, {heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth})}, 4);
-    if (p.cross) {
-      p.grad_query =
-          written("grad_query", storage_, {heads_of(p, {"Nq", p.queries}, {"D", p.depth})}, 4);
+    const int64_t with_room_to_align = bytes + kWorkspaceAlignment - 1;
+    array_ = call.array_of("workspace", allocate(with_room_to_align));
+    array_.expect_device(call.device())
+        .expect_type({dlpack::kUInt, 8, 1})
+        .expect_contiguous()
+        .expect_writable();
+    if (array_.rank() != 1 || array_.size(0) < with_room_to_align) {
+      array_.expect_shape({{{"bytes", with_room_to_align}}});
     }
-    p.grad_reference =
-        contiguous("grad_reference", {heads_of(p, {"M", p.references}, {"D", p.depth})});
-    if (array("grad_bandwidth").given()) {
-      p.grad_bandwidth = contiguous("grad_bandwidth", {{{"B", p.batch}, {"H", p.heads}}});
-    }
-    p.grad_epsilon = contiguous("grad_epsilon", {{{"B", p.batch}, {"H", p.heads}}});
-    if (array("grad_token_mass").given()) {
-      p.grad_token_mass = contiguous("grad_token_mass", {heads_of(p, {"N", p.tokens})});
-    }
-    if (array("grad_reference_mass").given()) {
-      p.grad_reference_mass = contiguous("grad_reference_mass", {heads_of(p, {"M", p.references})});
-    }
+    const auto start = reinterpret_cast<uintptr_t>(array_.view(1).data);
+    start_ = reinterpret_cast<void*>((start + kWorkspaceAlignment - 1) / kWorkspaceAlignment *
+                                     kWorkspaceAlignment);
   }
-
-  void read_plan(PlanParams& p) {
-    p.plan = written("plan", storage_, {heads_of(p, {"N", p.tokens}, {"M", p.references})}, 4);
-  }
-
-  // Names that no read above knows would otherwise be ignored in silence.
-  void finish() const {
-    for (const auto& [name, array] : arrays_) {
-      const auto text = py::cast<std::string>(name);
-      if (std::find(known_.begin(), known_.end(), text) == known_.end()) {
-        throw py::type_error(std::string(function_) + ": unexpected argument '" + text + "'");
-      }
-    }
-  }
-
-  template <class Params>
-  void run(Status (*kernel)(const Params&), const Params& p) const {
-    Status status;
-    {
-      py::gil_scoped_release release;
-      status = kernel(p);
-    }
-    switch (status) {
-      case Status::kOk:
-        return;
-      case Status::kOutOfMemory:
-        throw std::bad_alloc();
-      case Status::kNegativeTokenMass:
-        throw py::value_error(std::string(function_) +
-                              ": token_mass must be >= 0 everywhere, got a negative mass");
-      case Status::kNonPositiveReferenceMass:
-        throw py::value_error(std::string(function_) +
-                              ": reference_mass must be > 0 everywhere, got a mass <= 0");
-      case Status::kNonPositiveBandwidth:
-        throw py::value_error(std::string(function_) +
-                              ": bandwidth must be > 0 for every head, got a value <= 0 or NaN");
-      case Status::kNonPositiveEpsilon:
-        throw py::value_error(std::string(function_) +
-                              ": epsilon must be > 0 for every head, got a value <= 0 or NaN");
-    }
-  }
+  void* start() const { return start_; }
 
  private:
-  dlpack::DataType accumulate() const { return accumulate_type(storage_); }
-  static Shape heads_of(const ForwardParams& p, Dimension third) {
-    return {{"B", p.batch}, {"H", p.heads}, third};
-  }
-  static Shape heads_of(const ForwardParams& p, Dimension third, Dimension fourth) {
-    return {{"B", p.batch}, {"H", p.heads}, third, fourth};
-  }
-  static Shape columns_of(const ForwardParams& p) {
-    return heads_of(p, {"max(T,1)", std::max<int64_t>(p.iterations, 1)}, {"M", p.references});
-  }
-  static Shape output_shape(const ForwardParams& p) {
-    return p.cross ? heads_of(p, {"Nq", p.queries}, {"Dv", p.value_depth})
-                   : heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth});
-  }
-
-  Array array(const char* name) {
-    known_.push_back(name);
-    return Array(function_, name, arrays_.contains(name) ? py::object(arrays_[name]) : py::none());
-  }
-  Array required(const char* name) {
-    Array found = array(name);
-    if (!found.given()) {
-      throw py::type_error(std::string(function_) + ": " + name + " must be given");
-    }
-    return found;
-  }
-  // Arrays live until the call is over: a capsule may own what it points to.
-  const Array& keep(const Array& array) {
-    kept_.push_back(array);
-    return kept_.back();
-  }
-  Tensor checked(const Array& array, dlpack::DataType type, const std::vector<Shape>& shapes,
-                 int dimensions) {
-    if (!array.given()) return {};
-    array.expect_cpu().expect_type(type).expect_shape(shapes);
-    return keep(array).view(dimensions);
-  }
-  Tensor optional(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
-                  int dimensions) {
-    return checked(array(name), type, shapes, dimensions);
-  }
-  Tensor needed(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
-                int dimensions) {
-    return checked(required(name), type, shapes, dimensions);
-  }
-  // Results: like inputs, but in memory that may be written.
-  Tensor written_if_given(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
-                          int dimensions) {
-    const Array found = array(name);
-    if (found.given()) found.expect_writable();
-    return checked(found, type, shapes, dimensions);
-  }
-  Tensor written(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
-                 int dimensions) {
-    required(name);
-    return written_if_given(name, type, shapes, dimensions);
-  }
-  Tensor contiguous(const char* name, const std::vector<Shape>& shapes) {
-    const Array found = required(name);
-    const Tensor view = checked(found, accumulate(), shapes, found.rank());
-    found.expect_contiguous().expect_writable();
-    return view;
-  }
-
-  const char* function_;
-  const py::dict& arrays_;
-  dlpack::DataType storage_{};
-  std::vector<Array> kept_;
-  std::vector<std::string> known_;
+  Array array_;
+  void* start_ = nullptr;
 };
 
+template <class Params>
+void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params& p) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = kernel(p);
+  }
+  const std::string function = call.function();
+  switch (status) {
+    case Status::kOk:
+      return;
+    case Status::kOutOfMemory:
+      throw std::bad_alloc();
+    case Status::kNegativeTokenMass:
+      throw py::value_error(function + ": token_mass must be >= 0 everywhere, got a negative mass");
+    case Status::kNonPositiveReferenceMass:
+      throw py::value_error(function + ": reference_mass must be > 0 everywhere, got a mass <= 0");
+    case Status::kNonPositiveBandwidth:
+      throw py::value_error(function +
+                            ": bandwidth must be > 0 for every head, got a value <= 0 or NaN");
+    case Status::kNonPositiveEpsilon:
+      throw py::value_error(function +
+                            ": epsilon must be > 0 for every head, got a value <= 0 or NaN");
+  }
+}
+
+// What to do about the errors that are likely; "setformer info" tells devices and build apart.
+std::string advice(const std::string& error) {
+  if (error == "cudaErrorNoKernelImageForDevice") {
+    return "this build has no code for the device (`setformer info` shows both): install again "
+           "with TORCH_CUDA_ARCH_LIST set to its compute capability";
+  }
+  if (error == "cudaErrorInsufficientDriver" || error == "cudaErrorUnsupportedPtxVersion") {
+    return "the driver is older than this build's CUDA (`setformer info` shows both): update the "
+           "driver, or install again with an older CUDA toolkit";
+  }
+  return "the cause may be an earlier kernel of any library: run with CUDA_LAUNCH_BLOCKING=1, and "
+         "report it with the output of `setformer info`";
+}
+
+// launch(device, stream) -> cuda::Result
+template <class Launch>
+void run_on_cuda(const Call& call, const Launch& launch) {
+  cuda::Result result;
+  {
+    py::gil_scoped_release release;
+    result = launch(int(call.device().id), call.stream());
+  }
+  if (result.error == 0) return;
+  const std::string name = cuda::error_name(result.error);
+  throw std::runtime_error(std::string(call.function()) + ": " + result.kernel +
+                           " failed to launch on " + device_name(call.device()) + ": " + name +
+                           ": " + cuda::error_message(result.error) + "; " + advice(name));
+}
+
 void forward(const std::string& kernel, double position_bandwidth, int64_t iterations,
-             const py::kwargs& arrays) {
-  Call call("set_attention_forward", arrays);
+             uintptr_t stream, const py::object& workspace, const py::kwargs& arrays) {
+  Call call("set_attention_forward", arrays, stream);
   ForwardParams p;
   call.read_problem(p, kernel, position_bandwidth, iterations);
   call.read_query(p);
   call.read_value(p);
   call.read_forward_results(p);
   call.finish();
-  call.run(cpu::set_attention_forward, p);
+  const nvtx::Range range(call.function(), p);
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_forward, p);
+  const Workspace memory(call, workspace, cuda::forward_workspace(p));
+  run_on_cuda(call, [&](int device, void* stream) {
+    return cuda::set_attention_forward(p, memory.start(), device, stream);
+  });
 }
 
 void backward(const std::string& kernel, double position_bandwidth, int64_t iterations,
-              const py::kwargs& arrays) {
-  Call call("set_attention_backward", arrays);
+              uintptr_t stream, const py::object& workspace, const py::kwargs& arrays) {
+  Call call("set_attention_backward", arrays, stream);
   BackwardParams p;
   call.read_problem(p, kernel, position_bandwidth, iterations);
   call.read_query(p);
@@ -296,21 +130,29 @@ void backward(const std::string& kernel, double position_bandwidth, int64_t iter
   call.read_forward_results(p);
   call.read_gradients(p);
   call.finish();
-  require(!p.distribute == (p.grad_output.data == nullptr), "set_attention_backward",
+  require(!p.distribute == (p.grad_output.data == nullptr), call.function(),
           "output and grad_output must be given together");
-  call.run(cpu::set_attention_backward, p);
+  const nvtx::Range range(call.function(), p);
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_backward, p);
+  const Workspace memory(call, workspace, cuda::backward_workspace(p));
+  run_on_cuda(call, [&](int device, void* stream) {
+    return cuda::set_attention_backward(p, memory.start(), device, stream);
+  });
 }
 
 void plan(const std::string& kernel, double position_bandwidth, int64_t iterations,
-          const py::kwargs& arrays) {
-  Call call("transport_plan", arrays);
+          uintptr_t stream, const py::object&, const py::kwargs& arrays) {
+  Call call("transport_plan", arrays, stream);
   PlanParams p;
   call.read_problem(p, kernel, position_bandwidth, iterations);
   call.read_normalizers(p);
   call.read_plan(p);
   call.finish();
   p.value_depth = 1;
-  call.run(cpu::transport_plan, p);
+  const nvtx::Range range(call.function(), p);
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::transport_plan, p);
+  run_on_cuda(call,
+              [&](int device, void* stream) { return cuda::transport_plan(p, device, stream); });
 }
 
 }  // namespace
@@ -336,10 +178,25 @@ PYBIND11_MODULE(_C, m) {
       "pooled is computed), pooled [B, H, M, Dv], rows [B, H, T + 1, N], columns\n"
       "[B, H, max(T, 1), M], query_rows [B, H, T + 1, Nq], query_columns: accumulate, "
       "contiguous.\n\n"
-      "Wrong shapes and values raise ValueError, wrong types TypeError, naming the argument.";
+      "All arrays lie in the memory of the CPU or of one CUDA device, whose kernels run. For CUDA\n"
+      "two more arguments count: `stream`, a cudaStream_t as an integer (0: the default stream), "
+      "that all\n"
+      "work is put on, without waiting for it; and `workspace`, a function that is called with a\n"
+      "number of bytes, where any are needed, and returns a uint8 array of that size on the "
+      "device. Its\n"
+      "memory, like that of all arrays, may only be used for other work once the stream has come "
+      "past\n"
+      "the call. Arrays are asked for with __dlpack__(stream=stream), whose owner makes the stream "
+      "wait\n"
+      "for what is still being written; a capsule made earlier is taken as it is.\n\n"
+      "Wrong shapes and values raise ValueError, wrong types TypeError, naming the argument. On "
+      "CUDA\n"
+      "values are not read: a bandwidth, epsilon, reference mass <= 0 or a negative token mass "
+      "gives NaN\n"
+      "in its head. A failing launch raises RuntimeError.";
   const auto options = [](auto&& define) {
     define(py::arg("kernel") = "gaussian", py::arg("position_bandwidth") = 1.0,
-           py::arg("iterations") = 5);
+           py::arg("iterations") = 5, py::arg("stream") = 0, py::arg("workspace") = py::none());
   };
   options([&](auto... arguments) {
     m.def("set_attention_forward", &forward, arguments...,

@@ -4,6 +4,7 @@
 
 #include "build_facts.h"
 #include "cuda/device.h"
+#include "nvtx.h"
 
 namespace setformer {
 
@@ -17,6 +18,7 @@ std::map<std::string, std::string> build_info() {
       {"cuda", SETFORMER_CUDA_DECISION},
       {"cuda_architectures", SETFORMER_CUDA_ARCHITECTURES},
       {"cuda_runtime", cuda::runtime_version()},
+      {"nvtx", SETFORMER_NVTX ? "yes" : "no"},
   };
 }
 

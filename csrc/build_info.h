@@ -7,7 +7,7 @@
 namespace setformer {
 
 // Fixed at build time: version, compiler, build_type, instruction_sets, openmp, cuda,
-// cuda_architectures, cuda_runtime. Touches no device.
+// cuda_architectures, cuda_runtime, nvtx. Touches no device.
 std::map<std::string, std::string> build_info();
 
 // Threads that the next parallel region started by this thread would get.

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _C
+
 STORAGE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DEVICES = ("cpu", "meta")
+BUILD = _C.build_info()
+DEVICES = ("cpu", "meta", "cuda") if BUILD["cuda_runtime"] else ("cpu", "meta")
 Dimension = tuple[str, int | None]
 
 
@@ -28,7 +31,7 @@ class Arguments:
         if key.dtype not in STORAGE_TYPES:
             raise self.type_error("key", "float32, float64, bfloat16 or float16", _name(key.dtype))
         if key.device.type not in DEVICES:
-            raise self.value_error("key", "on the CPU, where the kernels are", key.device)
+            raise self.value_error("key", _expected_device(key.device.type), key.device)
         self.device("key", key)
         self.shape("key", key, [("B", None), ("H", None), ("N", None), ("D", None)])
         if key.shape[3] < 1:
@@ -155,6 +158,15 @@ class Arguments:
             coordinates = x.shape[1]
         if bandwidth is None:
             raise self.value_error("position_bandwidth", "given together with positions", None)
+
+
+def _expected_device(given: str) -> str:
+    if given != "cuda":
+        return "on the CPU or a CUDA device, where the kernels are"
+    return (
+        f"on the CPU, for this build has no CUDA kernels ({BUILD['cuda']}; install again with "
+        "SETFORMER_CUDA=on in the environment and nvcc in PATH)"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -74,9 +74,15 @@ def set_attention(
         [B, H, Nq, Dv] of the key's type (Nq = N in self attention). Under autocast query, key,
         value and reference take the autocast type. Computation is in float32 (float64 for float64).
 
+    On CUDA all work goes onto the current stream of the tensors' device, without waiting for it: a
+    call can be captured in a CUDA graph, after one call outside of it. Values of tensors are
+    therefore not checked there: a bandwidth, epsilon or reference mass <= 0 and a negative token
+    mass make the results of their head NaN.
+
     Raises:
         ValueError: a shape, size, device or value that does not fit; it names the argument.
         TypeError: an argument of the wrong type.
+        RuntimeError: CUDA refuses to launch a kernel.
     """
     if query is key:
         query = None

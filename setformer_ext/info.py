@@ -46,6 +46,7 @@ def collect() -> dict[str, str]:
         "CUDA architectures": build["cuda_architectures"].replace(";", " ") or "none",
         "CUDA runtime": build["cuda_runtime"] or "none",
         "CUDA driver": cuda_driver_version() or "none",
+        "NVTX ranges": "compiled" if build["nvtx"] == "yes" else "not compiled: no NVTX headers",
         "CUDA devices": "; ".join(cuda_devices()) or "none",
         "environment": _environment(),
     }

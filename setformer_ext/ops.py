@@ -9,6 +9,7 @@ Arguments arrive checked (``functional.py``): storage type is that of key, and "
 float64 for float64 keys and float32 otherwise.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from . import _C
 
+DISPATCH_KEYS = ("CPU", "CUDA")  # the compiled module tells them apart by the arrays' memory
 OPTIONS = "str kernel, float position_bandwidth, SymInt iterations"
 PROBLEM = (
     "Tensor key, Tensor value, Tensor reference, Tensor bandwidth, Tensor epsilon, Tensor? query, "
@@ -196,27 +198,36 @@ def empty_plan(key: Tensor, reference: Tensor) -> Tensor:  # [B, H, N, M]
     return key.new_empty((*key.shape[:3], reference.shape[-2]))
 
 
-def _export(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Tensors as DLPack capsules, which unlike __dlpack__ do not mind requires_grad."""
+def _run(function: Callable[..., None], arrays: dict[str, Any]) -> None:
+    """Call a function of the compiled module, on CUDA on the current stream of the key's device."""
     # OpenMP keeps the number of threads per calling thread, and torch sets it there when first
     # asked: without this, torch.set_num_threads would not hold in other threads than the main one.
     torch.get_num_threads()
-    return {
-        name: to_dlpack(array) if isinstance(array, Tensor) else array
-        for name, array in arrays.items()
-    }
+    device = arrays["key"].device
+
+    def workspace(size: int) -> Any:
+        # On CUDA torch hands the memory out again only to work that comes later on this stream.
+        return to_dlpack(torch.empty(size, dtype=torch.uint8, device=device))
+
+    # Capsules made by to_dlpack, unlike those of __dlpack__, do not mind requires_grad and make no
+    # stream wait: all that torch does with these tensors is on the current stream already.
+    function(
+        **{n: to_dlpack(x) if isinstance(x, Tensor) else x for n, x in arrays.items()},
+        stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+        workspace=workspace,
+    )
 
 
-@torch.library.impl("setformer_ext::set_attention", "CPU")
-def _set_attention_cpu(*arguments: Any) -> Solution:
+@torch.library.impl("setformer_ext::set_attention", DISPATCH_KEYS)
+def _set_attention(*arguments: Any) -> Solution:
     problem = Problem(*arguments)
     solution = empty_solution(problem)
-    _C.set_attention_forward(**_export(problem.arrays() | solution.arrays(problem)))
+    _run(_C.set_attention_forward, problem.arrays() | solution.arrays(problem))
     return solution
 
 
-@torch.library.impl("setformer_ext::set_attention_backward", "CPU")
-def _set_attention_backward_cpu(
+@torch.library.impl("setformer_ext::set_attention_backward", DISPATCH_KEYS)
+def _set_attention_backward(
     grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
 ) -> Gradients:
     # The kernels fix the layout of what forward wrote; vmap may have changed it since.
@@ -232,12 +243,12 @@ def _set_attention_backward_cpu(
         for name, grad in gradients._asdict().items()
         if getattr(problem, name) is not None
     }
-    _C.set_attention_backward(**_export(arrays))
+    _run(_C.set_attention_backward, arrays)
     return gradients
 
 
-@torch.library.impl("setformer_ext::transport_plan", "CPU")
-def _transport_plan_cpu(
+@torch.library.impl("setformer_ext::transport_plan", DISPATCH_KEYS)
+def _transport_plan(
     key: Tensor,
     reference: Tensor,
     bandwidth: Tensor,
@@ -267,12 +278,11 @@ def _transport_plan_cpu(
     )
     solution = empty_solution(problem)
     arrays = problem.arrays()
-    _C.set_attention_forward(**_export(arrays | solution.arrays(problem)))
+    _run(_C.set_attention_forward, arrays | solution.arrays(problem))
     plan = empty_plan(key, reference)
     del arrays["value"]
-    _C.transport_plan(
-        **_export(arrays | {"rows": solution.rows, "columns": solution.columns, "plan": plan})
-    )
+    arrays |= {"rows": solution.rows, "columns": solution.columns, "plan": plan}
+    _run(_C.transport_plan, arrays)
     return plan
 
 

@@ -38,6 +38,8 @@ std::string describe(int device) {
 
 }  // namespace
 
+bool compiled() { return true; }
+
 std::string runtime_version() { return dotted(CUDART_VERSION); }
 
 std::string driver_version() {

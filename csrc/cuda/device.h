@@ -7,6 +7,9 @@
 
 namespace setformer::cuda {
 
+// Does this binary have CUDA kernels?
+bool compiled();
+
 // "13.0", the version of the runtime linked in; empty without CUDA in the build.
 std::string runtime_version();
 

@@ -1,0 +1,279 @@
+// Reads the arguments of a call into Params, and checks everything that a kernel relies on.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "arrays.h"
+#include "build_info.h"
+#include "cuda/device.h"
+
+namespace setformer {
+
+constexpr dlpack::DataType kBoolType{dlpack::kBool, 8, 1};
+constexpr int64_t kMostIterations = int64_t{1} << 31;
+constexpr int64_t kMostColumns = int64_t{1} << 24;  // of M, D and Dv: products of two stay small
+
+inline dlpack::DataType accumulate_type(dlpack::DataType storage) {
+  return {dlpack::kFloat, uint8_t(storage.bits == 64 ? 64 : 32), 1};
+}
+
+inline ScalarType scalar_type(const char* function, dlpack::DataType type) {
+  if (type.code == dlpack::kFloat && type.bits == 32) return ScalarType::kFloat32;
+  if (type.code == dlpack::kFloat && type.bits == 64) return ScalarType::kFloat64;
+  if (type.code == dlpack::kFloat && type.bits == 16) return ScalarType::kFloat16;
+  if (type.code == dlpack::kBFloat && type.bits == 16) return ScalarType::kBFloat16;
+  throw py::type_error(std::string(function) +
+                       ": key must be float32, float64, bfloat16 or float16, got " +
+                       type_name(type));
+}
+
+inline void require(bool condition, const char* function, const std::string& message) {
+  if (!condition) throw py::value_error(std::string(function) + ": " + message);
+}
+
+// Reads the arrays and options of a call into Params, checking each against the sizes that key and
+// reference fix.
+class Call {
+ public:
+  // `stream` is the cudaStream_t of CUDA arrays.
+  Call(const char* function, const py::dict& arrays, uintptr_t stream)
+      : function_(function), arrays_(arrays), stream_(stream) {}
+
+  const char* function() const { return function_; }
+  dlpack::Device device() const { return device_; }
+  bool on_cuda() const { return device_.type == dlpack::kCuda; }
+  void* stream() const { return reinterpret_cast<void*>(stream_); }
+
+  Array array_of(const char* name, const py::object& object) const {
+    return Array(function_, name, object, stream_);
+  }
+
+  // Inputs and options common to all calls.
+  void read_problem(ForwardParams& p, const std::string& kernel, double position_bandwidth,
+                    int64_t iterations) {
+    const Array key = required("key");
+    choose_device(key);
+    p.type = scalar_type(function_, key.type());
+    storage_ = key.type();
+    key.expect_shape({{{"B"}, {"H"}, {"N"}, {"D"}}});
+    p.batch = key.size(0);
+    p.heads = key.size(1);
+    p.tokens = key.size(2);
+    p.depth = key.size(3);
+    p.key = keep(key).view(4);
+    const Array reference = required("reference");
+    reference.expect_device(device_).expect_type(storage_).expect_shape(
+        {{{"H", p.heads}, {"M"}, {"D", p.depth}},
+         {{"B", p.batch}, {"H", p.heads}, {"M"}, {"D", p.depth}}});
+    p.references = reference.size(reference.rank() - 2);
+    p.reference = keep(reference).view(4);
+    require(p.references > 0, function_, "reference must hold at least one reference, got M=0");
+    require(p.depth > 0, function_, "key must have at least one dimension per head, got D=0");
+    require(p.references <= kMostColumns && p.depth <= kMostColumns, function_,
+            "reference must be [.., M, D] with M and D up to 2^24, got M=" +
+                std::to_string(p.references) + ", D=" + std::to_string(p.depth));
+
+    require(kernel == "gaussian" || kernel == "linear", function_,
+            "kernel must be 'gaussian' or 'linear', got '" + kernel + "'");
+    require(std::isfinite(position_bandwidth) && position_bandwidth > 0, function_,
+            "position_bandwidth must be > 0, got " + std::to_string(position_bandwidth));
+    require(iterations >= 0 && iterations < kMostIterations, function_,
+            "iterations must be >= 0 and < 2^31, got " + std::to_string(iterations));
+    p.kernel = kernel == "gaussian" ? Kernel::kGaussian : Kernel::kLinear;
+    p.position_bandwidth = position_bandwidth;
+    p.iterations = iterations;
+
+    p.mask = optional("mask", kBoolType, {{{"B", p.batch}, {"N", p.tokens}}}, 2);
+    p.token_mass = optional("token_mass", accumulate(), {heads_of(p, {"N", p.tokens})}, 3);
+    p.reference_mass =
+        optional("reference_mass", accumulate(),
+                 {{{"H", p.heads}, {"M", p.references}}, heads_of(p, {"M", p.references})}, 3);
+    p.bandwidth = optional("bandwidth", accumulate(), {{{"H", p.heads}}}, 1);
+    p.epsilon = needed("epsilon", accumulate(), {{{"H", p.heads}}}, 1);
+    const Array positions = array("reference_positions");
+    if (positions.given()) {
+      positions.expect_device(device_)
+          .expect_type(accumulate())
+          .expect_shape({{{"M", p.references}, {"P"}}});
+      p.position_depth = positions.size(1);
+      require(p.position_depth >= 1 && p.position_depth <= 3, function_,
+              "reference_positions must be [M, P] with P = 1, 2 or 3, got P=" +
+                  std::to_string(p.position_depth));
+      p.reference_positions = keep(positions).view(2);
+    }
+    require(positions.given() == array("token_positions").given(), function_,
+            "token_positions and reference_positions must be given together");
+    p.token_positions =
+        optional("token_positions", accumulate(), {{{"N", p.tokens}, {"P", p.position_depth}}}, 2);
+  }
+
+  void read_query(ForwardParams& p) {
+    const Array query = array("query");
+    p.cross = query.given();
+    if (!p.cross) return;
+    query.expect_device(device_).expect_type(storage_).expect_shape(
+        {{{"B", p.batch}, {"H", p.heads}, {"Nq"}, {"D", p.depth}}});
+    p.queries = query.size(2);
+    p.query = keep(query).view(4);
+    p.query_mask = optional("query_mask", kBoolType, {{{"B", p.batch}, {"Nq", p.queries}}}, 2);
+    p.query_positions = optional("query_positions", accumulate(),
+                                 {{{"Nq", p.queries}, {"P", p.position_depth}}}, 2);
+    p.query_rows =
+        contiguous("query_rows", {heads_of(p, {"T+1", p.iterations + 1}, {"Nq", p.queries})});
+    p.query_columns = contiguous("query_columns", {columns_of(p)});
+  }
+
+  void read_value(ForwardParams& p) {
+    const Array value = required("value");
+    value.expect_device(device_).expect_type(storage_).expect_shape(
+        {heads_of(p, {"N", p.tokens}, {"Dv"})});
+    p.value_depth = value.size(3);
+    require(
+        p.value_depth > 0 && p.value_depth <= kMostColumns, function_,
+        "value must be [.., Dv] with Dv from 1 to 2^24, got Dv=" + std::to_string(p.value_depth));
+    p.value = keep(value).view(4);
+  }
+
+  void read_forward_results(ForwardParams& p) {
+    read_normalizers(p);
+    p.pooled = contiguous("pooled", {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})});
+    p.output = written_if_given("output", storage_, {output_shape(p)}, 4);
+    p.distribute = p.output.data != nullptr;
+  }
+
+  void read_normalizers(ForwardParams& p) {
+    p.rows = contiguous("rows", {heads_of(p, {"T+1", p.iterations + 1}, {"N", p.tokens})});
+    p.columns = contiguous("columns", {columns_of(p)});
+  }
+
+  void read_gradients(BackwardParams& p) {
+    p.grad_output = optional("grad_output", storage_, {output_shape(p)}, 4);
+    p.grad_pooled = optional("grad_pooled", accumulate(),
+                             {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})}, 4);
+    p.grad_key = written("grad_key", storage_, {heads_of(p, {"N", p.tokens}, {"D", p.depth})}, 4);
+    p.grad_value =
+        written("grad_value", storage_, {heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth})}, 4);
+    if (p.cross) {
+      p.grad_query =
+          written("grad_query", storage_, {heads_of(p, {"Nq", p.queries}, {"D", p.depth})}, 4);
+    }
+    p.grad_reference =
+        contiguous("grad_reference", {heads_of(p, {"M", p.references}, {"D", p.depth})});
+    if (array("grad_bandwidth").given()) {
+      p.grad_bandwidth = contiguous("grad_bandwidth", {{{"B", p.batch}, {"H", p.heads}}});
+    }
+    p.grad_epsilon = contiguous("grad_epsilon", {{{"B", p.batch}, {"H", p.heads}}});
+    if (array("grad_token_mass").given()) {
+      p.grad_token_mass = contiguous("grad_token_mass", {heads_of(p, {"N", p.tokens})});
+    }
+    if (array("grad_reference_mass").given()) {
+      p.grad_reference_mass = contiguous("grad_reference_mass", {heads_of(p, {"M", p.references})});
+    }
+  }
+
+  void read_plan(PlanParams& p) {
+    p.plan = written("plan", storage_, {heads_of(p, {"N", p.tokens}, {"M", p.references})}, 4);
+  }
+
+  // Names that no read above knows would otherwise be ignored in silence.
+  void finish() const {
+    for (const auto& [name, array] : arrays_) {
+      const auto text = py::cast<std::string>(name);
+      if (std::find(known_.begin(), known_.end(), text) == known_.end()) {
+        throw py::type_error(std::string(function_) + ": unexpected argument '" + text + "'");
+      }
+    }
+  }
+
+ private:
+  dlpack::DataType accumulate() const { return accumulate_type(storage_); }
+  static Shape heads_of(const ForwardParams& p, Dimension third) {
+    return {{"B", p.batch}, {"H", p.heads}, third};
+  }
+  static Shape heads_of(const ForwardParams& p, Dimension third, Dimension fourth) {
+    return {{"B", p.batch}, {"H", p.heads}, third, fourth};
+  }
+  static Shape columns_of(const ForwardParams& p) {
+    return heads_of(p, {"max(T,1)", std::max<int64_t>(p.iterations, 1)}, {"M", p.references});
+  }
+  static Shape output_shape(const ForwardParams& p) {
+    return p.cross ? heads_of(p, {"Nq", p.queries}, {"Dv", p.value_depth})
+                   : heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth});
+  }
+
+  // The key's memory decides whose kernels run.
+  void choose_device(const Array& key) {
+    device_ = key.device();
+    require(
+        device_.type == dlpack::kCpu || on_cuda(), function_,
+        "key must be in the memory of the CPU or of a CUDA device, got " + device_name(device_));
+    require(!on_cuda() || cuda::compiled(), function_,
+            "key must be in CPU memory, for this build has no CUDA kernels (" +
+                build_info()["cuda"] + "), got " + device_name(device_) +
+                ": install again with SETFORMER_CUDA=on in the environment and nvcc in PATH");
+  }
+
+  Array array(const char* name) {
+    known_.push_back(name);
+    return array_of(name, arrays_.contains(name) ? py::object(arrays_[name]) : py::none());
+  }
+  Array required(const char* name) {
+    Array found = array(name);
+    if (!found.given()) {
+      throw py::type_error(std::string(function_) + ": " + name + " must be given");
+    }
+    return found;
+  }
+  // Arrays live until the call is over: a capsule may own what it points to.
+  const Array& keep(const Array& array) {
+    kept_.push_back(array);
+    return kept_.back();
+  }
+  Tensor checked(const Array& array, dlpack::DataType type, const std::vector<Shape>& shapes,
+                 int dimensions) {
+    if (!array.given()) return {};
+    array.expect_device(device_).expect_type(type).expect_shape(shapes);
+    return keep(array).view(dimensions);
+  }
+  Tensor optional(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
+                  int dimensions) {
+    return checked(array(name), type, shapes, dimensions);
+  }
+  Tensor needed(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
+                int dimensions) {
+    return checked(required(name), type, shapes, dimensions);
+  }
+  // Results: like inputs, but in memory that may be written.
+  Tensor written_if_given(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
+                          int dimensions) {
+    const Array found = array(name);
+    if (found.given()) found.expect_writable();
+    return checked(found, type, shapes, dimensions);
+  }
+  Tensor written(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
+                 int dimensions) {
+    required(name);
+    return written_if_given(name, type, shapes, dimensions);
+  }
+  Tensor contiguous(const char* name, const std::vector<Shape>& shapes) {
+    const Array found = required(name);
+    const Tensor view = checked(found, accumulate(), shapes, found.rank());
+    found.expect_contiguous().expect_writable();
+    return view;
+  }
+
+  const char* function_;
+  const py::dict& arrays_;
+  uintptr_t stream_;
+  dlpack::Device device_{};
+  dlpack::DataType storage_{};
+  std::vector<Array> kept_;
+  std::vector<std::string> known_;
+};
+
+}  // namespace setformer
