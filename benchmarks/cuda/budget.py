@@ -1,0 +1,144 @@
+"""The static budget: what each compiled kernel takes, against the table budget.csv.
+
+    python benchmarks/cuda/budget.py             # print the table of the installed extension
+    python benchmarks/cuda/budget.py --check     # compare it with budget.csv
+    python benchmarks/cuda/budget.py --write     # replace budget.csv
+
+The columns after `limit` count instructions of the SASS, each once however often it runs.
+Needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from occupancy import occupancy
+from sass import INSTRUCTIONS, Kernel, read_kernels
+
+TABLE = Path(__file__).with_name("budget.csv")
+KEY = ["kernel", "arch"]
+RESOURCES = ["threads", "registers", "shared", "dynamic", "blocks", "occupancy", "limit"]
+COLUMNS = [*KEY, "ptxas", *RESOURCES, *INSTRUCTIONS]
+NOT_LAUNCHED = {"probe"}  # device.cu only asks the driver about it
+
+# How far a figure may be from the table's before --check complains, as a part of it. What is not
+# here must be equal: one barrier or tensor-core instruction more or less is a different kernel.
+SLACK = dict.fromkeys(["LDG", "LDS", "MUFU", "FFMA", "DFMA", "all"], 0.05) | {"registers": 0.03}
+
+Row = dict[str, str]
+
+
+def main() -> None:
+    """Prints, checks or writes the table."""
+    parser = argparse.ArgumentParser(description="Registers, shared memory, occupancy and SASS.")
+    parser.add_argument("--check", action="store_true", help="compare with budget.csv")
+    parser.add_argument("--write", action="store_true", help="replace budget.csv")
+    parser.add_argument("--architectures", type=int, nargs="*", help="only these: 80 90")
+    parser.add_argument("files", nargs="*", type=Path, help="objects or libraries")
+    options = parser.parse_args()
+    rows = [
+        row_of(kernel)
+        for file in options.files or [installed_extension()]
+        for kernel in read_kernels(file, options.architectures)
+        if kernel.name not in NOT_LAUNCHED
+    ]
+    if not rows:
+        raise SystemExit("no kernel found: was the extension compiled with CUDA?")
+    if options.write:
+        with TABLE.open("w", newline="") as file:
+            write(rows, file)
+    elif options.check:
+        with TABLE.open(newline="") as file:
+            problems = compare(list(csv.DictReader(file)), rows)
+        print(*problems, sep="\n")
+        print(f"{len(rows)} compiled kernels against {TABLE.name}: {len(problems)} problems")
+        raise SystemExit(bool(problems))
+    else:
+        write(rows, sys.stdout)
+
+
+def installed_extension() -> Path:
+    """The compiled module of the installed package."""
+    from setformer_ext import _C
+
+    return Path(_C.__file__)
+
+
+def row_of(kernel: Kernel) -> Row:
+    """The line of the table."""
+    if kernel.threads == 0:
+        raise SystemExit(f"{kernel.name} has no __launch_bounds__, which tell its occupancy")
+    dynamic = 0
+    fit = occupancy(kernel.arch, kernel.threads, kernel.registers, kernel.shared + dynamic)
+    values = [
+        kernel.name,
+        kernel.arch,
+        kernel.ptxas,
+        kernel.threads,
+        kernel.registers,
+        kernel.shared,
+        dynamic,
+        fit.blocks,
+        f"{fit.fraction:.2f}",
+        fit.limit,
+        *kernel.counts.values(),
+    ]
+    return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def write(rows: list[Row], file: TextIO) -> None:
+    """As CSV, ordered by kernel and architecture."""
+    table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(sorted(rows, key=lambda row: (row["kernel"], int(row["arch"]))))
+
+
+def compare(table: list[Row], rows: list[Row]) -> list[str]:
+    """One line for each difference beyond SLACK; architectures that were not compiled are left out.
+
+    Figures of another ptxas are not comparable: there only local memory is a difference.
+    """
+    expected = {name(row): row for row in table}
+    compiled = {name(row): row for row in rows}
+    archs = {row["arch"] for row in rows}
+    problems = [
+        f"{key}: {row['local']} accesses of local memory (spills), must be 0"
+        for key, row in compiled.items()
+        if row["local"] != "0"
+    ]
+    for key, row in expected.items():
+        if key in compiled:
+            problems += differences(key, row, compiled[key])
+        elif row["arch"] in archs:
+            problems.append(f"{key}: in {TABLE.name}, not compiled")
+    problems += [f"{key}: not in {TABLE.name}" for key in compiled if key not in expected]
+    return problems
+
+
+def differences(key: str, expected: Row, compiled: Row) -> list[str]:
+    """Of one kernel."""
+    if expected["ptxas"] != compiled["ptxas"]:
+        return []
+    return [
+        f"{key}: {column} {compiled[column]}, was {expected[column]}"
+        for column in [*RESOURCES, *INSTRUCTIONS]
+        if not close(column, expected[column], compiled[column])
+    ]
+
+
+def close(column: str, expected: str, compiled: str) -> bool:
+    """Equal, or within the column's slack."""
+    if column not in SLACK:
+        return expected == compiled
+    return abs(int(compiled) - int(expected)) <= SLACK[column] * int(expected)
+
+
+def name(row: Row) -> str:
+    """As in `distribute_kernel<__half> sm_90`."""
+    return f"{row['kernel']} sm_{row['arch']}"
+
+
+if __name__ == "__main__":
+    main()

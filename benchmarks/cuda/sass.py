@@ -1,0 +1,169 @@
+"""Reads what nvcc made of the kernels: resources and instruction counts, by cuobjdump."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Columns of the table: name, opcodes (the first word of an instruction) that it counts.
+INSTRUCTIONS = {
+    "HMMA": re.compile(r"HMMA\."),  # mma.sync
+    "LDSM": re.compile(r"LDSM\."),  # ldmatrix
+    "LDGSTS": re.compile(r"LDGSTS\."),  # cp.async
+    "LDG.128": re.compile(r"LDG\..*\b128\b"),
+    "LDG": re.compile(r"LDG\."),  # all widths
+    "LDS": re.compile(r"LDS\b"),
+    "MUFU": re.compile(r"MUFU\."),  # exp2, log2, reciprocal
+    "FFMA": re.compile(r"FFMA\b|FFMA2\b"),
+    "DFMA": re.compile(r"DFMA\b"),
+    "BAR": re.compile(r"BAR\.SYNC"),
+    "local": re.compile(r"STL\b|LDL\b"),  # spills, and arrays that did not fit registers
+    "all": re.compile(r"(?!NOP\b)"),
+}
+INSTRUCTION = re.compile(
+    r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(?P<predicate>!?\w+)\s+)?(?P<opcode>[A-Z][\w.]*)"
+)
+NEVER = {"!PT", "!UPT"}  # sm_90 puts `@!PT LDS` before cp.async, which does nothing
+RESERVED_FROM_90 = 1024  # of the driver; counted by the compiler as the kernel's own from sm_90 on
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel compiled for one architecture."""
+
+    name: str  # short: no namespaces, no parameters
+    arch: int
+    ptxas: str  # release, "13.0.88"
+    threads: int  # of __launch_bounds__; 0 where it has none
+    registers: int
+    shared: int  # static, bytes
+    counts: dict[str, int]
+
+
+def read_kernels(file: Path, architectures: list[int] | None = None) -> list[Kernel]:
+    """All kernels of an object or a shared library; by default of all its architectures."""
+    headers = _cuobjdump(file, "-elf")
+    release = re.search(r"Tool Version: .*\bV([\d.]+)", headers)
+    threads = parse_threads(headers)
+    resources = parse_resources(_cuobjdump(file, "-res-usage"))
+    found = {arch for arch, _ in resources}
+    counts: dict[tuple[int, str], dict[str, int]] = {}
+    for arch in found.intersection(architectures or found):
+        counts |= parse_instructions(_cuobjdump(file, "-sass", "-arch", f"sm_{arch}"))
+    short = short_names({symbol for _, symbol in counts})
+    return [
+        Kernel(
+            short[symbol],
+            arch,
+            release[1] if release else "unknown",
+            threads.get((arch, symbol), 0),
+            *resources[arch, symbol],
+            counts[arch, symbol],
+        )
+        for arch, symbol in counts
+    ]
+
+
+def parse_resources(text: str) -> dict[tuple[int, str], tuple[int, int]]:
+    """Of `cuobjdump -res-usage`: (arch, symbol) -> registers, static shared memory."""
+    found = {}
+    for arch, line in _by_architecture(text):
+        if match := re.match(r"\s*Function (\S+):$", line):
+            symbol = match[1]
+        elif match := re.match(r"\s*REG:(\d+) .*?SHARED:(\d+) ", line):
+            registers, shared = map(int, match.groups())
+            own = shared - RESERVED_FROM_90 if arch >= 90 and shared else shared
+            found[arch, symbol] = (registers, own)
+    return found
+
+
+def parse_threads(text: str) -> dict[tuple[int, str], int]:
+    """Of `cuobjdump -elf`: (arch, symbol) -> threads of the kernel's __launch_bounds__."""
+    found = {}
+    symbol = ""
+    lines = _by_architecture(text)
+    for arch, line in lines:
+        if match := re.match(r"\.nv\.info\.(\S+)$", line):
+            symbol = match[1]
+        elif "EIATTR_MAX_THREADS" in line:
+            next(lines)  # the format
+            x, y, z = re.findall(r"0x[0-9a-f]+", next(lines)[1])
+            found[arch, symbol] = int(x, 16) * int(y, 16) * int(z, 16)
+    return found
+
+
+def parse_instructions(text: str) -> dict[tuple[int, str], dict[str, int]]:
+    """Of `cuobjdump -sass`: (arch, symbol) -> how many of each column of INSTRUCTIONS."""
+    opcodes: dict[tuple[int, str], Counter[str]] = {}
+    for arch, line in _by_architecture(text):
+        if match := re.match(r"\s*Function : (\S+)", line):
+            counter = opcodes.setdefault((arch, match[1]), Counter())
+        elif (match := INSTRUCTION.match(line)) and match["predicate"] not in NEVER:
+            counter[match["opcode"]] += 1
+    return {
+        key: {
+            name: sum(count for opcode, count in counter.items() if pattern.match(opcode))
+            for name, pattern in INSTRUCTIONS.items()
+        }
+        for key, counter in opcodes.items()
+    }
+
+
+def short_names(symbols: set[str]) -> dict[str, str]:
+    """Symbol -> `score_pass_kernel<__half, 64>`."""
+    ordered = sorted(symbols)
+    text = "\n".join(ordered)
+    run = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
+    plain = run.stdout.splitlines()
+    return {symbol: shorten(name) for symbol, name in zip(ordered, plain, strict=True)}
+
+
+def shorten(name: str) -> str:
+    """Drops return type, namespaces and parameters of a demangled function."""
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+    name = re.sub(r"\b(?:\w+::)+", "", name)
+    depth = 0
+    for end, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return name[:end]
+    return name
+
+
+def _by_architecture(text: str) -> Iterator[tuple[int, str]]:
+    arch = 0
+    for line in text.splitlines():
+        if match := re.match(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        else:
+            yield arch, line
+
+
+def _cuobjdump(file: Path, *options: str) -> str:
+    tool = find_tool("cuobjdump")
+    folder = str(Path(tool).parent)  # cuobjdump calls nvdisasm, which PyPI puts beside it
+    return subprocess.run(
+        [tool, *options, str(file)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+    ).stdout
+
+
+def find_tool(name: str) -> str:
+    """On PATH, or where the packages of PyPI put it."""
+    site = Path(sysconfig.get_path("platlib"))
+    packaged = sorted(str(folder) for folder in site.glob("nvidia/*/bin"))
+    found = shutil.which(name) or shutil.which(name, path=":".join(packaged))
+    if found is None:
+        raise SystemExit(
+            f"{name} was found neither on PATH nor in {site}/nvidia: install it with "
+            "`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
+        )
+    return found

@@ -1,0 +1,219 @@
+"""The tools of benchmarks/cuda: occupancy, reading the SASS, the table, and the model of time."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "cuda"))
+
+import budget
+import sass
+from occupancy import Occupancy, occupancy
+
+KIB = 1024
+
+
+# By hand from the programming guide's table: 65536 registers, handed out 256 at a time to a warp.
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "expected"),
+    [
+        # 2048 threads / 128; 64 registers: 2048 a warp, 32 warps.
+        (80, 128, 32, 0, Occupancy(16, 1.0, "warps")),
+        (80, 128, 64, 0, Occupancy(8, 0.5, "registers")),
+        # 65 registers are handed out as 72: 2304 a warp, 7 warps in each quarter, 28 / 4 = 7.
+        (80, 128, 65, 0, Occupancy(7, 28 / 64, "registers")),
+        # 255 registers: 8192 a warp, 2 warps in each quarter.
+        (90, 128, 255, 0, Occupancy(2, 8 / 64, "registers")),
+        # 32 threads: one warp a block, and the number of blocks is what ends it.
+        (75, 32, 32, 0, Occupancy(16, 0.5, "blocks")),
+        (86, 32, 32, 0, Occupancy(16, 16 / 48, "blocks")),
+        (89, 32, 32, 0, Occupancy(24, 0.5, "blocks")),
+        # Each block takes 1 KiB more than it asks for, except on sm_75.
+        (80, 128, 32, 40 * KIB, Occupancy(4, 0.25, "shared memory")),
+        (90, 128, 32, 40 * KIB, Occupancy(5, 20 / 64, "shared memory")),
+        (75, 128, 32, 32 * KIB, Occupancy(2, 0.25, "shared memory")),
+        (80, 128, 32, 163 * KIB, Occupancy(1, 4 / 64, "shared memory")),
+        (80, 128, 32, 163 * KIB + 1, Occupancy(0, 0.0, "shared memory")),
+        (120, 128, 32, 49 * KIB, Occupancy(2, 8 / 48, "shared memory")),
+        # 1024 threads of 72 registers need 73728.
+        (100, 1024, 65, 0, Occupancy(0, 0.0, "registers")),
+        # 3 warps a block: 10 blocks of them in 32 warps.
+        (75, 96, 32, 0, Occupancy(10, 30 / 32, "warps")),
+    ],
+)
+def test_occupancy(
+    arch: int, threads: int, registers: int, shared: int, expected: Occupancy
+) -> None:
+    assert occupancy(arch, threads, registers, shared) == expected
+
+
+# What NVIDIA's cuda_occupancy.h (CUDA 13.0) answers: arch, threads, registers, bytes -> blocks.
+@pytest.mark.parametrize(
+    "case",
+    [
+        (75, 61, 68, 31538, 2),
+        (75, 266, 122, 43766, 1),
+        (80, 166, 94, 37949, 3),
+        (86, 114, 244, 49676, 2),
+        (89, 751, 30, 0, 2),
+        (90, 717, 5, 67933, 2),
+        (120, 425, 22, 61540, 1),
+    ],
+)
+def test_occupancy_of_nvidias_header(case: tuple[int, ...]) -> None:
+    *kernel, blocks = case
+    assert occupancy(*kernel).blocks == blocks
+
+
+COPY = (
+    "_ZN9setformer4cuda37_GLOBAL__N__757e7e21_7_copy_cu_a247014811copy_kernelI6__halfEEvPKT_PS4_i"
+)
+HEADER = """
+Fatbin elf code:
+================
+arch = sm_90
+code version = [1,8]
+"""
+SASS = f"""{HEADER}
+\t\tFunction : {COPY}
+\t.headerflags\t@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;             /* 0x00000a00ff017b82 */
+                                                                      /* 0x000e300000000800 */
+        /*00c0*/              @!PT LDS RZ, [RZ] ;                     /* 0x00000000ffffff84 */
+        /*00f0*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR6][R2.64] ;  /* 0x0000 */
+        /*0100*/                   LDGDEPBAR ;                        /* 0x00000000000079af */
+        /*0120*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;      /* 0x0000000000007b1d */
+        /*0130*/               @P0 LDG.E.128 R4, desc[UR4][R2.64] ;   /* 0x000000000000094d */
+        /*0140*/              @!P1 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;   /* 0x00000000 */
+        /*0150*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;   /* 0x000000000000094d */
+        /*0160*/             @!UP0 LDS.U16 R5, [R0] ;                 /* 0x0000000000057984 */
+        /*0170*/                   LDSM.16.MT88.4 R4, [R0] ;          /* 0x000000000004783b */
+        /*0180*/                   HMMA.16816.F32.BF16 R8, R4, R12, R8 ;  /* 0x00000c0408 */
+        /*0190*/                   MUFU.EX2 R3, R3 ;                  /* 0x0000000300037308 */
+        /*01a0*/                   FFMA.FTZ R3, R3, R4, R5 ;          /* 0x0000000300037308 */
+        /*01b0*/                   STL.64 [R1], R4 ;                  /* 0x0000000300037308 */
+        /*01c0*/                   LDL R4, [R1+0x8] ;                 /* 0x0000000300037308 */
+        /*01d0*/                   EXIT ;                             /* 0x000000000000794d */
+        /*01e0*/                   NOP;                               /* 0x0000000000007918 */
+\t\t..........
+"""
+COUNTS = {
+    "HMMA": 1,
+    "LDSM": 1,
+    "LDGSTS": 1,
+    "LDG.128": 2,
+    "LDG": 3,
+    "LDS": 1,
+    "MUFU": 1,
+    "FFMA": 1,
+    "DFMA": 0,
+    "BAR": 1,
+    "local": 2,
+    "all": 15,
+}
+
+
+def test_instructions_are_counted_by_opcode_and_not_where_they_never_run() -> None:
+    assert sass.parse_instructions(SASS) == {(90, COPY): COUNTS}
+
+
+def test_shared_memory_is_the_kernels_own_from_sm_90_on_too() -> None:
+    usage = f"""
+arch = sm_80
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function {COPY}:
+  REG:12 STACK:0 SHARED:2048 LOCAL:0 CONSTANT[0]:372 TEXTURE:0 SURFACE:0 SAMPLER:0
+{HEADER}
+ Function {COPY}:
+  REG:10 STACK:0 SHARED:3072 LOCAL:0 CONSTANT[0]:548 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    assert sass.parse_resources(usage) == {(80, COPY): (12, 2048), (90, COPY): (10, 2048)}
+
+
+def test_threads_are_those_of_the_launch_bounds() -> None:
+    sections = f"""{HEADER}
+    d   bc80     64  0  4   CUDA_INFO   40    3   18 .nv.info.{COPY}
+.nv.info.{COPY}
+\t<0x10>
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x40 0x2 0x1
+"""
+    assert sass.parse_threads(sections) == {(90, COPY): 128}
+
+
+@pytest.mark.parametrize(
+    ("demangled", "short"),
+    [
+        (
+            "void setformer::cuda::(anonymous namespace)::copy_kernel<__half>(__half const*, int)",
+            "copy_kernel<__half>",
+        ),
+        (
+            "void setformer::cuda::sum_kernel<setformer::cuda::Add<float>, (bool)1>(float*)",
+            "sum_kernel<Add<float>, (bool)1>",
+        ),
+        ("setformer::cuda::probe()", "probe"),
+    ],
+)
+def test_short_names(demangled: str, short: str) -> None:
+    assert sass.shorten(demangled) == short
+
+
+@pytest.fixture
+def kernel() -> sass.Kernel:
+    return sass.Kernel("copy_kernel<__half>", 90, "13.0.88", 128, 64, 2048, COUNTS | {"local": 0})
+
+
+def test_a_row_of_the_table(kernel: sass.Kernel) -> None:
+    row = budget.row_of(kernel)
+    assert list(row) == budget.COLUMNS
+    assert (row["blocks"], row["occupancy"], row["limit"]) == ("8", "0.50", "registers")
+    assert budget.compare([row], [row]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"BAR": "2"}, "copy_kernel<__half> sm_90: BAR 2, was 1"),
+        ({"HMMA": "0"}, "copy_kernel<__half> sm_90: HMMA 0, was 1"),
+        ({"registers": "66"}, "copy_kernel<__half> sm_90: registers 66, was 64"),
+        ({"registers": "65"}, None),
+        ({"LDS": "2"}, "copy_kernel<__half> sm_90: LDS 2, was 1"),
+        ({"ptxas": "12.9.1", "BAR": "2"}, None),
+        (
+            {"ptxas": "12.9.1", "local": "3"},
+            "copy_kernel<__half> sm_90: 3 accesses of local memory (spills), must be 0",
+        ),
+    ],
+)
+def test_what_changed_is_named(
+    kernel: sass.Kernel, change: dict[str, str], problem: str | None
+) -> None:
+    row = budget.row_of(kernel)
+    assert budget.compare([row], [row | change])[:1] == ([problem] if problem else [])
+
+
+def test_spills_fail_also_where_the_table_has_them(kernel: sass.Kernel) -> None:
+    row = budget.row_of(kernel) | {"local": "3"}
+    assert len(budget.compare([row], [row])) == 1
+
+
+def test_kernels_that_came_or_went_are_named(kernel: sass.Kernel) -> None:
+    row = budget.row_of(kernel)
+    new = row | {"kernel": "new_kernel"}
+    assert budget.compare([row], [new]) == [
+        "copy_kernel<__half> sm_90: in budget.csv, not compiled",
+        "new_kernel sm_90: not in budget.csv",
+    ]
+    elsewhere = row | {"arch": "80"}  # an architecture that was not compiled is no problem
+    assert budget.compare([row, elsewhere], [row]) == []
+
+
+def test_a_kernel_without_launch_bounds_is_refused(kernel: sass.Kernel) -> None:
+    with pytest.raises(SystemExit, match=r"copy_kernel<__half> has no __launch_bounds__"):
+        budget.row_of(replace(kernel, threads=0))
