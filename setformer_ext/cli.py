@@ -11,7 +11,10 @@ from . import __version__
 COMMANDS = {
     "info": "print versions, processor, threads and CUDA: what a bug report needs",
     "demo": "train a small vision classifier with SeT attention, then with softmax, on real images",
+    "profile": "run one shape in a loop, for Nsight Systems and Nsight Compute to look at",
+    "selftest": "check every result on this machine and measure its speed: report for bug reports",
 }
+EXTRAS = {"demo"}  # commands that need more than torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +45,9 @@ def _missing_packages_explained(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(str(__package__)):
             raise
+        remedy = f'In the source folder: pip install ".[{name}]"'
+        if name not in EXTRAS:
+            remedy = f"pip install {error.name}"
         sys.exit(
-            f"setformer {name}: needs the package {error.name}, which is not installed. "
-            f'In the source folder: pip install ".[{name}]"'
+            f"setformer {name}: needs the package {error.name}, which is not installed. {remedy}"
         )

@@ -105,11 +105,11 @@ def rounding(
 ) -> dict[str, float]:
     """What rounding alone may change, by name: atol of the calibrated comparison.
 
-    Storing a result costs a unit of the storage type at its largest entry. Inside, s is off by
-    eps (1 + |s|) and by that of the terms it is formed of, and so are the logarithms of the
-    weights of the averages. The gradient of s is a difference of terms dO.v, so it is off by
-    that times such a term; terms that are summed add like random signs, of which the largest of
-    many sums is some three standard deviations.
+    Storing a result costs a unit of the storage type at its largest entry, and at least the
+    distance of its smallest numbers. Inside, s is off by eps (1 + |s|) and by that of the terms
+    it is formed of, and so are the logarithms of the weights of the averages. The gradient of s
+    is a difference of terms dO.v, so it is off by that times such a term; terms that are summed
+    add like random signs, of which the largest of many sums is some three standard deviations.
     """
     dtype = arguments["key"].dtype
     wide = move(arguments, dtype=torch.float64, device="cpu")
@@ -127,8 +127,9 @@ def rounding(
     s = s / epsilon
     inner = torch.finfo(ACCUMULATION[dtype]).eps * (1 + largest(s))
     storage = torch.finfo(dtype).eps
+    smallest = torch.finfo(dtype).smallest_normal * storage
 
-    noise = {name: (storage + inner) * largest(x) for name, x in exact.items()}
+    noise = {name: (storage + inner) * largest(x) + smallest for name, x in exact.items()}
     if grad_output is None:
         return noise
     term = 3 * typical(grad_output.double().cpu())

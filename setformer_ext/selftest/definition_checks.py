@@ -1,0 +1,85 @@
+"""Outputs and all gradients against the definition in float64, over sizes, options and types."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+import setformer_ext
+
+from .outcome import Result, Task
+from .problems import random_problem
+from .tolerance import Comparison, compare_with_definition
+
+FUNCTIONS = ("set_attention", "set_pooling", "transport_plan")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+EVERY_OPTION: dict[str, Any] = {
+    "masked": True,
+    "token_mass": True,
+    "reference_mass": "learned",
+    "bandwidth": "learned",
+    "epsilon": "learned",
+    "P": 2,
+}
+# Small enough for an emulated GPU.
+SMALL: dict[str, dict[str, Any]] = {
+    "one of each": {"B": 1, "H": 1, "N": 1, "M": 1, "D": 1, "Dv": 1},
+    "odd sizes": {"B": 1, "H": 2, "N": 37, "M": 7, "D": 9, "Dv": 5, "iterations": 2},
+    "every option": {"B": 2, "H": 1, "N": 19, "M": 5, "iterations": 2, **EVERY_OPTION},
+    "linear cross attention": {
+        "B": 1, "H": 1, "N": 17, "Nq": 21, "M": 5, "iterations": 2, "kernel": "linear",
+    },
+}  # fmt: skip
+# Heads that fit the shared memory of one block, and heads that do not; every size with a tail.
+FULL: dict[str, dict[str, Any]] = {
+    **SMALL,
+    "one token": {"N": 1, "M": 257},
+    "one reference": {"N": 257, "M": 1},
+    "one key": {"N": 1, "Nq": 129, "M": 9},
+    "no iterations": {"N": 129, "M": 33, "iterations": 0},
+    "twenty iterations": {"N": 129, "M": 33, "iterations": 20},
+    "sizes beyond the tiles": {"N": 129, "M": 97, "D": 33, "Dv": 65},
+    "7 x 7 tokens": {"B": 4, "N": 49, "M": 49, "D": 32, "Dv": 32},
+    "14 x 14 tokens": {"N": 196, "M": 49, "D": 32, "Dv": 32},
+    "28 x 28 tokens": {"N": 784, "M": 49, "D": 32, "Dv": 32},
+    "56 x 56 tokens": {"B": 1, "N": 3136, "M": 49, "D": 32, "Dv": 32},
+    "sentences": {"N": 512, "M": 64, "D": 64, "Dv": 64, "masked": True},
+    "linear kernel": {"N": 257, "M": 64, "D": 64, "Dv": 64, "kernel": "linear"},
+    "references per sample": {"N": 257, "M": 17, "per_sample": True, "kernel": "linear", "P": 3},
+    "every option, few tokens": {"N": 129, "M": 33, **EVERY_OPTION},
+    "every option, many tokens": {"B": 1, "N": 2050, "M": 33, "D": 24, **EVERY_OPTION},
+    "every option, cross attention": {
+        "N": 97, "Nq": 1030, "M": 33, "per_sample": True, **EVERY_OPTION,
+        "reference_mass": "per-sample", "P": 3,
+    },
+    "16411 tokens": {"B": 1, "H": 1, "N": 16411, "M": 17, "D": 16, "Dv": 16, "masked": True},
+    "512 references": {"B": 1, "H": 2, "N": 300, "M": 512, "D": 64, "Dv": 64},
+    "256 dimensions": {"B": 1, "H": 2, "N": 300, "M": 64, "D": 256, "Dv": 256},
+    "512 references of 256": {"B": 1, "H": 1, "N": 1100, "M": 512, "D": 256, "Dv": 256},
+}  # fmt: skip
+SMALL_EPSILON = {"N": 129, "M": 17, "epsilon": 0.01, "token_mass": True, "masked": True}
+
+
+def tasks(quick: bool) -> list[Task]:
+    """One task a problem and type."""
+    problems = [
+        (name, x, dtype) for name, x in (SMALL if quick else FULL).items() for dtype in DTYPES
+    ]
+    if not quick:
+        problems += [
+            ("epsilon of 0.01", SMALL_EPSILON, dtype) for dtype in (torch.float32, torch.float64)
+        ]
+    return [
+        Task(f"{name}, {str(dtype).removeprefix('torch.')}", partial(_check, options, dtype))
+        for name, options, dtype in problems
+    ]
+
+
+def _check(options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Result:
+    arguments = random_problem(7, **options, dtype=dtype, device=str(device))
+    comparisons = []
+    for name in FUNCTIONS:
+        for x in compare_with_definition(getattr(setformer_ext, name), arguments):
+            comparisons.append(Comparison(f"{name}, {x.name}", x.error, x.allowed, x.note))
+    return Result(comparisons)

@@ -1,0 +1,115 @@
+"""Runs the tasks, here or in a process of their own that may crash or hang."""
+
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import IO
+
+import torch
+
+from . import behaviour_checks, benchmark, cuda_checks, definition_checks
+from .outcome import Outcome, Task, execute
+
+# One task's, with starting Python, loading torch and compiling the PTX for a newer GPU.
+SECONDS = 600
+MOST_LOST_PROCESSES = 5
+
+
+def all_tasks(device: torch.device, quick: bool) -> list[Task]:
+    """Every task for this device, the same list in every process."""
+    return [
+        *definition_checks.tasks(quick),
+        *behaviour_checks.tasks(quick),
+        *(cuda_checks.tasks() if device.type == "cuda" else []),
+        *benchmark.tasks(device, quick),
+    ]
+
+
+def run_here(device: torch.device, quick: bool) -> Iterator[Outcome]:
+    """In this process."""
+    for task in all_tasks(device, quick):
+        yield execute(task, device)
+
+
+def run_apart(device: torch.device, quick: bool) -> Iterator[Outcome]:
+    """In a process that is replaced when it crashes, hangs or has lost the GPU."""
+    names = [task.name for task in all_tasks(device, quick)]
+    lost = position = 0
+    while position < len(names):
+        if lost == MOST_LOST_PROCESSES:
+            error = f"not run: {lost} processes were lost before"
+            yield from (Outcome(name, error=error) for name in names[position:])
+            return
+        with closing(_Worker(device, quick, position)) as worker:
+            while position < len(names):
+                outcome = worker.next_outcome()
+                if outcome is None:
+                    lost += 1
+                    yield Outcome(names[position], error=worker.how_it_was_lost())
+                    position += 1
+                    break
+                yield outcome
+                position += 1
+                if outcome.error and device.type == "cuda":
+                    break  # after some errors every call fails until the process ends
+
+
+class _Worker:
+    """`work` below in a process of its own, with what it writes to stderr kept."""
+
+    def __init__(self, device: torch.device, quick: bool, start: int) -> None:
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        # of the same path: a source folder that one happens to be in is not this package
+        code = (
+            f"import sys; sys.path = {sys.path!r}; "
+            f"from {__name__} import work; work({str(device)!r}, {quick!r}, {start!r})"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
+
+    def _read(self, stdout: IO[str]) -> None:
+        for line in stdout:
+            if line.startswith(MARK):
+                self.lines.put(line.removeprefix(MARK))
+        self.lines.put("")
+
+    def next_outcome(self) -> Outcome | None:
+        """The next task's outcome; None if the process was lost over it."""
+        try:
+            line = self.lines.get(timeout=SECONDS)
+        except queue.Empty:
+            return None
+        return Outcome.from_json(json.loads(line)) if line else None
+
+    def how_it_was_lost(self) -> str:
+        """Its status, or that it hung, and the end of what it wrote to stderr."""
+        try:
+            how = f"the process ended with status {self.process.wait(timeout=10)}"
+        except subprocess.TimeoutExpired:
+            how = f"no result within {SECONDS} s"
+        self.errors.seek(0)
+        wrote = self.errors.read()[-2000:].strip()
+        return f"{how}; it wrote:\n{wrote}" if wrote else how
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
+
+
+MARK = "setformer_ext selftest: "  # before each outcome, for others may write to stdout too
+
+
+def work(device: str, quick: bool, start: int) -> None:
+    """The tasks from `start` on; each outcome is a line of stdout."""
+    for task in all_tasks(torch.device(device), quick)[start:]:
+        outcome = execute(task, torch.device(device))
+        print(MARK + json.dumps(outcome.to_json()), flush=True)
