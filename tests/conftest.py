@@ -1,7 +1,9 @@
 """Backends to run the numeric tests on, and the profile hypothesis runs under."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 import setformer_ext
+from setformer_ext import ops
 
 # The same examples on every machine, and no deadline: shared machines stall.
 hypothesis.settings.register_profile(
@@ -21,25 +24,65 @@ hypothesis.settings.load_profile("setformer")
 class Backend:
     """The three functions as one implementation offers them, and where their tensors live."""
 
+    name: str
     device: str
-    set_attention: Callable[..., Tensor]
-    set_pooling: Callable[..., Tensor]
-    transport_plan: Callable[..., Tensor]
+    module: ModuleType  # what the operations call in place of setformer_ext._C
+    examples: int  # of each property that hypothesis tries
+    set_attention: Callable[..., Tensor] = setformer_ext.set_attention
+    set_pooling: Callable[..., Tensor] = setformer_ext.set_pooling
+    transport_plan: Callable[..., Tensor] = setformer_ext.transport_plan
+
+    @property
+    def emulated(self) -> bool:
+        """Every thread of a kernel is a fiber on the CPU: ten thousand times slower than a GPU."""
+        return self.name == "cuda-emulated"
+
+    @property
+    def on_cuda(self) -> bool:
+        """The CUDA kernels run, on a GPU or emulated."""
+        return self.name != "cpu"
 
 
-BACKENDS = {
-    "cpu": Backend(
-        "cpu",
-        setformer_ext.set_attention,
-        setformer_ext.set_pooling,
-        setformer_ext.transport_plan,
-    ),
-}
+def cpu() -> Backend:
+    return Backend("cpu", "cpu", setformer_ext._C, examples=60)
+
+
+def cuda_emulated() -> Backend:
+    """The CUDA kernels and their launch code on CPU tensors, see emulator/."""
+    from emulator.build import emulated_module
+
+    return Backend("cuda-emulated", "cpu", emulated_module(), examples=15)
+
+
+def cuda() -> Backend:
+    return Backend("cuda", "cuda:0", setformer_ext._C, examples=60)
+
+
+BACKENDS = {"cpu": cpu}
+if Path(__file__).with_name("emulator").joinpath("build.py").exists():
+    BACKENDS["cuda-emulated"] = cuda_emulated
+if torch.cuda.is_available():
+    BACKENDS["cuda"] = cuda
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return BACKENDS[request.param]
+    return BACKENDS[request.param]()
+
+
+@pytest.fixture(scope="session", params=[name for name in BACKENDS if name != "cuda"])
+def host_module(request: pytest.FixtureRequest) -> ModuleType:
+    """A compiled module that takes arrays in the host's memory."""
+    return BACKENDS[request.param]().module
+
+
+@pytest.fixture(autouse=True)
+def operations_call_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forward and backward of a test that takes a backend run on its compiled module."""
+    if "backend" in request.fixturenames:
+        ops._C = request.getfixturevalue("backend").module
+    yield
+    ops._C = setformer_ext._C
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Backend
@@ -54,14 +54,14 @@ def problems(draw: st.DrawFn) -> Arguments:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@given(arguments=problems())
-def test_any_problem(backend: Backend, function: str, arguments: Arguments) -> None:
-    arguments = {name: to(x, backend.device) for name, x in arguments.items()}
-    assert_as_exact_as_definition(getattr(backend, function), arguments)
+def test_any_problem(backend: Backend, function: str) -> None:
+    @settings(max_examples=backend.examples)
+    @given(arguments=problems())
+    def as_exact_as_definition(arguments: Arguments) -> None:
+        arguments = move(arguments, device=backend.device)
+        assert_as_exact_as_definition(getattr(backend, function), arguments)
 
-
-def to(x: object, device: str) -> object:
-    return x.to(device) if isinstance(x, torch.Tensor) else x
+    as_exact_as_definition()
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
