@@ -30,6 +30,8 @@ class Workspace {
     }
     const int64_t with_room_to_align = bytes + kWorkspaceAlignment - 1;
     array_ = call.array_of("workspace", allocate(with_room_to_align));
+    if (!array_.given())
+      throw py::type_error(function + ": workspace must return an array, got None");
     array_.expect_device(call.device())
         .expect_type({dlpack::kUInt, 8, 1})
         .expect_contiguous()
