@@ -47,9 +47,9 @@ DTYPES = {
 
 def why_no_cuda() -> str | None:
     """What keeps this build and this torch from a GPU; None if nothing does."""
-    build = build_info()["cuda"]
-    if build.startswith("not compiled"):
-        return f"setformer_ext holds no CUDA kernels ({build}); reinstall it where nvcc is"
+    build = build_info()
+    if not build["cuda_runtime"]:
+        return f"setformer_ext holds no CUDA kernels ({build['cuda']}); install it where nvcc is"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA; install one built with it"
     if not torch.cuda.is_available():

@@ -92,19 +92,22 @@ def selftest(
     parts: list[str] = []
 
     def add(*texts: str) -> None:
-        for text in filter(None, texts):
+        for text in texts:
             parts.append(text)
             write(text)
 
-    add("setformer selftest", report.facts(device), "", report.heading())
+    add(f"setformer selftest{' --quick' if quick else ''}", "", report.facts(device))
+    add("", report.heading())
     for outcome in (run_apart if apart else run_here)(device, quick):
         outcomes.append(outcome)
         add(report.line(outcome))
-    add(report.times(outcomes), report.failures(outcomes))
+    for text in (report.times(outcomes), report.failures(outcomes)):
+        if text:
+            add("", text)
     suite_passed = True
     if suite is not None:
         suite_passed, text = run_suite(suite, device)
-        add(text)
-    add(report.verdict(outcomes, suite_passed if suite else None))
+        add("", text)
+    add("", report.verdict(outcomes, suite_passed if suite else None))
     passed = suite_passed and all(outcome.status != "FAILED" for outcome in outcomes)
     return Report(outcomes, "\n".join(parts), passed)

@@ -17,6 +17,7 @@ from .outcome import Outcome, Task, execute
 
 # One task's, with starting Python, loading torch and compiling the PTX for a newer GPU.
 SECONDS = 600
+SECONDS_TO_END = 10  # of a process that has closed its stdout
 MOST_LOST_PROCESSES = 5
 
 
@@ -59,18 +60,22 @@ def run_apart(device: torch.device, quick: bool) -> Iterator[Outcome]:
                     break  # after some errors every call fails until the process ends
 
 
+def _command(device: torch.device, quick: bool, start: int) -> list[str]:
+    # with this process's path: a source folder that one happens to be in is not this package
+    code = (
+        f"import sys; sys.path = {sys.path!r}; "
+        f"from {__name__} import work; work({str(device)!r}, {quick!r}, {start!r})"
+    )
+    return [sys.executable, "-c", code]
+
+
 class _Worker:
     """`work` below in a process of its own, with what it writes to stderr kept."""
 
     def __init__(self, device: torch.device, quick: bool, start: int) -> None:
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        # of the same path: a source folder that one happens to be in is not this package
-        code = (
-            f"import sys; sys.path = {sys.path!r}; "
-            f"from {__name__} import work; work({str(device)!r}, {quick!r}, {start!r})"
-        )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=self.errors, text=True
+            _command(device, quick, start), stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
@@ -92,7 +97,7 @@ class _Worker:
     def how_it_was_lost(self) -> str:
         """Its status, or that it hung, and the end of what it wrote to stderr."""
         try:
-            how = f"the process ended with status {self.process.wait(timeout=10)}"
+            how = f"the process ended with status {self.process.wait(timeout=SECONDS_TO_END)}"
         except subprocess.TimeoutExpired:
             how = f"no result within {SECONDS} s"
         self.errors.seek(0)

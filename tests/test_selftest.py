@@ -1,0 +1,417 @@
+"""The command `selftest`: green where all is well, and a report of everything that is not."""
+
+import contextlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import Backend
+from setformer_ext import cli, ops
+from setformer_ext import selftest as command
+from setformer_ext.selftest import cuda_checks, report, runner, selftest
+from setformer_ext.selftest.outcome import Outcome, Result, SkippedError, Task, Timing, execute
+from setformer_ext.selftest.suite import run_suite
+from setformer_ext.selftest.tolerance import Comparison
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_quick_run_is_green(backend: Backend) -> None:
+    result = selftest(backend.device, quick=True)
+    assert result.passed, result.text
+    assert {outcome.status for outcome in result.outcomes} <= {"ok", "skipped"}
+    assert result.text.splitlines()[-1].startswith("PASSED: ")
+    timings = [timing for outcome in result.outcomes for timing in outcome.result.timings]
+    assert len(timings) == 2
+    for timing in timings:
+        assert set(timing.milliseconds) == {"setformer_ext", "definition", "softmax"}
+        assert min(timing.milliseconds.values()) > 0
+
+
+def test_full_holds_quick() -> None:
+    for device in (CPU, GPU):
+        quick, full = ([x.name for x in runner.all_tasks(device, q)] for q in (True, False))
+        assert len(set(quick)) == len(quick)
+        assert len(set(full)) == len(full)
+        assert {name for name in quick if not name.startswith("time of ")} < set(full)
+
+
+# What a wrong kernel does to its arrays, and a check that must notice.
+FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {}
+
+
+def fault(check: str) -> Callable[[Callable[[dict[str, Any]], None]], None]:
+    def register(function: Callable[[dict[str, Any]], None]) -> None:
+        FAULTS[function.__name__] = (function, check)
+
+    return register
+
+
+@fault("odd sizes, float32")
+def output_off_by_a_thousandth(arrays: dict[str, Any]) -> None:
+    if "grad_key" not in arrays and arrays["key"].dtype == torch.float32:
+        arrays["output"].mul_(1.001)
+
+
+@fault("every option, float64")
+def derivative_by_epsilon_off(arrays: dict[str, Any]) -> None:
+    if "grad_epsilon" in arrays:
+        arrays["grad_epsilon"].mul_(1 + 1e-6)
+
+
+@fault("every option, bfloat16")
+def plan_not_written(arrays: dict[str, Any]) -> None:
+    if "plan" in arrays:
+        arrays["plan"].fill_(torch.nan)
+
+
+@fault("two runs alike, float32")
+def last_bits_vary(arrays: dict[str, Any]) -> None:
+    for name in arrays.keys() & {"grad_key"}:
+        arrays[name].mul_(1 + 1e-7 * torch.rand(()))
+
+
+@fault("any layout, bfloat16")
+def strides_matter(arrays: dict[str, Any]) -> None:
+    if "grad_value" in arrays and not arrays["value"].is_contiguous():
+        arrays["grad_value"].add_(1e-3)
+
+
+@fault("any layout, float32")
+def alignment_matters(arrays: dict[str, Any]) -> None:
+    if "grad_value" not in arrays and arrays["key"].data_ptr() % 16:
+        arrays["output"].mul_(1 + 1e-6)
+
+
+@fault("extreme similarities, float32")
+def infinite_at_small_epsilon(arrays: dict[str, Any]) -> None:
+    if "grad_key" in arrays and arrays["epsilon"].min() < 0.01:
+        arrays["grad_key"].view(-1)[0] = torch.inf
+
+
+@fault("sizes of 0 and no valid token")
+def padding_gets_output(arrays: dict[str, Any]) -> None:
+    if "mask" in arrays and "output" in arrays and not arrays["mask"].any():
+        arrays["output"].fill_(1)
+
+
+@fault("not a number stays in its batch item")
+def nan_spreads(arrays: dict[str, Any]) -> None:
+    if "output" in arrays and arrays["value"].isnan().any():
+        arrays["output"].fill_(torch.nan)
+
+
+@fault("finite differences")
+def derivative_by_keys_off(arrays: dict[str, Any]) -> None:
+    if "grad_key" in arrays:
+        arrays["grad_key"].mul_(1.01)
+
+
+@fault("the module")
+def no_gradient_of_references(arrays: dict[str, Any]) -> None:
+    if "grad_reference" in arrays:
+        arrays["grad_reference"].fill_(torch.inf)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_kernel_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil, check = FAULTS[name]
+    original = ops._run
+
+    def run(function: Callable[..., None], arrays: dict[str, Any]) -> None:
+        original(function, arrays)
+        spoil(arrays)
+
+    monkeypatch.setattr(ops, "_run", run)
+    tasks = [task for task in runner.all_tasks(CPU, quick=True) if task.name == check]
+    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: tasks)
+    result = selftest(CPU, quick=True)
+    assert not result.passed
+    assert [outcome.name for outcome in result.outcomes] == [check]
+    assert f"\nFAILED {check}\n  " in result.text
+    assert result.text.splitlines()[-1].startswith("FAILED: 0 ok, 1 failed, 0 skipped")
+
+
+def passing(device: torch.device) -> Result:
+    return Result([Comparison("x", 1e-8, 1e-7)])
+
+
+def failing(device: torch.device) -> Result:
+    return Result([Comparison("x", 0, 0), Comparison("y", 2e-3, 1e-3, "a note")])
+
+
+def not_a_number(device: torch.device) -> Result:
+    return Result([Comparison("x", 0, 0), Comparison("z", float("nan"), 1e-3)])
+
+
+def raising(device: torch.device) -> Result:
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+def skipping(device: torch.device) -> Result:
+    raise SkippedError("torch finds one GPU")
+
+
+def measuring(device: torch.device) -> Result:
+    return Result(timings=[Timing("B=1", {"setformer_ext": 2.0, "definition": 5.0})])
+
+
+MIXED = [
+    Task(function.__name__, function)
+    for function in (passing, failing, not_a_number, raising, skipping, measuring)
+]
+
+
+def test_one_failure_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: MIXED)
+    file = tmp_path / "report.txt"
+    options = ["--device=cpu", "--quick", "--in-process", "--output", str(file)]
+    assert cli.main(["selftest", *options]) == 1
+    text = capsys.readouterr().out
+    assert text == file.read_text()
+    checks = text.partition("allowed")[2].splitlines()[1 : len(MIXED) + 1]
+    assert [line.split()[0] for line in checks] == [
+        *("ok", "FAILED", "FAILED", "FAILED", "skipped", "ok")
+    ]
+    assert [line.split()[1] for line in checks] == [task.name for task in MIXED]
+    assert "  y: error 0.002, allowed 0.001 (a note)" in text
+    assert "  z: error nan, allowed 0.001" in text
+    assert "x: error" not in text
+    assert "RuntimeError: an illegal memory access was encountered" in text
+    assert "in raising" in text
+    assert "torch finds one GPU" in text
+    row = next(line.split() for line in text.splitlines() if line.startswith("B=1"))
+    assert row == ["B=1", "2", "2.50", "failed"]
+    assert text.splitlines()[-1].startswith("FAILED: 2 ok, 3 failed, 1 skipped in ")
+
+
+def test_report_has_what_a_bug_report_needs() -> None:
+    text = report.facts(CPU)
+    for name in ("setformer_ext", "Python", "torch", "CUDA driver", "compiler", "this run on"):
+        assert any(line.startswith(name) for line in text.splitlines()), name
+
+
+def test_a_report_without_facts_is_better_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr(report.info, "report", broken)
+    assert "setformer info: OSError: no /proc here" in report.facts(CPU)
+
+
+def test_in_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """From a folder that holds another, unbuilt setformer_ext, as a checkout does."""
+    (tmp_path / "setformer_ext").mkdir()
+    (tmp_path / "setformer_ext" / "__init__.py").write_text("raise ImportError('not built')")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["selftest", "--device=cpu", "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    count = len(runner.all_tasks(CPU, quick=True))
+    assert sum(line.startswith("ok ") for line in lines) == count
+    assert lines[-1].startswith(f"PASSED: {count} ok, 0 failed, 0 skipped")
+
+
+# A worker that tells of the tasks from its number on, except that it dies or hangs over some.
+WORKER = """
+import os, sys, time
+tasks, start = {tasks!r}, {start}
+for name, kind in tasks[start:]:
+    if kind == "crash":
+        print("a kernel's assertion", file=sys.stderr, flush=True)
+        os.abort()
+    if kind == "hang":
+        time.sleep(1000)
+    print("printed by a kernel")
+    print({mark!r} + {lines!r}[name], flush=True)
+"""
+
+
+def run_pretended(
+    kinds: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Outcome], list[int]]:
+    """The outcomes of tasks of these kinds, and with which task each process started."""
+    tasks = [(f"task {i}", kind) for i, kind in enumerate(kinds)]
+    lines = {
+        name: json.dumps(Outcome(name, error="raised" if kind == "error" else "").to_json())
+        for name, kind in tasks
+    }
+    starts = []
+
+    def worker(device: torch.device, quick: bool, start: int) -> list[str]:
+        starts.append(start)
+        code = WORKER.format(tasks=tasks, start=start, mark=runner.MARK, lines=lines)
+        return [sys.executable, "-c", code]
+
+    named = [Task(name, passing) for name, _ in tasks]
+    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: named)
+    monkeypatch.setattr(runner, "_command", worker)
+    monkeypatch.setattr(runner, "SECONDS", 3)
+    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.1)
+    outcomes = list(runner.run_apart(device, True))
+    assert [outcome.name for outcome in outcomes] == [name for name, _ in tasks]
+    return outcomes, starts
+
+
+def test_a_crash_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes, starts = run_pretended(["ok", "crash", "ok", "crash"], CPU, monkeypatch)
+    assert [outcome.status for outcome in outcomes] == ["ok", "FAILED", "ok", "FAILED"]
+    assert outcomes[1].error == "the process ended with status -6; it wrote:\na kernel's assertion"
+    assert starts == [0, 2]
+
+
+def test_a_hang_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes, starts = run_pretended(["ok", "hang", "ok"], CPU, monkeypatch)
+    assert [outcome.status for outcome in outcomes] == ["ok", "FAILED", "ok"]
+    assert outcomes[1].error == "no result within 3 s"
+    assert starts == [0, 2]
+
+
+def test_after_an_error_on_a_gpu_comes_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes, starts = run_pretended(["error", "ok", "ok", "error"], GPU, monkeypatch)
+    assert [outcome.status for outcome in outcomes] == ["FAILED", "ok", "ok", "FAILED"]
+    assert starts == [0, 1]
+    assert run_pretended(["error", "ok", "error"], CPU, monkeypatch)[1] == [0]
+
+
+def test_gives_up_after_many_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = runner.MOST_LOST_PROCESSES
+    outcomes, starts = run_pretended(["crash"] * most + ["ok"] * 2, CPU, monkeypatch)
+    assert len(starts) == most
+    assert {outcome.error for outcome in outcomes[most:]} == {
+        f"not run: {most} processes were lost before"
+    }
+
+
+def test_outcomes_survive_the_crossing() -> None:
+    comparison = Comparison("x", float("inf"), 1.5, "note")
+    result = Result([comparison], [Timing("B=1", {"setformer_ext": 1.0})])
+    outcome = Outcome("name", result, "", "error", 0.5)
+    assert Outcome.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device=tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
+        (["--suite=missing"], "--suite must be a folder of tests, got missing"),
+        (["--output=no/such/folder.txt"], "no/such/folder.txt"),
+    ],
+)
+def test_bad_options(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["selftest", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("setformer selftest: ")
+    assert message in error
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A test that passes on the CPU's backend alone."""
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('backend', ['cpu', 'cuda-emulated', 'cuda'])\n"
+        "def test_backend(backend): assert backend == 'cpu', 'wrong on ' + backend\n"
+    )
+    return tmp_path
+
+
+def test_suite(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: MIXED[:1])
+    result = selftest(CPU, suite=suite)
+    assert result.passed
+    assert "1 passed, 2 deselected" in result.text
+    assert result.text.splitlines()[-1].endswith(", the suite passed")
+    passed, text = run_suite(suite, GPU)
+    assert not passed
+    assert "AssertionError: wrong on cuda\n" in text
+    assert "emulated" not in text.partition("\n")[2]
+    monkeypatch.setattr(command, "run_suite", lambda folder, device: (passed, text))
+    result = selftest(CPU, suite=suite)
+    assert not result.passed
+    assert result.text.splitlines()[-1].startswith("FAILED: 1 ok, 0 failed")
+
+
+def test_suite_without_pytest(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    passed, text = run_suite(suite, CPU)
+    assert not passed
+    assert text.startswith("needs pytest")
+
+
+class PretendedGraph:
+    """Replays nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the checks for GPUs use of torch.cuda, doing nothing: the tensors are the CPU's."""
+
+    class Idle:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return True
+
+    def nothing(*_: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    for name in ("device", "stream", "graph", "synchronize", "_sleep", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    for name in ("Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, Idle)
+    for name, value in {
+        "device_count": 1,
+        "current_device": 0,
+        "memory_allocated": 0,
+        "max_memory_allocated": 1000,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+
+
+def test_gpu_checks_run_through(pretended_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended GPU, which catches slips in the checks themselves."""
+    monkeypatch.setattr(cuda_checks, "MANY", cuda_checks.FEW | {"N": 50})
+    outcomes = {task.name: execute(task, CPU) for task in cuda_checks.tasks()}
+    errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error}
+    # values of CPU tensors are looked at
+    assert "epsilon must be > 0" in errors.pop("an epsilon that is not positive")
+    assert not errors
+    assert outcomes["the second GPU while the first is current"].skipped == "torch finds one GPU"
+    assert {name for name, outcome in outcomes.items() if outcome.failures} == {
+        "calls return before their work is done",  # the pretended stream is always idle
+        "a CUDA graph",  # the pretended graph replays nothing
+    }
+
+
+def test_gradients_come_from_every_input(pretended_gpu: None) -> None:
+    arguments = cuda_checks._problem(CPU, cuda_checks.FEW)
+    grad_output: Tensor = torch.ones_like(arguments["value"])
+    results = cuda_checks._gradients(arguments, grad_output)
+    assert set(results) == {
+        *("output", "key", "value", "reference", "token_mass", "reference_mass")
+    }
