@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import setformer_ext
+from conftest import Backend
 from fresh import fresh
 from problems import (
     Arguments,
@@ -48,7 +49,9 @@ def operands(arguments: Arguments, distribute: bool = True) -> Problem:
     heads, dtype = arguments["key"].shape[1], arguments["key"].dtype
     given = {name: arguments.get(name) for name in Problem._fields}
     by_head = {
-        name: torch.as_tensor(arguments[name], dtype=dtype).expand(heads).clone()
+        name: torch.as_tensor(arguments[name], dtype=dtype, device=arguments["key"].device)
+        .expand(heads)
+        .clone()
         for name in ("bandwidth", "epsilon")
     }
     return Problem(
@@ -111,9 +114,10 @@ def test_opcheck_transport_plan(options: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_autograd_function(options: str) -> None:
+def test_autograd_function(backend: Backend, options: str) -> None:
     """The autograd.Function is the operation, to the bit and through two derivatives."""
-    of_operation, of_function = (with_gradients(operands(small(options))) for _ in range(2))
+    problem = operands(small(options, device=backend.device))
+    of_operation, of_function = (with_gradients(problem) for _ in range(2))
     results = []
     for function, problem in (
         (OPERATIONS.set_attention, of_operation),
@@ -205,8 +209,8 @@ def of(arguments: Arguments, *names: str) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_func_grad(options: str) -> None:
-    arguments = small(options)
+def test_func_grad(backend: Backend, options: str) -> None:
+    arguments = small(options, device=backend.device)
     upstream = output_gradient(setformer_ext.set_attention, arguments, 0)
     expected = run(setformer_ext.set_attention, arguments, upstream)
     names = differentiable(arguments)
@@ -249,10 +253,12 @@ VMAPS = [
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("in_dims", VMAPS, ids=str)
-def test_vmap(in_dims: dict[str, int], per_sample: bool) -> None:
+def test_vmap(backend: Backend, in_dims: dict[str, int], per_sample: bool) -> None:
     """Over a batch of problems: each sample is the call alone, forward and backward."""
     reference_mass = "per-sample" if per_sample else "learned"
-    options = {"per_sample": per_sample, "reference_mass": reference_mass}
+    options = {
+        "per_sample": per_sample, "reference_mass": reference_mass, "device": backend.device,
+    }  # fmt: skip
     samples = [small("everything", seed=seed, **options) for seed in range(3)]
     shared = samples[0]
     stacked = [torch.stack([x[name] for x in samples], dim=dim) for name, dim in in_dims.items()]
@@ -266,7 +272,7 @@ def test_vmap(in_dims: dict[str, int], per_sample: bool) -> None:
     for function in (batched, one_by_one):
         inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in stacked]
         output = function(*inputs)
-        upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+        upstream = torch.linspace(-1, 1, output.numel()).to(output).view(output.shape)
         wanted = [x for x in inputs if x.requires_grad]
         results.append([output, *torch.autograd.grad(output, wanted, upstream)])
     for x, y in zip(*results, strict=True):
@@ -275,9 +281,9 @@ def test_vmap(in_dims: dict[str, int], per_sample: bool) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_gradients_per_sample(options: str) -> None:
+def test_gradients_per_sample(backend: Backend, options: str) -> None:
     """vmap over grad, the usual road to per-sample gradients."""
-    samples = [small(options, seed=seed) for seed in range(3)]
+    samples = [small(options, seed=seed, device=backend.device) for seed in range(3)]
     names = differentiable(samples[0])
     function = of(samples[0], *names)
 
@@ -293,8 +299,8 @@ def test_gradients_per_sample(options: str) -> None:
             torch.testing.assert_close(x[i], y, rtol=1e-12, atol=1e-13, msg=name)
 
 
-def test_vmap_of_the_others() -> None:
-    samples = [small("per sample", seed=seed) for seed in range(3)]
+def test_vmap_of_the_others(backend: Backend) -> None:
+    samples = [small("per sample", seed=seed, device=backend.device) for seed in range(3)]
     for function in (setformer_ext.set_pooling, setformer_ext.transport_plan):
 
         def of_key(key: Tensor, function: Callable[..., Tensor] = function) -> Tensor:
@@ -309,8 +315,8 @@ def test_vmap_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant: bool) -> None:
-    arguments = small("everything")
+def test_activation_checkpointing(backend: Backend, use_reentrant: bool) -> None:
+    arguments = small("everything", device=backend.device)
     upstream = output_gradient(setformer_ext.set_attention, arguments, 0)
     expected = run(setformer_ext.set_attention, arguments, upstream)
     names = differentiable(arguments)
@@ -324,9 +330,9 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_autocast(options: str, dtype: torch.dtype) -> None:
+def test_autocast(backend: Backend, options: str, dtype: torch.dtype) -> None:
     """Tokens and references are cast as for a matrix product; gradients keep the inputs' type."""
-    arguments = small(options, dtype=torch.float32)
+    arguments = small(options, dtype=torch.float32, device=backend.device)
     if isinstance(arguments["bandwidth"], Tensor):
         arguments["bandwidth"] = 1.0  # divides before the cast: compared below without
     storage = {
@@ -337,7 +343,7 @@ def test_autocast(options: str, dtype: torch.dtype) -> None:
     expected = call(setformer_ext.set_attention, arguments | storage)
     names = differentiable(arguments)
     leaves = {name: arguments[name].clone().requires_grad_() for name in names}
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(backend.device.partition(":")[0], dtype):
         output = call(setformer_ext.set_attention, arguments | leaves)
         mixed = call(setformer_ext.set_attention, arguments | {"value": storage["value"]})
     assert output.dtype == expected.dtype == dtype
