@@ -1,4 +1,4 @@
-"""The same bits for any number of threads, and no more threads than torch was told to use."""
+"""The same bits every time, for any number of threads, and no more threads than torch was told."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,14 +30,22 @@ def results(backend: Backend, arguments: Arguments) -> dict[str, torch.Tensor]:
     return together | {f"pooling {name}": x for name, x in pooled.items()} | {"plan": plan}
 
 
+# For one fiber at a time; still several blocks of tokens to a head and tiles of references.
+SHORT = {"one long head": 1300, "three long heads": 601, "cross": 500, "linear": 701}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", PROBLEMS)
 def test_bitwise_the_same(backend: Backend, options: str, dtype: torch.dtype) -> None:
     """Forward and backward, from run to run and for 1, 2 and 4 threads."""
-    arguments = random_problem(1, dtype=dtype, device=backend.device, **PROBLEMS[options])
+    sizes = PROBLEMS[options]
+    if backend.emulated:
+        sizes = sizes | {"N": SHORT.get(options, sizes["N"]), "M": min(sizes["M"], 129)}
+    arguments = random_problem(1, dtype=dtype, device=backend.device, **sizes)
     torch.set_num_threads(1)
     expected = results(backend, arguments)
-    for threads in (1, 2, 2, 4):
+    # the CPU's threads count on the CPU alone; elsewhere only another run can differ
+    for threads in (1,) if backend.on_cuda else (1, 2, 2, 4):
         torch.set_num_threads(threads)
         for name, x in results(backend, arguments).items():
             assert torch.equal(x, expected[name]), f"{name} with {threads} threads"
@@ -45,7 +53,8 @@ def test_bitwise_the_same(backend: Backend, options: str, dtype: torch.dtype) ->
 
 def test_calls_from_several_python_threads(backend: Backend) -> None:
     """They run at the same time (kernels release the GIL) and do not disturb one another."""
-    problems = [random_problem(seed, N=1025, device=backend.device) for seed in range(4)]
+    tokens = 65 if backend.emulated else 1025
+    problems = [random_problem(seed, N=tokens, device=backend.device) for seed in range(4)]
     torch.set_num_threads(2)
     expected = [results(backend, arguments) for arguments in problems]
     with ThreadPoolExecutor(4) as pool:
