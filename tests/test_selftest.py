@@ -232,18 +232,22 @@ for name, kind in tasks[start:]:
         os.abort()
     if kind == "hang":
         time.sleep(1000)
+    if kind == "leave":
+        sys.exit(0)
     print("printed by a kernel")
     print({mark!r} + {lines!r}[name], flush=True)
+    if kind == "lost":
+        sys.exit(0)
 """
 
 
 def run_pretended(
-    kinds: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+    kinds: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Outcome], list[int]]:
     """The outcomes of tasks of these kinds, and with which task each process started."""
     tasks = [(f"task {i}", kind) for i, kind in enumerate(kinds)]
     lines = {
-        name: json.dumps(Outcome(name, error="raised" if kind == "error" else "").to_json())
+        name: json.dumps(Outcome(name, error="" if kind == "ok" else "raised").to_json())
         for name, kind in tasks
     }
     starts = []
@@ -257,36 +261,65 @@ def run_pretended(
     monkeypatch.setattr(runner, "all_tasks", lambda device, quick: named)
     monkeypatch.setattr(runner, "_command", worker)
     monkeypatch.setattr(runner, "SECONDS", 3)
-    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.1)
-    outcomes = list(runner.run_apart(device, True))
+    outcomes = list(runner.run_apart(CPU, True))
     assert [outcome.name for outcome in outcomes] == [name for name, _ in tasks]
     return outcomes, starts
 
 
 def test_a_crash_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes, starts = run_pretended(["ok", "crash", "ok", "crash"], CPU, monkeypatch)
+    outcomes, starts = run_pretended(["ok", "crash", "ok", "crash"], monkeypatch)
     assert [outcome.status for outcome in outcomes] == ["ok", "FAILED", "ok", "FAILED"]
     assert outcomes[1].error == "the process ended with status -6; it wrote:\na kernel's assertion"
     assert starts == [0, 2]
 
 
 def test_a_hang_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes, starts = run_pretended(["ok", "hang", "ok"], CPU, monkeypatch)
+    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.1)
+    outcomes, starts = run_pretended(["ok", "hang", "ok"], monkeypatch)
     assert [outcome.status for outcome in outcomes] == ["ok", "FAILED", "ok"]
     assert outcomes[1].error == "no result within 3 s"
     assert starts == [0, 2]
 
 
-def test_after_an_error_on_a_gpu_comes_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes, starts = run_pretended(["error", "ok", "ok", "error"], GPU, monkeypatch)
-    assert [outcome.status for outcome in outcomes] == ["FAILED", "ok", "ok", "FAILED"]
+def test_a_lost_gpu_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes, starts = run_pretended(["lost", "error", "ok", "lost", "lost", "ok"], monkeypatch)
+    assert [outcome.status for outcome in outcomes].count("FAILED") == 4
+    assert {outcome.error for outcome in outcomes} == {"", "raised"}
+    assert starts == [0, 1, 4, 5]
+
+
+def test_a_process_that_leaves_without_a_word_is_no_endless_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outcomes, starts = run_pretended(["leave", "ok"], monkeypatch)
+    assert outcomes[0].error == "the process ended with status 0"
     assert starts == [0, 1]
-    assert run_pretended(["error", "ok", "error"], CPU, monkeypatch)[1] == [0]
+
+
+def test_a_worker_stops_when_the_device_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: MIXED)
+
+    def told(start: int) -> list[str]:
+        runner.work("cpu", True, start)
+        lines = capsys.readouterr().out.splitlines()
+        return [json.loads(line.removeprefix(runner.MARK))["name"] for line in lines]
+
+    assert told(1) == [task.name for task in MIXED[1:]]
+    monkeypatch.setattr(runner, "_works", lambda device: False)
+    assert told(1) == ["failing", "not_a_number", "raising"]
+
+
+def test_a_lost_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runner._works(CPU)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: raising(CPU))
+    assert not runner._works(CPU)
 
 
 def test_gives_up_after_many_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
     most = runner.MOST_LOST_PROCESSES
-    outcomes, starts = run_pretended(["crash"] * most + ["ok"] * 2, CPU, monkeypatch)
+    outcomes, starts = run_pretended(["crash"] * most + ["ok"] * 2, monkeypatch)
     assert len(starts) == most
     assert {outcome.error for outcome in outcomes[most:]} == {
         f"not run: {most} processes were lost before"

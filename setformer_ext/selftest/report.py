@@ -1,6 +1,5 @@
 """The report: facts of the machine, a line a check, times, what failed, a verdict."""
 
-import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import info
+from ..timing import why_no_cuda
 from .benchmark import COMPETITORS
 from .outcome import Outcome, Timing
 
@@ -28,7 +28,7 @@ def facts(device: torch.device) -> str:
         )
         lines.append(_driver())
     else:
-        lines.append(f"this run on the CPU, {platform.machine()}")
+        lines.append(f"this run on the CPU; a GPU: {why_no_cuda() or 'found, but not asked for'}")
     return "\n".join(lines)
 
 

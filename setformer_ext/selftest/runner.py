@@ -46,9 +46,12 @@ def run_apart(device: torch.device, quick: bool) -> Iterator[Outcome]:
             error = f"not run: {lost} processes were lost before"
             yield from (Outcome(name, error=error) for name in names[position:])
             return
-        with closing(_Worker(device, quick, position)) as worker:
+        start = position
+        with closing(_Worker(device, quick, start)) as worker:
             while position < len(names):
                 outcome = worker.next_outcome()
+                if outcome is None and position > start and worker.status() == 0:
+                    break  # it ended because it lost the GPU, after telling of that task
                 if outcome is None:
                     lost += 1
                     yield Outcome(names[position], error=worker.how_it_was_lost())
@@ -56,8 +59,6 @@ def run_apart(device: torch.device, quick: bool) -> Iterator[Outcome]:
                     break
                 yield outcome
                 position += 1
-                if outcome.error and device.type == "cuda":
-                    break  # after some errors every call fails until the process ends
 
 
 def _command(device: torch.device, quick: bool, start: int) -> list[str]:
@@ -94,12 +95,19 @@ class _Worker:
             return None
         return Outcome.from_json(json.loads(line)) if line else None
 
+    def status(self) -> int | None:
+        """What the process ended with; None if it still runs."""
+        try:
+            return self.process.wait(timeout=SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            return None
+
     def how_it_was_lost(self) -> str:
         """Its status, or that it hung, and the end of what it wrote to stderr."""
-        try:
-            how = f"the process ended with status {self.process.wait(timeout=SECONDS_TO_END)}"
-        except subprocess.TimeoutExpired:
-            how = f"no result within {SECONDS} s"
+        status = self.status()
+        how = f"no result within {SECONDS} s"
+        if status is not None:
+            how = f"the process ended with status {status}"
         self.errors.seek(0)
         wrote = self.errors.read()[-2000:].strip()
         return f"{how}; it wrote:\n{wrote}" if wrote else how
@@ -113,8 +121,19 @@ class _Worker:
 MARK = "setformer_ext selftest: "  # before each outcome, for others may write to stdout too
 
 
-def work(device: str, quick: bool, start: int) -> None:
-    """The tasks from `start` on; each outcome is a line of stdout."""
-    for task in all_tasks(torch.device(device), quick)[start:]:
-        outcome = execute(task, torch.device(device))
+def work(name: str, quick: bool, start: int) -> None:
+    """The tasks from `start` on, each outcome a line of stdout, until the device is lost."""
+    device = torch.device(name)
+    for task in all_tasks(device, quick)[start:]:
+        outcome = execute(task, device)
         print(MARK + json.dumps(outcome.to_json()), flush=True)
+        if outcome.error and not _works(device):
+            return
+
+
+def _works(device: torch.device) -> bool:
+    """After some errors of a kernel every call fails until the process ends."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False
