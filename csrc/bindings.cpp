@@ -101,7 +101,7 @@ void run_on_cuda(const Call& call, const Launch& launch) {
   if (result.error == 0) return;
   const std::string name = cuda::error_name(result.error);
   throw std::runtime_error(std::string(call.function()) + ": " + result.kernel +
-                           " failed to launch on " + device_name(call.device()) + ": " + name +
+                           " failed on " + device_name(call.device()) + ": " + name +
                            ": " + cuda::error_message(result.error) + "; " + advice(name));
 }
 

@@ -89,6 +89,14 @@ def test_a_build_without_cuda_says_how_to_get_one(monkeypatch: pytest.MonkeyPatc
     assert "got cuda:0" in str(e.value)
 
 
+@pytest.mark.skipif(bool(_C.build_info()["cuda_runtime"]), reason="this build has CUDA kernels")
+def test_the_compiled_module_without_cuda_says_how_to_get_one() -> None:
+    with pytest.raises(
+        ValueError, match=r"key must be in CPU memory.*got cuda:1.*SETFORMER_CUDA=on"
+    ):
+        _C.set_attention_forward(**on(problem(), CUDA, 1))
+
+
 # ---- the compiled module ----------------------------------------------------------------------
 
 
@@ -218,3 +226,46 @@ def test_owners_of_arrays_are_told_the_stream(emulated: ModuleType, stream: int,
     arrays["key"] = Exporter(arrays["key"])
     emulated.set_attention_forward(**arrays, workspace=bytes_on(CUDA, 0), stream=stream)
     assert arrays["key"].streams == [told]
+
+
+class EnoughError(Exception):
+    """Raised instead of giving memory."""
+
+
+@pytest.mark.parametrize(("N", "M"), [(1_000_000, 64), (20_000, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_workspace_holds_no_plan(emulated: ModuleType, dtype: torch.dtype, N: int, M: int) -> None:
+    """In neither direction as much as a quarter of an N x M array would take."""
+    T, D, asked = 5, 16, []
+
+    def nothing(*shape: int, dtype: torch.dtype = ops.accumulate_dtype(dtype)) -> Tensor:
+        return torch.empty(shape, dtype=dtype)  # untouched, so that it takes no memory
+
+    def allocate(size: int) -> None:
+        asked.append(size)
+        raise EnoughError
+
+    arrays = {
+        "key": nothing(1, 1, N, D, dtype=dtype),
+        "value": nothing(1, 1, N, D, dtype=dtype),
+        "reference": nothing(1, M, D, dtype=dtype),
+        "epsilon": torch.ones(1, dtype=ops.accumulate_dtype(dtype)),
+        "output": nothing(1, 1, N, D, dtype=dtype),
+        "pooled": nothing(1, 1, M, D),
+        "rows": nothing(1, 1, T + 1, N),
+        "columns": nothing(1, 1, T, M),
+    }
+    gradients = {
+        "grad_output": nothing(1, 1, N, D, dtype=dtype),
+        "grad_key": nothing(1, 1, N, D, dtype=dtype),
+        "grad_value": nothing(1, 1, N, D, dtype=dtype),
+        "grad_reference": nothing(1, 1, M, D),
+        "grad_epsilon": nothing(1, 1),
+    }
+    with pytest.raises(EnoughError):
+        emulated.set_attention_forward(**arrays, workspace=allocate)
+    with pytest.raises(EnoughError):
+        emulated.set_attention_backward(**arrays, **gradients, workspace=allocate)
+    plan = N * M * ops.accumulate_dtype(dtype).itemsize
+    assert 0 < asked[0] < plan / 4
+    assert 0 < asked[1] < plan / 4
