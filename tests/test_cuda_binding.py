@@ -237,8 +237,9 @@ class EnoughError(Exception):
 def test_workspace_holds_no_plan(emulated: ModuleType, dtype: torch.dtype, N: int, M: int) -> None:
     """In neither direction as much as a quarter of an N x M array would take."""
     T, D, asked = 5, 16, []
+    accumulate = ops.accumulate_dtype(dtype)
 
-    def nothing(*shape: int, dtype: torch.dtype = ops.accumulate_dtype(dtype)) -> Tensor:
+    def nothing(*shape: int, dtype: torch.dtype = accumulate) -> Tensor:
         return torch.empty(shape, dtype=dtype)  # untouched, so that it takes no memory
 
     def allocate(size: int) -> None:
@@ -249,7 +250,7 @@ def test_workspace_holds_no_plan(emulated: ModuleType, dtype: torch.dtype, N: in
         "key": nothing(1, 1, N, D, dtype=dtype),
         "value": nothing(1, 1, N, D, dtype=dtype),
         "reference": nothing(1, M, D, dtype=dtype),
-        "epsilon": torch.ones(1, dtype=ops.accumulate_dtype(dtype)),
+        "epsilon": torch.ones(1, dtype=accumulate),
         "output": nothing(1, 1, N, D, dtype=dtype),
         "pooled": nothing(1, 1, M, D),
         "rows": nothing(1, 1, T + 1, N),
@@ -266,6 +267,6 @@ def test_workspace_holds_no_plan(emulated: ModuleType, dtype: torch.dtype, N: in
         emulated.set_attention_forward(**arrays, workspace=allocate)
     with pytest.raises(EnoughError):
         emulated.set_attention_backward(**arrays, **gradients, workspace=allocate)
-    plan = N * M * ops.accumulate_dtype(dtype).itemsize
+    plan = N * M * accumulate.itemsize
     assert 0 < asked[0] < plan / 4
     assert 0 < asked[1] < plan / 4
