@@ -76,7 +76,7 @@ void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params&
   }
 }
 
-// What to do about the errors that are likely; "setformer info" tells devices and build apart.
+// What to do about an error that CUDA knows by this name.
 std::string advice(const std::string& error) {
   if (error == "cudaErrorNoKernelImageForDevice") {
     return "this build has no code for the device (`setformer info` shows both): install again "
@@ -86,8 +86,12 @@ std::string advice(const std::string& error) {
     return "the driver is older than this build's CUDA (`setformer info` shows both): update the "
            "driver, or install again with an older CUDA toolkit";
   }
-  return "the cause may be an earlier kernel of any library: run with CUDA_LAUNCH_BLOCKING=1, and "
-         "report it with the output of `setformer info`";
+  if (error == "cudaErrorIllegalAddress" || error == "cudaErrorMisalignedAddress" ||
+      error == "cudaErrorLaunchFailure" || error == "cudaErrorAssert") {
+    return "a kernel that ran before this one failed, of any library: CUDA_LAUNCH_BLOCKING=1 in "
+           "the environment shows which";
+  }
+  return "`setformer info` shows the devices and what this build has code for";
 }
 
 // launch(device, stream) -> cuda::Result
@@ -100,9 +104,9 @@ void run_on_cuda(const Call& call, const Launch& launch) {
   }
   if (result.error == 0) return;
   const std::string name = cuda::error_name(result.error);
-  throw std::runtime_error(std::string(call.function()) + ": " + result.kernel +
-                           " failed on " + device_name(call.device()) + ": " + name +
-                           ": " + cuda::error_message(result.error) + "; " + advice(name));
+  throw std::runtime_error(std::string(call.function()) + ": " + result.kernel + " failed on " +
+                           device_name(call.device()) + ": " + name + ": " +
+                           cuda::error_message(result.error) + "; " + advice(name));
 }
 
 void forward(const std::string& kernel, double position_bandwidth, int64_t iterations,

@@ -134,6 +134,17 @@ def problem(N: int = 900) -> dict[str, Tensor]:
     }
 
 
+def gradients(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What set_attention_backward takes and writes beside."""
+    return {
+        "grad_output": torch.ones_like(arrays["output"]),
+        "grad_key": torch.full_like(arrays["key"], torch.nan),
+        "grad_value": torch.full_like(arrays["value"], torch.nan),
+        "grad_reference": torch.full_like(arrays["reference"], torch.nan)[None],
+        "grad_epsilon": torch.full((1, 2), torch.nan),
+    }
+
+
 def on(arrays: dict[str, Tensor], device_type: int, device: int) -> dict[str, object]:
     return {name: placed(x, device_type, device) for name, x in arrays.items()}
 
@@ -226,6 +237,65 @@ def test_owners_of_arrays_are_told_the_stream(emulated: ModuleType, stream: int,
     arrays["key"] = Exporter(arrays["key"])
     emulated.set_attention_forward(**arrays, workspace=bytes_on(CUDA, 0), stream=stream)
     assert arrays["key"].streams == [told]
+
+
+class Launch(ctypes.Structure):
+    """A line of the emulated runtime's log."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint64),
+        ("stream", ctypes.c_void_p),
+        ("device", ctypes.c_int),
+        ("status", ctypes.c_int),
+    )
+
+
+def launches(runtime: ctypes.CDLL) -> list[Launch]:
+    log = [Launch() for _ in range(runtime.emulator_launch_count())]
+    for i, launch in enumerate(log):
+        runtime.emulator_launch(i, ctypes.byref(launch))
+    return log
+
+
+@pytest.mark.parametrize("tokens", [30, 900])
+@pytest.mark.parametrize("stream", [0, 0x1230])
+@pytest.mark.parametrize("device", [0, 1])
+def test_every_launch_is_on_the_device_and_stream(
+    emulated: ModuleType, device: int, stream: int, tokens: int
+) -> None:
+    """Forward, backward and plan; the current device is what it was before."""
+    runtime = ctypes.CDLL(emulated.__file__)
+    arrays = problem(tokens)
+    plan = {"plan": torch.full((1, 2, tokens, 5), torch.nan)}
+    solved = {n: x for n, x in arrays.items() if n not in ("value", "output", "pooled")}
+    for function, given in (
+        (emulated.set_attention_forward, arrays),
+        (emulated.set_attention_backward, arrays | gradients(arrays)),
+        (emulated.transport_plan, solved | plan),
+    ):
+        runtime.emulator_clear()
+        function(**on(given, CUDA, device), stream=stream, workspace=bytes_on(CUDA, device))
+        log = launches(runtime)
+        assert log
+        for launch in log:
+            found = launch.device, launch.stream or 0, launch.status
+            assert found == (device, stream, 0), launch.kernel
+        assert runtime.emulator_get_device() == 0
+    # columns sum to the uniform mass of five references
+    torch.testing.assert_close(plan["plan"].sum(2), torch.full((1, 2, 5), 0.2))
+
+
+def test_errors_name_operation_kernel_and_device(emulated: ModuleType) -> None:
+    """And leave nothing behind that a later call would report."""
+    arrays = problem()
+    message = r"set_attention_forward: \w+ failed on cuda:7: cudaErrorInvalidDevice: invalid device"
+    with pytest.raises(RuntimeError, match=message):
+        emulated.set_attention_forward(**on(arrays, CUDA, 7), workspace=bytes_on(CUDA, 7))
+    emulated.set_attention_forward(**arrays, workspace=bytes_on(CUDA, 0))
+    assert arrays["output"].isfinite().all()
 
 
 class EnoughError(Exception):
