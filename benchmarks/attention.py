@@ -1,4 +1,4 @@
-"""``python benchmarks/attention.py``: time of the operation and of its peers, float32, as ratios.
+"""``python benchmarks/attention.py``: time of the operation and of its peers, as ratios.
 
 All competitors of a case run in turn, round after round, so that a change of the machine's speed
 meets them alike; each figure is the minimum and the median over rounds. Inputs have unit norm,
@@ -8,24 +8,23 @@ epsilon is 0.1, T = 5.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import peers
 from setformer_ext import _C, set_attention
+from setformer_ext.timing import (
+    DTYPES,
+    SHAPES,
+    describe,
+    find_device,
+    inputs,
+    milliseconds,
+    step,
+)
 
-# name: B, H, N, D, M (Dv = D)
-SHAPES = {
-    "v1": (8, 3, 3136, 32, 49),
-    "v2": (8, 6, 784, 32, 49),
-    "v3": (8, 12, 196, 32, 49),
-    "lang": (8, 12, 512, 64, 64),
-    "long": (1, 8, 16384, 64, 128),
-}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -39,35 +38,16 @@ def competitors() -> dict[str, Attention]:
     }
 
 
-def inputs(shape: tuple[int, ...], gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Key [B, H, N, D], value [B, H, N, D] and references [H, M, D]."""
-    batch, heads, tokens, depth, count = shape
-    torch.manual_seed(0)
-    key = F.normalize(torch.randn(batch, heads, tokens, depth), dim=-1)
-    value = torch.randn(batch, heads, tokens, depth)
-    references = F.normalize(torch.randn(heads, count, depth), dim=-1)
-    for x in (key, value, references):
-        x.requires_grad_(gradient)
-    return key, value, references
-
-
-def step(attention: Attention, tensors: tuple[Tensor, ...], gradient: bool) -> Callable[[], object]:
-    """One forward, or forward and backward, of these inputs."""
-    if not gradient:
-        return lambda: attention(*tensors)
-    grad_output = torch.randn_like(tensors[1])
-    return lambda: torch.autograd.grad(attention(*tensors), tensors, grad_output)
-
-
-def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
     """Milliseconds of every step in every round, after one untimed round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(rounds + 1):
         for name, run in steps.items():
-            start = time.perf_counter()
-            run()
+            measured = milliseconds(run, device, 1)
             if round_number > 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name] += measured
     return times
 
 
@@ -76,23 +56,29 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["v1", "v2", "lang"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--json", metavar="FILE", help="write every time measured to FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{_C.cpu_isa()}, {options.threads} threads, torch {torch.__version__}, milliseconds")
+    device = find_device(options.device)
+    print(
+        f"{options.dtype} on {describe(device)}, {_C.cpu_isa()}, torch {torch.__version__}, "
+        "milliseconds"
+    )
     print("| shape | direction | competitor | minimum | median | times ours (of medians) |")
     print("| --- | --- | --- | --: | --: | --: |")
     records = []
     for name in options.shapes:
         for gradient in (False, True):
-            tensors = inputs(SHAPES[name], gradient)
+            tensors = inputs(
+                SHAPES[name], dtype=DTYPES[options.dtype], device=device, gradient=gradient
+            )
             direction = "forward + backward" if gradient else "forward"
-            with torch.set_grad_enabled(gradient):
-                steps = {
-                    who: step(attention, tensors, gradient)
-                    for who, attention in competitors().items()
-                }
-                times = interleaved(steps, options.rounds)
+            steps = {
+                who: step(attention, tensors, gradient) for who, attention in competitors().items()
+            }
+            times = interleaved(steps, device, options.rounds)
             ours = statistics.median(times["setformer_ext"])
             for who, measured in times.items():
                 middle = statistics.median(measured)
