@@ -10,6 +10,7 @@ float64 for float64 keys and float32 otherwise.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -204,6 +205,13 @@ def _run(function: Callable[..., None], arrays: dict[str, Any]) -> None:
     # asked: without this, torch.set_num_threads would not hold in other threads than the main one.
     torch.get_num_threads()
     device = arrays["key"].device
+    stream = 0
+    on_device: AbstractContextManager[Any] = nullcontext()
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        # The launchers too would make it current for a while, but only torch knows how to go back
+        # to a device that is not in use without taking memory there.
+        on_device = torch.cuda.device(device)
 
     def workspace(size: int) -> Any:
         # On CUDA torch hands the memory out again only to work that comes later on this stream.
@@ -211,11 +219,9 @@ def _run(function: Callable[..., None], arrays: dict[str, Any]) -> None:
 
     # Capsules made by to_dlpack, unlike those of __dlpack__, do not mind requires_grad and make no
     # stream wait: all that torch does with these tensors is on the current stream already.
-    function(
-        **{n: to_dlpack(x) if isinstance(x, Tensor) else x for n, x in arrays.items()},
-        stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
-        workspace=workspace,
-    )
+    capsules = {n: to_dlpack(x) if isinstance(x, Tensor) else x for n, x in arrays.items()}
+    with on_device:
+        function(**capsules, stream=stream, workspace=workspace)
 
 
 @torch.library.impl("setformer_ext::set_attention", DISPATCH_KEYS)
