@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "linear cross attention": {
         "B": 1, "H": 1, "N": 17, "Nq": 21, "M": 5, "iterations": 2, "kernel": "linear",
     },
+    "more than a block holds": {"B": 1, "H": 1, "N": 705, "M": 3, "D": 64, "iterations": 1},
 }  # fmt: skip
 # Heads that fit the shared memory of one block, and heads that do not; every size with a tail.
 FULL: dict[str, dict[str, Any]] = {
