@@ -1,0 +1,778 @@
+// The passes of backward over the tokens of one head: the exact gradient of the T unrolled steps.
+//
+// With G_ij = dO_i.A_j, H_ij = v_i.dA_j and c_ij = C_ij / a_i, fhat = fbar / a (finite where a =
+// 0):
+//
+//   distribute  delta_i = dO_i.O_i        dA_j  = sum_i R_ij dO_i  (+ what pooling is given)
+//               gbar^T_j = dA_j.A_j - sum_i R_ij delta_i           ds += R (G - delta)
+//   collect     eta_j = dA_j.A_j          dv_i  = sum_j C_ij dA_j
+//               fhat^T_i = v_i.dv_i / a_i - sum_j c_ij eta_j       ds += C (H - eta)
+//   t = T..1    fhat^t_i -= sum_j c^t_ij gbar^t_j                  ds -= C^t gbar^t
+//               gbar^{t-1}_j = -sum_i R^{t-1}_ij a_i fhat^t_i      ds -= R^{t-1} a fhat^t
+//   similarity  E = ds S / (epsilon bandwidth^2)  (linear: ds w / epsilon)
+//               dk_i = sum_j E_ij (y_j - k_i), dy_j = sum_i E_ij (k_i - y_j)  (linear: E y, E^T k)
+//
+// Only vectors of tokens and of references pass from one step to the next. Bytes and operations per
+// head as in forward.cuh:
+//
+//   distribute_backward     reads N (D + Dv) e          P (2 D + 2 Dv flop, 2 exponentials)
+//   sinkhorn_step_backward  reads N D e                 P (2 D flop, 3 exponentials); that of step
+//   T
+//                           reads and writes N Dv e     P 2 Dv flop beside
+//   gradient                reads N (D + 2 Dv) e,       P (6 D + 4 Dv flop, 2 T + 3 exponentials)
+//                           writes N D e
+//
+// so T + 2 passes, as many as forward, and 2 P (D (T + 4) + 4 Dv) flop. The tensors must be read
+// once before and once after the steps, for those need sums over all tokens of what comes before.
+#pragma once
+
+#include "forward.cuh"
+#include "kernels.h"
+
+namespace setformer::cuda {
+
+// What a block knows of one side in backward.
+template <class Storage>
+struct BackwardHead : Head<Storage> {
+  using T = Accumulate<Storage>;
+
+  bool collects, distributes;      // does this side draw the values, does it receive the output?
+  Rows<Storage> output_gradients;  // [count, Dv]
+  Rows<Storage> token_gradients;   // [count, D]
+  Rows<Storage> value_gradients;   // [N, Dv]
+  const T* delta;                  // [count]
+  const T* pooled_gradient;        // [M, Dv] dA
+  const T* eta;                    // [M]
+  T* collection_scale;             // [M] 1 / sum_i C_ij: takes the rounding of exponents out of C
+  T* row_adjoints;                 // [max(T, 1), count] fhat^t, t = 1..T
+  T* column_adjoints;              // [T + 1, M] gbar^t, t = 0..T
+  T* mass_gradients;               // [count], optional
+
+  // After select.
+  __device__ void select_gradients(const BackwardParams& p, const BackwardWorkspace& parts,
+                                   T* workspace, bool of_queries) {
+    const int64_t count = this->tokens.count, references = p.references, head = this->index;
+    collects = !of_queries;
+    distributes = p.distribute && p.grad_output.data != nullptr && of_queries == p.cross;
+    output_gradients.select(p.grad_output, this->b, this->h, count, p.value_depth);
+    if (of_queries) {
+      output_gradients.hide(p.query_mask, this->b);
+      token_gradients.select(p.grad_query, this->b, this->h, count, p.depth);
+    } else {
+      output_gradients.hide(p.mask, this->b);
+      token_gradients.select(p.grad_key, this->b, this->h, count, p.depth);
+    }
+    value_gradients.select(p.grad_value, this->b, this->h, p.tokens, p.value_depth);
+    delta = workspace + parts.delta + head * count;
+    pooled_gradient = workspace + parts.pooled_gradient + head * references * p.value_depth;
+    eta = workspace + parts.eta + head * references;
+    collection_scale = workspace + parts.collection_scale + head * references;
+    row_adjoints = workspace + (of_queries ? parts.row_adjoints[1] : parts.row_adjoints[0]) +
+                   head * steps_kept(p) * count;
+    column_adjoints = workspace +
+                      (of_queries ? parts.column_adjoints[1] : parts.column_adjoints[0]) +
+                      head * (p.iterations + 1) * references;
+    mass_gradients = of_queries || p.grad_token_mass.data == nullptr
+                         ? nullptr
+                         : static_cast<T*>(p.grad_token_mass.data) + head * count;
+  }
+
+  __device__ __forceinline__ T& row_adjoint(int64_t t, int64_t i) const {
+    return row_adjoints[(t > 0 ? t - 1 : 0) * this->tokens.count + i];
+  }
+  __device__ __forceinline__ T& column_adjoint(int64_t t, int64_t j) const {
+    return column_adjoints[t * this->references.count + j];
+  }
+};
+
+// delta_i = dO_i.O_i, a warp per token. A hidden token's gradient counts for nothing.
+template <class Storage>
+__device__ __noinline__ void output_product(Accumulate<Storage>* delta) {
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const Lane lane;
+  for (int64_t i = head.first_tile * S::kRows + lane.warp;
+       i < head.last_tile * S::kRows && i < head.tokens.count; i += S::kWarps) {
+    T sum = 0;
+    if (head.tokens.valid(i)) {
+      const Rows<Storage>&x = head.output_gradients, &y = head.outputs;
+      for (int64_t c = threadIdx.x % 32; c < x.depth; c += 32) {
+        sum += widen(x.data[i * x.row_stride + c * x.column_stride]) *
+               widen(y.data[i * y.row_stride + c * y.column_stride]);
+      }
+    }
+    sum = lanes_sum<32>(sum);
+    if (threadIdx.x % 32 == 0) delta[head.index * head.tokens.count + i] = sum;
+  }
+}
+
+// sum_i R_ij dO_i and, in the last column, sum_i R_ij delta_i: partial [heads, splits, M, Dv + 1].
+template <class Storage>
+__device__ __noinline__ void distribute_backward(int chunk, int group,
+                                                 Accumulate<Storage>* partial) {
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const ForwardParams& p = head.p;
+  Scores<Storage> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  T* potentials = head.numbers() + head.layout.terms();
+  const int64_t steps = p.iterations, width = p.value_depth;
+  fill_terms<Storage>(p, potentials, -infinity<T>(),
+                      [&](int64_t j) { return potential<Storage>(p, head, steps, j); });
+  __syncthreads();
+  T* sums = partial + (head.index * head.splits + head.split) * p.references * (width + 1);
+  pool<Storage>(
+      head, scores, head.output_gradients, chunk, group,
+      [&](int64_t tile, Accumulators<Storage>& s) {
+        form_distribution(head, steps, tile, potentials + chunk * S::kRows, s);
+      },
+      [&](int64_t tile, Accumulators<Storage>& plan, ColumnSums<Storage>& weights) {
+        const OwnRows<Storage> rows(tile);
+        T delta[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t i = rows.token[half];
+          delta[half] = i < head.tokens.count ? head.delta[i] : T(0);
+        }
+        weights.add(plan, [&](int half, int, T x) { return x * delta[half]; });
+      },
+      [&](int64_t j, int64_t column, T sum, T) { sums[j * (width + 1) + column] = sum; },
+      [&](int64_t j, T total) { sums[j * (width + 1) + width] = total; });
+}
+
+// dA_j, eta_j and gbar^T_j of reference j from the sums of all blocks, by one warp. Where queries
+// receive the output, gbar^T is theirs and that of the keys is 0.
+template <class T>
+__device__ void finish_pooled_gradient(const BackwardParams& p, int64_t head, int64_t j,
+                                       int64_t splits, const T* partial, T* pooled_gradient, T* eta,
+                                       T* column_adjoint, T* query_column_adjoint) {
+  const int64_t width = p.value_depth, of_head = p.references * (width + 1);
+  const T* sums = partial + head * splits * of_head + j * (width + 1);
+  const T* pooled = static_cast<const T*>(p.pooled.data) + (head * p.references + j) * width;
+  const Tensor& given = p.grad_pooled;
+  const T* given_row = given.data == nullptr
+                           ? nullptr
+                           : static_cast<const T*>(given.data) + head / p.heads * given.stride[0] +
+                                 head % p.heads * given.stride[1] + j * given.stride[2];
+  T distributed = 0, total = 0;
+  for (int64_t c = threadIdx.x % 32; c < width; c += 32) {
+    T sum = 0;
+    for (int64_t split = 0; split < splits; ++split) sum += sums[split * of_head + c];
+    distributed += sum * pooled[c];
+    if (given_row != nullptr) sum += given_row[c * given.stride[3]];
+    total += sum * pooled[c];
+    pooled_gradient[j * width + c] = sum;
+  }
+  distributed = lanes_sum<32>(distributed);
+  total = lanes_sum<32>(total);
+  if (threadIdx.x % 32 != 0) return;
+  for (int64_t split = 0; split < splits; ++split) distributed -= sums[split * of_head + width];
+  eta[j] = total;
+  if (query_column_adjoint != nullptr) {
+    *query_column_adjoint = distributed;
+    distributed = T(0);
+  }
+  *column_adjoint = distributed;
+}
+
+// sum_i C_ij of the references of one chunk: partial [heads, splits, M], or the scale itself where
+// one block sees all tokens.
+template <class Storage>
+__device__ __noinline__ void normalize_collection(int chunk, Accumulate<Storage>* partial) {
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const ForwardParams& p = head.p;
+  Scores<Storage> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  T* terms = head.numbers() + head.layout.terms();
+  fill_terms<Storage>(p, terms, -infinity<T>(),
+                      [&](int64_t j) { return collection_term(head.column(p.iterations, j)); });
+  __syncthreads();
+  // exponents of a few dozen are exact enough: the sum is taken to be 1
+  const bool exact = head.gaussian && head.scale <= T(64);
+  ColumnSums<Storage> sums;
+  if (!exact && head.first_tile < head.last_tile) scores.begin(head.first_tile, chunk);
+  for (int64_t tile = head.first_tile; !exact && tile < head.last_tile; ++tile) {
+    Accumulators<Storage> s;
+    scores.compute(tile, chunk, tile + 1 < head.last_tile ? tile + 1 : -1, chunk, s);
+    form_collection<Storage>(head, p.iterations, tile, terms + chunk * S::kRows, s);
+    sums.add(s, [](int, int, T x) { return x; });
+  }
+  T* scratch = head.numbers() + head.layout.sums();
+  T* totals = scratch + S::kWarps * S::kRows;
+  sums.total(scratch, totals);
+  for (int column = int(threadIdx.x); column < S::kRows; column += S::kThreads) {
+    const int64_t j = int64_t(chunk) * S::kRows + column;
+    if (j >= p.references) continue;
+    if (exact) totals[column] = head.split == 0 ? T(1) : T(0);
+    if (head.splits == 1) {
+      head.collection_scale[j] = totals[column] == T(0) ? T(0) : T(1) / totals[column];
+    } else {
+      partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
+    }
+  }
+  __syncthreads();
+}
+
+// Entries of plans are at most 1; only C / a of a token without mass can be beyond any bound.
+template <class T>
+__device__ __forceinline__ T bounded(T exponent) {
+  return exponent > T(100) ? T(100) : exponent;
+}
+
+// fhat^t and, for t > 1, the sums that make gbar^{t-1}: partial [heads, splits, M]. Step T of the
+// keys is the one that collects: it also writes dv. t = 0 where T = 0.
+template <class Storage>
+__device__ __noinline__ void sinkhorn_step_backward(int64_t t, Accumulate<Storage>* partial) {
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const ForwardParams& p = head.p;
+  Scores<Storage> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  using Element = typename Formed<Storage>::Element;
+  const bool collects = head.collects && t == p.iterations;
+  const int padded = head.layout.chunks * S::kRows;
+  T* scratch = head.numbers() + head.layout.sums();
+  T* terms = head.numbers() + head.layout.terms();
+  T* potentials = terms + padded;
+  T* weights = potentials + padded;
+  fill_terms<Storage>(p, terms, -infinity<T>(),
+                      [&](int64_t j) { return collection_term(head.column(t, j)); });
+  fill_terms<Storage>(p, weights, T(0), [&](int64_t j) {
+    T weight = t > 0 ? head.column_adjoint(t, j) : T(0);
+    if (collects) weight += head.eta[j];
+    return head.collects && t == p.iterations ? weight * head.collection_scale[j] : weight;
+  });
+  if (t > 1) {
+    fill_terms<Storage>(p, potentials, -infinity<T>(),
+                        [&](int64_t j) { return potential<Storage>(p, head, t - 1, j); });
+  }
+  __syncthreads();
+
+  const Formed<Storage> plan{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
+                             S::kWidePitch};
+  const Formed<Storage> operand{reinterpret_cast<Element*>(shared_memory + head.layout.operand),
+                                S::kDeepPitch};
+  Storage* value_tile = reinterpret_cast<Storage*>(shared_memory + head.layout.rows);
+  constexpr int kValuePitch = S::kDepth + S::kPerVector;
+  const Lane lane;
+  const bool single = head.layout.chunks == 1;
+  const int parts = collects ? int(divide_up(p.value_depth, S::kDepth)) : 1;
+  // Sweeps over the tokens: one in all where the references are a single tile; else one for each
+  // depth tile of the values, then one for each tile of references.
+  const int row_sweeps = single ? 1 : parts;
+  const int sweeps = row_sweeps + (single || t <= 1 ? 0 : head.layout.chunks);
+  for (int sweep = 0; sweep < sweeps; ++sweep) {
+    const bool rows_now = sweep < row_sweeps;
+    const bool columns_now = t > 1 && (single || !rows_now);
+    const int first = rows_now ? 0 : sweep - row_sweeps;
+    const int last = rows_now ? head.layout.chunks : first + 1;
+    const int first_part = single ? 0 : sweep, last_part = single ? parts : sweep + 1;
+    ColumnSums<Storage> columns;
+    if (head.first_tile < head.last_tile) scores.begin(head.first_tile, first);
+    for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
+      const OwnRows<Storage> rows(tile);
+      T log_mass[2], adjoint[2] = {T(0), T(0)};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) log_mass[half] = head.log_mass(rows.token[half]);
+      Accumulators<Storage> s;
+      T out[S::kDepth / 8][4], dots[2] = {T(0), T(0)};
+      for (int chunk = first; chunk < last; ++chunk) {
+        const bool ends = chunk + 1 == last;
+        scores.compute(tile, chunk,
+                       !ends                       ? tile
+                       : tile + 1 < head.last_tile ? tile + 1
+                                                   : -1,
+                       ends ? first : chunk + 1, s);
+        if (!rows_now) continue;
+        // c^t with each row divided by its largest entry, which 2^tops restores
+        T offsets[2], tops[2] = {-infinity<T>(), -infinity<T>()}, sums[2] = {T(0), T(0)};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) offsets[half] = head.row(t - 1, rows.token[half]);
+        for_each<Storage>(s, [&](int half, int column, T& x) {
+          tops[half] = maximum(tops[half], x - offsets[half] + terms[chunk * S::kRows + column]);
+        });
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          tops[half] = quad_maximum(tops[half]);
+          if (tops[half] == -infinity<T>()) tops[half] = T(0);
+        }
+        Accumulators<Storage> c;
+#pragma unroll
+        for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int column = chunk * S::kRows + 8 * n + lane.column + e % 2;
+            c[n][e] = power_of_two(s[n][e] - offsets[e / 2] + terms[column] - tops[e / 2]);
+            sums[e / 2] += c[n][e] * weights[column];
+          }
+        }
+        T factors[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          factors[half] = power_of_two(bounded(tops[half]));
+          if (first_part == 0) adjoint[half] -= quad_sum(sums[half]) * factors[half];
+        }
+        if (!collects) continue;
+        store_accumulators<Storage>(c, plan, S::kPlanScale);
+        for (int part = first_part; part < last_part; ++part) {
+          __syncthreads();
+          if (ends) {
+            stage_rows(head.values, tile * S::kRows, part * S::kDepth, value_tile, kValuePitch);
+            commit_copies();
+          }
+          const T unit = load_operand<Storage>(
+              operand, head.pooled_gradient, int64_t(chunk) * S::kRows, p.references,
+              part * S::kDepth, int(p.value_depth), head.collection_scale, scratch);
+          __syncthreads();
+          T product[S::kDepth / 8][4];
+          clear(product);
+          multiply<false, true, Storage>(
+              product, plan, 16 * lane.warp, operand, scores.columns(chunk),
+              padded_depth<Storage>(int(p.value_depth), part * S::kDepth));
+          if (chunk == 0) clear(out);
+#pragma unroll
+          for (int n = 0; n < S::kDepth / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              out[n][e] += product[n][e] * (factors[e / 2] * unit / S::kPlanScale);
+            }
+          }
+          if (!ends) continue;
+          wait_for_copies<0>();
+          __syncthreads();
+          const int width = padded_depth<Storage>(int(p.value_depth), part * S::kDepth);
+          T masses[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) masses[half] = power_of_two(log_mass[half]);
+#pragma unroll
+          for (int n = 0; n < S::kDepth / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int column = 8 * n + lane.column + e % 2;
+              if (column >= width) continue;
+              const int row = 16 * lane.warp + lane.row + 8 * (e / 2);
+              dots[e / 2] += out[n][e] * widen(value_tile[row * kValuePitch + column]);
+              out[n][e] = masses[e / 2] == T(0) ? T(0) : out[n][e] * masses[e / 2];
+            }
+          }
+          store_rows<Storage>(head.value_gradients, tile, part * S::kDepth, out, value_tile);
+        }
+      }
+      if (rows_now) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t i = rows.token[half];
+          adjoint[half] += quad_sum(dots[half]);
+          if (i >= head.tokens.count || !head.tokens.valid(i)) adjoint[half] = T(0);
+          if (lane.column != 0 || i >= head.tokens.count) continue;
+          T& kept = head.row_adjoint(t, i);
+          kept = first_part == 0 ? adjoint[half] : kept + adjoint[half];
+          if (head.mass_gradients != nullptr) {
+            T& gradient = head.mass_gradients[i];
+            gradient =
+                t == p.iterations && first_part == 0 ? adjoint[half] : gradient + adjoint[half];
+          }
+        }
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t i = rows.token[half];
+          adjoint[half] = i < head.tokens.count ? head.row_adjoint(t, i) : T(0);
+        }
+      }
+      if (columns_now) {
+        T offsets[2], flows[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          offsets[half] = head.row(t - 1, rows.token[half]);
+          flows[half] = log_mass[half] == -infinity<T>()
+                            ? T(0)
+                            : adjoint[half] * power_of_two(log_mass[half]);
+        }
+        columns.add(s, [&](int half, int column, T x) {
+          return power_of_two(x + potentials[first * S::kRows + column] - offsets[half]) *
+                 flows[half];
+        });
+      }
+    }
+    if (columns_now) {
+      T* totals = scratch + S::kWarps * S::kRows;
+      columns.total(scratch, totals);
+      for (int column = int(threadIdx.x); column < S::kRows; column += S::kThreads) {
+        const int64_t j = int64_t(first) * S::kRows + column;
+        if (j >= p.references) continue;
+        if (head.splits == 1) {
+          head.column_adjoint(t - 1, j) = -totals[column];
+        } else {
+          partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// dk of a warp's 16 rows from sum_j E_ij y_j and sum_j E_ij; returns this thread's part of
+// sum_i k_i.dk_i. The keys may lie in `stage`: a warp reads and writes its own rows alone.
+template <class Storage>
+__device__ __forceinline__ Accumulate<Storage> store_token_gradient(
+    const BackwardHead<Storage>& head, int64_t tile, int column, int width,
+    const Plain<Storage>& keys, const Accumulate<Storage> (&row_sums)[2],
+    Accumulate<Storage> (&sums)[Shape<Storage>::kDepth / 8][4], Storage* stage) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const Lane lane;
+  T key_sum = 0;
+  if (head.gaussian) {
+#pragma unroll
+    for (int n = 0; n < S::kDepth / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (8 * n + lane.column >= width) continue;
+        const int row = 16 * lane.warp + lane.row + 8 * (e / 2);
+        const T key = widen(keys.data[row * keys.pitch + 8 * n + lane.column + e % 2]);
+        sums[n][e] -= key * row_sums[e / 2];
+        key_sum += key * sums[n][e];
+      }
+    }
+  }
+  store_rows<Storage>(head.token_gradients, tile, column, sums, stage);
+  return key_sum;
+}
+
+// ds through the similarity. Where `to_references`, the block takes one chunk of references and one
+// group of columns and leaves sum_i E_ij k_i and, in the last column, sum_i E_ij in
+// partial [heads, splits, M, D + 1]. Where `to_tokens`, it takes all references and writes dk, and
+// sum_ij ds_ij s_ij log2(e) and sum_i k_i.dk_i in scalars [heads, splits, 2]. A head of a single
+// chunk and group does both at once.
+template <class Storage>
+__device__ __noinline__ void gradient(bool to_tokens, bool to_references, int own_chunk,
+                                      int own_group, Accumulate<Storage>* partial,
+                                      Accumulate<Storage>* scalars) {
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const ForwardParams& p = head.p;
+  Scores<Storage> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  using Element = typename Formed<Storage>::Element;
+  const int64_t steps = p.iterations;
+  const int groups = int(divide_up(p.depth, S::kGroup * S::kDepth));
+  const int value_parts = int(divide_up(p.value_depth, S::kDepth));
+  const int first = to_references ? own_chunk : 0;
+  const int last = to_references ? own_chunk + 1 : head.layout.chunks;
+  const int first_group = to_references ? own_group : 0;
+  const int last_group = to_references ? own_group + 1 : groups;
+  const int padded = head.layout.chunks * S::kRows;
+  T* scratch = head.numbers() + head.layout.sums();
+  T* potentials = head.numbers() + head.layout.terms();
+  T* terms = potentials + padded;
+  T* scales = terms + padded;
+  fill_terms<Storage>(p, potentials, -infinity<T>(),
+                      [&](int64_t j) { return potential<Storage>(p, head, steps, j); });
+  fill_terms<Storage>(p, terms, -infinity<T>(),
+                      [&](int64_t j) { return collection_term(head.column(steps, j)); });
+  fill_terms<Storage>(p, scales, T(0),
+                      [&](int64_t j) { return head.collects ? head.collection_scale[j] : T(1); });
+  __syncthreads();
+
+  const Formed<Storage> e_tile{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
+                               S::kWidePitch};
+  const Formed<Storage> operand{reinterpret_cast<Element*>(shared_memory + head.layout.operand),
+                                S::kDeepPitch};
+  Storage* row_tile = reinterpret_cast<Storage*>(shared_memory + head.layout.rows);
+  const Plain<Storage> staged{row_tile, S::kDepth + S::kPerVector};
+  const Lane lane;
+  T product_sum = 0, key_sum = 0;  // sum_ij ds_ij s_ij, sum_i k_i.dk_i
+  for (int group = first_group; group < last_group; ++group) {
+    const int first_column = group * S::kGroup * S::kDepth;
+    // of the references over all tiles or, where the block has none, of the tokens over all chunks
+    T kept[S::kGroup][S::kDepth / 8][4];
+#pragma unroll
+    for (int part = 0; part < S::kGroup; ++part) clear(kept[part]);
+    T column_sum = 0;  // of reference threadIdx.x
+    if (head.first_tile < head.last_tile) scores.begin(head.first_tile, first);
+    for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
+      const OwnRows<Storage> rows(tile);
+      T log_mass[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) log_mass[half] = head.log_mass(rows.token[half]);
+      T row_sums[2] = {T(0), T(0)};
+      for (int chunk = first; chunk < last; ++chunk) {
+        const bool ends = chunk + 1 == last;
+        const int at = chunk * S::kRows;
+        Accumulators<Storage> s, ds;
+        scores.compute(tile, chunk,
+                       !ends                       ? tile
+                       : tile + 1 < head.last_tile ? tile + 1
+                                                   : -1,
+                       ends ? first : chunk + 1, s);
+        clear(ds);
+        // R (G - delta), then C (H - eta)
+#pragma unroll 1
+        for (int of_values = 0; of_values < 2; ++of_values) {
+          if (!(of_values ? head.collects : head.distributes)) continue;
+          const Rows<Storage>& source = of_values ? head.values : head.output_gradients;
+          Accumulators<Storage> products;
+          clear(products);
+          for (int part = 0; part < value_parts; ++part) {
+            stage_rows(source, tile * S::kRows, part * S::kDepth, row_tile, staged.pitch);
+            commit_copies();
+            const T unit = load_operand<Storage>(
+                operand, of_values ? head.pooled_gradient : head.pooled, int64_t(at), p.references,
+                part * S::kDepth, int(p.value_depth), static_cast<const T*>(nullptr), scratch);
+            wait_for_copies<0>();
+            __syncthreads();
+            multiply_scaled<false, false, Storage>(
+                products, staged, 16 * lane.warp, operand,
+                padded_depth<Storage>(int(p.value_depth), part * S::kDepth), scores.columns(chunk),
+                unit);
+            __syncthreads();
+          }
+          T offsets[2], row_terms[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int64_t i = rows.token[half];
+            if (of_values) {
+              offsets[half] = log_mass[half] - head.row(steps - 1, i);
+            } else {
+              offsets[half] = head.tokens.valid(i) ? -head.row(steps, i) : -infinity<T>();
+              row_terms[half] = i < head.tokens.count ? head.delta[i] : T(0);
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int column = at + 8 * n + lane.column + e % 2;
+              const T exponent = s[n][e] + (of_values ? terms : potentials)[column];
+              T plan = power_of_two(exponent + offsets[e / 2]);
+              T subtracted = row_terms[e / 2];
+              if (of_values) {
+                plan *= scales[column];
+                subtracted = column < p.references ? head.eta[column] : T(0);
+              }
+              ds[n][e] += plan * (products[n][e] - subtracted);
+            }
+          }
+        }
+        // - C^t gbar^t - R^{t-1} a fhat^t
+        for (int64_t t = steps; t >= 1; --t) {
+          T collected[2], distributed[2], flows[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int64_t i = rows.token[half];
+            distributed[half] = head.row(t - 1, i);
+            collected[half] = log_mass[half] - distributed[half];
+            flows[half] = log_mass[half] == -infinity<T>()
+                              ? T(0)
+                              : head.row_adjoint(t, i) * power_of_two(log_mass[half]);
+          }
+#pragma unroll
+          for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const int64_t j = at + 8 * n + lane.column + c;
+              if (j >= p.references) continue;
+              const T column_term = collection_term(head.column(t, j));
+              T adjoint = head.column_adjoint(t, j);
+              if (t == steps) adjoint *= scales[j];
+              const T potential_term = potential<Storage>(p, head, t - 1, j);
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const T x = s[n][2 * half + c];
+                ds[n][2 * half + c] -=
+                    power_of_two(x + collected[half] + column_term) * adjoint +
+                    power_of_two(x + potential_term - distributed[half]) * flows[half];
+              }
+            }
+          }
+        }
+        // E, in place of ds
+        T largest = 0;
+#pragma unroll
+        for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int column = 8 * n + lane.column + e % 2;
+            // what lies beyond the last reference has no part in anything
+            if (at + column >= p.references) ds[n][e] = T(0);
+            if (group == first_group) product_sum += ds[n][e] * s[n][e];
+            if (head.gaussian) {
+              ds[n][e] *= s[n][e] * (T(kLn2) / (head.bandwidth * head.bandwidth));
+            } else {
+              ds[n][e] *= scores.weight(rows.token[e / 2], chunk, column) / head.epsilon;
+            }
+            row_sums[e / 2] += ds[n][e];
+            largest = maximum(largest, ds[n][e] < T(0) ? -ds[n][e] : ds[n][e]);
+          }
+        }
+        T scale = 1;
+        if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
+          scale = fitting_scale<Storage>(block_maximum<Storage>(largest, scratch));
+        }
+        store_accumulators<Storage>(ds, e_tile, scale);
+        __syncthreads();
+        const T unit = T(1) / scale;
+        if (to_references && threadIdx.x < S::kRows) {
+          for (int row = 0; row < S::kRows; ++row) {
+            for (int i = 0; i < Formed<Storage>::kParts; ++i) {
+              column_sum += unit * widen(e_tile.part(i)[row * e_tile.pitch + int(threadIdx.x)]);
+            }
+          }
+        }
+        if (ends) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) row_sums[half] = quad_sum(row_sums[half]);
+        }
+#pragma unroll
+        for (int part = 0; part < S::kGroup; ++part) {
+          const int column = first_column + part * S::kDepth;
+          if (column >= p.depth) break;
+          const int width = padded_depth<Storage>(int(p.depth), column);
+          const int d = column / S::kDepth;
+          // The columns of keys and references: compute() left them, or they are loaded again.
+          const auto tile_of = [&](const Rows<Storage>& source, int64_t from,
+                                   const Plain<Storage>& whole) {
+            if (scores.whole_rows()) return whole;
+            __syncthreads();
+            scores.load_part(source, from, d, row_tile, staged.pitch);
+            return staged;
+          };
+          if (to_tokens) {
+            const Plain<Storage> references =
+                tile_of(head.references, int64_t(at), scores.last_references(chunk));
+            if (to_references) {
+              T sums[S::kDepth / 8][4];
+              clear(sums);
+              multiply_scaled<false, true, Storage>(sums, e_tile, 16 * lane.warp, references,
+                                                    scores.columns(chunk), width, unit);
+              const Plain<Storage> keys =
+                  tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
+              key_sum +=
+                  store_token_gradient(head, tile, column, width, keys, row_sums, sums, row_tile);
+            } else {
+              multiply_scaled<false, true, Storage>(kept[part], e_tile, 16 * lane.warp, references,
+                                                    scores.columns(chunk), width, unit);
+              if (ends) {
+                const Plain<Storage> keys =
+                    tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
+                key_sum += store_token_gradient(head, tile, column, width, keys, row_sums,
+                                                kept[part], row_tile);
+                clear(kept[part]);
+              }
+            }
+          }
+          if (to_references) {
+            if (to_tokens && !scores.whole_rows()) __syncthreads();
+            const Plain<Storage> keys =
+                tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
+            multiply_scaled<true, true, Storage>(kept[part], e_tile, 16 * lane.warp, keys, S::kRows,
+                                                 width, unit);
+          }
+        }
+        __syncthreads();
+      }
+    }
+    if (to_references) {
+      T* to = partial + (head.index * head.splits + head.split) * p.references * (p.depth + 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t j = int64_t(first) * S::kRows + 16 * lane.warp + lane.row + 8 * half;
+        if (j >= p.references) continue;
+#pragma unroll
+        for (int part = 0; part < S::kGroup; ++part) {
+#pragma unroll
+          for (int n = 0; n < S::kDepth / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int64_t column = first_column + part * S::kDepth + 8 * n + lane.column + e;
+              if (column < p.depth) {
+                to[j * (p.depth + 1) + column] = kept[part][n][2 * half + e];
+              }
+            }
+          }
+        }
+      }
+      const int64_t j = int64_t(first) * S::kRows + threadIdx.x;
+      if (group == 0 && threadIdx.x < S::kRows && j < p.references) {
+        to[j * (p.depth + 1) + p.depth] = column_sum;
+      }
+    }
+  }
+  if (!to_tokens) return;
+  product_sum = block_sum<Storage>(product_sum, scratch);
+  key_sum = block_sum<Storage>(key_sum, scratch);
+  if (threadIdx.x == 0) {
+    scalars[(head.index * head.splits + head.split) * 2] = product_sum;
+    scalars[(head.index * head.splits + head.split) * 2 + 1] = key_sum;
+  }
+}
+
+// dy, d bandwidth and d epsilon of a head from the sums of all blocks that share it; the queries'
+// are added to those of the keys. With E = ds S / (epsilon bandwidth^2) the derivative by the
+// bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /
+// bandwidth.
+template <class Storage>
+__device__ __forceinline__ void finish_gradient(const BackwardParams& p,
+                                                const Accumulate<Storage>* partial,
+                                                const Accumulate<Storage>* scalars, bool accumulate,
+                                                Accumulate<Storage>* scratch) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const int64_t depth = p.depth, of_split = p.references * (depth + 1);
+  const T* sums = partial + head.index * head.splits * of_split;
+  T* gradients = static_cast<T*>(p.grad_reference.data) + head.index * p.references * depth;
+  const Rows<Storage>& references = head.references;
+  T reference_sum = 0;
+  for (int64_t at = threadIdx.x; at < p.references * depth; at += S::kThreads) {
+    const int64_t j = at / depth, column = at % depth;
+    T sum = 0, total = 0;
+    for (int64_t split = 0; split < head.splits; ++split) {
+      sum += sums[split * of_split + j * (depth + 1) + column];
+      total += sums[split * of_split + j * (depth + 1) + depth];
+    }
+    if (head.gaussian) {
+      T y = widen(references.data[j * references.row_stride + column * references.column_stride]);
+      if constexpr (!kIsHalf<Storage>) y -= head.center[column];
+      sum -= y * total;
+      reference_sum += y * sum;
+    }
+    gradients[at] = accumulate ? gradients[at] + sum : sum;
+  }
+  reference_sum = block_sum<Storage>(reference_sum, scratch);
+  if (threadIdx.x != 0) return;
+  T product_sum = 0, key_sum = 0;
+  for (int64_t split = 0; split < head.splits; ++split) {
+    product_sum += scalars[(head.index * head.splits + split) * 2];
+    key_sum += scalars[(head.index * head.splits + split) * 2 + 1];
+  }
+  T* epsilon = static_cast<T*>(p.grad_epsilon.data) + head.index;
+  const T by_epsilon = -product_sum * T(kLn2) / head.epsilon;
+  *epsilon = accumulate ? *epsilon + by_epsilon : by_epsilon;
+  if (p.grad_bandwidth.data == nullptr) return;
+  T* bandwidth = static_cast<T*>(p.grad_bandwidth.data) + head.index;
+  const T by_bandwidth = head.gaussian ? -(key_sum + reference_sum) / head.bandwidth : T(0);
+  *bandwidth = accumulate ? *bandwidth + by_bandwidth : by_bandwidth;
+}
+
+// dmass_j = sum_t gbar^t_j / mass_j over the steps of both sides: masses enter only as their
+// logarithms, and a common factor changes nothing.
+template <class T>
+__device__ void store_reference_mass_gradient(const BackwardParams& p, int64_t head, int64_t j,
+                                              const T* of_keys, const T* of_queries) {
+  const Tensor& mass = p.reference_mass;
+  T sum = 0;
+  for (int64_t t = 1; t <= p.iterations; ++t) {
+    const int64_t at = (head * (p.iterations + 1) + t) * p.references + j;
+    sum += of_keys[at];
+    if (of_queries != nullptr) sum += of_queries[at];
+  }
+  static_cast<T*>(p.grad_reference_mass.data)[head * p.references + j] =
+      sum / static_cast<const T*>(mass.data)[head / p.heads * mass.stride[0] +
+                                             head % p.heads * mass.stride[1] + j * mass.stride[2]];
+}
+
+}  // namespace setformer::cuda

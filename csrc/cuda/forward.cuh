@@ -1,0 +1,396 @@
+// The passes of forward over the tokens of one head (equations in transport.cuh).
+//
+// Bytes and operations, per head, with e bytes an element, P = tokens x references padded to tiles:
+//
+//   sinkhorn_step  reads N D e, writes N + M numbers   P (2 D flop, 1 + 1 + 3/2 exponentials)
+//   collect        reads N (D + Dv) e                  P (2 D + 2 Dv flop, 2 exponentials)
+//   distribute     reads N D e, writes N Dv e          P (2 D + 2 Dv flop, 2 exponentials)
+//
+// so T + 2 passes, 2 P (D (T + 2) + 2 Dv) flop (the plan's products count twice on tensor cores,
+// see product.cuh) and e N (D (T + 2) + 2 Dv) bytes; a resident head reads its keys once, e N (D +
+// 2 Dv) bytes. Each Sinkhorn step needs the columns of the one before, so there is no fewer than a
+// pass a step; keeping scores instead of forming them again would move N M numbers a pass, more
+// than the keys' N D wherever M >= D; one pass could be saved by collecting in step T with running
+// maxima, at the price of registers for [M, Dv] beside the state of the columns.
+#pragma once
+
+#include "transport.cuh"
+
+namespace setformer::cuda {
+
+// The log-sum-exp over the references of a tile's rows, the same in all lanes of a quad.
+template <class Storage>
+__device__ __forceinline__ void add_rows(Accumulators<Storage>& s,
+                                         const Accumulate<Storage>* potentials,
+                                         LogSum<Accumulate<Storage>> (&sums)[2]) {
+  using T = Accumulate<Storage>;
+  LogSum<T> now[2];
+  for_each<Storage>(s, [&](int half, int column, T& x) {
+    now[half].largest = maximum(now[half].largest, x + potentials[column]);
+  });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) now[half].largest = quad_maximum(now[half].largest);
+  for_each<Storage>(s, [&](int half, int column, T& x) {
+    now[half].sum += power_of_two(x + potentials[column] - now[half].largest);
+  });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    now[half].sum = quad_sum(now[half].sum);
+    sums[half].merge(now[half]);
+  }
+}
+
+// -columns^t_j; -inf, that is no plan at all, for a head without mass.
+template <class T>
+__device__ __forceinline__ T collection_term(T column) {
+  return column == -infinity<T>() ? column : -column;
+}
+
+// C_ij from the scores.
+template <class Storage>
+__device__ __forceinline__ void form_collection(const Head<Storage>& head, int64_t steps,
+                                                int64_t tile, const Accumulate<Storage>* terms,
+                                                Accumulators<Storage>& s) {
+  using T = Accumulate<Storage>;
+  const OwnRows<Storage> rows(tile);
+  T offsets[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    offsets[half] = head.log_mass(rows.token[half]) - head.row(steps - 1, rows.token[half]);
+  }
+  for_each<Storage>(
+      s, [&](int half, int column, T& x) { x = power_of_two(x + offsets[half] + terms[column]); });
+}
+
+// R^t_ij from the scores; 0 for a hidden token, which receives nothing.
+template <class Storage>
+__device__ __forceinline__ void form_distribution(const Head<Storage>& head, int64_t t,
+                                                  int64_t tile,
+                                                  const Accumulate<Storage>* potentials,
+                                                  Accumulators<Storage>& s) {
+  using T = Accumulate<Storage>;
+  const OwnRows<Storage> rows(tile);
+  T offsets[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = rows.token[half];
+    offsets[half] = head.tokens.valid(i) ? head.row(t, i) : infinity<T>();
+  }
+  for_each<Storage>(s, [&](int half, int column, T& x) {
+    x = power_of_two(x + potentials[column] - offsets[half]);
+  });
+}
+
+// rows^{t-1} and columns^t of step t, 1 <= t <= T; columns^0 where T = 0. A head that several
+// blocks share leaves its states in partial [heads, splits, 2, M].
+template <class Storage>
+__device__ __noinline__ void sinkhorn_step(int64_t t, Accumulate<Storage>* partial) {
+  const Head<Storage>& head = shared_head<Head<Storage>>();
+  const ForwardParams& p = head.p;
+  Scores<Storage> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  T* numbers = head.numbers();
+  T* potentials = numbers + head.layout.terms();
+  const Lane lane;
+  if (t > 0) {
+    fill_terms<Storage>(p, potentials, -infinity<T>(),
+                        [&](int64_t j) { return potential(p, head, t - 1, j); });
+  }
+  __syncthreads();
+
+  // One tile of references: rows and columns in one sweep over the tokens. More: a sweep for the
+  // rows, then one for each tile's columns.
+  const bool single = scores.chunks() == 1;
+  for (int sweep = single || t > 0 ? 0 : 1; sweep <= (single ? 0 : scores.chunks()); ++sweep) {
+    const bool sums_rows = sweep == 0 && t > 0, sums_columns = single || sweep > 0;
+    const int first = sweep > 0 ? sweep - 1 : 0, last = sweep > 0 ? sweep : scores.chunks();
+    ColumnLogSums<Storage> columns;
+    if (head.first_tile < head.last_tile) scores.begin(head.first_tile, first);
+    for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
+      const OwnRows<Storage> rows(tile);
+      Accumulators<Storage> s;
+      LogSum<T> sums[2];
+      for (int chunk = first; chunk < last; ++chunk) {
+        const bool ends = chunk + 1 == last;
+        scores.compute(tile, chunk,
+                       !ends                       ? tile
+                       : tile + 1 < head.last_tile ? tile + 1
+                                                   : -1,
+                       ends ? first : chunk + 1, s);
+        if (sums_rows) add_rows<Storage>(s, potentials + chunk * S::kRows, sums);
+      }
+      T offsets[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t i = rows.token[half];
+        T row = 0;
+        if (sums_rows) {
+          row = sums[half].logarithm();
+          if (lane.column == 0 && i < head.tokens.count)
+            head.rows[(t - 1) * head.tokens.count + i] = row;
+        } else if (t > 0) {
+          row = head.row(t - 1, i);
+        }
+        offsets[half] = head.log_mass(i) - row;
+      }
+      if (sums_columns) columns.add(s, [&](int half, T x) { return x + offsets[half]; });
+    }
+    if (sums_columns) {
+      columns.total(numbers + head.layout.sums(), [&](int column, const LogSum<T>& state) {
+        const int64_t j = int64_t(first) * S::kRows + column;
+        if (j >= p.references) return;
+        if (head.splits == 1) {
+          head.column(t, j) = state.logarithm();
+        } else {
+          T* to = partial + (head.index * head.splits + head.split) * 2 * p.references;
+          to[j] = state.largest;
+          to[p.references + j] = state.sum;
+        }
+      });
+    }
+    __syncthreads();
+  }
+}
+
+// sum_i plan_ij x_i for the references of one chunk and kGroup depth tiles of the rows x, beside a
+// weight per reference: form(tile, accumulators) turns scores into the plan, add(tile, plan,
+// weights) adds to the weights; emit(j, column, sum) and emit_weight(j, weight) take the results.
+template <class Storage, class Form, class Add, class Emit, class EmitWeight>
+__device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage>& scores,
+                                     const Rows<Storage>& rows, int chunk, int group, Form form,
+                                     Add add, Emit emit, EmitWeight emit_weight) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  Storage* row_tile = reinterpret_cast<Storage*>(shared_memory + head.layout.rows);
+  const Plain<Storage> operand{row_tile, S::kDepth + S::kPerVector};
+  const Formed<Storage> plan{
+      reinterpret_cast<typename Formed<Storage>::Element*>(shared_memory + head.layout.plan),
+      S::kWidePitch};
+  const Lane lane;
+  T sums[S::kGroup][S::kDepth / 8][4];
+#pragma unroll
+  for (int part = 0; part < S::kGroup; ++part) clear(sums[part]);
+  ColumnSums<Storage> weights;
+  const int first_column = group * S::kGroup * S::kDepth;
+  if (head.first_tile < head.last_tile) scores.begin(head.first_tile, chunk);
+  for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
+    stage_rows(rows, tile * S::kRows, first_column, row_tile, operand.pitch);
+    commit_copies();
+    Accumulators<Storage> s;
+    scores.compute(tile, chunk, tile + 1 < head.last_tile ? tile + 1 : -1, chunk, s);
+    form(tile, s);
+    add(tile, s, weights);
+    store_accumulators<Storage>(s, plan, S::kPlanScale);
+    scores.arrive();
+#pragma unroll
+    for (int part = 0; part < S::kGroup; ++part) {
+      const int column = first_column + part * S::kDepth;
+      if (column >= rows.depth) break;
+      if (part > 0) {
+        __syncthreads();
+        stage_rows(rows, tile * S::kRows, column, row_tile, operand.pitch);
+        commit_copies();
+        wait_for_copies<0>();
+        __syncthreads();
+      }
+      multiply<true, true, Storage>(sums[part], plan, 16 * lane.warp, operand, S::kRows,
+                                    padded_depth<Storage>(rows.depth, column));
+    }
+    __syncthreads();
+  }
+  T* scratch = head.numbers() + head.layout.sums();
+  T* totals = scratch + S::kWarps * S::kRows;
+  weights.total(scratch, totals);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = 16 * lane.warp + lane.row + 8 * half;
+    const int64_t j = int64_t(chunk) * S::kRows + row;
+    if (j >= head.references.count) continue;
+#pragma unroll
+    for (int part = 0; part < S::kGroup; ++part) {
+#pragma unroll
+      for (int n = 0; n < S::kDepth / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int64_t column = first_column + part * S::kDepth + 8 * n + lane.column + e;
+          if (column < rows.depth) {
+            emit(j, column, sums[part][n][2 * half + e] * (T(1) / S::kPlanScale), totals[row]);
+          }
+        }
+      }
+    }
+    if (group == 0 && lane.column == 0) emit_weight(j, totals[row]);
+  }
+  __syncthreads();
+}
+
+// A_j = sum_i C_ij v_i of the references of one chunk and kGroup depth tiles of the values, divided
+// by sum_i C_ij: that is 1 but for the rounding of exponents, which this takes out. Several blocks
+// leave their sums in partial [heads, splits, M, Dv + 1], of which the last column is sum_i C_ij.
+template <class Storage>
+__device__ __noinline__ void collect(int chunk, int group, Accumulate<Storage>* partial) {
+  const Head<Storage>& head = shared_head<Head<Storage>>();
+  const ForwardParams& p = head.p;
+  Scores<Storage> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  T* terms = head.numbers() + head.layout.terms();
+  const int64_t steps = p.iterations, width = p.value_depth;
+  fill_terms<Storage>(p, terms, -infinity<T>(),
+                      [&](int64_t j) { return collection_term(head.column(steps, j)); });
+  __syncthreads();
+  const bool alone = head.splits == 1;
+  T* sums = partial + (head.index * head.splits + head.split) * p.references * (width + 1);
+  pool<Storage>(
+      head, scores, head.values, chunk, group,
+      [&](int64_t tile, Accumulators<Storage>& s) {
+        form_collection(head, steps, tile, terms + chunk * S::kRows, s);
+      },
+      [&](int64_t, Accumulators<Storage>& plan, ColumnSums<Storage>& weights) {
+        weights.add(plan, [](int, int, T x) { return x; });
+      },
+      [&](int64_t j, int64_t column, T sum, T total) {
+        if (alone) {
+          head.pooled[j * width + column] = total == T(0) ? T(0) : sum / total;
+        } else {
+          sums[j * (width + 1) + column] = sum;
+        }
+      },
+      [&](int64_t j, T total) {
+        if (!alone) sums[j * (width + 1) + width] = total;
+      });
+}
+
+// O_i = sum_j R_ij A_j, and rows^T.
+template <class Storage>
+__device__ __noinline__ void distribute() {
+  const Head<Storage>& head = shared_head<Head<Storage>>();
+  const ForwardParams& p = head.p;
+  Scores<Storage> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  T* numbers = head.numbers();
+  T* potentials = numbers + head.layout.terms();
+  using Element = typename Formed<Storage>::Element;
+  const Formed<Storage> plan{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
+                             S::kWidePitch};
+  const Formed<Storage> operand{reinterpret_cast<Element*>(shared_memory + head.layout.operand),
+                                S::kDeepPitch};
+  Storage* stage = reinterpret_cast<Storage*>(shared_memory + head.layout.rows);
+  const Lane lane;
+  const int64_t steps = p.iterations;
+  fill_terms<Storage>(p, potentials, -infinity<T>(),
+                      [&](int64_t j) { return potential(p, head, steps, j); });
+  __syncthreads();
+
+  const bool single = scores.chunks() == 1;
+  const int parts = int(divide_up(p.value_depth, S::kDepth));
+  T unit = 1;
+  bool loaded = false;  // the operand is the whole of A and is in place
+  for (int sweep = 0; sweep <= (single ? 0 : parts); ++sweep) {
+    const bool sums_rows = sweep == 0;
+    const int first = single || sweep == 0 ? 0 : sweep - 1;
+    const int last = single ? parts : sweep;
+    if (head.first_tile < head.last_tile) scores.begin(head.first_tile, 0);
+    for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
+      const OwnRows<Storage> rows(tile);
+      LogSum<T> sums[2];
+      T out[S::kDepth / 8][4];
+      for (int chunk = 0; chunk < scores.chunks(); ++chunk) {
+        const bool ends = chunk + 1 == scores.chunks();
+        Accumulators<Storage> s;
+        scores.compute(tile, chunk,
+                       !ends                       ? tile
+                       : tile + 1 < head.last_tile ? tile + 1
+                                                   : -1,
+                       ends ? 0 : chunk + 1, s);
+        if (sums_rows) add_rows<Storage>(s, potentials + chunk * S::kRows, sums);
+        if (first == last) continue;
+        T offsets[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t i = rows.token[half];
+          offsets[half] = sums_rows ? sums[half].logarithm() : head.row(steps, i);
+          // a hidden token receives nothing
+          if (!head.tokens.valid(i)) offsets[half] = infinity<T>();
+        }
+        for_each<Storage>(s, [&](int half, int column, T& x) {
+          x = power_of_two(x + potentials[chunk * S::kRows + column] - offsets[half]);
+        });
+        store_accumulators<Storage>(s, plan, S::kPlanScale);
+        for (int part = first; part < last; ++part) {
+          if (chunk == 0) clear(out);
+          if (!loaded) {
+            unit = load_operand<Storage>(
+                operand, head.pooled, int64_t(chunk) * S::kRows, p.references, part * S::kDepth,
+                int(p.value_depth), static_cast<const T*>(nullptr), numbers + head.layout.sums());
+            loaded = single && parts == 1;
+            __syncthreads();
+          } else {
+            __syncwarp();
+          }
+          multiply_scaled<false, true, Storage>(
+              out, plan, 16 * lane.warp, operand, scores.columns(chunk),
+              padded_depth<Storage>(int(p.value_depth), part * S::kDepth), unit / S::kPlanScale);
+          if (ends) store_rows<Storage>(head.outputs, tile, part * S::kDepth, out, stage);
+          if (!loaded) __syncthreads();
+        }
+      }
+      if (sums_rows && lane.column == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t i = rows.token[half];
+          if (i < head.tokens.count)
+            head.rows[steps * head.tokens.count + i] = sums[half].logarithm();
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// b_j C_ij, element by element, into `tensor`.
+template <class Storage>
+__device__ void plan(const Tensor& tensor) {
+  const Head<Storage>& head = shared_head<Head<Storage>>();
+  const ForwardParams& p = head.p;
+  Scores<Storage> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  T* numbers = head.numbers();
+  T* terms = numbers + head.layout.terms();
+  Rows<Storage> plans;
+  plans.select(tensor, head.b, head.h, p.tokens, p.references);
+  T total = 0;
+  for (int64_t j = 0; j < p.references; ++j) {
+    total += power_of_two(log_reference_mass<T>(p, head.b, head.h, j));
+  }
+  fill_terms<Storage>(p, terms, -infinity<T>(), [&](int64_t j) {
+    return collection_term(head.column(p.iterations, j)) +
+           log_reference_mass<T>(p, head.b, head.h, j) - log_two(total);
+  });
+  __syncthreads();
+  if (head.first_tile < head.last_tile) scores.begin(head.first_tile, 0);
+  for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
+    const OwnRows<Storage> rows(tile);
+    for (int chunk = 0; chunk < scores.chunks(); ++chunk) {
+      const bool ends = chunk + 1 == scores.chunks();
+      Accumulators<Storage> s;
+      scores.compute(tile, chunk,
+                     !ends                       ? tile
+                     : tile + 1 < head.last_tile ? tile + 1
+                                                 : -1,
+                     ends ? 0 : chunk + 1, s);
+      form_collection(head, p.iterations, tile, terms + chunk * S::kRows, s);
+      for_each<Storage>(s, [&](int half, int column, T& x) {
+        const int64_t i = rows.token[half], j = int64_t(chunk) * S::kRows + column;
+        if (i < plans.count && j < plans.depth) {
+          plans.data[i * plans.row_stride + j * plans.column_stride] = narrow<Storage>(x);
+        }
+      });
+    }
+  }
+}
+
+}  // namespace setformer::cuda

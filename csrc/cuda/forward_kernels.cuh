@@ -1,0 +1,177 @@
+// The kernels of forward: one per pass for heads that many blocks share, one in all for small
+// heads.
+#pragma once
+
+#include "forward.cuh"
+#include "launch.cuh"
+
+namespace setformer::cuda {
+
+template <class Storage>
+__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
+    sinkhorn_step_kernel(const ForwardParams p, const Side side, const int64_t t,
+                         Accumulate<Storage>* const partial) {
+  for_each_work(p, Splits<Storage>(side.count).count, 1, Select<Storage>{p, side},
+                [&](int64_t) { sinkhorn_step<Storage>(t, partial); });
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
+    collect_kernel(const ForwardParams p, Accumulate<Storage>* const partial) {
+  using S = Shape<Storage>;
+  const int64_t groups = divide_up(p.value_depth, S::kGroup * S::kDepth);
+  for_each_work(p, Splits<Storage>(p.tokens).count, groups * divide_up(p.references, S::kRows),
+                Select<Storage>{p, keys_of(p)}, [&](int64_t part) {
+                  collect<Storage>(int(part / groups), int(part % groups), partial);
+                });
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
+    distribute_kernel(const ForwardParams p) {
+  const Select<Storage> select{p, receivers_of(p)};
+  for_each_work(p, Splits<Storage>(select.side.count).count, 1, select,
+                [&](int64_t) { distribute<Storage>(); });
+}
+
+// All of a small head: its keys stay in shared memory from the first step to the output.
+template <class Storage>
+__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
+    attention_forward_resident_kernel(const ForwardParams p) {
+  using S = Shape<Storage>;
+  const int chunks = int(divide_up(p.references, S::kRows));
+  const int groups = int(divide_up(p.value_depth, S::kGroup * S::kDepth));
+  for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
+    for (int of_queries = 0; of_queries <= int(p.cross && p.distribute); ++of_queries) {
+      __syncthreads();
+      Select<Storage>{p, of_queries ? queries_of(p) : keys_of(p), true}(index, 0);
+      Scores<Storage>(shared_head<Head<Storage>>()).load_all();
+      for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
+        sinkhorn_step<Storage>(t, nullptr);
+      }
+      for (int part = 0; !of_queries && part < chunks * groups; ++part) {
+        collect<Storage>(part / groups, part % groups, nullptr);
+      }
+      if (p.distribute && bool(of_queries) == p.cross) distribute<Storage>();
+    }
+  }
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
+    transport_plan_kernel(const PlanParams p) {
+  for_each_work(p, Splits<Storage>(p.tokens).count, 1, Select<Storage>{p, keys_of(p)},
+                [&](int64_t) { plan<Storage>(p.plan); });
+}
+
+inline constexpr int kMergeThreads = 128;
+
+// columns^t from the states of all blocks that share a head, in the order of their tokens.
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_columns_kernel(const int64_t heads, const int64_t references, const int64_t splits,
+                         T* const columns, const int64_t columns_of_head, const T* const partial) {
+  for (int64_t at = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x; at < heads * references;
+       at += int64_t(gridDim.x) * kMergeThreads) {
+    const int64_t head = at / references, j = at % references;
+    LogSum<T> state;
+    for (int64_t split = 0; split < splits; ++split) {
+      const T* from = partial + (head * splits + split) * 2 * references + j;
+      LogSum<T> other;
+      other.largest = from[0];
+      other.sum = from[references];
+      state.merge(other);
+    }
+    columns[head * columns_of_head + j] = state.logarithm();
+  }
+}
+
+// A from the sums of all blocks that share a head.
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_pooled_kernel(const int64_t heads, const int64_t references, const int64_t width,
+                        const int64_t splits, T* const pooled, const T* const partial) {
+  const int64_t of_head = references * (width + 1);
+  for (int64_t at = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x;
+       at < heads * references * width; at += int64_t(gridDim.x) * kMergeThreads) {
+    const int64_t head = at / (references * width), j = at / width % references;
+    const T* from = partial + head * splits * of_head + j * (width + 1);
+    T sum = 0, total = 0;
+    for (int64_t split = 0; split < splits; ++split) {
+      sum += from[split * of_head + at % width];
+      total += from[split * of_head + width];
+    }
+    pooled[at] = total == T(0) ? T(0) : sum / total;
+  }
+}
+
+template <class Storage>
+void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>* partial,
+                  Stream& stream) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const int64_t heads = p.batch * p.heads, references = p.references;
+  const Splits<Storage> splits(side.count);
+  const int64_t bytes = Layout<Storage>(p, false, 0, stream.stages).total;
+  for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
+    launch(stream, "sinkhorn_step_kernel", sinkhorn_step_kernel<Storage>, heads * splits.count,
+           S::kThreads, bytes, p, side, t, partial);
+    if (splits.count == 1) continue;
+    launch(stream, "merge_columns_kernel", merge_columns_kernel<T>,
+           divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
+           splits.count, static_cast<T*>(side.columns) + (t > 0 ? t - 1 : 0) * references,
+           steps_kept(p) * references, static_cast<const T*>(partial));
+  }
+}
+
+template <class Storage>
+ForwardWorkspace Kernels<Storage>::forward_workspace(const ForwardParams& p) {
+  const int64_t heads = p.batch * p.heads;
+  const int64_t keys = Splits<Storage>(p.tokens).count;
+  const int64_t queries = p.cross ? Splits<Storage>(p.queries).count : 1;
+  ForwardWorkspace parts;
+  if (keys > 1) parts.total = heads * keys * p.references * (p.value_depth + 1);
+  const int64_t states = heads * (keys > queries ? keys : queries) * p.references * 2;
+  if ((keys > 1 || queries > 1) && parts.total < states) parts.total = states;
+  return parts;
+}
+
+template <class Storage>
+void Kernels<Storage>::forward(const ForwardParams& p, void* workspace, Stream& stream) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const int64_t heads = p.batch * p.heads;
+  T* partial = static_cast<T*>(workspace);
+  if (fits_one_block<Storage>(p, stream)) {
+    const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
+    launch(stream, "attention_forward_resident_kernel", attention_forward_resident_kernel<Storage>,
+           heads, S::kThreads, Layout<Storage>(p, true, tokens, stream.stages).total, p);
+    return;
+  }
+  const int64_t bytes = Layout<Storage>(p, false, 0, stream.stages).total;
+  const Splits<Storage> splits(p.tokens);
+  launch_solve<Storage>(p, keys_of(p), partial, stream);
+  launch(stream, "collect_kernel", collect_kernel<Storage>,
+         heads * splits.count * divide_up(p.value_depth, S::kGroup * S::kDepth) *
+             divide_up(p.references, S::kRows),
+         S::kThreads, bytes, p, partial);
+  if (splits.count > 1) {
+    launch(stream, "merge_pooled_kernel", merge_pooled_kernel<T>,
+           divide_up(heads * p.references * p.value_depth, kMergeThreads), kMergeThreads, 0, heads,
+           p.references, p.value_depth, splits.count, static_cast<T*>(p.pooled.data),
+           static_cast<const T*>(partial));
+  }
+  if (!p.distribute) return;
+  if (p.cross) launch_solve<Storage>(p, queries_of(p), partial, stream);
+  launch(stream, "distribute_kernel", distribute_kernel<Storage>,
+         heads * Splits<Storage>(receivers_of(p).count).count, S::kThreads, bytes, p);
+}
+
+template <class Storage>
+void Kernels<Storage>::plan(const PlanParams& p, Stream& stream) {
+  launch(stream, "transport_plan_kernel", transport_plan_kernel<Storage>,
+         p.batch * p.heads * Splits<Storage>(p.tokens).count, Shape<Storage>::kThreads,
+         Layout<Storage>(p, false, 0, stream.stages).total, p);
+}
+
+}  // namespace setformer::cuda

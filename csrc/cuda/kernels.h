@@ -1,0 +1,44 @@
+// The kernels of one storage type, as launch.cu knows them. Each kernels_*.cu instantiates one
+// type, so that compilers can work on them side by side.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../set_attention.h"
+
+namespace setformer::cuda {
+
+// Where and how the launches of one call go; remembers the first that failed.
+struct Stream {
+  cudaStream_t stream;
+  int stages;              // buffers per tile: 2 where copies run in the background (sm_80 on)
+  int64_t resident_bytes;  // shared memory a block may have
+  cudaError_t error = cudaSuccess;
+  const char* kernel = nullptr;
+};
+
+// Where the workspace's parts are, in numbers of the accumulate type from its start.
+struct ForwardWorkspace {
+  int64_t partial = 0, total = 0;
+};
+struct BackwardWorkspace {
+  int64_t delta = 0;                // [B, H, receivers]
+  int64_t pooled_gradient = 0;      // [B, H, M, Dv]
+  int64_t eta = 0;                  // [B, H, M]
+  int64_t collection_scale = 0;     // [B, H, M]
+  int64_t row_adjoints[2] = {};     // [B, H, max(T, 1), count] of keys and of queries
+  int64_t column_adjoints[2] = {};  // [B, H, T + 1, M]
+  int64_t scalars = 0;              // [B, H, splits, 2]
+  int64_t partial = 0, total = 0;
+};
+
+template <class Storage>
+struct Kernels {
+  static ForwardWorkspace forward_workspace(const ForwardParams& p);
+  static BackwardWorkspace backward_workspace(const BackwardParams& p);
+  static void forward(const ForwardParams& p, void* workspace, Stream& stream);
+  static void backward(const BackwardParams& p, void* workspace, Stream& stream);
+  static void plan(const PlanParams& p, Stream& stream);
+};
+
+}  // namespace setformer::cuda

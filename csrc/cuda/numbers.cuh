@@ -1,0 +1,120 @@
+// Scalar types, base-2 exponentials and logarithms, and sums over a warp.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace setformer::cuda {
+
+// What sums and potentials are kept in: float32, for float64 storage float64.
+template <class Storage>
+using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+template <class Storage>
+inline constexpr bool kIsHalf = sizeof(Storage) == 2;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class Storage>
+__device__ __forceinline__ Storage narrow(Accumulate<Storage> x) {
+  if constexpr (std::is_same_v<Storage, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<Storage, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T infinity() {
+  return T(__builtin_huge_val());
+}
+
+// ex2.approx: 2 ulp. lg2.approx: 2^-22 absolute between 1/2 and 2, 2 ulp elsewhere (PTX manual).
+// Sums of exponentials are off by less than their own rounding, and logarithms enter exponents
+// only.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double power_of_two(double x) { return exp2(x); }
+__device__ __forceinline__ float log_two(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double log_two(double x) { return log2(x); }
+
+__device__ __forceinline__ float maximum(float x, float y) { return fmaxf(x, y); }
+__device__ __forceinline__ double maximum(double x, double y) { return fmax(x, y); }
+__device__ __forceinline__ float minimum(float x, float y) { return fminf(x, y); }
+__device__ __forceinline__ double minimum(double x, double y) { return fmin(x, y); }
+
+inline constexpr double kLog2E = 1.4426950408889634074;
+inline constexpr double kLn2 = 0.69314718055994530942;
+
+inline constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Fragments (product.cuh): four neighbouring lanes, a quad, hold one row; eight quads a column.
+template <class T>
+__device__ __forceinline__ T quad_sum(T x) {
+  x += __shfl_xor_sync(kFullWarp, x, 1);
+  return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+template <class T>
+__device__ __forceinline__ T quad_maximum(T x) {
+  x = maximum(x, __shfl_xor_sync(kFullWarp, x, 1));
+  return maximum(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
+// The same value in each of `lanes` neighbouring lanes, a power of two.
+template <int lanes, class T>
+__device__ __forceinline__ T lanes_sum(T x) {
+#pragma unroll
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(kFullWarp, x, distance);
+  }
+  return x;
+}
+
+// log2(2^m1 l1 + 2^m2 l2) as a pair again: a log-sum-exp with its largest exponent kept apart.
+// An empty sum is (-inf, 0), and (-inf) - (-inf) never occurs.
+template <class T>
+struct LogSum {
+  T largest = -infinity<T>();
+  T sum = T(0);
+
+  __device__ __forceinline__ void add(T exponent) {
+    const T top = maximum(largest, exponent);
+    const T base = top == -infinity<T>() ? T(0) : top;
+    sum = sum * power_of_two(largest - base) + power_of_two(exponent - base);
+    largest = top;
+  }
+  __device__ __forceinline__ void merge(const LogSum& other) {
+    const T top = maximum(largest, other.largest);
+    const T base = top == -infinity<T>() ? T(0) : top;
+    sum = sum * power_of_two(largest - base) + other.sum * power_of_two(other.largest - base);
+    largest = top;
+  }
+  __device__ __forceinline__ T logarithm() const {
+    return largest == -infinity<T>() && sum == T(0) ? largest : largest + log_two(sum);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ LogSum<T> shuffled(const LogSum<T>& x, int distance) {
+  LogSum<T> y;
+  y.largest = __shfl_xor_sync(kFullWarp, x.largest, distance);
+  y.sum = __shfl_xor_sync(kFullWarp, x.sum, distance);
+  return y;
+}
+
+}  // namespace setformer::cuda

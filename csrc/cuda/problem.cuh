@@ -1,0 +1,223 @@
+// A problem as the kernels see it: sides, heads, how the tokens are split over blocks, and what a
+// block keeps in shared memory.
+#pragma once
+
+#include "product.cuh"
+
+namespace setformer::cuda {
+
+// The tokens of one side: the keys, or the queries of cross attention, and their solve.
+struct Side {
+  Tensor tokens;     // storage    [B, H, count, D]
+  Tensor mask;       // bool       [B, count], optional
+  Tensor mass;       // accumulate [B, H, count], optional
+  Tensor positions;  // accumulate [count, P], optional
+  int64_t count;
+  void* rows;     // accumulate [B, H, T + 1, count]: rows^t = log2 sum_j 2^(s_ij + g^t_j)
+  void* columns;  // accumulate [B, H, max(T, 1), M]: columns^t = log2 sum_i 2^(s_ij + f^t_i)
+};
+
+__host__ __device__ inline Side keys_of(const ForwardParams& p) {
+  return {p.key, p.mask, p.token_mass, p.token_positions, p.tokens, p.rows.data, p.columns.data};
+}
+__host__ __device__ inline Side queries_of(const ForwardParams& p) {
+  return {p.query,           p.query_mask,        Tensor{}, p.query_positions, p.queries,
+          p.query_rows.data, p.query_columns.data};
+}
+// The side that distributes: its tokens receive the output.
+__host__ __device__ inline Side receivers_of(const ForwardParams& p) {
+  return p.cross ? queries_of(p) : keys_of(p);
+}
+
+__host__ __device__ inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Which tokens a block takes. It follows from their number alone, so that results do not depend on
+// the batch or the device: four tiles a block keep what a block does once (references, merging)
+// below what it does per token, and no more than 256 partial sums are merged.
+template <class Storage>
+struct Splits {
+  int64_t tiles, tiles_each, count;
+  __host__ __device__ explicit Splits(int64_t tokens, bool whole = false) {
+    tiles = divide_up(tokens, Shape<Storage>::kRows);
+    tiles_each = divide_up(tiles, 256);
+    if (tiles_each < 4) tiles_each = 4;
+    if (whole) tiles_each = tiles;
+    count = tiles_each == 0 ? 1 : divide_up(tiles, tiles_each);
+    if (count == 0) count = 1;
+  }
+};
+
+__host__ __device__ inline int64_t steps_kept(const ForwardParams& p) {
+  return p.iterations > 0 ? p.iterations : 1;
+}
+
+// Depths up to this have room for a center; the binding refuses more.
+inline constexpr int kMostDepth = 256;
+
+// Room for a Head at the start of shared memory.
+template <class Storage>
+inline constexpr int kHeadBytes =
+    2304 + (kIsHalf<Storage> ? 0 : kMostDepth * int(sizeof(Accumulate<Storage>)));
+
+// A block's shared memory, in bytes from its start: the Head, then tiles of keys and references:
+// where `resident`, all of one head's; else the references once if they are a single tile, and what
+// kStages needs.
+template <class Storage>
+struct Layout {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  bool resident;       // the head's keys and references are all in shared memory
+  int chunks, depths;  // tiles that the references, and that one row, are cut into
+  int pitch, tile_bytes;
+  int key_slots, reference_slots;
+  int references, rows, plan, operand, numbers, total;
+
+  Layout() = default;
+  __host__ __device__ Layout(const ForwardParams& p, bool resident, int64_t tokens, int stages)
+      : resident(resident) {
+    chunks = int(divide_up(p.references, S::kRows));
+    depths = int(divide_up(p.depth, S::kDepth));
+    const int width = depths > 1 ? S::kDepth : int(divide_up(p.depth, 16) * 16);
+    pitch = width + S::kPerVector;
+    tile_bytes = S::kRows * pitch * int(sizeof(Storage));
+    key_slots = resident ? int(divide_up(tokens, S::kRows)) * depths : stages;
+    reference_slots = resident ? chunks * depths : chunks * depths == 1 ? 1 : stages;
+    references = kHeadBytes<Storage> + key_slots * tile_bytes;
+    rows = references + reference_slots * tile_bytes;
+    plan = rows + S::kRows * (S::kDepth + S::kPerVector) * int(sizeof(Storage));
+    operand = plan + S::kRows * S::kWidePitch * int(sizeof(T));
+    numbers = operand + S::kRows * S::kDeepPitch * int(sizeof(T));
+    total = numbers + count_numbers() * int(sizeof(T));
+  }
+
+  // Norms of keys and references (two tiles' worth each, or all of the resident ones), positions of
+  // two tiles of references, sums of the warps, and three values for each reference.
+  __host__ __device__ int key_norms() const { return 0; }
+  __host__ __device__ int reference_norms() const {
+    return key_norms() + (resident ? key_slots / depths : 2) * S::kRows;
+  }
+  __host__ __device__ int positions() const {
+    return reference_norms() + (resident ? chunks : 2) * S::kRows;
+  }
+  __host__ __device__ int sums() const {
+    return positions() + (resident ? chunks : 2) * 3 * S::kRows;
+  }
+  __host__ __device__ int terms() const { return sums() + 2 * S::kWarps * S::kRows; }
+  __host__ __device__ int count_numbers() const { return terms() + 3 * chunks * S::kRows; }
+};
+
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+// What a block works on, of one head and side: at the start of its shared memory, for as variables
+// these would take the registers that the accumulators need.
+template <class Storage>
+struct Head {
+  using T = Accumulate<Storage>;
+  static constexpr int kBytes = kHeadBytes<Storage>;
+
+  ForwardParams p;
+
+  Layout<Storage> layout;
+  int64_t index, b, h;            // b H + h
+  int64_t first_tile, last_tile;  // [first, last)
+  int64_t split, splits;
+
+  Rows<Storage> tokens;      // [count, D]
+  Rows<Storage> references;  // [M, D]
+  Rows<Storage> values;      // [N, Dv]
+  Rows<Storage> outputs;     // [count, Dv]
+  const T* mass;             // [count], optional
+  int64_t mass_stride;
+  const T* positions;  // [count, P], optional
+  int64_t position_stride, axis_stride;
+  T* rows;     // [T + 1, count]
+  T* columns;  // [max(T, 1), M]
+  T* pooled;   // [M, Dv]
+  T epsilon, bandwidth, scale, position_scale;
+  bool gaussian, has_positions;
+  T center[kIsHalf<Storage> ? 1 : kMostDepth];  // see finish_rows
+
+  // To be called by one thread.
+  __device__ void select(const ForwardParams& params, const Side& side, bool resident, int64_t head,
+                         int64_t part) {
+    const Splits<Storage> parts(side.count, resident);
+    p = params;
+    layout = Layout<Storage>(p, resident, side.count, kStages);
+    index = head;
+    b = head / p.heads;
+    h = head % p.heads;
+    split = part;
+    splits = parts.count;
+    first_tile = part * parts.tiles_each;
+    last_tile = first_tile + parts.tiles_each;
+    if (last_tile > parts.tiles) last_tile = parts.tiles;
+
+    tokens.select(side.tokens, b, h, side.count, p.depth);
+    tokens.hide(side.mask, b);
+    references.select(p.reference, b, h, p.references, p.depth);
+    values.select(p.value, b, h, p.tokens, p.value_depth);
+    values.hide(p.mask, b);
+    outputs.select(p.output, b, h, side.count, p.value_depth);
+    mass = side.mass.data == nullptr ? nullptr
+                                     : static_cast<const T*>(side.mass.data) +
+                                           b * side.mass.stride[0] + h * side.mass.stride[1];
+    mass_stride = side.mass.stride[2];
+    positions = static_cast<const T*>(side.positions.data);
+    position_stride = side.positions.stride[0];
+    axis_stride = side.positions.stride[1];
+    rows = static_cast<T*>(side.rows) + head * (p.iterations + 1) * side.count;
+    columns = static_cast<T*>(side.columns) + head * steps_kept(p) * p.references;
+    pooled = static_cast<T*>(p.pooled.data) + head * p.references * p.value_depth;
+
+    epsilon = static_cast<const T*>(p.epsilon.data)[h * p.epsilon.stride[0]];
+    bandwidth = p.bandwidth.data == nullptr
+                    ? T(1)
+                    : static_cast<const T*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
+    // What cannot be refused without waiting for the device becomes NaN, and so do all results.
+    if (!(epsilon > T(0)) || !(bandwidth > T(0))) epsilon = T(NAN);
+    scale = T(kLog2E) / epsilon;
+    gaussian = p.kernel == Kernel::kGaussian;
+    has_positions = positions != nullptr && p.reference_positions.data != nullptr;
+    position_scale = T(-kLog2E / (p.position_bandwidth * p.position_bandwidth));
+  }
+
+  // After select, by all threads: the mean of the references, which the tokens lie about.
+  __device__ void find_center() {
+    if constexpr (!kIsHalf<Storage>) {
+      __syncthreads();
+      for (int d = int(threadIdx.x); d < references.depth; d += Shape<Storage>::kThreads) {
+        T sum = 0;
+        for (int64_t j = 0; j < references.count; ++j) {
+          sum += references.data[j * references.row_stride + d * references.column_stride];
+        }
+        center[d] = sum / T(references.count);
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ T* numbers() const { return reinterpret_cast<T*>(shared_memory + layout.numbers); }
+
+  // rows^t_i, t in -1..T; 0 for t = -1
+  __device__ __forceinline__ T row(int64_t t, int64_t i) const {
+    return t < 0 || i >= tokens.count ? T(0) : rows[t * tokens.count + i];
+  }
+  // columns^t_j, t in 1..T (0 where T = 0)
+  __device__ __forceinline__ T& column(int64_t t, int64_t j) const {
+    return columns[(t > 0 ? t - 1 : 0) * references.count + j];
+  }
+  // log2 a_i up to a constant; -inf for a token that is hidden or beyond the end.
+  __device__ __forceinline__ T log_mass(int64_t i) const {
+    if (!tokens.valid(i)) return -infinity<T>();
+    return mass == nullptr ? T(0) : log_two(mass[i * mass_stride]);
+  }
+};
+
+// The head that the block is at.
+template <class SelectedHead>
+__device__ __forceinline__ SelectedHead& shared_head() {
+  static_assert(sizeof(SelectedHead) <= SelectedHead::kBytes);
+  return *reinterpret_cast<SelectedHead*>(shared_memory);
+}
+
+}  // namespace setformer::cuda

@@ -1,0 +1,190 @@
+// Tiles in shared memory: how rows of a strided tensor get there and back.
+//
+// A tile has Shape::kRows rows of up to Shape::kDepth elements, 16 bytes of padding after each:
+// with row lengths that are multiples of 32 bytes, eight consecutive rows then start in eight
+// different groups of four banks, so that reading a column of eight 16-byte pieces (ldmatrix, or
+// vectors of the FMA products) has no bank conflict.
+#pragma once
+
+#include "../set_attention.h"
+#include "numbers.cuh"
+
+namespace setformer::cuda {
+
+template <class Storage>
+struct Shape {
+  using T = Accumulate<Storage>;
+  static constexpr bool kDouble = sizeof(Storage) == 8;
+  static constexpr int kRows = kDouble ? 32 : 64;  // tokens, and references, of a tile
+  static constexpr int kDepth = kIsHalf<Storage> ? 64 : 32;
+  static constexpr int kWarps = kRows / 16;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kPerVector = 16 / int(sizeof(Storage));
+  static constexpr int kLanesPerRow = kDepth / kPerVector;  // 8, or 16 for float64
+  static constexpr int kRowsAtOnce = kThreads / kLanesPerRow;
+  // Depth tiles of values that a block accumulates at once: as many as make a product square.
+  static constexpr int kGroup = kRows / kDepth;
+  // Plans are at most 1 and stored times this: float16 then has exponents for 2^-38.
+  static constexpr T kPlanScale = std::is_same_v<Storage, __half> ? T(16384) : T(1);
+  // Pitches of tiles of the accumulate type, or of pairs of halves in the same room: without bank
+  // conflicts where fragments are stored as pairs, and where rows 2 apart are read as vectors.
+  static constexpr int kWidePitch = kRows + 8;
+  static constexpr int kDeepPitch = kDepth + (kIsHalf<Storage> ? 8 : kPerVector);
+};
+
+struct alignas(16) Vector16 {
+  uint32_t words[4];
+};
+
+// cp.async: 16 bytes from global to shared memory, of which the last 16 - bytes become 0.
+// Devices before sm_80 copy through registers.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(bytes)
+               : "memory");
+#else
+  Vector16 vector{};
+  if (bytes == 16) {
+    vector = *static_cast<const Vector16*>(global);
+  } else {
+    for (int word = 0; word < bytes / 2; ++word) {  // storage types are of 2 bytes or more
+      reinterpret_cast<uint16_t*>(&vector)[word] = static_cast<const uint16_t*>(global)[word];
+    }
+  }
+  *static_cast<Vector16*>(shared) = vector;
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most `pending` of this thread's newest groups are still under way.
+template <int pending>
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+// With copies in the background there are two buffers: one is filled while the other is read.
+#if __CUDA_ARCH__ >= 800
+inline constexpr int kStages = 2;
+#else
+inline constexpr int kStages = 1;
+#endif
+
+// The rows [count, depth] of one head of a tensor, of which `mask` (optional) may hide some.
+template <class Storage>
+struct Rows {
+  Storage* data;
+  int64_t row_stride, column_stride;
+  int64_t count;
+  int depth;
+  const bool* mask;
+  int64_t mask_stride;
+  bool vectors;  // every row starts at a multiple of 16 bytes and is contiguous
+
+  __device__ void select(const Tensor& tensor, int64_t b, int64_t h, int64_t rows,
+                         int64_t columns) {
+    data = static_cast<Storage*>(tensor.data) + b * tensor.stride[0] + h * tensor.stride[1];
+    row_stride = tensor.stride[2];
+    column_stride = tensor.stride[3];
+    count = rows;
+    depth = int(columns);
+    mask = nullptr;
+    vectors = column_stride == 1 && (reinterpret_cast<uintptr_t>(data) % 16) == 0 &&
+              row_stride % Shape<Storage>::kPerVector == 0;
+  }
+  __device__ void hide(const Tensor& hidden, int64_t b) {
+    if (hidden.data == nullptr) return;
+    mask = static_cast<const bool*>(hidden.data) + b * hidden.stride[0];
+    mask_stride = hidden.stride[1];
+  }
+  __device__ __forceinline__ bool valid(int64_t i) const {
+    return i < count && (mask == nullptr || mask[i * mask_stride]);
+  }
+};
+
+// Elements of a row that products read: whole steps of 16, what lies beyond the depth is 0.
+template <class Storage>
+__device__ __forceinline__ int padded_depth(int depth, int first_column) {
+  const int left = depth - first_column;
+  return left >= Shape<Storage>::kDepth ? Shape<Storage>::kDepth : (left + 15) / 16 * 16;
+}
+
+// Calls visit(row, column) for the 16-byte pieces of a tile that belong to this thread: always the
+// same, so that a thread may finish what it copied itself before the block synchronises.
+template <class Storage, class Visit>
+__device__ __forceinline__ void for_each_own_piece(Visit visit) {
+  using S = Shape<Storage>;
+  const int column = int(threadIdx.x) % S::kLanesPerRow * S::kPerVector;
+#pragma unroll 1
+  for (int row = int(threadIdx.x) / S::kLanesPerRow; row < S::kRows; row += S::kRowsAtOnce) {
+    visit(row, column);
+  }
+}
+
+// Starts copying rows [first, first + kRows), columns from first_column on, into `tile`.
+template <class Storage>
+__device__ void stage_rows(const Rows<Storage>& rows, int64_t first, int first_column,
+                           Storage* tile, int pitch) {
+  using S = Shape<Storage>;
+  const int width = padded_depth<Storage>(rows.depth, first_column);
+  for_each_own_piece<Storage>([&](int row, int column) {
+    if (column >= width) return;
+    const int64_t i = first + row;
+    const int left = rows.depth - first_column - column;
+    const int elements = !rows.valid(i) || left <= 0 ? 0
+                         : left < S::kPerVector      ? left
+                                                     : S::kPerVector;
+    Storage* to = tile + row * pitch + column;
+    if (rows.vectors) {
+      const Storage* from =
+          elements == 0 ? rows.data : rows.data + i * rows.row_stride + first_column + column;
+      copy_async(to, from, elements * int(sizeof(Storage)));
+    } else {
+      const Storage* from = rows.data + i * rows.row_stride + first_column * rows.column_stride;
+#pragma unroll 1
+      for (int e = 0; e < S::kPerVector; ++e) {
+        to[e] = e < elements ? from[(column + e) * rows.column_stride] : narrow<Storage>(0);
+      }
+    }
+  });
+}
+
+// To the pieces that this thread has staged, once they arrived: subtracts `center` [depth] (float32
+// and float64, optional) and leaves in norms [kRows] the square norm of each row, added up over the
+// columns of a row that does not fit one tile. |k|^2 + |y|^2 - 2 k.y cancels where the data lies
+// far from the origin; for half types that error stays below what rounding k itself does to the
+// distance, for it is 2^-24 |k|^2 against 2^-11 |k| |k - y| (float16) and |k - y| >= 2^-11 |k|.
+template <class Storage, class T>
+__device__ void finish_rows(const Rows<Storage>& rows, int64_t first, int first_column,
+                            Storage* tile, int pitch, const T* center, T* norms) {
+  using S = Shape<Storage>;
+  const int width = padded_depth<Storage>(rows.depth, first_column);
+  for_each_own_piece<Storage>([&](int row, int column) {
+    T square = 0;
+    if (column < width) {
+      Storage* piece = tile + row * pitch + column;
+      const bool valid = rows.valid(first + row);
+#pragma unroll
+      for (int e = 0; e < S::kPerVector; ++e) {
+        T x = widen(piece[e]);
+        if constexpr (!kIsHalf<Storage>) {
+          const int at = first_column + column + e;
+          if (center != nullptr && valid && at < rows.depth) {
+            x -= center[at];
+            piece[e] = x;
+          }
+        }
+        square += x * x;
+      }
+    }
+    square = lanes_sum<S::kLanesPerRow>(square);
+    if (column == 0) norms[row] = first_column == 0 ? square : norms[row] + square;
+  });
+}
+
+}  // namespace setformer::cuda
