@@ -1,0 +1,128 @@
+"""What tests ask of a library built for the emulator, and the launches it has seen."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Order = Literal["forward", "reverse", "random"]
+Mode = Literal["plain", "address", "race", "trace"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str  # the mangled name
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int  # dynamic
+    device: int
+    stream: int
+    status: int  # cudaError_t
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint64),
+        ("stream", ctypes.c_void_p),
+        ("device", ctypes.c_int),
+        ("status", ctypes.c_int),
+    ]
+
+
+def three(size: int | Sequence[int]) -> ctypes.Array[ctypes.c_uint32]:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return (ctypes.c_uint32 * 3)(*sizes, *[1] * (3 - len(sizes)))
+
+
+class Emulator:
+    """The emulated devices inside of one library: `Emulator(module.__file__)`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulator_last_message.restype = ctypes.c_char_p
+        self.library.emulator_error_count.restype = ctypes.c_long
+        self.library.emulator_configure.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_char_p]
+        self.library.emulator_configure.restype = ctypes.c_bool
+
+    def configure(self, order: Order = "forward", seed: int = 1, mode: Mode = "plain") -> None:
+        """In which order threads and blocks run, and what is checked."""
+        if not self.library.emulator_configure(order.encode(), seed, mode.encode()):
+            raise ValueError(f"unknown order {order!r} or mode {mode!r}")
+
+    @contextlib.contextmanager
+    def configured(
+        self, order: Order = "forward", seed: int = 1, mode: Mode = "plain"
+    ) -> Iterator[None]:
+        """configure() for a while."""
+        self.configure(order, seed, mode)
+        try:
+            yield
+        finally:
+            self.configure()
+
+    @property
+    def errors(self) -> int:
+        return int(self.library.emulator_error_count())
+
+    @property
+    def last_message(self) -> str:
+        return str(self.library.emulator_last_message().decode())
+
+    def clear_errors(self) -> None:
+        self.library.emulator_clear_errors()
+
+    def launches(self) -> list[Launch]:
+        """Those since the last clear_launches()."""
+        found = []
+        for i in range(self.library.emulator_launch_count()):
+            raw = _Launch()
+            self.library.emulator_launch(i, ctypes.byref(raw))
+            found.append(
+                Launch(
+                    raw.kernel.decode(),
+                    (raw.grid[0], raw.grid[1], raw.grid[2]),
+                    (raw.block[0], raw.block[1], raw.block[2]),
+                    raw.shared,
+                    raw.device,
+                    raw.stream or 0,
+                    raw.status,
+                )
+            )
+        return found
+
+    def clear_launches(self) -> None:
+        self.library.emulator_clear_launches()
+
+    def set_device(self, device: int) -> None:
+        """cudaSetDevice for the calling thread."""
+        if self.library.emulator_set_device(device):
+            raise ValueError(f"there is no device {device}")
+
+    def get_device(self) -> int:
+        return int(self.library.emulator_get_device())
+
+    def run(
+        self,
+        kernel: str,
+        *arguments: ctypes._SimpleCData,  # type: ignore[type-arg]
+        grid: int | Sequence[int] = 1,
+        block: int | Sequence[int] = 32,
+        shared_bytes: int = 0,
+    ) -> int:
+        """Launches a kernel by its name in the PTX. Returns: the cudaError_t."""
+        places = (ctypes.c_void_p * max(len(arguments), 1))(
+            *(ctypes.cast(ctypes.byref(argument), ctypes.c_void_p) for argument in arguments)
+        )
+        status = self.library.emulator_run(
+            kernel.encode(), three(grid), three(block), ctypes.c_uint32(shared_bytes), places
+        )
+        if status < 0:
+            raise ValueError(f"there is no kernel {kernel}")
+        return int(status)

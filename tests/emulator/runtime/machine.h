@@ -1,0 +1,180 @@
+// A block of CUDA threads on one host thread: each is a fiber that runs until it waits for others.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+// Where an instruction comes from.
+struct Site {
+  const char* file;
+  int line;
+  const char* instruction;
+};
+
+struct Size3 {
+  uint32_t x, y, z;
+};
+
+struct Thread;
+
+struct ParameterPlace {
+  uint32_t offset, bytes;
+};
+struct SharedArray {
+  uint32_t offset, bytes;
+};
+
+// What a translated kernel says of itself.
+struct Kernel {
+  const char* name;
+  void (*run)(Thread&);
+  const ParameterPlace* parameters;
+  int parameter_count;
+  uint32_t parameter_bytes;
+  const SharedArray* shared_arrays;
+  int shared_array_count;
+  uint32_t dynamic_shared_offset;
+  bool uses_dynamic_shared;
+  int most_threads;  // of a block, by __launch_bounds__; 0 where it gives none
+};
+
+struct RegisterKernel {
+  explicit RegisterKernel(const Kernel& kernel);
+};
+const Kernel* find_kernel(const char* name);
+
+struct Launch {
+  const Kernel* kernel;
+  Size3 grid, block;
+  uint32_t dynamic_shared_bytes;
+  uint8_t* parameters;
+};
+
+struct Copy {
+  uint8_t* to;
+  const uint8_t* from;
+  uint32_t bytes, source_bytes;
+  const Site* site;
+};
+
+struct Thread {
+  const Launch& launch;
+  Size3 tid, ctaid;
+  uint32_t index, warp, lane;  // index counts the threads of the block
+  uint8_t* shared;             // of the block
+  uint32_t shared_bytes;
+  Thread** lanes;  // the 32 threads of the warp, null where the block ends before
+
+  // What a lane brings to a meeting of its warp, and what it takes away.
+  alignas(16) uint8_t brought[64];
+  alignas(16) uint8_t taken[64];
+
+  std::vector<Copy> copies;                    // cp.async since the last commit_group
+  std::deque<std::vector<Copy>> copy_groups;   // committed, the oldest first
+};
+
+constexpr uint32_t kSharedWindow = 256 << 10;  // of addresses; no device has more for a block
+
+enum class Access { read, write, atomic };
+
+// Errors. fail() ends the launch and does not return; report() lets it go on to find more. The
+// number is the cudaError_t that the launch gives.
+constexpr int kIllegalAddress = 700, kMisalignedAddress = 716, kLaunchFailure = 719;
+[[noreturn]] void fail(Thread& thread, const Site& site, int error, const std::string& message);
+void report(const Thread& thread, const Site& site, int error, const std::string& message);
+
+// Runs all blocks of a launch; cudaSuccess or the first error. `arguments` are the addresses of the
+// kernel's parameters, which are copied.
+int run(const Kernel& kernel, Size3 grid, Size3 block, uint32_t dynamic_shared_bytes,
+        void** arguments);
+
+struct Options {
+  enum class Order { forward, reverse, random } order = Order::forward;
+  uint64_t seed = 1;
+  bool address = false;  // look every access up in AddressSanitizer's shadow memory
+  bool race = false;
+  bool trace = false;
+};
+extern Options options;
+extern bool watching;  // whether every access goes through the checks below
+extern long error_count;
+extern std::string last_message;
+
+// Addresses
+
+void check_shared(Thread& thread, const Site& site, Access access, uint32_t offset, uint32_t bytes);
+void check_global(Thread& thread, const Site& site, Access access, uint64_t address,
+                  uint32_t bytes);
+
+inline bool in_shared(const Thread& thread, uint64_t address) {
+  return address - uint64_t(thread.shared) < kSharedWindow;
+}
+
+template <int bytes>
+inline uint8_t* shared_address(Thread& thread, const Site& site, Access access, uint32_t offset) {
+  if (offset % bytes || uint64_t(offset) + bytes > thread.shared_bytes || watching) [[unlikely]] {
+    check_shared(thread, site, access, offset, bytes);
+  }
+  return thread.shared + offset;
+}
+template <int bytes>
+inline uint8_t* global_address(Thread& thread, const Site& site, Access access, uint64_t address) {
+  constexpr uint64_t lowest = 65536;  // nothing lies there: a null pointer and an offset
+  if (address % bytes || address < lowest || watching) [[unlikely]] {
+    check_global(thread, site, access, address, bytes);
+  }
+  return reinterpret_cast<uint8_t*>(address);
+}
+template <int bytes>
+inline uint8_t* generic_address(Thread& thread, const Site& site, Access access,
+                                uint64_t address) {
+  if (in_shared(thread, address)) {
+    return shared_address<bytes>(thread, site, access, address - uint64_t(thread.shared));
+  }
+  return global_address<bytes>(thread, site, access, address);
+}
+template <int bytes>
+inline uint8_t* local_address(Thread& thread, const Site& site, Access, uint64_t address) {
+  if (address % bytes) fail(thread, site, kMisalignedAddress, "misaligned local access");
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+// Threads that wait
+
+enum class Meeting { any, aligned, exited_may_miss };
+
+// Waits until all lanes of the mask have come; true for the last one, which then calls
+// release_warp() once it has written what each takes away.
+bool arrive_in_warp(Thread& thread, const Site& site, uint32_t mask, Meeting meeting);
+void release_warp(Thread& thread, uint32_t mask);
+
+struct Counted {
+  uint32_t yes, threads;
+  bool all() const { return yes == threads; }
+  bool any() const { return yes != 0; }
+};
+Counted count_in_block(Thread& thread, const Site& site, bool aligned, uint32_t barrier,
+                       uint32_t threads, bool yes);
+inline void sync_block(Thread& thread, const Site& site, bool aligned, uint32_t barrier,
+                       uint32_t threads) {
+  count_in_block(thread, site, aligned, barrier, threads, false);
+}
+void arrive_at_barrier(Thread& thread, const Site& site, uint32_t barrier, uint32_t threads);
+void sync_warp(Thread& thread, const Site& site, uint32_t mask);
+
+void yield(Thread& thread);
+[[noreturn]] void exit_thread(Thread& thread);
+[[noreturn]] inline void trap(Thread& thread, const Site& site) {
+  fail(thread, site, kLaunchFailure, "trap");
+}
+[[noreturn]] inline void bad_branch(Thread& thread, const Site& site) {
+  fail(thread, site, kLaunchFailure, "brx.idx beyond its targets");
+}
+uint64_t clock_ticks();
+
+}  // namespace emulator
