@@ -1,6 +1,7 @@
 """The tools of benchmarks/cuda: occupancy, reading the SASS, the table, and the model of time."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "cuda"))
 
 import budget
+import counts
+import model
 import sass
+from devices import A100, H100
+from layout import Problem
 from occupancy import Occupancy, occupancy
 
 KIB = 1024
@@ -166,7 +171,9 @@ def test_short_names(demangled: str, short: str) -> None:
 
 @pytest.fixture
 def kernel() -> sass.Kernel:
-    return sass.Kernel("copy_kernel<__half>", 90, "13.0.88", 128, 64, 2048, COUNTS | {"local": 0})
+    return sass.Kernel(
+        "merge_sums_kernel<float>", 90, "13.0.88", 128, 64, 2048, COUNTS | {"local": 0}
+    )
 
 
 def test_a_row_of_the_table(kernel: sass.Kernel) -> None:
@@ -179,15 +186,15 @@ def test_a_row_of_the_table(kernel: sass.Kernel) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"BAR": "2"}, "copy_kernel<__half> sm_90: BAR 2, was 1"),
-        ({"HMMA": "0"}, "copy_kernel<__half> sm_90: HMMA 0, was 1"),
-        ({"registers": "66"}, "copy_kernel<__half> sm_90: registers 66, was 64"),
+        ({"BAR": "2"}, "merge_sums_kernel<float> sm_90: BAR 2, was 1"),
+        ({"HMMA": "0"}, "merge_sums_kernel<float> sm_90: HMMA 0, was 1"),
+        ({"registers": "66"}, "merge_sums_kernel<float> sm_90: registers 66, was 64"),
         ({"registers": "65"}, None),
-        ({"LDS": "2"}, "copy_kernel<__half> sm_90: LDS 2, was 1"),
+        ({"LDS": "2"}, "merge_sums_kernel<float> sm_90: LDS 2, was 1"),
         ({"ptxas": "12.9.1", "BAR": "2"}, None),
         (
             {"ptxas": "12.9.1", "local": "3"},
-            "copy_kernel<__half> sm_90: 3 accesses of local memory (spills), must be 0",
+            "merge_sums_kernel<float> sm_90: 3 accesses of local memory (spills), must be 0",
         ),
     ],
 )
@@ -207,7 +214,7 @@ def test_kernels_that_came_or_went_are_named(kernel: sass.Kernel) -> None:
     row = budget.row_of(kernel)
     new = row | {"kernel": "new_kernel"}
     assert budget.compare([row], [new]) == [
-        "copy_kernel<__half> sm_90: in budget.csv, not compiled",
+        "merge_sums_kernel<float> sm_90: in budget.csv, not compiled",
         "new_kernel sm_90: not in budget.csv",
     ]
     elsewhere = row | {"arch": "80"}  # an architecture that was not compiled is no problem
@@ -215,5 +222,88 @@ def test_kernels_that_came_or_went_are_named(kernel: sass.Kernel) -> None:
 
 
 def test_a_kernel_without_launch_bounds_is_refused(kernel: sass.Kernel) -> None:
-    with pytest.raises(SystemExit, match=r"copy_kernel<__half> has no __launch_bounds__"):
+    with pytest.raises(SystemExit, match=r"merge_sums_kernel<float> has no __launch_bounds__"):
         budget.row_of(replace(kernel, threads=0))
+
+
+def test_a_kernel_that_no_multiprocessor_can_hold_fails(kernel: sass.Kernel) -> None:
+    row = budget.row_of(replace(kernel, shared=228 * KIB))
+    assert budget.compare([row], [row]) == [
+        "merge_sums_kernel<float> sm_90: not one block fits a multiprocessor (shared memory)"
+    ]
+
+
+def test_a_kernel_compiled_twice_is_one_row_if_alike(kernel: sass.Kernel) -> None:
+    row = budget.row_of(kernel)
+    assert budget.unique([row, dict(row)]) == [row]
+    with pytest.raises(SystemExit, match="compiled twice"):
+        budget.unique([row, row | {"BAR": "2"}])
+
+
+# One tile of tokens and of references, whole: 64 x 64 pairs.
+TINY = Problem(batch=1, heads=1, tokens=64, depth=16, references=64, steps=1)
+MANY = Problem(batch=2, heads=3, tokens=12800, depth=64, references=128)
+
+
+def test_the_counts_of_one_tile() -> None:
+    # 4 x 8 blocks of 16 x 8, each one mma of 16 x 8 x 16 = 4096 flop; 4 warps read their rows once
+    # and the references once each: 16 x 16 matrices of 512 bytes
+    score = counts.product(TINY, rows=64, columns=64, depth=16)
+    assert (score.tensor, score.shared) == (32 * 4096, 4 * (1 + 4) * 512)
+    # two halves of one factor take two products, of both take three (low x low is left out)
+    assert counts.product(TINY, 64, 64, 16, (2, 1)).tensor == 2 * score.tensor
+    assert counts.product(TINY, 64, 64, 16, (2, 2)).tensor == 3 * score.tensor
+    # references and depth are padded to 16
+    assert counts.product(TINY, 64, 49, 7).tensor == score.tensor
+    assert counts.token_rows(TINY).memory == 64 * 16 * 2
+
+
+def test_the_forward_of_one_tile() -> None:
+    (launch,) = model.forward(TINY)
+    assert (launch.kernel, launch.blocks) == ("attention_forward_resident_kernel", 1)
+    # a step: 1 + 1 + 3/2 exponentials a pair; collect 1 + 1; distribute 1 + 1 + 1
+    assert launch.work.special == 64 * 64 * (3.5 + 2 + 3)
+    # scores of three passes; collect's product is 64 x 16 x 64 in two, distribute's in three
+    assert launch.work.tensor == (3 + 2 + 3) * 2 * 64 * 64 * 16
+    # keys and values in, output out; rows and columns of the one step
+    assert launch.work.memory == 3 * 64 * 16 * 2 + 4 * (64 + 64)
+
+
+@pytest.mark.parametrize("launches", [model.forward, model.backward])
+def test_work_grows_with_the_tokens_and_with_the_heads(
+    launches: Callable[[Problem], list[model.Launch]],
+) -> None:
+    def work(p: Problem) -> counts.Work:
+        return sum((x.times * x.work for x in launches(p)), counts.Work())
+
+    once, twice = work(MANY), work(replace(MANY, tokens=2 * MANY.tokens))
+    for resource in ("memory", "cache", "shared", "tensor", "float32", "special"):
+        assert getattr(twice, resource) == pytest.approx(2 * getattr(once, resource), rel=0.02)
+    assert work(replace(MANY, batch=4)) == 2 * once
+
+
+def test_time_lies_between_the_slowest_resource_and_the_sum() -> None:
+    work = counts.Work(memory=2.039e12 * 3e-6, special=16 * 108 * 1.41e9 * 5e-6)
+    assert model.Launch("any", 108, work).seconds(A100) == pytest.approx((7e-6, 10e-6))
+    assert model.Launch("any", 54, work).seconds(A100) == pytest.approx((12e-6, 18e-6))
+    assert model.Launch("any", 500, work, times=3).slowest(A100) == "special"
+    assert model.Launch("any", 500, counts.Work()).slowest(A100) == "launch"
+
+
+def test_flash_attention_grows_with_the_square_of_the_tokens() -> None:
+    # 4 x 1024^2 x 64 x 1 flop at 740 Tflop/s
+    p = Problem(1, 1, 1024, 64, 64)
+    assert model.flash_attention(p, H100, False) - model.LAUNCH == pytest.approx(3.63e-7, rel=1e-2)
+    more = replace(p, tokens=2048)
+    backward = model.flash_attention(more, H100, True) - 3 * model.LAUNCH
+    assert backward == pytest.approx(3.5 * 4 * 3.63e-7, rel=1e-2)
+
+
+def test_the_output_says_that_nothing_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["model.py", "--shapes", "v3"])
+    model.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("Model, not measured on a GPU.")
+    assert "| v3 | attention_forward_resident_kernel | 1 | 96 |" in printed

@@ -4,16 +4,19 @@
     python benchmarks/cuda/budget.py --check     # compare it with budget.csv
     python benchmarks/cuda/budget.py --write     # replace budget.csv
 
-The columns after `limit` count instructions of the SASS, each once however often it runs.
+"dynamic" is the shared memory that a launch asks for at D = Dv = M = 64, of resident kernels with
+128 tokens. The columns after "limit" count instructions of the SASS, however often they run.
 Needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
 
 import argparse
 import csv
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
+from layout import STORAGES, Problem, dynamic_shared
 from occupancy import occupancy
 from sass import INSTRUCTIONS, Kernel, read_kernels
 
@@ -38,12 +41,12 @@ def main() -> None:
     parser.add_argument("--architectures", type=int, nargs="*", help="only these: 80 90")
     parser.add_argument("files", nargs="*", type=Path, help="objects or libraries")
     options = parser.parse_args()
-    rows = [
+    rows = unique(
         row_of(kernel)
         for file in options.files or [installed_extension()]
         for kernel in read_kernels(file, options.architectures)
         if kernel.name not in NOT_LAUNCHED
-    ]
+    )
     if not rows:
         raise SystemExit("no kernel found: was the extension compiled with CUDA?")
     if options.write:
@@ -70,7 +73,10 @@ def row_of(kernel: Kernel) -> Row:
     """The line of the table."""
     if kernel.threads == 0:
         raise SystemExit(f"{kernel.name} has no __launch_bounds__, which tell its occupancy")
-    dynamic = 0
+    base, _, storage = kernel.name.rstrip(">").partition("<")
+    tokens = 128 if "resident" in base else 1024
+    problem = Problem(1, 1, tokens, depth=64, references=64, storage=STORAGES[storage])
+    dynamic = dynamic_shared(base, problem, kernel.arch)
     fit = occupancy(kernel.arch, kernel.threads, kernel.registers, kernel.shared + dynamic)
     values = [
         kernel.name,
@@ -88,11 +94,20 @@ def row_of(kernel: Kernel) -> Row:
     return dict(zip(COLUMNS, map(str, values), strict=True))
 
 
+def unique(rows: Iterable[Row]) -> list[Row]:
+    """Once each, in order: templates of float are instantiated in several objects."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if found.setdefault(name(row), row) != row:
+            raise SystemExit(f"{name(row)} was compiled twice, and not alike")
+    return sorted(found.values(), key=lambda row: (row["kernel"], int(row["arch"])))
+
+
 def write(rows: list[Row], file: TextIO) -> None:
-    """As CSV, ordered by kernel and architecture."""
+    """As CSV."""
     table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     table.writeheader()
-    table.writerows(sorted(rows, key=lambda row: (row["kernel"], int(row["arch"]))))
+    table.writerows(rows)
 
 
 def compare(table: list[Row], rows: list[Row]) -> list[str]:
@@ -107,6 +122,11 @@ def compare(table: list[Row], rows: list[Row]) -> list[str]:
         f"{key}: {row['local']} accesses of local memory (spills), must be 0"
         for key, row in compiled.items()
         if row["local"] != "0"
+    ]
+    problems += [
+        f"{key}: not one block fits a multiprocessor ({row['limit']})"
+        for key, row in compiled.items()
+        if row["blocks"] == "0"
     ]
     for key, row in expected.items():
         if key in compiled:

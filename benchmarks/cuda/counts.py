@@ -1,0 +1,174 @@
+"""What the passes of csrc/cuda/forward.cuh and backward.cuh do, counted.
+
+For half types on sm_80 and later, Gaussian kernel, no positions or masses. The functions follow the
+passes tile by tile, padding included. Instructions per pair of a token and a reference, counted in
+the source; "vectors" are the values of a reference that are read from shared memory.
+
+    per pair                          float32   exponentials   vectors
+    score from the product            7         1              1
+    sum over references               6         1              1
+    sum over tokens                   5.5       1.5
+    entry of a plan                   3         1              1
+    split into two halves, stored     5
+    adjoint of a row                  7         1              2
+    adjoint of a column               4         1              1
+    ds of a plan                      4.5       1              2
+    ds of a step                      7         2              3
+    E                                 5
+"""
+
+from dataclasses import dataclass, fields
+
+from layout import Problem
+
+TILE = 64  # tokens, references and depth of a tile
+WARP_ROWS = 16
+ELEMENT = 2  # bytes of a bfloat16 or float16
+NUMBER = 4  # of a float32
+MATRIX = 512  # bytes of a 16 x 16 matrix of halves, what one ldmatrix reads
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch does in all its blocks; the names are those of Device's rates."""
+
+    memory: float = 0  # bytes from and to device memory, each tensor once
+    cache: float = 0  # bytes asked of the L2 cache
+    shared: float = 0  # bytes from and to shared memory
+    tensor: float = 0  # flop on the tensor cores
+    float32: float = 0  # instructions of one thread: an FMA is one
+    special: float = 0  # exponentials of one thread
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+    def __rmul__(self, times: float) -> "Work":
+        return Work(*(getattr(self, f.name) * times for f in fields(Work)))
+
+
+def pairs(p: Problem) -> int:
+    """Of tokens and references, padded to tiles: what is computed element by element."""
+    return p.problems * p.tiles * TILE * p.chunks * TILE
+
+
+def per_pair(p: Problem, float32: float, special: float = 0, vectors: float = 0) -> Work:
+    """Element by element; a thread reads a vector's value once for its two rows."""
+    n = pairs(p)
+    return Work(float32=float32 * n, special=special * n, shared=NUMBER / 2 * vectors * n)
+
+
+def product(
+    p: Problem, rows: int, columns: int, depth: int, parts: tuple[int, int] = (1, 1)
+) -> Work:
+    """[rows, depth] times [depth, columns] a head; a factor is one tensor, or two halves."""
+    columns, depth = -(-columns // 16) * 16, -(-depth // 16) * 16
+    matrices = rows // WARP_ROWS * (depth // 16) * (parts[0] + parts[1] * (columns // 16))
+    return p.problems * Work(
+        tensor=2.0 * rows * columns * depth * (parts[0] + parts[1] - 1), shared=matrices * MATRIX
+    )
+
+
+def token_rows(p: Problem) -> Work:
+    """A tensor of the user's, [B, H, N, D], read or written once."""
+    size = p.problems * p.tokens * p.depth * ELEMENT
+    return Work(memory=size, cache=size, shared=size)
+
+
+def numbers(count: float) -> Work:
+    """Values of float32, read or written once."""
+    return Work(memory=NUMBER * count, cache=NUMBER * count)
+
+
+def key_copies(p: Problem) -> Work:
+    """Tiles of keys on their way through shared memory, for one product with all references."""
+    # Each comes once for each tile of references, and these with it unless one tile is all.
+    tile = TILE * p.depth * ELEMENT
+    copied = p.problems * p.tiles * p.chunks * tile * (1 if p.chunks * p.depths == 1 else 2)
+    return Work(cache=copied, shared=2 * copied, float32=2 * copied / ELEMENT)  # and the norms
+
+
+def scores(p: Problem) -> Work:
+    """Scores::compute for all pairs. A resident head has its keys in place."""
+    work = product(p, p.tiles * TILE, p.references, p.depth) + per_pair(p, 7, 1, 1)
+    return work if p.resident else work + key_copies(p)
+
+
+def row_sums(p: Problem) -> Work:
+    """add_rows"""
+    return per_pair(p, 6, 1, 1)
+
+
+def stored(p: Problem) -> Work:
+    """store_accumulators: as two halves in shared memory."""
+    return per_pair(p, 5) + Work(shared=2 * ELEMENT * pairs(p))
+
+
+def formed_plan(p: Problem) -> Work:
+    """A plan's entries, stored."""
+    return per_pair(p, 3, 1, 1) + stored(p)
+
+
+def operand(p: Problem) -> Work:
+    """load_operand of [M, Dv] for each tile of tokens, from the L2 cache."""
+    entries = p.problems * p.tiles * p.references * p.depth
+    return Work(cache=NUMBER * entries, shared=2 * ELEMENT * entries, float32=6 * entries)
+
+
+def sinkhorn_step(p: Problem) -> Work:
+    """rows^{t-1} and columns^t; more than one tile of references takes two sweeps."""
+    return (1 if p.chunks == 1 else 2) * scores(p) + row_sums(p) + per_pair(p, 5.5, 1.5)
+
+
+def pool(p: Problem) -> Work:
+    """A plan's transpose times the rows of a tensor: collect, distribute_backward."""
+    return (
+        p.depths * (scores(p) + formed_plan(p))
+        + per_pair(p, 1)
+        + product(p, p.chunks * TILE, p.depth, p.tiles * TILE, (2, 1))
+        + p.chunks * token_rows(p)
+    )
+
+
+def distribute(p: Problem) -> Work:
+    """O_i = sum_j R_ij A_j: sums over references first, where there are several tiles."""
+    work = scores(p) + row_sums(p) + product(p, p.tiles * TILE, p.depth, p.references, (2, 2))
+    if p.chunks == 1:
+        work += formed_plan(p)
+    else:
+        work += p.depths * (scores(p) + formed_plan(p))
+    return work + token_rows(p) + (operand(p) if p.chunks * p.depths > 1 else Work())
+
+
+def sinkhorn_step_backward(p: Problem, t: int) -> Work:
+    """fhat^t, and gbar^{t-1} where t > 1; step T also dv."""
+    collects = t == p.steps
+    sweeps = p.depths if collects and p.chunks > 1 else 1
+    work = sweeps * (scores(p) + per_pair(p, 7, 1, 2))
+    if collects:
+        work += stored(p) + operand(p) + 2 * token_rows(p)
+        work += product(p, p.tiles * TILE, p.depth, p.references, (2, 2))
+    if t > 1:
+        work += per_pair(p, 4, 1, 1) + (Work() if p.chunks == 1 else scores(p))
+    return work
+
+
+def score_gradient(p: Problem) -> Work:
+    """ds and E of all pairs, E stored."""
+    plans = 2 * (
+        token_rows(p)
+        + operand(p)
+        + product(p, p.tiles * TILE, p.references, p.depth, (1, 2))
+        + per_pair(p, 4.5, 1, 2)
+    )
+    return scores(p) + plans + p.steps * per_pair(p, 7, 2, 3) + per_pair(p, 5) + stored(p)
+
+
+def gradient(p: Problem, to_tokens: bool, to_references: bool) -> Work:
+    """dk, dy, or both of one score_gradient."""
+    work = p.groups * score_gradient(p)
+    if to_tokens:
+        work += product(p, p.tiles * TILE, p.depth, p.references, (2, 1)) + token_rows(p)
+    if to_references:  # and sum_i E_ij, down the columns of both halves
+        work += product(p, p.chunks * TILE, p.depth, p.tiles * TILE, (2, 1))
+        work += per_pair(p, 4) + Work(shared=2 * NUMBER * pairs(p))
+    return work
