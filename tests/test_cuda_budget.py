@@ -6,11 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from conftest import Backend
+from emulator.device import Emulator
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "cuda"))
 
 import budget
 import counts
+import layout
 import model
 import sass
 from devices import A100, H100
@@ -307,3 +312,36 @@ def test_the_output_says_that_nothing_was_measured(
     printed = capsys.readouterr().out
     assert printed.startswith("Model, not measured on a GPU.")
     assert "| v3 | attention_forward_resident_kernel | 1 | 96 |" in printed
+
+
+def launched(backend: Backend, p: Problem) -> list[tuple[str, int, int]]:
+    """Kernel, blocks and shared memory of each launch of forward and backward."""
+    shape = (p.batch, p.heads, p.tokens, p.depth)
+    key, value = (torch.randn(shape).half().requires_grad_() for _ in range(2))
+    reference = torch.randn(p.heads, p.references, p.depth).half().requires_grad_()
+    emulator = Emulator(backend.module.__file__)
+    emulator.clear_launches()
+    output = backend.set_attention(None, key, value, reference, iterations=p.steps)
+    output.backward(torch.randn_like(output))
+    launches = emulator.launches()
+    names = sass.short_names({launch.kernel for launch in launches})
+    return [(names[x.kernel].split("<")[0], x.grid[0], x.shared_bytes) for x in launches]
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        Problem(1, 2, tokens=70, depth=20, references=5, steps=2),  # resident
+        Problem(1, 1, tokens=740, depth=16, references=7, steps=2),  # one tile of references
+        Problem(1, 1, tokens=520, depth=72, references=70, steps=2),  # several of all
+    ],
+)
+def test_the_model_launches_what_the_backend_launches(backend: Backend, p: Problem) -> None:
+    if not backend.emulated:
+        pytest.skip("only the emulated device keeps a list of launches")
+    expected = [
+        (launch.kernel, launch.blocks, layout.dynamic_shared(launch.kernel, p))
+        for launch in model.forward(p) + model.backward(p)
+        for _ in range(launch.times)
+    ]
+    assert sorted(launched(backend, p)) == sorted(expected)
