@@ -126,7 +126,7 @@ COUNTS = {
 
 
 def test_instructions_are_counted_by_opcode_and_not_where_they_never_run() -> None:
-    assert sass.parse_instructions(SASS) == {(90, COPY): COUNTS}
+    assert sass.parse_instructions(SASS.splitlines()) == {(90, COPY): COUNTS}
 
 
 def test_shared_memory_is_the_kernels_own_from_sm_90_on_too() -> None:
@@ -141,19 +141,24 @@ Resource usage:
  Function {COPY}:
   REG:10 STACK:0 SHARED:3072 LOCAL:0 CONSTANT[0]:548 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    assert sass.parse_resources(usage) == {(80, COPY): (12, 2048), (90, COPY): (10, 2048)}
+    assert sass.parse_resources(usage.splitlines()) == {
+        (80, COPY): (12, 2048),
+        (90, COPY): (10, 2048),
+    }
 
 
 def test_threads_are_those_of_the_launch_bounds() -> None:
-    sections = f"""{HEADER}
+    sections = f"""
     d   bc80     64  0  4   CUDA_INFO   40    3   18 .nv.info.{COPY}
+\tTool Name: ptxas
+\tTool Version: Cuda compilation tools, release 13.0, V13.0.88
 .nv.info.{COPY}
 \t<0x10>
 \tAttribute:\tEIATTR_MAX_THREADS
 \tFormat:\tEIFMT_SVAL
 \tValue:\t0x40 0x2 0x1
 """
-    assert sass.parse_threads(sections) == {(90, COPY): 128}
+    assert sass.parse_headers(sections.splitlines()) == ({COPY: 128}, "13.0.88")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Reads what nvcc made of the kernels: resources and instruction counts, by cuobjdump."""
 
+import os
 import re
 import shutil
 import subprocess
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,21 +47,23 @@ class Kernel:
 
 def read_kernels(file: Path, architectures: list[int] | None = None) -> list[Kernel]:
     """All kernels of an object or a shared library; by default of all its architectures."""
-    headers = _cuobjdump(file, "-elf")
-    release = re.search(r"Tool Version: .*\bV([\d.]+)", headers)
-    threads = parse_threads(headers)
     resources = parse_resources(_cuobjdump(file, "-res-usage"))
-    found = {arch for arch, _ in resources}
+    found = sorted({arch for arch, _ in resources})
+    if not found:
+        return []
+    # launch bounds and compiler are the same for every architecture
+    threads, ptxas = parse_headers(_cuobjdump(file, "-elf", "-arch", f"sm_{found[0]}"))
     counts: dict[tuple[int, str], dict[str, int]] = {}
-    for arch in found.intersection(architectures or found):
-        counts |= parse_instructions(_cuobjdump(file, "-sass", "-arch", f"sm_{arch}"))
+    for arch in found:
+        if not architectures or arch in architectures:
+            counts |= parse_instructions(_cuobjdump(file, "-sass", "-arch", f"sm_{arch}"))
     short = short_names({symbol for _, symbol in counts})
     return [
         Kernel(
             short[symbol],
             arch,
-            release[1] if release else "unknown",
-            threads.get((arch, symbol), 0),
+            ptxas,
+            threads.get(symbol, 0),
             *resources[arch, symbol],
             counts[arch, symbol],
         )
@@ -68,10 +71,10 @@ def read_kernels(file: Path, architectures: list[int] | None = None) -> list[Ker
     ]
 
 
-def parse_resources(text: str) -> dict[tuple[int, str], tuple[int, int]]:
+def parse_resources(lines: Iterable[str]) -> dict[tuple[int, str], tuple[int, int]]:
     """Of `cuobjdump -res-usage`: (arch, symbol) -> registers, static shared memory."""
     found = {}
-    for arch, line in _by_architecture(text):
+    for arch, line in _by_architecture(lines):
         if match := re.match(r"\s*Function (\S+):$", line):
             symbol = match[1]
         elif match := re.match(r"\s*REG:(\d+) .*?SHARED:(\d+) ", line):
@@ -81,25 +84,27 @@ def parse_resources(text: str) -> dict[tuple[int, str], tuple[int, int]]:
     return found
 
 
-def parse_threads(text: str) -> dict[tuple[int, str], int]:
-    """Of `cuobjdump -elf`: (arch, symbol) -> threads of the kernel's __launch_bounds__."""
-    found = {}
-    symbol = ""
-    lines = _by_architecture(text)
-    for arch, line in lines:
-        if match := re.match(r"\.nv\.info\.(\S+)$", line):
-            symbol = match[1]
+def parse_headers(lines: Iterable[str]) -> tuple[dict[str, int], str]:
+    """Of `cuobjdump -elf`: symbol -> threads of its __launch_bounds__, and the release of ptxas."""
+    threads = {}
+    symbol = release = ""
+    lines = iter(lines)
+    for line in lines:
+        if line.startswith(".nv.info."):
+            symbol = line.removeprefix(".nv.info.")
         elif "EIATTR_MAX_THREADS" in line:
             next(lines)  # the format
-            x, y, z = re.findall(r"0x[0-9a-f]+", next(lines)[1])
-            found[arch, symbol] = int(x, 16) * int(y, 16) * int(z, 16)
-    return found
+            x, y, z = re.findall(r"0x[0-9a-f]+", next(lines))
+            threads[symbol] = int(x, 16) * int(y, 16) * int(z, 16)
+        elif "Tool Version:" in line and not release:
+            release = line.rpartition("V")[2]
+    return threads, release
 
 
-def parse_instructions(text: str) -> dict[tuple[int, str], dict[str, int]]:
+def parse_instructions(lines: Iterable[str]) -> dict[tuple[int, str], dict[str, int]]:
     """Of `cuobjdump -sass`: (arch, symbol) -> how many of each column of INSTRUCTIONS."""
     opcodes: dict[tuple[int, str], Counter[str]] = {}
-    for arch, line in _by_architecture(text):
+    for arch, line in _by_architecture(lines):
         if match := re.match(r"\s*Function : (\S+)", line):
             counter = opcodes.setdefault((arch, match[1]), Counter())
         elif (match := INSTRUCTION.match(line)) and match["predicate"] not in NEVER:
@@ -134,26 +139,28 @@ def shorten(name: str) -> str:
     return name
 
 
-def _by_architecture(text: str) -> Iterator[tuple[int, str]]:
+def _by_architecture(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     arch = 0
-    for line in text.splitlines():
+    for line in lines:
         if match := re.match(r"arch = sm_(\d+)", line):
             arch = int(match[1])
         else:
             yield arch, line
 
 
-def _cuobjdump(file: Path, *options: str) -> str:
+def _cuobjdump(file: Path, *options: str) -> Iterator[str]:
     tool = find_tool("cuobjdump")
-    folder = str(Path(tool).parent)  # cuobjdump calls nvdisasm, which PyPI puts beside it
-    return subprocess.run(
-        [tool, *options, str(file)],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=True,
-        env={"PATH": f"{folder}:/usr/bin:/bin"},
-    ).stdout
+    # cuobjdump calls nvdisasm, which PyPI puts beside it
+    environment = os.environ | {"PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
+    command = [tool, *options, str(file)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield line.rstrip("\n")
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed with status {process.returncode}")
 
 
 def find_tool(name: str) -> str:
