@@ -1,6 +1,8 @@
 """From Python to the launch code: devices, streams, memory and errors."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.utils.dlpack import to_dlpack
 
 import setformer_ext
 from conftest import BACKENDS
+from emulator.device import Emulator
 from setformer_ext import _C, arguments, ops
 
 CUDA, CUDA_MANAGED, ROCM = 2, 13, 10  # DLPack's device types
@@ -60,17 +63,32 @@ def test_results_are_on_the_device_of_the_tensors() -> None:
 def test_work_goes_onto_the_current_stream_of_the_keys_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    current = [torch.device("cuda:0")]
+
+    @contextmanager
+    def made_current(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
     streams = {torch.device("cuda:0"): 0x50, torch.device("cuda:1"): 0x51}
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams[device])
     )
+    monkeypatch.setattr(torch.cuda, "device", made_current)
     monkeypatch.setattr(ops, "to_dlpack", lambda x: x)
     passed: dict[str, Any] = {}
+
+    def function(**arrays: Any) -> None:
+        passed.update(arrays, current=current[-1])
+
     with FakeTensorMode():
         key = torch.empty(1, 1, 9, 4, device="cuda:1")
-        ops._run(lambda **arrays: passed.update(arrays), {"key": key, "iterations": 3})
+        ops._run(function, {"key": key, "iterations": 3})
         memory = passed["workspace"](1000)
     assert passed["stream"] == 0x51
+    assert passed["current"] == key.device
+    assert current == [torch.device("cuda:0")]
     assert passed["key"] is key
     assert passed["iterations"] == 3
     assert (memory.device, memory.dtype, memory.shape) == (key.device, torch.uint8, (1000,))
@@ -103,8 +121,6 @@ def test_the_compiled_module_without_cuda_says_how_to_get_one() -> None:
 @pytest.fixture(scope="session")
 def emulated() -> ModuleType:
     """In which the host's memory is that of device 0."""
-    if "cuda-emulated" not in BACKENDS:
-        pytest.skip("no emulator")
     return BACKENDS["cuda-emulated"]().module
 
 
@@ -239,27 +255,6 @@ def test_owners_of_arrays_are_told_the_stream(emulated: ModuleType, stream: int,
     assert arrays["key"].streams == [told]
 
 
-class Launch(ctypes.Structure):
-    """A line of the emulated runtime's log."""
-
-    _fields_ = (
-        ("kernel", ctypes.c_char_p),
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint64),
-        ("stream", ctypes.c_void_p),
-        ("device", ctypes.c_int),
-        ("status", ctypes.c_int),
-    )
-
-
-def launches(runtime: ctypes.CDLL) -> list[Launch]:
-    log = [Launch() for _ in range(runtime.emulator_launch_count())]
-    for i, launch in enumerate(log):
-        runtime.emulator_launch(i, ctypes.byref(launch))
-    return log
-
-
 @pytest.mark.parametrize("tokens", [30, 900])
 @pytest.mark.parametrize("stream", [0, 0x1230])
 @pytest.mark.parametrize("device", [0, 1])
@@ -267,7 +262,7 @@ def test_every_launch_is_on_the_device_and_stream(
     emulated: ModuleType, device: int, stream: int, tokens: int
 ) -> None:
     """Forward, backward and plan; the current device is what it was before."""
-    runtime = ctypes.CDLL(emulated.__file__)
+    devices = Emulator(emulated.__file__)
     arrays = problem(tokens)
     plan = {"plan": torch.full((1, 2, tokens, 5), torch.nan)}
     solved = {n: x for n, x in arrays.items() if n not in ("value", "output", "pooled")}
@@ -276,14 +271,14 @@ def test_every_launch_is_on_the_device_and_stream(
         (emulated.set_attention_backward, arrays | gradients(arrays)),
         (emulated.transport_plan, solved | plan),
     ):
-        runtime.emulator_clear()
+        devices.clear_launches()
         function(**on(given, CUDA, device), stream=stream, workspace=bytes_on(CUDA, device))
-        log = launches(runtime)
+        log = devices.launches()
         assert log
         for launch in log:
-            found = launch.device, launch.stream or 0, launch.status
+            found = launch.device, launch.stream, launch.status
             assert found == (device, stream, 0), launch.kernel
-        assert runtime.emulator_get_device() == 0
+        assert devices.get_device() == 0
     # columns sum to the uniform mass of five references
     torch.testing.assert_close(plan["plan"].sum(2), torch.full((1, 2, 5), 0.2))
 
