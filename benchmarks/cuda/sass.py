@@ -17,6 +17,7 @@ INSTRUCTIONS = {
     "LDGSTS": re.compile(r"LDGSTS\."),  # cp.async
     "LDG.128": re.compile(r"LDG\..*\b128\b"),
     "LDG": re.compile(r"LDG\."),  # all widths
+    "LD": re.compile(r"LD\."),  # the compiler does not know of which memory
     "LDS": re.compile(r"LDS\b"),
     "MUFU": re.compile(r"MUFU\."),  # exp2, log2, reciprocal
     "FFMA": re.compile(r"FFMA\b|FFMA2\b"),
