@@ -2,6 +2,13 @@
 
 #include <cstdio>
 
+#include "race.h"
+#include "trace.h"
+
+// AddressSanitizer's runtime, where it is loaded: the first of these bytes that belongs to no
+// allocation, or null.
+extern "C" __attribute__((weak)) void* __asan_region_is_poisoned(void* start, size_t bytes);
+
 namespace emulator {
 
 namespace {
@@ -12,46 +19,108 @@ std::string hexadecimal(uint64_t value) {
   return text;
 }
 
+std::string of_bytes(const char* what, uint32_t bytes) {
+  return std::string(what) + " of " + std::to_string(bytes) + " bytes at ";
+}
+
+// Whether one array, or the dynamic part, holds all of the access.
+bool in_one_array(const Thread& thread, uint32_t offset, uint32_t bytes) {
+  const Kernel& kernel = *thread.launch.kernel;
+  if (offset >= kernel.dynamic_shared_offset) return true;
+  for (int i = 0; i < kernel.shared_array_count; ++i) {
+    const auto [start, size] = kernel.shared_arrays[i];
+    if (offset >= start && offset + bytes <= start + size) return true;
+  }
+  return false;
+}
+
+std::vector<uint32_t> barrier_participants[16];
+std::vector<std::vector<uint32_t>> warp_participants;
+
 }  // namespace
 
 void check_shared(Thread& thread, const Site& site, Access access, uint32_t offset,
                   uint32_t bytes) {
-  (void)access;
   if (offset % bytes) {
     fail(thread, site, kMisalignedAddress,
-         "misaligned access of " + std::to_string(bytes) + " bytes at shared memory byte " +
-             std::to_string(offset));
+         of_bytes("misaligned access", bytes) + "shared memory byte " + std::to_string(offset));
   }
-  if (uint64_t(offset) + bytes > thread.shared_bytes) {
+  if (uint64_t(offset) + bytes > thread.shared_bytes ||
+      (watching && !in_one_array(thread, offset, bytes))) {
     fail(thread, site, kIllegalAddress,
-         "access of " + std::to_string(bytes) + " bytes at shared memory byte " +
+         of_bytes("access beyond an array", bytes) + "shared memory byte " +
              std::to_string(offset) + " of " + std::to_string(thread.shared_bytes));
   }
+  if (options.race) race::shared_access(thread, site, access, offset, bytes);
+  if (options.trace) trace::access(thread, site, access, true, offset, bytes);
 }
 
 void check_global(Thread& thread, const Site& site, Access access, uint64_t address,
                   uint32_t bytes) {
-  (void)access;
   if (address % bytes) {
     fail(thread, site, kMisalignedAddress,
-         "misaligned access of " + std::to_string(bytes) + " bytes at " + hexadecimal(address));
+         of_bytes("misaligned access", bytes) + hexadecimal(address));
   }
   if (address < 65536) {
-    fail(thread, site, kIllegalAddress, "access at " + hexadecimal(address));
+    fail(thread, site, kIllegalAddress, of_bytes("access", bytes) + hexadecimal(address));
   }
+  if (options.address) {
+    if (!__asan_region_is_poisoned) {
+      fail(thread, site, kIllegalAddress,
+           "mode address needs AddressSanitizer's runtime: LD_PRELOAD=$(gcc "
+           "-print-file-name=libasan.so)");
+    }
+    if (__asan_region_is_poisoned(reinterpret_cast<void*>(address), bytes)) {
+      fail(thread, site, kIllegalAddress,
+           of_bytes("access beyond an allocation", bytes) + hexadecimal(address));
+    }
+  }
+  if (options.race) race::global_access(thread, site, access, address, bytes);
+  if (options.trace) trace::access(thread, site, access, false, address, bytes);
 }
 
 namespace checks {
 
-void launch_starts(const Launch&, uint8_t*) {}
-void launch_ends() {}
-void block_starts(const Thread&) {}
-void barrier_joined(const Thread&, uint32_t) {}
-void barrier_passed(uint32_t) {}
-void warp_joined(const Thread&) {}
-void warp_passed(const Thread&, uint32_t) {}
-void copy_issued(const Thread&, const Copy&) {}
-void copy_arrived(const Thread&, const Site&, const Copy&) {}
+void launch_starts(const Launch& launch, uint8_t*) {
+  if (options.race) race::launch_starts(launch);
+  if (options.trace) trace::launch_starts(launch);
+}
+void launch_ends() {
+  if (options.race) race::launch_ends();
+  if (options.trace) trace::launch_ends();
+}
+void block_starts(const Thread& first) {
+  if (options.race) race::block_starts(first);
+  if (options.trace) trace::block_starts();
+  for (auto& participants : barrier_participants) participants.clear();
+  warp_participants.assign(32, {});
+}
+void barrier_joined(const Thread& thread, uint32_t barrier) {
+  if (options.race) race::joined(thread, barrier_participants[barrier]);
+}
+void barrier_passed(uint32_t barrier) {
+  if (options.race) race::passed(barrier_participants[barrier]);
+  barrier_participants[barrier].clear();
+}
+void warp_joined(const Thread& thread) {
+  if (options.race) race::joined(thread, warp_participants[thread.warp]);
+}
+// Lanes of other masks may wait in the same warp: they stay.
+void warp_passed(const Thread& thread, uint32_t mask) {
+  if (!options.race) return;
+  std::vector<uint32_t> passing, waiting;
+  for (const uint32_t index : warp_participants[thread.warp]) {
+    (mask >> (index % 32) & 1 ? passing : waiting).push_back(index);
+  }
+  race::passed(passing);
+  warp_participants[thread.warp] = waiting;
+}
+void copy_issued(const Thread& thread, const Copy& copy) {
+  if (options.race) race::copy_issued(thread, copy);
+}
+void copy_arrived(const Thread& thread, const Site& site, const Copy& copy) {
+  if (options.race) race::copy_arrived(thread, site, copy);
+}
 
 }  // namespace checks
 }  // namespace emulator

@@ -10,6 +10,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <string_view>
 
 #include "checks.h"
 #include "fiber.h"
@@ -41,6 +42,7 @@ struct Fiber : Thread {
 struct Gathering {
   uint32_t mask, arrived;
   const Site* site;
+  Meeting meeting;
 };
 struct Warp {
   Thread* lanes[32];
@@ -55,7 +57,6 @@ struct Barrier {
 constexpr int kBarriers = 16;
 
 struct Machine {
-  const Launch* launch = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<uint32_t> order;
@@ -87,6 +88,13 @@ std::string where(const Thread& thread, const Site& site) {
                 thread.ctaid.y, thread.ctaid.z, thread.tid.x, thread.tid.y, thread.tid.z);
   return std::string(thread.launch.kernel->name) + ", " + text + ", " + site.file + ":" +
          std::to_string(site.line) + ": " + site.instruction;
+}
+
+// "shfl.sync.bfly.b32" of the whole instruction.
+std::string_view opcode(const Site& site) {
+  std::string_view text = site.instruction;
+  if (text[0] == '@') text.remove_prefix(text.find(' ') + 1);
+  return text.substr(0, text.find(' '));
 }
 
 uint32_t expected_at(const Barrier& barrier) {
@@ -135,8 +143,13 @@ void leave_warp(Fiber& fiber) {
   Warp& warp = machine.warps[fiber.warp];
   warp.exited |= 1u << fiber.lane;
   for (Gathering& gathering : warp.gatherings) {
-    if (gathering.arrived && ((gathering.arrived | warp.exited) & gathering.mask) == gathering.mask) {
+    if (!gathering.arrived || !(gathering.mask >> fiber.lane & 1)) continue;
+    if (gathering.meeting != Meeting::exited_may_miss) {
+      fail(fiber, *gathering.site, kLaunchFailure, "a lane left the kernel that others wait for");
+    }
+    if (((gathering.arrived | warp.exited) & gathering.mask) == gathering.mask) {
       release_warp(fiber, gathering.mask);
+      checks::warp_passed(fiber, gathering.mask);
     }
   }
 }
@@ -260,7 +273,6 @@ int run(const Kernel& kernel, Size3 grid, Size3 block, uint32_t dynamic_shared_b
   }
   const Launch launch{&kernel, grid, block, dynamic_shared_bytes, parameters};
   Machine& m = machine;
-  m.launch = &launch;
   m.error = 0;
   m.failed = false;
   m.random.seed(options.seed);
@@ -332,12 +344,12 @@ bool arrive_in_warp(Thread& thread, const Site& site, uint32_t mask, Meeting mee
     }
     if (candidate.mask == mask) gathering = &candidate;
   }
-  if (!gathering) gathering = &warp.gatherings.emplace_back(Gathering{mask, 0, nullptr});
+  if (!gathering) gathering = &warp.gatherings.emplace_back(Gathering{mask, 0, nullptr, meeting});
   if (gathering->arrived == 0) {
     gathering->site = &site;
+    gathering->meeting = meeting;
   } else if (gathering->site != &site &&
-             (meeting == Meeting::aligned ||
-              std::strcmp(gathering->site->instruction, site.instruction) != 0)) {
+             (meeting == Meeting::aligned || opcode(*gathering->site) != opcode(site))) {
     fail(thread, site, kLaunchFailure,
          "divergent warp: other lanes wait at line " + std::to_string(gathering->site->line) +
              ": " + gathering->site->instruction);
