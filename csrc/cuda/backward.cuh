@@ -40,13 +40,20 @@ struct BackwardHead : Head<Storage> {
   Rows<Storage> output_gradients;  // [count, Dv]
   Rows<Storage> token_gradients;   // [count, D]
   Rows<Storage> value_gradients;   // [N, Dv]
-  const T* delta;                  // [count]
-  const T* pooled_gradient;        // [M, Dv] dA
-  const T* eta;                    // [M]
-  T* collection_scale;             // [M] 1 / sum_i C_ij: takes the rounding of exponents out of C
-  T* row_adjoints;                 // [max(T, 1), count] fhat^t, t = 1..T
-  T* column_adjoints;              // [T + 1, M] gbar^t, t = 0..T
-  T* mass_gradients;               // [count], optional
+  T* delta;                        // [count]
+  const T* given;                  // [M, Dv] what pooling is given, optional
+  int64_t given_row_stride, given_column_stride;
+  T* pooled_gradient;      // [M, Dv] dA
+  T* eta;                  // [M]
+  T* collection_scale;     // [M] 1 / sum_i C_ij: takes the rounding of exponents out of C
+  T* row_adjoints;         // [max(T, 1), count] fhat^t, t = 1..T
+  T* column_adjoints;      // [T + 1, M] gbar^t, t = 0..T
+  T* key_column_adjoints;  // those of the keys, whichever side this is
+  T* mass_gradients;       // [count], optional
+  T* scalars;              // [heads, splits, 2]
+  T* reference_gradients;  // [M, D]
+  T* epsilon_gradient;
+  T* bandwidth_gradient;  // optional
 
   // After select.
   __device__ void select_gradients(const BackwardParams& p, const BackwardWorkspace& parts,
@@ -72,6 +79,19 @@ struct BackwardHead : Head<Storage> {
     column_adjoints = workspace +
                       (of_queries ? parts.column_adjoints[1] : parts.column_adjoints[0]) +
                       head * (p.iterations + 1) * references;
+    scalars = workspace + parts.scalars;
+    key_column_adjoints =
+        workspace + parts.column_adjoints[0] + head * (p.iterations + 1) * references;
+    given = p.grad_pooled.data == nullptr
+                ? nullptr
+                : static_cast<const T*>(p.grad_pooled.data) + this->b * p.grad_pooled.stride[0] +
+                      this->h * p.grad_pooled.stride[1];
+    given_row_stride = p.grad_pooled.stride[2];
+    given_column_stride = p.grad_pooled.stride[3];
+    reference_gradients = static_cast<T*>(p.grad_reference.data) + head * references * p.depth;
+    epsilon_gradient = static_cast<T*>(p.grad_epsilon.data) + head;
+    bandwidth_gradient =
+        p.grad_bandwidth.data == nullptr ? nullptr : static_cast<T*>(p.grad_bandwidth.data) + head;
     mass_gradients = of_queries || p.grad_token_mass.data == nullptr
                          ? nullptr
                          : static_cast<T*>(p.grad_token_mass.data) + head * count;
@@ -87,7 +107,7 @@ struct BackwardHead : Head<Storage> {
 
 // delta_i = dO_i.O_i, a warp per token. A hidden token's gradient counts for nothing.
 template <class Storage>
-__device__ __noinline__ void output_product(Accumulate<Storage>* delta) {
+__device__ __forceinline__ void output_product() {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
@@ -103,14 +123,13 @@ __device__ __noinline__ void output_product(Accumulate<Storage>* delta) {
       }
     }
     sum = lanes_sum<32>(sum);
-    if (threadIdx.x % 32 == 0) delta[head.index * head.tokens.count + i] = sum;
+    if (threadIdx.x % 32 == 0) head.delta[i] = sum;
   }
 }
 
 // sum_i R_ij dO_i and, in the last column, sum_i R_ij delta_i: partial [heads, splits, M, Dv + 1].
 template <class Storage>
-__device__ __noinline__ void distribute_backward(int chunk, int group,
-                                                 Accumulate<Storage>* partial) {
+__device__ __forceinline__ void distribute_backward(int chunk, int group) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const ForwardParams& p = head.p;
   Scores<Storage> scores(head);
@@ -121,7 +140,7 @@ __device__ __noinline__ void distribute_backward(int chunk, int group,
   fill_terms<Storage>(p, potentials, -infinity<T>(),
                       [&](int64_t j) { return potential<Storage>(p, head, steps, j); });
   __syncthreads();
-  T* sums = partial + (head.index * head.splits + head.split) * p.references * (width + 1);
+  T* sums = head.partial + (head.index * head.splits + head.split) * p.references * (width + 1);
   pool<Storage>(
       head, scores, head.output_gradients, chunk, group,
       [&](int64_t tile, Accumulators<Storage>& s) {
@@ -143,43 +162,37 @@ __device__ __noinline__ void distribute_backward(int chunk, int group,
 
 // dA_j, eta_j and gbar^T_j of reference j from the sums of all blocks, by one warp. Where queries
 // receive the output, gbar^T is theirs and that of the keys is 0.
-template <class T>
-__device__ void finish_pooled_gradient(const BackwardParams& p, int64_t head, int64_t j,
-                                       int64_t splits, const T* partial, T* pooled_gradient, T* eta,
-                                       T* column_adjoint, T* query_column_adjoint) {
-  const int64_t width = p.value_depth, of_head = p.references * (width + 1);
-  const T* sums = partial + head * splits * of_head + j * (width + 1);
-  const T* pooled = static_cast<const T*>(p.pooled.data) + (head * p.references + j) * width;
-  const Tensor& given = p.grad_pooled;
-  const T* given_row = given.data == nullptr
-                           ? nullptr
-                           : static_cast<const T*>(given.data) + head / p.heads * given.stride[0] +
-                                 head % p.heads * given.stride[1] + j * given.stride[2];
+template <class Storage>
+__device__ __forceinline__ void finish_pooled_gradient(int64_t j, int64_t splits) {
+  using T = Accumulate<Storage>;
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const int64_t width = head.p.value_depth, of_split = head.p.references * (width + 1);
+  const T* sums = head.partial + head.index * splits * of_split + j * (width + 1);
+  const T* pooled = head.pooled + j * width;
   T distributed = 0, total = 0;
   for (int64_t c = threadIdx.x % 32; c < width; c += 32) {
     T sum = 0;
-    for (int64_t split = 0; split < splits; ++split) sum += sums[split * of_head + c];
+    for (int64_t split = 0; split < splits; ++split) sum += sums[split * of_split + c];
     distributed += sum * pooled[c];
-    if (given_row != nullptr) sum += given_row[c * given.stride[3]];
+    if (head.given != nullptr) {
+      sum += head.given[j * head.given_row_stride + c * head.given_column_stride];
+    }
     total += sum * pooled[c];
-    pooled_gradient[j * width + c] = sum;
+    head.pooled_gradient[j * width + c] = sum;
   }
   distributed = lanes_sum<32>(distributed);
   total = lanes_sum<32>(total);
   if (threadIdx.x % 32 != 0) return;
-  for (int64_t split = 0; split < splits; ++split) distributed -= sums[split * of_head + width];
-  eta[j] = total;
-  if (query_column_adjoint != nullptr) {
-    *query_column_adjoint = distributed;
-    distributed = T(0);
-  }
-  *column_adjoint = distributed;
+  for (int64_t split = 0; split < splits; ++split) distributed -= sums[split * of_split + width];
+  head.eta[j] = total;
+  head.key_column_adjoints[head.p.iterations * head.p.references + j] = T(0);
+  head.column_adjoint(head.p.iterations, j) = distributed;
 }
 
 // sum_i C_ij of the references of one chunk: partial [heads, splits, M], or the scale itself where
 // one block sees all tokens.
 template <class Storage>
-__device__ __noinline__ void normalize_collection(int chunk, Accumulate<Storage>* partial) {
+__device__ __forceinline__ void normalize_collection(int chunk) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const ForwardParams& p = head.p;
   Scores<Storage> scores(head);
@@ -209,7 +222,7 @@ __device__ __noinline__ void normalize_collection(int chunk, Accumulate<Storage>
     if (head.splits == 1) {
       head.collection_scale[j] = totals[column] == T(0) ? T(0) : T(1) / totals[column];
     } else {
-      partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
+      head.partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
     }
   }
   __syncthreads();
@@ -224,7 +237,7 @@ __device__ __forceinline__ T bounded(T exponent) {
 // fhat^t and, for t > 1, the sums that make gbar^{t-1}: partial [heads, splits, M]. Step T of the
 // keys is the one that collects: it also writes dv. t = 0 where T = 0.
 template <class Storage>
-__device__ __noinline__ void sinkhorn_step_backward(int64_t t, Accumulate<Storage>* partial) {
+__device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const ForwardParams& p = head.p;
   Scores<Storage> scores(head);
@@ -406,7 +419,7 @@ __device__ __noinline__ void sinkhorn_step_backward(int64_t t, Accumulate<Storag
         if (head.splits == 1) {
           head.column_adjoint(t - 1, j) = -totals[column];
         } else {
-          partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
+          head.partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
         }
       }
     }
@@ -442,15 +455,34 @@ __device__ __forceinline__ Accumulate<Storage> store_token_gradient(
   return key_sum;
 }
 
+// What steps top, top - 1, ... need of the references of a chunk, three rows [kRows] a step:
+// -columns^t, gbar^t and g^{t-1}.
+template <class Storage>
+__device__ void load_steps(const ForwardParams& p, const BackwardHead<Storage>& head, int chunk,
+                           int64_t top, int count, const Accumulate<Storage>* scales,
+                           Accumulate<Storage>* terms) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+#pragma unroll 1
+  for (int at = int(threadIdx.x); at < count * S::kRows; at += S::kThreads) {
+    const int64_t t = top - at / S::kRows, j = int64_t(chunk) * S::kRows + at % S::kRows;
+    T* to = terms + at / S::kRows * 3 * S::kRows + at % S::kRows;
+    const bool inside = j < p.references;
+    to[0] = inside ? collection_term(head.column(t, j)) : -infinity<T>();
+    to[S::kRows] =
+        inside ? head.column_adjoint(t, j) * (t == p.iterations ? scales[j] : T(1)) : T(0);
+    to[2 * S::kRows] = inside ? potential<Storage>(p, head, t - 1, j) : -infinity<T>();
+  }
+}
+
 // ds through the similarity. Where `to_references`, the block takes one chunk of references and one
 // group of columns and leaves sum_i E_ij k_i and, in the last column, sum_i E_ij in
 // partial [heads, splits, M, D + 1]. Where `to_tokens`, it takes all references and writes dk, and
 // sum_ij ds_ij s_ij log2(e) and sum_i k_i.dk_i in scalars [heads, splits, 2]. A head of a single
 // chunk and group does both at once.
 template <class Storage>
-__device__ __noinline__ void gradient(bool to_tokens, bool to_references, int own_chunk,
-                                      int own_group, Accumulate<Storage>* partial,
-                                      Accumulate<Storage>* scalars) {
+__device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int own_chunk,
+                                         int own_group) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const ForwardParams& p = head.p;
   Scores<Storage> scores(head);
@@ -475,6 +507,8 @@ __device__ __noinline__ void gradient(bool to_tokens, bool to_references, int ow
                       [&](int64_t j) { return collection_term(head.column(steps, j)); });
   fill_terms<Storage>(p, scales, T(0),
                       [&](int64_t j) { return head.collects ? head.collection_scale[j] : T(1); });
+  T* etas = scales + padded;
+  fill_terms<Storage>(p, etas, T(0), [&](int64_t j) { return head.eta[j]; });
   __syncthreads();
 
   const Formed<Storage> e_tile{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
@@ -484,6 +518,8 @@ __device__ __noinline__ void gradient(bool to_tokens, bool to_references, int ow
   Storage* row_tile = reinterpret_cast<Storage*>(shared_memory + head.layout.rows);
   const Plain<Storage> staged{row_tile, S::kDepth + S::kPerVector};
   const Lane lane;
+  T* step_terms = head.numbers() + head.layout.steps();
+  bool steps_loaded = false;
   T product_sum = 0, key_sum = 0;  // sum_ij ds_ij s_ij, sum_i k_i.dk_i
   for (int group = first_group; group < last_group; ++group) {
     const int first_column = group * S::kGroup * S::kDepth;
@@ -514,23 +550,8 @@ __device__ __noinline__ void gradient(bool to_tokens, bool to_references, int ow
         for (int of_values = 0; of_values < 2; ++of_values) {
           if (!(of_values ? head.collects : head.distributes)) continue;
           const Rows<Storage>& source = of_values ? head.values : head.output_gradients;
-          Accumulators<Storage> products;
-          clear(products);
-          for (int part = 0; part < value_parts; ++part) {
-            stage_rows(source, tile * S::kRows, part * S::kDepth, row_tile, staged.pitch);
-            commit_copies();
-            const T unit = load_operand<Storage>(
-                operand, of_values ? head.pooled_gradient : head.pooled, int64_t(at), p.references,
-                part * S::kDepth, int(p.value_depth), static_cast<const T*>(nullptr), scratch);
-            wait_for_copies<0>();
-            __syncthreads();
-            multiply_scaled<false, false, Storage>(
-                products, staged, 16 * lane.warp, operand,
-                padded_depth<Storage>(int(p.value_depth), part * S::kDepth), scores.columns(chunk),
-                unit);
-            __syncthreads();
-          }
-          T offsets[2], row_terms[2];
+          T unit = 1;
+          T offsets[2], deltas[2] = {T(0), T(0)};
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int64_t i = rows.token[half];
@@ -538,76 +559,116 @@ __device__ __noinline__ void gradient(bool to_tokens, bool to_references, int ow
               offsets[half] = log_mass[half] - head.row(steps - 1, i);
             } else {
               offsets[half] = head.tokens.valid(i) ? -head.row(steps, i) : -infinity<T>();
-              row_terms[half] = i < head.tokens.count ? head.delta[i] : T(0);
+              deltas[half] = i < head.tokens.count ? head.delta[i] : T(0);
             }
           }
+          // Half of the references at a time: the accumulators beside would leave too few
+          // registers.
+          constexpr int kBlocks = S::kRows / 16;
 #pragma unroll
-          for (int n = 0; n < S::kRows / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int column = at + 8 * n + lane.column + e % 2;
-              const T exponent = s[n][e] + (of_values ? terms : potentials)[column];
-              T plan = power_of_two(exponent + offsets[e / 2]);
-              T subtracted = row_terms[e / 2];
-              if (of_values) {
-                plan *= scales[column];
-                subtracted = column < p.references ? head.eta[column] : T(0);
+          for (int side = 0; side < 2; ++side) {
+            const int columns = scores.columns(chunk) - side * 8 * kBlocks;
+            if (columns <= 0) break;
+            T products[kBlocks][4];
+            clear(products);
+            for (int part = 0; part < value_parts; ++part) {
+              if (side == 0 || value_parts > 1) {
+                __syncthreads();
+                stage_rows(source, tile * S::kRows, part * S::kDepth, row_tile, staged.pitch);
+                commit_copies();
+                unit = load_operand<Storage>(
+                    operand, of_values ? head.pooled_gradient : head.pooled, int64_t(at),
+                    p.references, part * S::kDepth, int(p.value_depth),
+                    static_cast<const T*>(nullptr), scratch);
+                wait_for_copies<0>();
+                __syncthreads();
               }
-              ds[n][e] += plan * (products[n][e] - subtracted);
+              const Formed<Storage> rows_of_side{operand.data + side * 8 * kBlocks * operand.pitch,
+                                                 operand.pitch};
+              multiply_scaled<false, false, Storage>(
+                  products, staged, 16 * lane.warp, rows_of_side,
+                  padded_depth<Storage>(int(p.value_depth), part * S::kDepth), columns, unit);
+            }
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int block = side * kBlocks + n;
+                const int column = at + 8 * block + lane.column + e % 2;
+                const T exponent = s[block][e] + (of_values ? terms : potentials)[column];
+                const T plan = power_of_two(exponent + offsets[e / 2]);
+                ds[block][e] += of_values ? plan * scales[column] * (products[n][e] - etas[column])
+                                          : plan * (products[n][e] - deltas[e / 2]);
+              }
             }
           }
         }
         // - C^t gbar^t - R^{t-1} a fhat^t
-        for (int64_t t = steps; t >= 1; --t) {
-          T collected[2], distributed[2], flows[2];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int64_t i = rows.token[half];
-            distributed[half] = head.row(t - 1, i);
-            collected[half] = log_mass[half] - distributed[half];
-            flows[half] = log_mass[half] == -infinity<T>()
-                              ? T(0)
-                              : head.row_adjoint(t, i) * power_of_two(log_mass[half]);
+        for (int64_t top = steps; top >= 1; top -= head.layout.steps_at_once) {
+          const int at_once = head.layout.steps_at_once;
+          const int count = int(top < at_once ? top : at_once);
+          if (!steps_loaded) {
+            __syncthreads();
+            load_steps(p, head, chunk, top, count, scales, step_terms);
+            __syncthreads();
+            steps_loaded = steps == count && last - first == 1;
           }
+#pragma unroll 1
+          for (int u = 0; u < count; ++u) {
+            const int64_t t = top - u;
+            const T* column_terms = step_terms + u * 3 * S::kRows + lane.column;
+            T collected[2], distributed[2], flows[2];
 #pragma unroll
-          for (int n = 0; n < S::kRows / 8; ++n) {
+            for (int half = 0; half < 2; ++half) {
+              const int64_t i = rows.token[half];
+              distributed[half] = head.row(t - 1, i);
+              collected[half] = log_mass[half] - distributed[half];
+              flows[half] = log_mass[half] == -infinity<T>()
+                                ? T(0)
+                                : head.row_adjoint(t, i) * power_of_two(log_mass[half]);
+            }
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const int64_t j = at + 8 * n + lane.column + c;
-              if (j >= p.references) continue;
-              const T column_term = collection_term(head.column(t, j));
-              T adjoint = head.column_adjoint(t, j);
-              if (t == steps) adjoint *= scales[j];
-              const T potential_term = potential<Storage>(p, head, t - 1, j);
+            for (int n = 0; n < S::kRows / 8; ++n) {
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const T x = s[n][2 * half + c];
-                ds[n][2 * half + c] -=
-                    power_of_two(x + collected[half] + column_term) * adjoint +
-                    power_of_two(x + potential_term - distributed[half]) * flows[half];
+              for (int e = 0; e < 4; ++e) {
+                const T* terms_of = column_terms + 8 * n + e % 2;
+                ds[n][e] -=
+                    power_of_two(s[n][e] + collected[e / 2] + terms_of[0]) * terms_of[S::kRows] +
+                    power_of_two(s[n][e] - distributed[e / 2] + terms_of[2 * S::kRows]) *
+                        flows[e / 2];
               }
             }
           }
         }
-        // E, in place of ds
+        // E, in place of ds; what lies beyond the last reference has no part in anything
+        if (at + S::kRows > p.references) {
+          for_each<Storage>(ds, [&](int, int column, T& x) {
+            if (at + column >= p.references) x = T(0);
+          });
+        }
+        if (group == first_group) {
+#pragma unroll
+          for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) product_sum += ds[n][e] * s[n][e];
+          }
+        }
+        const T factor =
+            head.gaussian ? T(kLn2) / (head.bandwidth * head.bandwidth) : T(1) / head.epsilon;
         T largest = 0;
 #pragma unroll
         for (int n = 0; n < S::kRows / 8; ++n) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int column = 8 * n + lane.column + e % 2;
-            // what lies beyond the last reference has no part in anything
-            if (at + column >= p.references) ds[n][e] = T(0);
-            if (group == first_group) product_sum += ds[n][e] * s[n][e];
-            if (head.gaussian) {
-              ds[n][e] *= s[n][e] * (T(kLn2) / (head.bandwidth * head.bandwidth));
-            } else {
-              ds[n][e] *= scores.weight(rows.token[e / 2], chunk, column) / head.epsilon;
-            }
-            row_sums[e / 2] += ds[n][e];
-            largest = maximum(largest, ds[n][e] < T(0) ? -ds[n][e] : ds[n][e]);
-          }
+          for (int e = 0; e < 4; ++e) ds[n][e] *= head.gaussian ? s[n][e] * factor : factor;
         }
+        if (!head.gaussian) {
+          scores.for_each_axis(tile, chunk, ds,
+                               [](T& x, T exponent) { x *= power_of_two(exponent); });
+        }
+        for_each<Storage>(ds, [&](int half, int, T& x) {
+          row_sums[half] += x;
+          largest = maximum(largest, x < T(0) ? -x : x);
+        });
         T scale = 1;
         if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
           scale = fitting_scale<Storage>(block_maximum<Storage>(largest, scratch));
@@ -676,7 +737,7 @@ __device__ __noinline__ void gradient(bool to_tokens, bool to_references, int ow
       }
     }
     if (to_references) {
-      T* to = partial + (head.index * head.splits + head.split) * p.references * (p.depth + 1);
+      T* to = head.partial + (head.index * head.splits + head.split) * p.references * (p.depth + 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t j = int64_t(first) * S::kRows + 16 * lane.warp + lane.row + 8 * half;
@@ -705,8 +766,8 @@ __device__ __noinline__ void gradient(bool to_tokens, bool to_references, int ow
   product_sum = block_sum<Storage>(product_sum, scratch);
   key_sum = block_sum<Storage>(key_sum, scratch);
   if (threadIdx.x == 0) {
-    scalars[(head.index * head.splits + head.split) * 2] = product_sum;
-    scalars[(head.index * head.splits + head.split) * 2 + 1] = key_sum;
+    head.scalars[(head.index * head.splits + head.split) * 2] = product_sum;
+    head.scalars[(head.index * head.splits + head.split) * 2 + 1] = key_sum;
   }
 }
 
@@ -715,16 +776,14 @@ __device__ __noinline__ void gradient(bool to_tokens, bool to_references, int ow
 // bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /
 // bandwidth.
 template <class Storage>
-__device__ __forceinline__ void finish_gradient(const BackwardParams& p,
-                                                const Accumulate<Storage>* partial,
-                                                const Accumulate<Storage>* scalars, bool accumulate,
-                                                Accumulate<Storage>* scratch) {
+__device__ __forceinline__ void finish_gradient(bool accumulate) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const ForwardParams& p = head.p;
+  T* scratch = head.numbers() + head.layout.sums();
   const int64_t depth = p.depth, of_split = p.references * (depth + 1);
-  const T* sums = partial + head.index * head.splits * of_split;
-  T* gradients = static_cast<T*>(p.grad_reference.data) + head.index * p.references * depth;
+  const T* sums = head.partial + head.index * head.splits * of_split;
   const Rows<Storage>& references = head.references;
   T reference_sum = 0;
   for (int64_t at = threadIdx.x; at < p.references * depth; at += S::kThreads) {
@@ -740,22 +799,21 @@ __device__ __forceinline__ void finish_gradient(const BackwardParams& p,
       sum -= y * total;
       reference_sum += y * sum;
     }
-    gradients[at] = accumulate ? gradients[at] + sum : sum;
+    T& gradient = head.reference_gradients[at];
+    gradient = accumulate ? gradient + sum : sum;
   }
   reference_sum = block_sum<Storage>(reference_sum, scratch);
   if (threadIdx.x != 0) return;
   T product_sum = 0, key_sum = 0;
   for (int64_t split = 0; split < head.splits; ++split) {
-    product_sum += scalars[(head.index * head.splits + split) * 2];
-    key_sum += scalars[(head.index * head.splits + split) * 2 + 1];
+    product_sum += head.scalars[(head.index * head.splits + split) * 2];
+    key_sum += head.scalars[(head.index * head.splits + split) * 2 + 1];
   }
-  T* epsilon = static_cast<T*>(p.grad_epsilon.data) + head.index;
   const T by_epsilon = -product_sum * T(kLn2) / head.epsilon;
-  *epsilon = accumulate ? *epsilon + by_epsilon : by_epsilon;
-  if (p.grad_bandwidth.data == nullptr) return;
-  T* bandwidth = static_cast<T*>(p.grad_bandwidth.data) + head.index;
+  *head.epsilon_gradient = accumulate ? *head.epsilon_gradient + by_epsilon : by_epsilon;
+  if (head.bandwidth_gradient == nullptr) return;
   const T by_bandwidth = head.gaussian ? -(key_sum + reference_sum) / head.bandwidth : T(0);
-  *bandwidth = accumulate ? *bandwidth + by_bandwidth : by_bandwidth;
+  *head.bandwidth_gradient = accumulate ? *head.bandwidth_gradient + by_bandwidth : by_bandwidth;
 }
 
 // dmass_j = sum_t gbar^t_j / mass_j over the steps of both sides: masses enter only as their

@@ -13,14 +13,15 @@ struct SelectBackward {
   const BackwardWorkspace& parts;
   Accumulate<Storage>* workspace;
   bool of_queries;
+  int needs;
   bool resident = false;
   __device__ void operator()(int64_t index, int64_t split) const {
     BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
     if (threadIdx.x == 0) {
       if (of_queries) {
-        head.select(p, queries_of(p), resident, index, split);
+        head.select(p, queries_of(p), needs, resident, index, split, workspace + parts.partial);
       } else {
-        head.select(p, keys_of(p), resident, index, split);
+        head.select(p, keys_of(p), needs, resident, index, split, workspace + parts.partial);
       }
       head.select_gradients(p, parts, workspace, of_queries);
     }
@@ -31,9 +32,14 @@ struct SelectBackward {
   }
 };
 
+// The step of the keys that collects multiplies as distribution does.
+__host__ __device__ inline int step_needs(const ForwardParams& p, bool of_queries, int64_t t) {
+  return !of_queries && t == p.iterations ? kDistributes : kScoresOnly;
+}
+
 // A head whose references are one tile, and its columns one group, is done in one go.
 template <class Storage>
-__host__ __device__ inline bool gradient_in_one(const BackwardParams& p) {
+__host__ __device__ inline bool gradient_in_one(const ForwardParams& p) {
   using S = Shape<Storage>;
   return p.references <= S::kRows && p.depth <= S::kGroup * S::kDepth;
 }
@@ -42,9 +48,8 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     output_product_kernel(const BackwardParams p, const BackwardWorkspace parts,
                           Accumulate<Storage>* const workspace) {
-  const SelectBackward<Storage> select{p, parts, workspace, p.cross};
-  for_each_work(p, select.splits(), 1, select,
-                [&](int64_t) { output_product<Storage>(workspace + parts.delta); });
+  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kScoresOnly};
+  for_each_work(p, select.splits(), 1, select, [&](int64_t) { output_product<Storage>(); });
 }
 
 template <class Storage>
@@ -52,23 +57,20 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     distribute_backward_kernel(const BackwardParams p, const BackwardWorkspace parts,
                                Accumulate<Storage>* const workspace) {
   using S = Shape<Storage>;
-  const SelectBackward<Storage> select{p, parts, workspace, p.cross};
+  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kPools};
   const int64_t groups = divide_up(p.value_depth, S::kGroup * S::kDepth);
-  for_each_work(p, select.splits(), groups * divide_up(p.references, S::kRows), select,
-                [&](int64_t part) {
-                  distribute_backward<Storage>(int(part / groups), int(part % groups),
-                                               workspace + parts.partial);
-                });
+  for_each_work(
+      p, select.splits(), groups * divide_up(p.references, S::kRows), select,
+      [&](int64_t part) { distribute_backward<Storage>(int(part / groups), int(part % groups)); });
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     normalize_collection_kernel(const BackwardParams p, const BackwardWorkspace parts,
                                 Accumulate<Storage>* const workspace) {
-  const SelectBackward<Storage> select{p, parts, workspace, false};
-  for_each_work(
-      p, select.splits(), divide_up(p.references, Shape<Storage>::kRows), select,
-      [&](int64_t chunk) { normalize_collection<Storage>(int(chunk), workspace + parts.partial); });
+  const SelectBackward<Storage> select{p, parts, workspace, false, kScoresOnly};
+  for_each_work(p, select.splits(), divide_up(p.references, Shape<Storage>::kRows), select,
+                [&](int64_t chunk) { normalize_collection<Storage>(int(chunk)); });
 }
 
 template <class Storage>
@@ -76,9 +78,10 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     sinkhorn_step_backward_kernel(const BackwardParams p, const BackwardWorkspace parts,
                                   Accumulate<Storage>* const workspace, const bool of_queries,
                                   const int64_t t) {
-  const SelectBackward<Storage> select{p, parts, workspace, of_queries};
+  const SelectBackward<Storage> select{p, parts, workspace, of_queries,
+                                       step_needs(p, of_queries, t)};
   for_each_work(p, select.splits(), 1, select,
-                [&](int64_t) { sinkhorn_step_backward<Storage>(t, workspace + parts.partial); });
+                [&](int64_t) { sinkhorn_step_backward<Storage>(t); });
 }
 
 template <class Storage>
@@ -87,33 +90,26 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
                     Accumulate<Storage>* const workspace, const bool of_queries,
                     const bool to_tokens, const bool to_references) {
   using S = Shape<Storage>;
-  const SelectBackward<Storage> select{p, parts, workspace, of_queries};
+  const SelectBackward<Storage> select{p, parts, workspace, of_queries, kDifferentiates};
   const int64_t groups = divide_up(p.depth, S::kGroup * S::kDepth);
   for_each_work(p, select.splits(), to_references ? groups * divide_up(p.references, S::kRows) : 1,
                 select, [&](int64_t part) {
                   gradient<Storage>(to_tokens, to_references, int(part / groups),
-                                    int(part % groups), workspace + parts.partial,
-                                    workspace + parts.scalars);
+                                    int(part % groups));
                 });
 }
 
 // dA, eta and gbar^T: a warp per reference.
-template <class T>
-__global__ void __launch_bounds__(kMergeThreads)
+template <class Storage>
+__global__ void __launch_bounds__(Shape<Storage>::kThreads)
     merge_pooled_gradient_kernel(const BackwardParams p, const BackwardWorkspace parts,
-                                 T* const workspace, const int64_t splits) {
-  constexpr int kWarps = kMergeThreads / 32;
-  const int64_t heads = p.batch * p.heads, references = p.references;
-  for (int64_t at = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; at < heads * references;
-       at += int64_t(gridDim.x) * kWarps) {
-    const int64_t head = at / references, j = at % references;
-    const int64_t adjoint = (head * (p.iterations + 1) + p.iterations) * references + j;
-    finish_pooled_gradient<T>(p, head, j, splits, workspace + parts.partial,
-                              workspace + parts.pooled_gradient + head * references * p.value_depth,
-                              workspace + parts.eta + head * references,
-                              workspace + parts.column_adjoints[0] + adjoint,
-                              p.cross ? workspace + parts.column_adjoints[1] + adjoint : nullptr);
-  }
+                                 Accumulate<Storage>* const workspace, const int64_t splits) {
+  constexpr int kWarps = Shape<Storage>::kWarps;
+  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kScoresOnly};
+  for_each_work(p, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
+    const int64_t j = group * kWarps + threadIdx.x / 32;
+    if (j < p.references) finish_pooled_gradient<Storage>(j, splits);
+  });
 }
 
 // The sums of all blocks that share a head, in the order of their tokens: -sum as gbar^t, or 1 /
@@ -138,13 +134,11 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads)
     merge_gradient_kernel(const BackwardParams p, const BackwardWorkspace parts,
                           Accumulate<Storage>* const workspace, const bool of_queries) {
-  __shared__ Accumulate<Storage> scratch[Shape<Storage>::kWarps];
-  const SelectBackward<Storage> select{p, parts, workspace, of_queries};
+  const SelectBackward<Storage> select{p, parts, workspace, of_queries, kScoresOnly};
   for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
     __syncthreads();
     select(index, 0);
-    finish_gradient<Storage>(p, workspace + parts.partial, workspace + parts.scalars, of_queries,
-                             scratch);
+    finish_gradient<Storage>(of_queries);
   }
 }
 
@@ -158,71 +152,91 @@ __global__ void __launch_bounds__(kMergeThreads)
   }
 }
 
-// All of a small head: first through the distribution, then each side's steps and gradient.
+// The parts of backward of a resident head.
+template <class Storage>
+__device__ __forceinline__ void resident_distribution() {
+  using S = Shape<Storage>;
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const int groups = int(divide_up(head.p.value_depth, S::kGroup * S::kDepth));
+  if (head.distributes) {
+    output_product<Storage>();
+    __syncthreads();
+    for (int part = 0; part < head.layout.chunks * groups; ++part) {
+      distribute_backward<Storage>(part / groups, part % groups);
+    }
+  }
+  __syncthreads();
+  for (int j = int(threadIdx.x) / 32; j < head.p.references; j += S::kWarps) {
+    finish_pooled_gradient<Storage>(j, head.distributes ? 1 : 0);
+  }
+}
+
+template <class Storage>
+__device__ __forceinline__ void resident_steps() {
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  for (int chunk = 0; head.collects && chunk < head.layout.chunks; ++chunk) {
+    normalize_collection<Storage>(chunk);
+  }
+  const int64_t last = head.p.iterations > 0 || !head.collects ? 1 : 0;
+  for (int64_t t = head.p.iterations; t >= last; --t) sinkhorn_step_backward<Storage>(t);
+}
+
+template <class Storage>
+__device__ __forceinline__ void resident_gradient() {
+  using S = Shape<Storage>;
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  const int groups = int(divide_up(head.p.depth, S::kGroup * S::kDepth));
+  // one call alone, for it is inlined
+  const bool in_one = gradient_in_one<Storage>(head.p);
+  const int rounds = in_one ? 1 : 1 + head.layout.chunks * groups;
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const int part = round > 0 ? round - 1 : 0;
+    gradient<Storage>(round == 0, in_one || round > 0, part / groups, part % groups);
+    __syncthreads();
+  }
+  finish_gradient<Storage>(!head.collects);
+}
+
+// All of a small head, in two launches: one for the adjoints, first through the distribution, then
+// through each side's steps; and one for the gradients, for in one kernel both would not find
+// registers for all that each keeps.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     attention_backward_resident_kernel(const BackwardParams p, const BackwardWorkspace parts,
                                        Accumulate<Storage>* const workspace) {
-  using S = Shape<Storage>;
-  using T = Accumulate<Storage>;
-  const int chunks = int(divide_up(p.references, S::kRows));
-  const int value_groups = int(divide_up(p.value_depth, S::kGroup * S::kDepth));
-  const int groups = int(divide_up(p.depth, S::kGroup * S::kDepth));
-  const int64_t references = p.references;
   for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
-    const int64_t adjoints = index * (p.iterations + 1) * references;
+#pragma unroll 1
     for (int phase = 0; phase < (p.cross ? 3 : 2); ++phase) {
-      const SelectBackward<Storage> select{p, parts, workspace, p.cross && phase != 1, true};
       __syncthreads();
-      select(index, 0);
-      const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
-      Scores<Storage>(head).load_all();
+      SelectBackward<Storage>{p, parts, workspace, p.cross && phase != 1, kDistributes, true}(index,
+                                                                                              0);
+      load_resident<Storage>();
       if (phase == 0) {
-        if (head.distributes) {
-          output_product<Storage>(workspace + parts.delta);
-          __syncthreads();
-          for (int part = 0; part < chunks * value_groups; ++part) {
-            distribute_backward<Storage>(part / value_groups, part % value_groups,
-                                         workspace + parts.partial);
-          }
-        }
-        __syncthreads();
-        for (int64_t j = threadIdx.x / 32; j < references; j += S::kWarps) {
-          T* adjoint = workspace + parts.column_adjoints[0] + adjoints + p.iterations * references;
-          T* of_queries =
-              workspace + parts.column_adjoints[1] + adjoints + p.iterations * references;
-          finish_pooled_gradient<T>(
-              p, index, j, head.distributes ? 1 : 0, workspace + parts.partial,
-              workspace + parts.pooled_gradient + index * references * p.value_depth,
-              workspace + parts.eta + index * references, adjoint + j,
-              p.cross ? of_queries + j : nullptr);
-        }
-        continue;
+        resident_distribution<Storage>();
+      } else {
+        resident_steps<Storage>();
       }
-      if (head.collects) {
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-          normalize_collection<Storage>(chunk, static_cast<T*>(nullptr));
-        }
-      }
-      for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
-        if (t > 0 || head.collects) {
-          sinkhorn_step_backward<Storage>(t, static_cast<T*>(nullptr));
-        }
-      }
-      const bool in_one = gradient_in_one<Storage>(p);
-      const int rounds = in_one ? 1 : 1 + chunks * groups;
-      for (int round = 0; round < rounds; ++round) {
-        const int part = in_one || round == 0 ? 0 : round - 1;
-        gradient<Storage>(round == 0, in_one || round > 0, part / groups, part % groups,
-                          workspace + parts.partial, workspace + parts.scalars);
-        __syncthreads();
-      }
-      finish_gradient<Storage>(p, workspace + parts.partial, workspace + parts.scalars,
-                               select.of_queries, head.numbers() + head.layout.sums());
+    }
+  }
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
+    gradient_resident_kernel(const BackwardParams p, const BackwardWorkspace parts,
+                             Accumulate<Storage>* const workspace) {
+  for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
+#pragma unroll 1
+    for (int of_queries = 0; of_queries <= int(p.cross); ++of_queries) {
+      __syncthreads();
+      SelectBackward<Storage>{p, parts, workspace, of_queries != 0, kDifferentiates, true}(index,
+                                                                                           0);
+      load_resident<Storage>();
+      resident_gradient<Storage>();
     }
     __syncthreads();
     if (p.grad_reference_mass.data != nullptr) {
-      for (int64_t j = threadIdx.x; j < references; j += S::kThreads) {
+      for (int64_t j = threadIdx.x; j < p.references; j += Shape<Storage>::kThreads) {
         store_reference_mass_gradient(p, index, j, workspace + parts.column_adjoints[0],
                                       p.cross ? workspace + parts.column_adjoints[1] : nullptr);
       }
@@ -260,13 +274,13 @@ BackwardWorkspace Kernels<Storage>::backward_workspace(const BackwardParams& p) 
 // The steps of one side and the gradient of its tokens, references, bandwidth and epsilon.
 template <class Storage>
 void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& parts,
-                          Accumulate<Storage>* workspace, bool of_queries, int64_t bytes,
-                          Stream& stream) {
+                          Accumulate<Storage>* workspace, bool of_queries, Stream& stream) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads, references = p.references;
   const Splits<Storage> splits((of_queries ? queries_of(p) : keys_of(p)).count);
   const int64_t chunks = divide_up(references, S::kRows);
+  const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
   const T* partial = workspace + parts.partial;
   const auto merge_sums = [&](T* results, int64_t results_of_head, bool inverse) {
     if (splits.count == 1) return;
@@ -276,13 +290,14 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
   };
   if (!of_queries) {
     launch(stream, "normalize_collection_kernel", normalize_collection_kernel<Storage>,
-           heads * splits.count * chunks, S::kThreads, bytes, p, parts, workspace);
+           heads * splits.count * chunks, S::kThreads, bytes(kScoresOnly), p, parts, workspace);
     merge_sums(workspace + parts.collection_scale, references, true);
   }
   for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
     if (t == 0 && of_queries) break;
     launch(stream, "sinkhorn_step_backward_kernel", sinkhorn_step_backward_kernel<Storage>,
-           heads * splits.count, S::kThreads, bytes, p, parts, workspace, of_queries, t);
+           heads * splits.count, S::kThreads, bytes(step_needs(p, of_queries, t)), p, parts,
+           workspace, of_queries, t);
     if (t > 1) {
       merge_sums(workspace + parts.column_adjoints[of_queries] + (t - 1) * references,
                  (p.iterations + 1) * references, false);
@@ -291,14 +306,14 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
   const bool in_one = gradient_in_one<Storage>(p);
   const int64_t groups = divide_up(p.depth, S::kGroup * S::kDepth);
   launch(stream, "gradient_kernel", gradient_kernel<Storage>, heads * splits.count, S::kThreads,
-         bytes, p, parts, workspace, of_queries, true, in_one);
+         bytes(kDifferentiates), p, parts, workspace, of_queries, true, in_one);
   if (!in_one) {
     launch(stream, "gradient_kernel", gradient_kernel<Storage>,
-           heads * splits.count * chunks * groups, S::kThreads, bytes, p, parts, workspace,
-           of_queries, false, true);
+           heads * splits.count * chunks * groups, S::kThreads, bytes(kDifferentiates), p, parts,
+           workspace, of_queries, false, true);
   }
   launch(stream, "merge_gradient_kernel", merge_gradient_kernel<Storage>, heads, S::kThreads,
-         kHeadBytes<Storage>, p, parts, workspace, of_queries);
+         bytes(kScoresOnly), p, parts, workspace, of_queries);
 }
 
 template <class Storage>
@@ -308,29 +323,34 @@ void Kernels<Storage>::backward(const BackwardParams& p, void* memory, Stream& s
   const BackwardWorkspace parts = backward_workspace(p);
   T* workspace = static_cast<T*>(memory);
   const int64_t heads = p.batch * p.heads, references = p.references;
-  if (fits_one_block<Storage>(p, stream)) {
+  if (fits_one_block<Storage>(p, kDifferentiates, stream)) {
     const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
+    const auto bytes = [&](int needs) {
+      return Layout<Storage>(p, needs, true, tokens, stream.stages).total;
+    };
     launch(stream, "attention_backward_resident_kernel",
-           attention_backward_resident_kernel<Storage>, heads, S::kThreads,
-           Layout<Storage>(p, true, tokens, stream.stages).total, p, parts, workspace);
+           attention_backward_resident_kernel<Storage>, heads, S::kThreads, bytes(kDistributes), p,
+           parts, workspace);
+    launch(stream, "gradient_resident_kernel", gradient_resident_kernel<Storage>, heads,
+           S::kThreads, bytes(kDifferentiates), p, parts, workspace);
     return;
   }
-  const int64_t bytes = Layout<Storage>(p, false, 0, stream.stages).total;
+  const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
   const Splits<Storage> splits(receivers_of(p).count);
   const bool distributes = p.distribute && p.grad_output.data != nullptr;
   if (distributes) {
     launch(stream, "output_product_kernel", output_product_kernel<Storage>, heads * splits.count,
-           S::kThreads, kHeadBytes<Storage>, p, parts, workspace);
+           S::kThreads, bytes(kScoresOnly), p, parts, workspace);
     launch(stream, "distribute_backward_kernel", distribute_backward_kernel<Storage>,
            heads * splits.count * divide_up(references, S::kRows) *
                divide_up(p.value_depth, S::kGroup * S::kDepth),
-           S::kThreads, bytes, p, parts, workspace);
+           S::kThreads, bytes(kPools), p, parts, workspace);
   }
-  launch(stream, "merge_pooled_gradient_kernel", merge_pooled_gradient_kernel<T>,
-         divide_up(heads * references, kMergeThreads / 32), kMergeThreads, 0, p, parts, workspace,
-         distributes ? splits.count : 0);
-  launch_side_backward<Storage>(p, parts, workspace, false, bytes, stream);
-  if (p.cross) launch_side_backward<Storage>(p, parts, workspace, true, bytes, stream);
+  launch(stream, "merge_pooled_gradient_kernel", merge_pooled_gradient_kernel<Storage>,
+         heads * divide_up(references, S::kWarps), S::kThreads, bytes(kScoresOnly), p, parts,
+         workspace, distributes ? splits.count : 0);
+  launch_side_backward<Storage>(p, parts, workspace, false, stream);
+  if (p.cross) launch_side_backward<Storage>(p, parts, workspace, true, stream);
   if (p.grad_reference_mass.data != nullptr) {
     launch(stream, "reference_mass_gradient_kernel", reference_mass_gradient_kernel<T>,
            divide_up(heads * references, kMergeThreads), kMergeThreads, 0, p,

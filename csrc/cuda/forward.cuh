@@ -84,7 +84,7 @@ __device__ __forceinline__ void form_distribution(const Head<Storage>& head, int
 // rows^{t-1} and columns^t of step t, 1 <= t <= T; columns^0 where T = 0. A head that several
 // blocks share leaves its states in partial [heads, splits, 2, M].
 template <class Storage>
-__device__ __noinline__ void sinkhorn_step(int64_t t, Accumulate<Storage>* partial) {
+__device__ __forceinline__ void sinkhorn_step(int64_t t) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
   const ForwardParams& p = head.p;
   Scores<Storage> scores(head);
@@ -143,7 +143,7 @@ __device__ __noinline__ void sinkhorn_step(int64_t t, Accumulate<Storage>* parti
         if (head.splits == 1) {
           head.column(t, j) = state.logarithm();
         } else {
-          T* to = partial + (head.index * head.splits + head.split) * 2 * p.references;
+          T* to = head.partial + (head.index * head.splits + head.split) * 2 * p.references;
           to[j] = state.largest;
           to[p.references + j] = state.sum;
         }
@@ -175,10 +175,14 @@ __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage>&
   const int first_column = group * S::kGroup * S::kDepth;
   if (head.first_tile < head.last_tile) scores.begin(head.first_tile, chunk);
   for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
-    stage_rows(rows, tile * S::kRows, first_column, row_tile, operand.pitch);
-    commit_copies();
+    const auto stage = [&] {
+      stage_rows(rows, tile * S::kRows, first_column, row_tile, operand.pitch);
+      commit_copies();
+    };
+    if (!head.layout.lean) stage();
     Accumulators<Storage> s;
     scores.compute(tile, chunk, tile + 1 < head.last_tile ? tile + 1 : -1, chunk, s);
+    if (head.layout.lean) stage();
     form(tile, s);
     add(tile, s, weights);
     store_accumulators<Storage>(s, plan, S::kPlanScale);
@@ -229,7 +233,7 @@ __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage>&
 // by sum_i C_ij: that is 1 but for the rounding of exponents, which this takes out. Several blocks
 // leave their sums in partial [heads, splits, M, Dv + 1], of which the last column is sum_i C_ij.
 template <class Storage>
-__device__ __noinline__ void collect(int chunk, int group, Accumulate<Storage>* partial) {
+__device__ __forceinline__ void collect(int chunk, int group) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
   const ForwardParams& p = head.p;
   Scores<Storage> scores(head);
@@ -241,7 +245,7 @@ __device__ __noinline__ void collect(int chunk, int group, Accumulate<Storage>* 
                       [&](int64_t j) { return collection_term(head.column(steps, j)); });
   __syncthreads();
   const bool alone = head.splits == 1;
-  T* sums = partial + (head.index * head.splits + head.split) * p.references * (width + 1);
+  T* sums = head.partial + (head.index * head.splits + head.split) * p.references * (width + 1);
   pool<Storage>(
       head, scores, head.values, chunk, group,
       [&](int64_t tile, Accumulators<Storage>& s) {
@@ -264,7 +268,7 @@ __device__ __noinline__ void collect(int chunk, int group, Accumulate<Storage>* 
 
 // O_i = sum_j R_ij A_j, and rows^T.
 template <class Storage>
-__device__ __noinline__ void distribute() {
+__device__ __forceinline__ void distribute() {
   const Head<Storage>& head = shared_head<Head<Storage>>();
   const ForwardParams& p = head.p;
   Scores<Storage> scores(head);
@@ -325,7 +329,7 @@ __device__ __noinline__ void distribute() {
             unit = load_operand<Storage>(
                 operand, head.pooled, int64_t(chunk) * S::kRows, p.references, part * S::kDepth,
                 int(p.value_depth), static_cast<const T*>(nullptr), numbers + head.layout.sums());
-            loaded = single && parts == 1;
+            loaded = single && parts == 1 && !head.layout.lean;
             __syncthreads();
           } else {
             __syncwarp();

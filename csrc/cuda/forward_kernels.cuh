@@ -11,8 +11,9 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     sinkhorn_step_kernel(const ForwardParams p, const Side side, const int64_t t,
                          Accumulate<Storage>* const partial) {
-  for_each_work(p, Splits<Storage>(side.count).count, 1, Select<Storage>{p, side},
-                [&](int64_t) { sinkhorn_step<Storage>(t, partial); });
+  for_each_work(p, Splits<Storage>(side.count).count, 1,
+                Select<Storage>{p, side, kScoresOnly, partial},
+                [&](int64_t) { sinkhorn_step<Storage>(t); });
 }
 
 template <class Storage>
@@ -21,15 +22,14 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   using S = Shape<Storage>;
   const int64_t groups = divide_up(p.value_depth, S::kGroup * S::kDepth);
   for_each_work(p, Splits<Storage>(p.tokens).count, groups * divide_up(p.references, S::kRows),
-                Select<Storage>{p, keys_of(p)}, [&](int64_t part) {
-                  collect<Storage>(int(part / groups), int(part % groups), partial);
-                });
+                Select<Storage>{p, keys_of(p), kPools, partial},
+                [&](int64_t part) { collect<Storage>(int(part / groups), int(part % groups)); });
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     distribute_kernel(const ForwardParams p) {
-  const Select<Storage> select{p, receivers_of(p)};
+  const Select<Storage> select{p, receivers_of(p), kDistributes};
   for_each_work(p, Splits<Storage>(select.side.count).count, 1, select,
                 [&](int64_t) { distribute<Storage>(); });
 }
@@ -44,13 +44,14 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
     for (int of_queries = 0; of_queries <= int(p.cross && p.distribute); ++of_queries) {
       __syncthreads();
-      Select<Storage>{p, of_queries ? queries_of(p) : keys_of(p), true}(index, 0);
-      Scores<Storage>(shared_head<Head<Storage>>()).load_all();
+      Select<Storage>{p, of_queries ? queries_of(p) : keys_of(p), kDistributes, nullptr, true}(
+          index, 0);
+      load_resident<Storage>();
       for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
-        sinkhorn_step<Storage>(t, nullptr);
+        sinkhorn_step<Storage>(t);
       }
       for (int part = 0; !of_queries && part < chunks * groups; ++part) {
-        collect<Storage>(part / groups, part % groups, nullptr);
+        collect<Storage>(part / groups, part % groups);
       }
       if (p.distribute && bool(of_queries) == p.cross) distribute<Storage>();
     }
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     transport_plan_kernel(const PlanParams p) {
-  for_each_work(p, Splits<Storage>(p.tokens).count, 1, Select<Storage>{p, keys_of(p)},
+  for_each_work(p, Splits<Storage>(p.tokens).count, 1, Select<Storage>{p, keys_of(p), kScoresOnly},
                 [&](int64_t) { plan<Storage>(p.plan); });
 }
 
@@ -112,7 +113,7 @@ void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>*
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads, references = p.references;
   const Splits<Storage> splits(side.count);
-  const int64_t bytes = Layout<Storage>(p, false, 0, stream.stages).total;
+  const int64_t bytes = streaming_bytes<Storage>(p, kScoresOnly, stream);
   for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
     launch(stream, "sinkhorn_step_kernel", sinkhorn_step_kernel<Storage>, heads * splits.count,
            S::kThreads, bytes, p, side, t, partial);
@@ -142,19 +143,19 @@ void Kernels<Storage>::forward(const ForwardParams& p, void* workspace, Stream& 
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
   T* partial = static_cast<T*>(workspace);
-  if (fits_one_block<Storage>(p, stream)) {
+  if (fits_one_block<Storage>(p, kDistributes, stream)) {
     const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
     launch(stream, "attention_forward_resident_kernel", attention_forward_resident_kernel<Storage>,
-           heads, S::kThreads, Layout<Storage>(p, true, tokens, stream.stages).total, p);
+           heads, S::kThreads, Layout<Storage>(p, kDistributes, true, tokens, stream.stages).total,
+           p);
     return;
   }
-  const int64_t bytes = Layout<Storage>(p, false, 0, stream.stages).total;
   const Splits<Storage> splits(p.tokens);
   launch_solve<Storage>(p, keys_of(p), partial, stream);
   launch(stream, "collect_kernel", collect_kernel<Storage>,
          heads * splits.count * divide_up(p.value_depth, S::kGroup * S::kDepth) *
              divide_up(p.references, S::kRows),
-         S::kThreads, bytes, p, partial);
+         S::kThreads, streaming_bytes<Storage>(p, kPools, stream), p, partial);
   if (splits.count > 1) {
     launch(stream, "merge_pooled_kernel", merge_pooled_kernel<T>,
            divide_up(heads * p.references * p.value_depth, kMergeThreads), kMergeThreads, 0, heads,
@@ -164,14 +165,15 @@ void Kernels<Storage>::forward(const ForwardParams& p, void* workspace, Stream& 
   if (!p.distribute) return;
   if (p.cross) launch_solve<Storage>(p, queries_of(p), partial, stream);
   launch(stream, "distribute_kernel", distribute_kernel<Storage>,
-         heads * Splits<Storage>(receivers_of(p).count).count, S::kThreads, bytes, p);
+         heads * Splits<Storage>(receivers_of(p).count).count, S::kThreads,
+         streaming_bytes<Storage>(p, kDistributes, stream), p);
 }
 
 template <class Storage>
 void Kernels<Storage>::plan(const PlanParams& p, Stream& stream) {
   launch(stream, "transport_plan_kernel", transport_plan_kernel<Storage>,
          p.batch * p.heads * Splits<Storage>(p.tokens).count, Shape<Storage>::kThreads,
-         Layout<Storage>(p, false, 0, stream.stages).total, p);
+         streaming_bytes<Storage>(p, kScoresOnly, stream), p);
 }
 
 }  // namespace setformer::cuda

@@ -29,13 +29,18 @@ void launch(Stream& stream, const char* name, Kernel kernel, int64_t blocks, int
 // Whether one block can hold each side's keys: from the shape alone, for devices that give a block
 // 96 KiB (all but sm_75).
 template <class Storage>
-bool fits_one_block(const ForwardParams& p, const Stream& stream) {
+bool fits_one_block(const ForwardParams& p, int needs, const Stream& stream) {
   constexpr int64_t kMost = 96 * 1024;
   const int64_t most = stream.resident_bytes < kMost ? stream.resident_bytes : kMost;
   const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
   // first the room for a bare key, so that no size overflows in Layout
   if (tokens > kMost) return false;
-  return Layout<Storage>(p, true, tokens, stream.stages).total <= most;
+  return Layout<Storage>(p, needs, true, tokens, stream.stages).total <= most;
+}
+
+template <class Storage>
+int64_t streaming_bytes(const ForwardParams& p, int needs, const Stream& stream) {
+  return Layout<Storage>(p, needs, false, 0, stream.stages).total;
 }
 
 // Puts a head of one side into shared memory; for all threads of a block.
@@ -43,10 +48,12 @@ template <class Storage>
 struct Select {
   const ForwardParams& p;
   Side side;
+  int needs;
+  Accumulate<Storage>* partial = nullptr;
   bool resident = false;
   __device__ void operator()(int64_t index, int64_t split) const {
     Head<Storage>& head = shared_head<Head<Storage>>();
-    if (threadIdx.x == 0) head.select(p, side, resident, index, split);
+    if (threadIdx.x == 0) head.select(p, side, needs, resident, index, split, partial);
     head.find_center();
   }
 };

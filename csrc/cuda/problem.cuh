@@ -59,39 +59,73 @@ template <class Storage>
 inline constexpr int kHeadBytes =
     2304 + (kIsHalf<Storage> ? 0 : kMostDepth * int(sizeof(Accumulate<Storage>)));
 
+// What a pass keeps in shared memory beside the tiles that scores are formed of.
+enum Needs : int {
+  kScoresOnly = 0,
+  kNeedsRows = 1,     // a tile of values, or of the gradients of outputs
+  kNeedsPlan = 2,     // a tile of a plan
+  kNeedsOperand = 4,  // a tile of A or dA
+  kNeedsSteps = 8,    // what several steps know of a tile of references
+  kPools = kNeedsRows | kNeedsPlan,
+  kDistributes = kPools | kNeedsOperand,
+  kDifferentiates = kDistributes | kNeedsSteps,
+};
+
 // A block's shared memory, in bytes from its start: the Head, then tiles of keys and references:
 // where `resident`, all of one head's; else the references once if they are a single tile, and what
-// kStages needs.
+// `stages` needs. Devices with one stage have 64 KiB a block: streaming passes are `lean` there,
+// that is rows take the place of keys, and operands that of references, once scores are formed.
 template <class Storage>
 struct Layout {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
-  bool resident;       // the head's keys and references are all in shared memory
+
+  bool resident, lean;
   int chunks, depths;  // tiles that the references, and that one row, are cut into
-  int pitch, tile_bytes;
+  int pitch, tile_bytes, reference_bytes;
   int key_slots, reference_slots;
+  int steps_at_once;
   int references, rows, plan, operand, numbers, total;
 
   Layout() = default;
-  __host__ __device__ Layout(const ForwardParams& p, bool resident, int64_t tokens, int stages)
-      : resident(resident) {
+  __host__ __device__ Layout(const ForwardParams& p, int needs, bool resident, int64_t tokens,
+                             int stages)
+      : resident(resident), lean(!resident && stages == 1) {
+    constexpr int kRowsBytes = S::kRows * (S::kDepth + S::kPerVector) * int(sizeof(Storage));
+    constexpr int kPlanBytes = S::kRows * S::kWidePitch * int(sizeof(T));
+    constexpr int kOperandBytes = S::kRows * S::kDeepPitch * int(sizeof(T));
     chunks = int(divide_up(p.references, S::kRows));
     depths = int(divide_up(p.depth, S::kDepth));
     const int width = depths > 1 ? S::kDepth : int(divide_up(p.depth, 16) * 16);
     pitch = width + S::kPerVector;
     tile_bytes = S::kRows * pitch * int(sizeof(Storage));
+    reference_bytes = tile_bytes;
+    if (lean && (needs & kNeedsOperand)) reference_bytes = kOperandBytes;
+    if (lean && (needs & kNeedsRows)) tile_bytes = kRowsBytes;
     key_slots = resident ? int(divide_up(tokens, S::kRows)) * depths : stages;
-    reference_slots = resident ? chunks * depths : chunks * depths == 1 ? 1 : stages;
+    reference_slots = resident ? chunks * depths : lean ? 1 : chunks * depths == 1 ? 1 : stages;
+    steps_at_once = needs & kNeedsSteps ? (stages == 1 ? 2 : 8) : 0;
     references = kHeadBytes<Storage> + key_slots * tile_bytes;
-    rows = references + reference_slots * tile_bytes;
-    plan = rows + S::kRows * (S::kDepth + S::kPerVector) * int(sizeof(Storage));
-    operand = plan + S::kRows * S::kWidePitch * int(sizeof(T));
-    numbers = operand + S::kRows * S::kDeepPitch * int(sizeof(T));
+    int end = references + reference_slots * reference_bytes;
+    const auto take = [&](int bytes) {
+      end += bytes;
+      return end - bytes;
+    };
+    plan = needs & kNeedsPlan ? take(kPlanBytes) : 0;
+    rows = lean ? kHeadBytes<Storage> : needs & kNeedsRows ? take(kRowsBytes) : 0;
+    operand = lean ? references : needs & kNeedsOperand ? take(kOperandBytes) : 0;
+    numbers = end;
     total = numbers + count_numbers() * int(sizeof(T));
   }
 
+  // The references are a single tile that stays.
+  __host__ __device__ bool one_reference_tile() const {
+    return !lean && !resident && chunks * depths == 1;
+  }
+
   // Norms of keys and references (two tiles' worth each, or all of the resident ones), positions of
-  // two tiles of references, sums of the warps, and three values for each reference.
+  // two tiles of references, sums of the warps, four values for each reference, and three
+  // for those of one tile in each of some steps.
   __host__ __device__ int key_norms() const { return 0; }
   __host__ __device__ int reference_norms() const {
     return key_norms() + (resident ? key_slots / depths : 2) * S::kRows;
@@ -103,7 +137,8 @@ struct Layout {
     return positions() + (resident ? chunks : 2) * 3 * S::kRows;
   }
   __host__ __device__ int terms() const { return sums() + 2 * S::kWarps * S::kRows; }
-  __host__ __device__ int count_numbers() const { return terms() + 3 * chunks * S::kRows; }
+  __host__ __device__ int steps() const { return terms() + 4 * chunks * S::kRows; }
+  __host__ __device__ int count_numbers() const { return steps() + 3 * steps_at_once * S::kRows; }
 };
 
 extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -133,16 +168,18 @@ struct Head {
   T* rows;     // [T + 1, count]
   T* columns;  // [max(T, 1), M]
   T* pooled;   // [M, Dv]
+  T* partial;  // what blocks that share a head leave for merging: [heads, splits, ...]
   T epsilon, bandwidth, scale, position_scale;
   bool gaussian, has_positions;
   T center[kIsHalf<Storage> ? 1 : kMostDepth];  // see finish_rows
 
   // To be called by one thread.
-  __device__ void select(const ForwardParams& params, const Side& side, bool resident, int64_t head,
-                         int64_t part) {
+  __device__ void select(const ForwardParams& params, const Side& side, int needs, bool resident,
+                         int64_t head, int64_t part, T* sums) {
+    partial = sums;
     const Splits<Storage> parts(side.count, resident);
     p = params;
-    layout = Layout<Storage>(p, resident, side.count, kStages);
+    layout = Layout<Storage>(p, needs, resident, side.count, kStages);
     index = head;
     b = head / p.heads;
     h = head % p.heads;

@@ -111,12 +111,11 @@ class Scores {
         if (kStages == 2) slot_ ^= 1;
       }
     }
-    transform(tile, key_norms(key_set), reference_norms(reference_set),
-              head_.numbers() + head_.layout.positions() + reference_set * 3 * S::kRows, scores);
+    transform(tile, chunk, key_norms(key_set), reference_norms(reference_set), scores);
   }
 
-  // Whether the tiles of keys and references that compute() used last are whole rows.
-  __device__ bool whole_rows() const { return depths() == 1; }
+  // Whether compute() left whole rows of the keys and references it used last.
+  __device__ bool whole_rows() const { return depths() == 1 && !head_.layout.lean; }
   __device__ Plain<Storage> last_keys(int64_t tile) const {
     return {keys(head_.layout.resident ? int(tile) : held_), head_.layout.pitch};
   }
@@ -150,23 +149,47 @@ class Scores {
     __syncthreads();
   }
 
-  // w_ij of a token and a reference (linear kernel: S = <k, y> w).
-  __device__ T weight(int64_t token, int chunk, int column) const {
-    if (!head_.has_positions || token >= head_.tokens.count) return T(1);
+  // Calls visit(accumulator, log2 of the axis' factor of w_ij) for each accumulator and axis.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_axis(int64_t tile, int chunk,
+                                                Accumulators<Storage>& accumulators,
+                                                Visit visit) const {
+    if (!head_.has_positions) return;
+    const Lane lane;
     const int set = head_.layout.resident ? chunk : one_reference_tile() ? 0 : parity_;
-    return power_of_two(position_exponent(
-        token, column, head_.numbers() + head_.layout.positions() + set * 3 * S::kRows));
+    const T* positions = head_.numbers() + head_.layout.positions() + set * 3 * S::kRows;
+    const int64_t token = tile * S::kRows + 16 * lane.warp + lane.row;
+#pragma unroll 1
+    for (int axis = 0; axis < int(p_.position_depth); ++axis) {
+      T own[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t i = token + 8 * half;
+        own[half] = i < head_.tokens.count
+                        ? head_.positions[i * head_.position_stride + axis * head_.axis_stride]
+                        : T(0);
+      }
+#pragma unroll
+      for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const T difference =
+              own[e / 2] - positions[axis * S::kRows + 8 * n + lane.column + e % 2];
+          visit(accumulators[n][e], difference * difference * head_.position_scale);
+        }
+      }
+    }
   }
 
  private:
-  __device__ bool one_reference_tile() const { return head_.layout.reference_slots == 1; }
+  __device__ bool one_reference_tile() const { return head_.layout.one_reference_tile(); }
   __device__ Storage* keys(int slot) const {
     return reinterpret_cast<Storage*>(shared_memory + kHeadBytes<Storage> +
                                       int64_t(slot) * head_.layout.tile_bytes);
   }
   __device__ Storage* reference_tile(int slot) const {
     return reinterpret_cast<Storage*>(shared_memory + head_.layout.references +
-                                      int64_t(slot) * head_.layout.tile_bytes);
+                                      int64_t(slot) * head_.layout.reference_bytes);
   }
   __device__ T* key_norms(int set) const {
     return head_.numbers() + head_.layout.key_norms() + set * S::kRows;
@@ -218,44 +241,37 @@ class Scores {
     }
   }
 
-  // log2 w_ij = -|p_i - r_j|^2 log2(e) / position_bandwidth^2
-  __device__ T position_exponent(int64_t token, int column, const T* positions) const {
-    const T* own = head_.positions + token * head_.position_stride;
-    T square = 0;
-    for (int axis = 0; axis < int(p_.position_depth); ++axis) {
-      const T difference = own[axis * head_.axis_stride] - positions[axis * S::kRows + column];
-      square += difference * difference;
+  // From the products k.y to the scores.
+  __device__ __forceinline__ void transform(int64_t tile, int chunk, const T* key_norms,
+                                            const T* reference_norms,
+                                            Accumulators<Storage>& scores) const {
+    const Lane lane;
+    if (!head_.gaussian) {
+      for_each_score(scores, [&](int, int, T& score) { score *= head_.scale; });
+      for_each_axis(tile, chunk, scores,
+                    [](T& score, T exponent) { score *= power_of_two(exponent); });
+      return;
     }
-    return square * head_.position_scale;
+    const T c = T(kLog2E) / (T(2) * head_.bandwidth * head_.bandwidth);
+    const T norms[2] = {key_norms[16 * lane.warp + lane.row],
+                        key_norms[16 * lane.warp + lane.row + 8]};
+    for_each_score(scores, [&](int half, int column, T& score) {
+      // Rounding may leave a distance just below 0; a NaN stays one.
+      const T distance = norms[half] + reference_norms[column] - T(2) * score;
+      score = distance < T(0) ? T(0) : -c * distance;
+    });
+    for_each_axis(tile, chunk, scores, [](T& score, T exponent) { score += exponent; });
+    for_each_score(scores, [&](int, int, T& score) { score = head_.scale * power_of_two(score); });
   }
 
-  // From the products k.y to the scores.
-  __device__ void transform(int64_t tile, const T* key_norms, const T* reference_norms,
-                            const T* positions, Accumulators<Storage>& scores) const {
+  template <class Visit>
+  __device__ static __forceinline__ void for_each_score(Accumulators<Storage>& scores,
+                                                        Visit visit) {
     const Lane lane;
-    const T c = T(kLog2E) / (T(2) * head_.bandwidth * head_.bandwidth);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = 16 * lane.warp + lane.row + 8 * half;
-      const int64_t token = tile * S::kRows + row;
-      const bool placed = head_.has_positions && token < head_.tokens.count;
-      const T norm = head_.gaussian ? key_norms[row] : T(0);
+    for (int n = 0; n < S::kRows / 8; ++n) {
 #pragma unroll
-      for (int n = 0; n < S::kRows / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * n + lane.column + e;
-          T& score = scores[n][2 * half + e];
-          const T exponent = placed ? position_exponent(token, column, positions) : T(0);
-          if (head_.gaussian) {
-            // Rounding may leave a distance just below 0; a NaN stays one.
-            const T distance = norm + reference_norms[column] - T(2) * score;
-            score = head_.scale * power_of_two((distance < T(0) ? T(0) : -c * distance) + exponent);
-          } else {
-            score *= placed ? head_.scale * power_of_two(exponent) : head_.scale;
-          }
-        }
-      }
+      for (int e = 0; e < 4; ++e) visit(e / 2, 8 * n + lane.column + e % 2, scores[n][e]);
     }
   }
 
@@ -264,5 +280,10 @@ class Scores {
   bool staged_references_ = false, fresh_ = true;
   int slot_ = 0, parity_ = 0, held_ = 0;
 };
+
+template <class Storage>
+__device__ __forceinline__ void load_resident() {
+  Scores<Storage>(shared_head<Head<Storage>>()).load_all();
+}
 
 }  // namespace setformer::cuda

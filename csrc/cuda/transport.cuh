@@ -243,7 +243,7 @@ __device__ Accumulate<Storage> load_operand(const Formed<Storage>& tile,
   using T = Accumulate<Storage>;
   const int padded = padded_depth<Storage>(width, first_column);
   const auto each = [&](auto visit) {
-#pragma unroll 2
+#pragma unroll 1
     for (int at = int(threadIdx.x); at < S::kRows * S::kDepth; at += S::kThreads) {
       const int row = at / S::kDepth, column = at % S::kDepth;
       if (column >= padded) continue;
