@@ -1,11 +1,13 @@
 """The same bits every time, for any number of threads, and no more threads than torch was told."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from conftest import Backend
+from emulator.device import Emulator
 from fresh import fresh
 from problems import Arguments, output_gradient, random_problem, run
 
@@ -34,21 +36,34 @@ def results(backend: Backend, arguments: Arguments) -> dict[str, torch.Tensor]:
 SHORT = {"one long head": 1300, "three long heads": 601, "cross": 500, "linear": 701}
 
 
+def ways_to_run(backend: Backend) -> Iterator[str]:
+    """Sets in turn what must not change a bit, and names it."""
+    if backend.emulated:
+        device = Emulator(str(backend.module.__file__))
+        for seed, order in enumerate(("forward", "reverse", "random", "random")):
+            with device.configured(order, seed):
+                yield f"threads and blocks in {order} order, seed {seed}"
+    elif backend.on_cuda:
+        yield from ("a second run", "a third run")
+    else:
+        for threads in (1, 2, 2, 4):
+            torch.set_num_threads(threads)
+            yield f"{threads} threads"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", PROBLEMS)
 def test_bitwise_the_same(backend: Backend, options: str, dtype: torch.dtype) -> None:
-    """Forward and backward, from run to run and for 1, 2 and 4 threads."""
+    """Forward and backward, from run to run, for any number of threads, in any order of them."""
     sizes = PROBLEMS[options]
     if backend.emulated:
         sizes = sizes | {"N": SHORT.get(options, sizes["N"]), "M": min(sizes["M"], 129)}
     arguments = random_problem(1, dtype=dtype, device=backend.device, **sizes)
     torch.set_num_threads(1)
     expected = results(backend, arguments)
-    # the CPU's threads count on the CPU alone; elsewhere only another run can differ
-    for threads in (1,) if backend.on_cuda else (1, 2, 2, 4):
-        torch.set_num_threads(threads)
+    for way in ways_to_run(backend):
         for name, x in results(backend, arguments).items():
-            assert torch.equal(x, expected[name]), f"{name} with {threads} threads"
+            assert torch.equal(x, expected[name]), f"{name} with {way}"
 
 
 def test_calls_from_several_python_threads(backend: Backend) -> None:
