@@ -45,15 +45,15 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                "r"(bytes)
                : "memory");
 #else
-  Vector16 vector{};
   if (bytes == 16) {
-    vector = *static_cast<const Vector16*>(global);
-  } else {
-    for (int word = 0; word < bytes / 2; ++word) {  // storage types are of 2 bytes or more
-      reinterpret_cast<uint16_t*>(&vector)[word] = static_cast<const uint16_t*>(global)[word];
-    }
+    *static_cast<Vector16*>(shared) = *static_cast<const Vector16*>(global);
+    return;
   }
-  *static_cast<Vector16*>(shared) = vector;
+#pragma unroll 1
+  for (int word = 0; word < 8; ++word) {  // storage types are of 2 bytes or more
+    static_cast<uint16_t*>(shared)[word] =
+        2 * word < bytes ? static_cast<const uint16_t*>(global)[word] : uint16_t(0);
+  }
 #endif
 }
 __device__ __forceinline__ void commit_copies() {
