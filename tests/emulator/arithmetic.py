@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from .emitter import CPP_TYPES, Emitter, comma, translates
+from .emitter import CPP_TYPES, FLOATS, Emitter, comma, translates
 from .ptx import SIZES
 
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
-FLOATS = ("f32", "f64")
 HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 ROUNDINGS = {
     "rn": "Rounding::nearest",
@@ -24,7 +23,7 @@ def float_call(e: Emitter, function: str, type_: str, ftz: bool, sat: bool, inpu
     call = f"{function}({comma(values)})"
     if ftz:
         call = f"ftz({call})"
-    return e.result(f"saturate({call})" if sat else call)
+    return e.result(f"saturate({call})" if sat else call, type_)
 
 
 def float_arithmetic(e: Emitter, inputs: int) -> str:
@@ -41,6 +40,12 @@ def float_arithmetic(e: Emitter, inputs: int) -> str:
         return float_call(e, f"half_{name}", type_, False, False, inputs)
     if ftz and type_ == "f64":
         raise e.error(".ftz is not for .f64")
+    if rounding == "Rounding::nearest" and not ftz and not sat:
+        values = [e.value(i + 1, type_) for i in range(inputs)]
+        if inputs == 2:
+            operator = {"add": "+", "sub": "-", "mul": "*"}[name]
+            return e.result(f"{values[0]} {operator} {values[1]}", type_)
+        return e.result(f"__builtin_fma{'f' if type_ == 'f32' else ''}({comma(values)})", type_)
     return float_call(e, f"{name}<{rounding}>", type_, ftz, sat, inputs)
 
 
@@ -67,7 +72,7 @@ def add(e: Emitter) -> str:
         out = "carry" if carry_out else "no_carry"
         return e.result(f"{name[:3]}_with_carry({a}, {b}, {carry_in}, {out})")
     operator = "+" if name == "add" else "-"
-    return e.result(f"{CPP_TYPES[unsigned(type_)]}({a} {operator} {b})")
+    return e.result(f"{CPP_TYPES[unsigned(type_)]}({a} {operator} {b})", type_)
 
 
 @translates("mul")
@@ -78,7 +83,18 @@ def mul(e: Emitter) -> str:
     type_ = e.type(*INTEGERS)
     e.count(3)
     a, b = (e.value(i, type_) for i in (1, 2))
-    return e.result(f"mul_{part}<{CPP_TYPES[type_]}>({a}, {b})")
+    return e.result(product(part, type_, a, b), wide(type_) if part == "wide" else type_)
+
+
+def wide(type_: str) -> str:
+    return type_[0] + str(2 * int(type_[1:]))
+
+
+def product(part: str, type_: str, a: str, b: str) -> str:
+    if part == "wide" and type_ != "u64" and type_ != "s64":
+        cpp = CPP_TYPES[wide(type_)]
+        return f"({cpp}({a}) * {cpp}({b}))"
+    return f"mul_{part}<{CPP_TYPES[type_]}>({a}, {b})"
 
 
 @translates("mad", "madc")
@@ -90,15 +106,15 @@ def mad(e: Emitter) -> str:
     type_ = e.type(*INTEGERS)
     e.count(4)
     a, b = (e.value(i, type_) for i in (1, 2))
-    product = f"mul_{part}<{CPP_TYPES[type_]}>({a}, {b})"
-    sum_type = unsigned(type_) if part != "wide" else "u" + str(2 * int(type_[1:]))
+    sum_type = unsigned(wide(type_) if part == "wide" else type_)
     cpp = CPP_TYPES[sum_type]
     c = e.value(3, sum_type)
+    multiplied = product(part, type_, a, b)
     carry_in = "carry" if e.instruction.name == "madc" else "false"
     if carry_out or carry_in == "carry":
         out = "carry" if carry_out else "no_carry"
-        return e.result(f"add_with_carry({cpp}({product}), {c}, {carry_in}, {out})")
-    return e.result(f"{cpp}({cpp}({product}) + {c})")
+        return e.result(f"add_with_carry({cpp}({multiplied}), {c}, {carry_in}, {out})")
+    return e.result(f"{cpp}({cpp}({multiplied}) + {c})", sum_type)
 
 
 @translates("fma")
@@ -198,14 +214,15 @@ def logic(e: Emitter) -> str:
     type_ = e.type("pred", *BITS)
     e.count(3)
     operator = {"and": "&", "or": "|", "xor": "^"}[e.instruction.name]
-    return e.result(f"{CPP_TYPES[type_]}({e.value(1, type_)} {operator} {e.value(2, type_)})")
+    values = f"{e.value(1, type_)} {operator} {e.value(2, type_)}"
+    return e.result(f"{CPP_TYPES[type_]}({values})", type_)
 
 
 @translates("not")
 def complement(e: Emitter) -> str:
     type_ = e.type("pred", *BITS)
     e.count(2)
-    return e.result(f"{'!' if type_ == 'pred' else '~'}{e.value(1, type_)}")
+    return e.result(f"{'!' if type_ == 'pred' else '~'}{e.value(1, type_)}", type_)
 
 
 @translates("lop3")
@@ -221,7 +238,11 @@ def shift(e: Emitter) -> str:
     name = e.instruction.name
     type_ = e.type(*(BITS if name == "shl" else BITS + INTEGERS))
     e.count(3)
-    return e.result(f"{name}({e.value(1, type_)}, {e.value(2, 'u32')})")
+    by = e.operands[2]
+    if by.isdigit() and int(by) < 8 * SIZES[type_]:
+        operator = "<<" if name == "shl" else ">>"
+        return e.result(f"{CPP_TYPES[type_]}({e.value(1, type_)} {operator} {by})", type_)
+    return e.result(f"{name}({e.value(1, type_)}, {e.value(2, 'u32')})", type_)
 
 
 @translates("shf")
@@ -275,7 +296,8 @@ def find_bit(e: Emitter) -> str:
 def select(e: Emitter) -> str:
     type_ = e.type(*BITS, *INTEGERS, *FLOATS)
     e.count(4)
-    return e.result(f"{e.value(3, 'pred')} ? {e.value(1, type_)} : {e.value(2, type_)}")
+    values = f"{e.value(1, type_)} : {e.value(2, type_)}"
+    return e.result(f"{e.value(3, 'pred')} ? {values}", type_)
 
 
 @translates("slct")
@@ -307,6 +329,8 @@ def compare(e: Emitter) -> str:
         if comparison not in FLOAT_COMPARISONS:
             raise e.error(f".{comparison} is for integers")
         test = f"float_{comparison}({a}, {b})"
+        if type_ in FLOATS and comparison in ("eq", "lt", "le", "gt", "ge"):
+            test = f"({a} {ORDERED[comparison]} {b})"  # C++ compares as PTX's ordered forms do
     elif comparison in ORDERED and (type_[0] != "b" or comparison in ("eq", "ne")):
         test = f"({a} {ORDERED[comparison]} {b})"
     elif comparison in ORDERED_UNSIGNED and type_[0] == "u":
@@ -316,8 +340,10 @@ def compare(e: Emitter) -> str:
     outputs = [name.strip() for name in e.operands[0].split("|")]
     operator = {"and": "&", "or": "|", "xor": "^", "": ""}[combine]
     other = f" {operator} {e.value(3, 'pred')}" if combine else ""
+    if len(outputs) == 1:
+        return e.assign(outputs[0], f"{test}{other}")
     # Both outputs are formed before either is written: the first may be an input of the second.
-    tests = [f"bool({test}{other})", f"bool(!{test}{other})"][: len(outputs)]
+    tests = [f"bool({test}{other})", f"bool(!{test}{other})"]
     code = " ".join(f"const bool result_{i} = {test};" for i, test in enumerate(tests))
     stores = " ".join(e.assign(name, f"result_{i}") for i, name in enumerate(outputs))
     return f"{{ {code} {stores} }}"

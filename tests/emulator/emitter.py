@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .ptx import SIZES, Instruction, PtxError, Variable
 
-# Registers hold bits; an instruction looks at them as a value of its type.
+# An instruction looks at a register's bits as a value of its own type.
 CPP_TYPES = {
     "b8": "uint8_t", "u8": "uint8_t", "s8": "int8_t",
     "b16": "uint16_t", "u16": "uint16_t", "s16": "int16_t", "f16": "Half", "bf16": "Bfloat16",
@@ -19,6 +19,18 @@ CPP_TYPES = {
     "b64": "uint64_t", "u64": "uint64_t", "s64": "int64_t", "f64": "double",
     "pred": "bool",
 }  # fmt: skip
+
+FLOATS = ("f32", "f64")
+
+
+def register_type(type_: str) -> str:
+    """Of C++: what nvcc declares as floating point is mostly used as such, the rest are bits."""
+    return CPP_TYPES[type_ if type_ in (*FLOATS, "pred") else f"b{8 * SIZES[type_]}"]
+
+
+def is_integer(type_: str) -> bool:
+    return type_[0] in "us" or (type_[0] == "b" and not type_.startswith("bf"))
+
 
 SPECIAL_REGISTERS = {
     **{f"%{name}.{axis}": f"thread.{name}.{axis}" for name in ("tid", "ctaid") for axis in "xyz"},
@@ -121,39 +133,48 @@ class Emitter:
             return register_name(operand)
         cpp = CPP_TYPES[type_]
         if operand in self.names.registers:
-            register_type = self.names.registers[operand]
-            if register_type == "pred" or SIZES[register_type] < SIZES[type_]:
-                raise self.error(f"register {operand} is .{register_type}, expected .{type_}")
-            return f"as<{cpp}>({register_name(operand)})"
+            declared = self.names.registers[operand]
+            if declared == "pred" or SIZES[declared] < SIZES[type_]:
+                raise self.error(f"register {operand} is .{declared}, expected .{type_}")
+            name = register_name(operand)
+            if register_type(declared) == cpp:
+                return name
+            if is_integer(type_) and declared not in FLOATS:
+                return f"{cpp}({name})"
+            return f"as<{cpp}>({name})"
         if operand in SPECIAL_REGISTERS:
-            return f"as<{cpp}>({SPECIAL_REGISTERS[operand]})"
+            return f"{cpp}({SPECIAL_REGISTERS[operand]})"
         number = re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", operand)
         if number:
             width = 4 if number[1] in "fF" else 8
             if len(number[2]) != 2 * width or SIZES[type_] != width:
                 raise self.error(f"{operand} is no .{type_}")
-            return f"as<{cpp}>(0x{number[2]}{'u' if width == 4 else 'ull'})"
+            return f"__builtin_bit_cast({cpp}, 0x{number[2]}{'u' if width == 4 else 'ull'})"
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
             if type_[0] == "f" or type_.startswith("bf"):
                 raise self.error(f"integer {operand} where .{type_} is expected")
             value = int(operand.rstrip("U"), 0) & (1 << 8 * SIZES[type_]) - 1
-            return f"as<{cpp}>({value:#x}ull)"
+            return f"{cpp}({value:#x}u{'ll' if value >> 32 else ''})"
         if operand in self.names.addresses:
-            return f"as<{cpp}>(uint64_t({self.names.addresses[operand][1]}))"
+            return f"{cpp}(uint64_t({self.names.addresses[operand][1]}))"
         raise self.error(f"unknown operand {operand}")
 
-    def assign(self, operand: str, expression: str) -> str:
-        """Stores into a register; a narrower integer is extended by its own sign."""
+    def assign(self, operand: str, expression: str, type_: str = "") -> str:
+        """Stores into a register; a narrower integer is extended by its own sign. `type_` is the
+        expression's, where the caller knows it: shorter C++ compiles in less time."""
         if operand == "_":
             return f"(void)({expression});"
         if operand not in self.names.registers:
             raise self.error(f"unknown register {operand}")
-        if self.names.registers[operand] == "pred":
-            return f"{register_name(operand)} = {expression};"
-        return f"{register_name(operand)} = bits({expression});"
+        name, declared = register_name(operand), self.names.registers[operand]
+        if declared in FLOATS and type_ != declared:
+            return f"{name} = as<{register_type(declared)}>(bits({expression}));"
+        if declared in (*FLOATS, "pred") or (type_ and is_integer(type_)):
+            return f"{name} = {expression};"
+        return f"{name} = bits({expression});"
 
-    def result(self, expression: str) -> str:
-        return self.assign(self.operands[0], expression)
+    def result(self, expression: str, type_: str = "") -> str:
+        return self.assign(self.operands[0], expression, type_)
 
     def vector(self, index: int) -> list[str]:
         """The registers of `{a, b}`, or the one register."""
@@ -172,7 +193,7 @@ class Emitter:
         base, offset = match[1], match[2] or "0"
         if base in self.names.registers:
             wide = self.names.registers[base].endswith("64")
-            return "", f"as<{'uint64_t' if wide else 'uint32_t'}>({register_name(base)})", offset
+            return "", self.read(base, "b64" if wide else "b32"), offset
         if base in self.names.addresses:
             space, address = self.names.addresses[base]
             return space, address, offset

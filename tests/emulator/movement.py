@@ -54,8 +54,8 @@ def move(e: Emitter) -> str:
         width = 8 * SIZES[type_] // len(parts)
         cpp = CPP_TYPES["b" + type_[1:]]
         terms = [f"{cpp}({e.read(part, f'b{width}')}) << {width * i}" for i, part in enumerate(parts)]
-        return e.result(f"{cpp}(({') | ('.join(terms)}))")
-    return e.result(e.value(1, type_))
+        return e.result(f"{cpp}(({') | ('.join(terms)}))", "b" + type_[1:])
+    return e.result(e.value(1, type_), type_)
 
 
 @translates("cvta")
@@ -67,7 +67,7 @@ def convert_address(e: Emitter) -> str:
     address = e.value(1, "u64")
     if space == "shared":
         address += (" - " if to_space else " + ") + "uint64_t(thread.shared)"
-    return e.result(address)
+    return e.result(address, "u64")
 
 
 @translates("isspacep")
@@ -98,10 +98,12 @@ def load(e: Emitter) -> str:
     registers = e.vector(0)
     if len(registers) != count:
         raise e.error(f"expected {count} registers")
+    if count == 1:
+        return e.assign(registers[0], f"*(const {cpp}*){where}", type_)
     stores = [
-        e.assign(register, f"load<{cpp}>(from + {i * size})") for i, register in enumerate(registers)
+        e.assign(register, f"from[{i}]", type_) for i, register in enumerate(registers)
     ]
-    return f"{{ const uint8_t* from = {where}; {' '.join(stores)} }}"
+    return f"{{ const auto* from = (const {cpp}*){where}; {' '.join(stores)} }}"
 
 
 @translates("st")
@@ -115,10 +117,10 @@ def store(e: Emitter) -> str:
     if len(values) != count:
         raise e.error(f"expected {count} registers")
     # A store of 8 bits takes the low byte of a wider register.
-    stores = [
-        f"store<{cpp}>(to + {i * size}, {e.read(value, type_)});" for i, value in enumerate(values)
-    ]
-    return f"{{ uint8_t* to = {where}; {' '.join(stores)} }}"
+    if count == 1:
+        return f"*({cpp}*){where} = {e.read(values[0], type_)};"
+    stores = [f"to[{i}] = {e.read(value, type_)};" for i, value in enumerate(values)]
+    return f"{{ auto* to = ({cpp}*){where}; {' '.join(stores)} }}"
 
 
 @translates("prefetch", "prefetchu")
@@ -220,8 +222,11 @@ def shuffle(e: Emitter) -> str:
     e.count(5)
     register, *predicate = (name.strip() for name in e.operands[0].split("|"))
     values = comma([e.value(i, "b32") for i in (1, 2, 3, 4)])
-    code = f"const Shuffled shuffled = shuffle_{mode}(thread, {e.site}, {values});"
-    code += " " + e.assign(register, "shuffled.value")
+    call = f"shuffle_{mode}(thread, {e.site}, {values})"
+    if not predicate:
+        return e.assign(register, f"{call}.value", "b32")
+    code = f"const Shuffled shuffled = {call};"
+    code += " " + e.assign(register, "shuffled.value", "b32")
     if predicate:
         code += " " + e.assign(predicate[0], "shuffled.in_range")
     return f"{{ {code} }}"
@@ -260,7 +265,7 @@ def reduce_in_warp(e: Emitter) -> str:
     type_ = e.type("b32" if operation in ("and", "or", "xor") else "u32", "s32", "u32")
     e.count(3)
     values = f"{e.value(1, type_)}, {e.value(2, 'u32')}"
-    return e.result(f"reduce_warp<Reduction::{operation}_>(thread, {e.site}, {values})")
+    return e.result(f"reduce_warp(thread, {e.site}, Reduction::{operation}_, {values})", type_)
 
 
 @translates("activemask")
@@ -309,7 +314,7 @@ def matrix_product(e: Emitter) -> str:
         raise e.error(f"there is no {shape} of .{element}")
     a, b = ([e.read(name, "b32") for name in e.vector(i)] for i in (1, 2))
     c = [e.read(name, "f32") for name in e.vector(3)]
-    stores = [e.assign(name, f"d[{i}]") for i, name in enumerate(e.vector(0))]
+    stores = [e.assign(name, f"d[{i}]", "f32") for i, name in enumerate(e.vector(0))]
     return (
         f"{{ float d[4]; multiply_matrices<{MMA_SHAPES[shape, element]}>(thread, {e.site}, d, "
         f"{{{comma(a)}}}, {{{comma(b)}}}, {{{comma(c)}}}); {' '.join(stores)} }}"
@@ -330,7 +335,7 @@ def load_matrices(e: Emitter) -> str:
     if len(registers) != count:
         raise e.error(f"expected {count} registers")
     _, base, offset = e.address(1)
-    stores = [e.assign(name, f"rows[{i}]") for i, name in enumerate(registers)]
+    stores = [e.assign(name, f"rows[{i}]", "b32") for i, name in enumerate(registers)]
     return (
         f"{{ uint32_t rows[{count}]; load_matrices<{count}, {transposed}>(thread, {e.site}, rows, "
         f"{base} + uint64_t({offset})); {' '.join(stores)} }}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import arithmetic, movement
-from .emitter import CPP_TYPES, Names, label_name, register_name, translate
+from .emitter import CPP_TYPES, Names, label_name, register_name, register_type, translate
 from .ptx import (
     SIZES,
     BranchTargets,
@@ -27,13 +27,6 @@ from .ptx import (
 )
 
 assert arithmetic and movement  # they register the translations of their instructions
-
-STORAGE = {1: "bool", 2: "uint16_t", 4: "uint32_t", 8: "uint64_t"}
-
-
-def register_type(type_: str) -> str:
-    return "bool" if type_ == "pred" else STORAGE[SIZES[type_]] if SIZES[type_] > 1 else "uint8_t"
-
 
 def aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
@@ -84,7 +77,7 @@ class FunctionTranslation:
         self.parameters = parameters
         for variable in self.function.parameters:
             address = (
-                f"(thread.launch.parameters + {parameters.offsets[variable.name]})"
+                f"(parameters + {parameters.offsets[variable.name]})"
                 if self.function.is_entry
                 else register_name(variable.name)
             )
@@ -306,6 +299,7 @@ def kernel_source(module: Module, function: Function, path: Path, errors: list[s
             translation.site_table(),
             "void run(Thread& thread) {",
             "  [[maybe_unused]] bool carry, no_carry;",
+            "  [[maybe_unused]] uint8_t* const parameters = thread.launch.parameters;",
             *(f"  {line}" for line in body),
             "}",
             f"const ParameterPlace kParameters[] = {{{sizes or '{0, 0}'}}};",

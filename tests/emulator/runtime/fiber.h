@@ -11,7 +11,7 @@ extern "C" void emulator_switch_stack(void** from, void* to);
 // Memory for stacks, with a page between two that nobody may touch.
 class Stacks {
  public:
-  static constexpr size_t kBytes = size_t{1} << 20, kGuard = 4096;
+  static constexpr size_t kBytes = size_t{4} << 20, kGuard = 4096;
   ~Stacks();
   // The stack with that number, ready to call entry() when it is taken up.
   void* prepare(size_t number, void (*entry)());

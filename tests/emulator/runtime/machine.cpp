@@ -14,7 +14,6 @@
 
 #include "checks.h"
 #include "fiber.h"
-#include "warp.h"
 
 namespace emulator {
 
@@ -22,6 +21,16 @@ Options options;
 bool watching = false;
 long error_count = 0;
 std::string last_message;
+
+#define EMULATOR_ADDRESSES(bytes)                                                          \
+  template uint8_t* shared_address<bytes>(Thread&, const Site&, Access, uint32_t);         \
+  template uint8_t* global_address<bytes>(Thread&, const Site&, Access, uint64_t);         \
+  template uint8_t* generic_address<bytes>(Thread&, const Site&, Access, uint64_t);
+EMULATOR_ADDRESSES(1)
+EMULATOR_ADDRESSES(2)
+EMULATOR_ADDRESSES(4)
+EMULATOR_ADDRESSES(8)
+EMULATOR_ADDRESSES(16)
 
 namespace {
 
@@ -364,10 +373,10 @@ void release_warp(Thread& thread, uint32_t mask) {
   Warp& warp = machine.warps[thread.warp];
   for (Gathering& gathering : warp.gatherings) {
     if (gathering.mask != mask) continue;
-    for_lanes(gathering.arrived, [&](int lane) {
-      Fiber& fiber = fiber_of(*warp.lanes[lane]);
+    for (uint32_t left = gathering.arrived; left; left &= left - 1) {
+      Fiber& fiber = fiber_of(*warp.lanes[std::countr_zero(left)]);
       if (fiber.state == State::in_warp) fiber.state = State::ready;
-    });
+    }
     gathering.arrived = 0;
   }
 }
@@ -395,28 +404,6 @@ Counted count_in_block(Thread& thread, const Site& site, bool aligned, uint32_t 
 void arrive_at_barrier(Thread& thread, const Site& site, uint32_t number, uint32_t threads) {
   join_barrier(thread, site, true, number, threads, false);
   release_barrier_if_complete(number);
-}
-
-void issue_copy(Thread& thread, const Copy& copy) {
-  std::memset(copy.to, 0xff, copy.bytes);
-  checks::copy_issued(thread, copy);
-  thread.copies.push_back(copy);
-}
-
-void commit_copies(Thread& thread) {
-  thread.copy_groups.push_back(std::move(thread.copies));
-  thread.copies.clear();
-}
-
-void wait_for_copies(Thread& thread, const Site& site, uint32_t pending_groups) {
-  while (thread.copy_groups.size() > pending_groups) {
-    for (const Copy& copy : thread.copy_groups.front()) {
-      std::memcpy(copy.to, copy.from, copy.source_bytes);
-      std::memset(copy.to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
-      checks::copy_arrived(thread, site, copy);
-    }
-    thread.copy_groups.pop_front();
-  }
 }
 
 }  // namespace emulator

@@ -116,14 +116,14 @@ inline bool in_shared(const Thread& thread, uint64_t address) {
 }
 
 template <int bytes>
-inline uint8_t* shared_address(Thread& thread, const Site& site, Access access, uint32_t offset) {
+uint8_t* shared_address(Thread& thread, const Site& site, Access access, uint32_t offset) {
   if (offset % bytes || uint64_t(offset) + bytes > thread.shared_bytes || watching) [[unlikely]] {
     check_shared(thread, site, access, offset, bytes);
   }
   return thread.shared + offset;
 }
 template <int bytes>
-inline uint8_t* global_address(Thread& thread, const Site& site, Access access, uint64_t address) {
+uint8_t* global_address(Thread& thread, const Site& site, Access access, uint64_t address) {
   constexpr uint64_t lowest = 65536;  // nothing lies there: a null pointer and an offset
   if (address % bytes || address < lowest || watching) [[unlikely]] {
     check_global(thread, site, access, address, bytes);
@@ -131,7 +131,7 @@ inline uint8_t* global_address(Thread& thread, const Site& site, Access access, 
   return reinterpret_cast<uint8_t*>(address);
 }
 template <int bytes>
-inline uint8_t* generic_address(Thread& thread, const Site& site, Access access,
+uint8_t* generic_address(Thread& thread, const Site& site, Access access,
                                 uint64_t address) {
   if (in_shared(thread, address)) {
     return shared_address<bytes>(thread, site, access, address - uint64_t(thread.shared));
@@ -139,10 +139,22 @@ inline uint8_t* generic_address(Thread& thread, const Site& site, Access access,
   return global_address<bytes>(thread, site, access, address);
 }
 template <int bytes>
-inline uint8_t* local_address(Thread& thread, const Site& site, Access, uint64_t address) {
+uint8_t* local_address(Thread& thread, const Site& site, Access, uint64_t address) {
   if (address % bytes) fail(thread, site, kMisalignedAddress, "misaligned local access");
   return reinterpret_cast<uint8_t*>(address);
 }
+
+// Compiled once, in machine.cpp: translated kernels that inline them take long to compile.
+#define EMULATOR_ADDRESSES(bytes)                                                               \
+  extern template uint8_t* shared_address<bytes>(Thread&, const Site&, Access, uint32_t);       \
+  extern template uint8_t* global_address<bytes>(Thread&, const Site&, Access, uint64_t);       \
+  extern template uint8_t* generic_address<bytes>(Thread&, const Site&, Access, uint64_t);
+EMULATOR_ADDRESSES(1)
+EMULATOR_ADDRESSES(2)
+EMULATOR_ADDRESSES(4)
+EMULATOR_ADDRESSES(8)
+EMULATOR_ADDRESSES(16)
+#undef EMULATOR_ADDRESSES
 
 // Threads that wait
 

@@ -23,31 +23,32 @@ struct Pair {
   T low, high;
 };
 
-// A register's bits seen as a T; a register may be wider than T.
-template <class T, class S>
-inline T as(S bits) {
-  if constexpr (std::is_integral_v<T>) {
-    return T(bits);
-  } else if constexpr (sizeof(T) == 2) {
-    return std::bit_cast<T>(uint16_t(bits));
-  } else if constexpr (sizeof(T) == 4) {
-    return std::bit_cast<T>(uint32_t(bits));
-  } else {
-    return std::bit_cast<T>(uint64_t(bits));
-  }
-}
-
 // A value's bits; integers stay what they are, so that assignment extends them by their own sign.
 template <class T>
-inline auto bits(T value) {
+[[gnu::always_inline]] inline auto bits(T value) {
   if constexpr (std::is_integral_v<T>) {
     return value;
   } else if constexpr (sizeof(T) == 2) {
-    return std::bit_cast<uint16_t>(value);
+    return __builtin_bit_cast(uint16_t, value);
   } else if constexpr (sizeof(T) == 4) {
-    return std::bit_cast<uint32_t>(value);
+    return __builtin_bit_cast(uint32_t, value);
   } else {
-    return std::bit_cast<uint64_t>(value);
+    return __builtin_bit_cast(uint64_t, value);
+  }
+}
+
+// A register's bits seen as a T; a register may be wider than T.
+template <class T, class S>
+[[gnu::always_inline]] inline T as(S register_value) {
+  const auto word = bits(register_value);
+  if constexpr (std::is_integral_v<T>) {
+    return T(word);
+  } else if constexpr (sizeof(T) == 2) {
+    return __builtin_bit_cast(T, uint16_t(word));
+  } else if constexpr (sizeof(T) == 4) {
+    return __builtin_bit_cast(T, uint32_t(word));
+  } else {
+    return __builtin_bit_cast(T, uint64_t(word));
   }
 }
 
