@@ -133,8 +133,7 @@ class Scores {
     commit_copies();
     wait_for_copies<0>();
     if (!kIsHalf<Storage> && head_.gaussian) {
-      finish_rows(rows, first, d * S::kDepth, tile, pitch, head_.center,
-                  head_.numbers() + head_.layout.sums());
+      finish_rows(rows, first, d * S::kDepth, tile, pitch, head_.center, static_cast<T*>(nullptr));
     }
     __syncthreads();
   }

@@ -155,10 +155,11 @@ __device__ void stage_rows(const Rows<Storage>& rows, int64_t first, int first_c
 }
 
 // To the pieces that this thread has staged, once they arrived: subtracts `center` [depth] (float32
-// and float64, optional) and leaves in norms [kRows] the square norm of each row, added up over the
-// columns of a row that does not fit one tile. |k|^2 + |y|^2 - 2 k.y cancels where the data lies
-// far from the origin; for half types that error stays below what rounding k itself does to the
-// distance, for it is 2^-24 |k|^2 against 2^-11 |k| |k - y| (float16) and |k - y| >= 2^-11 |k|.
+// and float64, optional) and leaves in norms [kRows] (optional) the square norm of each row, added
+// up over the columns of a row that does not fit one tile. |k|^2 + |y|^2 - 2 k.y cancels where the
+// data lies far from the origin; for half types that error stays below what rounding k itself does
+// to the distance, for it is 2^-24 |k|^2 against 2^-11 |k| |k - y| (float16) and |k - y| >= 2^-11
+// |k|.
 template <class Storage, class T>
 __device__ void finish_rows(const Rows<Storage>& rows, int64_t first, int first_column,
                             Storage* tile, int pitch, const T* center, T* norms) {
@@ -183,7 +184,8 @@ __device__ void finish_rows(const Rows<Storage>& rows, int64_t first, int first_
       }
     }
     square = lanes_sum<S::kLanesPerRow>(square);
-    if (column == 0) norms[row] = first_column == 0 ? square : norms[row] + square;
+    if (column == 0 && norms != nullptr)
+      norms[row] = first_column == 0 ? square : norms[row] + square;
   });
 }
 
