@@ -384,9 +384,7 @@ def convert(e: Emitter) -> str:
     return e.result(f"ftz({converted})" if ftz and to == "f32" else converted)
 
 
-def _convert_value(
-    e: Emitter, value: str, to: str, source: str, rounding: str, sat: bool
-) -> str:
+def _convert_value(e: Emitter, value: str, to: str, source: str, rounding: str, sat: bool) -> str:
     to_float, from_float = "f" in to, "f" in source
     cpp = CPP_TYPES[to]
     if not from_float and not to_float:

@@ -1,6 +1,6 @@
 """Builds CUDA sources, or PTX, for the emulator. Objects are cached by the hash of what goes in.
 
-    python -m emulator.build        # the extension module; prints its path
+python -m emulator.build        # the extension module; prints its path
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from .translate import translate_module
 
@@ -121,6 +123,11 @@ def kernel_compiler() -> str:
     return os.environ.get("EMULATOR_CXX") or shutil.which("clang++") or host_compiler()
 
 
+def part_of(target: Path) -> Path:
+    """Where a file is written before it takes its name: each thread has its own."""
+    return target.with_suffix(f".{os.getpid()}-{threading.get_ident()}{target.suffix}")
+
+
 def compile_cpp(
     source: Path, flags: Sequence[str], folders: Sequence[Path], compiler: str = ""
 ) -> Path:
@@ -130,13 +137,21 @@ def compile_cpp(
     target = cache() / "objects" / f"{source_digest(source, folders, command)}.o"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.o")
+        part = part_of(target)
         run([*command, "-c", source, "-o", part])
         part.replace(target)
     return target
 
 
-RUNTIME_FLAGS = ("-std=c++20", "-O2", "-g1", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off")
+RUNTIME_FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+)
 # Translated kernels are long functions, compiled anew with every change and run for milliseconds.
 KERNEL_FLAGS = (
     "-std=c++20", "-O0", "-fvisibility=hidden", "-ffp-contract=off", "-fwrapv",
@@ -148,7 +163,7 @@ def write(path: Path, text: str) -> Path:
     """A file with that text; one that has it already keeps its time."""
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}{path.suffix}")
+        part = part_of(path)
         part.write_text(text)
         part.replace(path)
     return path
@@ -194,7 +209,11 @@ def most_jobs() -> int:
     return int(os.environ.get("MAX_JOBS") or 2)
 
 
-def parallel(function, inputs: Iterable) -> list:  # type: ignore[no-untyped-def, type-arg]
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+def parallel(function: Callable[[Input], Output], inputs: Iterable[Input]) -> list[Output]:
     with ThreadPoolExecutor(most_jobs()) as pool:
         return list(pool.map(function, inputs))
 
@@ -202,8 +221,9 @@ def parallel(function, inputs: Iterable) -> list:  # type: ignore[no-untyped-def
 def compile_cuda(source: Path, architecture: int, folders: Sequence[Path]) -> tuple[Path, Path]:
     """nvcc's host object and PTX of a CUDA source."""
     flags = [
-        "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", f"-arch=compute_{architecture}",
-        "-cudart", "none", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+        "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr",
+        f"-arch=compute_{architecture}", "-cudart", "none",
+        "-Xcompiler", "-fPIC,-fvisibility=hidden",
     ]  # fmt: skip
     key = source_digest(source, folders, flags, str(nvcc()))
     target = cache() / "cuda" / f"{source.stem}-{key}"
@@ -213,10 +233,8 @@ def compile_cuda(source: Path, architecture: int, folders: Sequence[Path]) -> tu
         includes = [f"-I{folder}" for folder in folders]
         kept = part / "kept"
         kept.mkdir()
-        run(
-            [nvcc(), *flags, *includes, "--keep", "--keep-dir", kept, "-c", source]
-            + ["-o", part / "host.o"]
-        )
+        command: list[str | Path] = [nvcc(), *flags, *includes, "--keep", "--keep-dir", kept]
+        run([*command, "-c", source, "-o", part / "host.o"])
         shutil.copy(next(kept.glob("*.ptx")), part / f"{source.stem}.ptx")
         shutil.rmtree(kept)
         try:
@@ -231,7 +249,7 @@ def link(objects: Sequence[Path], name: str, extra: Sequence[str] = ()) -> Path:
     target = cache() / "libraries" / digest(objects, extra) / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
+        part = part_of(target)
         flags = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *extra]
         run([host_compiler(), "-o", part, *objects, *flags])
         part.replace(target)
@@ -278,9 +296,7 @@ def extension_objects(sources: Path) -> list[Path]:
         (cpu / "dispatch.cpp", ("-O1",)),
         (cpu / "kernels.cpp", ("-O1", "-DSETFORMER_ISA=baseline")),
     ]
-    return parallel(
-        lambda job: compile_cpp(job[0], (*common, *job[1]), [sources, generated]), jobs
-    )
+    return parallel(lambda job: compile_cpp(job[0], (*common, *job[1]), [sources, generated]), jobs)
 
 
 def build_extension(architecture: int = 80, sources: Path = SOURCES) -> Path:
@@ -300,7 +316,8 @@ def build_extension(architecture: int = 80, sources: Path = SOURCES) -> Path:
 def load(path: Path) -> ModuleType:
     """The extension module at that path; each path is a module of its own."""
     spec = importlib.util.spec_from_file_location("_C", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

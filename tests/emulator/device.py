@@ -24,6 +24,23 @@ class Launch:
     status: int  # cudaError_t
 
 
+@dataclass(frozen=True)
+class AccessCount:
+    """What an instruction's accesses have cost: in shared memory passes over the banks, in global
+    memory 32-byte sectors."""
+
+    kernel: str
+    file: str
+    line: int
+    instruction: str
+    space: str  # shared or global
+    access: str  # read or write
+    requests: int  # of warps
+    bytes: int
+    cost: int
+    least: int  # the cost of the best arrangement of as many bytes
+
+
 class _Launch(ctypes.Structure):
     _fields_ = [
         ("kernel", ctypes.c_char_p),
@@ -48,7 +65,11 @@ class Emulator:
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_last_message.restype = ctypes.c_char_p
         self.library.emulator_error_count.restype = ctypes.c_long
-        self.library.emulator_configure.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_char_p]
+        self.library.emulator_configure.argtypes = [
+            ctypes.c_char_p,
+            ctypes.c_uint64,
+            ctypes.c_char_p,
+        ]
         self.library.emulator_configure.restype = ctypes.c_bool
 
     def configure(self, order: Order = "forward", seed: int = 1, mode: Mode = "plain") -> None:
@@ -100,6 +121,20 @@ class Emulator:
     def clear_launches(self) -> None:
         self.library.emulator_clear_launches()
 
+    def trace(self) -> list[AccessCount]:
+        """Counts of mode trace since the last clear_trace()."""
+        self.library.emulator_trace.restype = ctypes.c_char_p
+        counts = []
+        for row in self.library.emulator_trace().decode().splitlines():
+            kernel, file, line, instruction, space, access, *numbers = row.split("\t")
+            counts.append(
+                AccessCount(kernel, file, int(line), instruction, space, access, *map(int, numbers))
+            )
+        return counts
+
+    def clear_trace(self) -> None:
+        self.library.emulator_clear_trace()
+
     def set_device(self, device: int) -> None:
         """cudaSetDevice for the calling thread."""
         if self.library.emulator_set_device(device):
@@ -111,7 +146,7 @@ class Emulator:
     def run(
         self,
         kernel: str,
-        *arguments: ctypes._SimpleCData,  # type: ignore[type-arg]
+        *arguments: ctypes._SimpleCData,
         grid: int | Sequence[int] = 1,
         block: int | Sequence[int] = 32,
         shared_bytes: int = 0,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .arithmetic import BITS, FLOATS, INTEGERS
-from .emitter import CPP_TYPES, Emitter, comma, label_name, translates
+from .arithmetic import BITS, INTEGERS
+from .emitter import CPP_TYPES, FLOATS, Emitter, comma, label_name, translates
 from .ptx import SIZES
 
 SPACES = ("global", "shared", "local", "param", "const", "shared::cta", "param::entry")
@@ -53,7 +53,9 @@ def move(e: Emitter) -> str:
         parts = e.vector(1)
         width = 8 * SIZES[type_] // len(parts)
         cpp = CPP_TYPES["b" + type_[1:]]
-        terms = [f"{cpp}({e.read(part, f'b{width}')}) << {width * i}" for i, part in enumerate(parts)]
+        terms = [
+            f"{cpp}({e.read(part, f'b{width}')}) << {width * i}" for i, part in enumerate(parts)
+        ]
         return e.result(f"{cpp}(({') | ('.join(terms)}))", "b" + type_[1:])
     return e.result(e.value(1, type_), type_)
 
@@ -100,9 +102,7 @@ def load(e: Emitter) -> str:
         raise e.error(f"expected {count} registers")
     if count == 1:
         return e.assign(registers[0], f"*(const {cpp}*){where}", type_)
-    stores = [
-        e.assign(register, f"from[{i}]", type_) for i, register in enumerate(registers)
-    ]
+    stores = [e.assign(register, f"from[{i}]", type_) for i, register in enumerate(registers)]
     return f"{{ const auto* from = (const {cpp}*){where}; {' '.join(stores)} }}"
 
 
@@ -211,7 +211,9 @@ def barrier(e: Emitter) -> str:
         f"count_in_block(thread, {e.site}, {aligned}, {e.value(1, 'u32')}, {threads}, "
         f"{e.value(len(e.operands) - 1, 'pred')})"
     )
-    return e.result({"popc": f"{call}.yes", "and": f"{call}.all()", "or": f"{call}.any()"}[reduction])
+    return e.result(
+        {"popc": f"{call}.yes", "and": f"{call}.all()", "or": f"{call}.any()"}[reduction]
+    )
 
 
 @translates("shfl")
@@ -380,7 +382,9 @@ def call(e: Emitter) -> str:
     name = operands.pop(0)
     arguments = operands.pop(0)[1:-1].split(",") if operands else []
     if operands or name not in e.names.functions:
-        raise e.error(f"{name} is no function of this module (printf and assert are not translated)")
+        raise e.error(
+            f"{name} is no function of this module (printf and assert are not translated)"
+        )
     places = []
     for argument in filter(None, (part.strip() for part in (*results, *arguments))):
         if argument not in e.names.addresses:
@@ -413,5 +417,3 @@ def sleep(e: Emitter) -> str:
     e.type("u32")
     e.count(1)
     return "yield(thread);"
-
-

@@ -151,10 +151,13 @@ class Parser:
         self.text = re.sub(r"//[^\n]*|/\*.*?\*/", blank, text, flags=re.DOTALL)
         self.path = path
         self.position = 0
+        self.callers: dict[tuple[int, ...], tuple[int, ...]] = {}  # of inlined places
         self.line_ends = [match.start() for match in re.finditer("\n", self.text)]
         self.files = {
             int(number): name.removeprefix(prefix)
-            for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', self.text, re.MULTILINE)
+            for number, name in re.findall(
+                r'^\s*\.file\s+(\d+)\s+"([^"]*)"', self.text, re.MULTILINE
+            )
         }
 
     def error(self, message: str) -> PtxError:
@@ -197,7 +200,9 @@ class Parser:
             if self.take(r"\.section\s+[.\w]+\s*\{"):
                 self.take_until("}")
                 continue
-            if re.match(r"(\.(visible|extern|weak)\s+)*\.(entry|func)\b", self.text[self.position :]):
+            if re.match(
+                r"(\.(visible|extern|weak)\s+)*\.(entry|func)\b", self.text[self.position :]
+            ):
                 function = self.function()
                 if function:
                     module.functions[function.name] = function
@@ -246,6 +251,18 @@ class Parser:
                 raise self.error(f"unknown directive of a function: {self.take_until(chr(10))}")
         raise self.error(f"function {name[0]} has no end")
 
+    def source_of(self, location: re.Match[str]) -> tuple[str, int]:
+        """File and line of a .loc; of what was inlined from CUDA's own headers, the call's."""
+        numbers = [int(number) for number in location.groups(default="0")]
+        place, caller = tuple(numbers[:3]), tuple(numbers[3:])
+        if caller[0]:
+            self.callers[place] = caller
+        visited = set()
+        while self.files.get(place[0], "").startswith("/") and place not in visited:
+            visited.add(place)
+            place = self.callers.get(place, place)
+        return self.files.get(place[0], self.path), place[1]
+
     def body(self) -> Iterator[Statement]:
         source = (self.path, 0)
         depth = 1
@@ -260,9 +277,11 @@ class Parser:
                     return
                 yield Scope(opens=False)
                 continue
-            location = self.take(r"\.loc\s+(\d+)\s+(\d+)[^\n]*")
+            location = self.take(
+                r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:[^\n]*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?[^\n]*"
+            )
             if location:
-                source = (self.files.get(int(location[1]), self.path), int(location[2]))
+                source = self.source_of(location)
                 continue
             label = self.take(r"([\w$]+)\s*:(?!:)")
             if label:

@@ -1,6 +1,6 @@
 """Translates a PTX module into C++ for runtime/: one source file for each kernel.
 
-    python -m emulator.translate kernels.ptx folder
+python -m emulator.translate kernels.ptx folder
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from .ptx import (
     parse,
 )
 
-assert arithmetic and movement  # they register the translations of their instructions
+# Importing these registers the translations of their instructions.
+assert arithmetic
+assert movement
+
 
 def aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
@@ -95,7 +98,10 @@ class FunctionTranslation:
                 self.declare_shared(variable)
             else:
                 self.variables.append(variable.name)
-                names.addresses[variable.name] = (variable.space, variable_name(variable, self.path))
+                names.addresses[variable.name] = (
+                    variable.space,
+                    variable_name(variable, self.path),
+                )
         for name, function in self.module.functions.items():
             if not function.is_entry:
                 names.functions[name] = f"function_{cpp_name(name)}"
@@ -199,7 +205,7 @@ def variable_definition(variable: Variable, path: Path) -> str:
     values = re.sub(r"0[fFdD]([0-9a-fA-F]+)", r"0x\1", initial)
     declaration = variable_type(variable).format(name=variable_name(variable, path))
     signed = re.sub(r"-\d+", lambda match: f"({match[0]} & ~0ull)", values)
-    return f"alignas({max(variable.alignment, 8)}) {declaration} = {{{signed}}};"
+    return f'extern "C" {{ alignas({max(variable.alignment, 8)}) {declaration} = {{{signed}}}; }}'
 
 
 @dataclass
@@ -233,7 +239,9 @@ def function_source(
     kernel.dynamic_shared_alignment = max(
         kernel.dynamic_shared_alignment, translation.dynamic_shared_alignment
     )
-    places = [f"uint8_t* {register_name(v.name)}" for v in (*function.results, *function.parameters)]
+    places = [
+        f"uint8_t* {register_name(v.name)}" for v in (*function.results, *function.parameters)
+    ]
     callees = [
         function_source(module, called, path, errors, seen, kernel)
         for called in translation.called
@@ -261,11 +269,14 @@ def external_variables(module: Module, names: list[str], path: Path) -> list[str
     for name in names:
         variable = module.variables[name]
         declaration = variable_type(variable).format(name=variable_name(variable, path))
-        lines.append(f"extern {declaration};")
+        lines.append(f'extern "C" {declaration};')
     return lines
 
 
-def kernel_source(module: Module, function: Function, path: Path, errors: list[str]) -> str:
+def kernel_source(
+    module: Module, function: Function, path: Path, errors: list[str], number: int
+) -> str:
+    """A namespace of the kernel's own, so that several go into one file."""
     translation = FunctionTranslation(module, function, path)
     translation.declare_outside()
     body = translation.statements()
@@ -290,8 +301,7 @@ def kernel_source(module: Module, function: Function, path: Path, errors: list[s
     ]
     return "\n".join(
         [
-            '#include "instructions.h"',
-            "namespace emulator {",
+            f"namespace emulator::kernel_{number} {{",
             f"static constexpr uint32_t kDynamicShared = {dynamic};",
             *callees,
             *external_variables(module, translation.variables, path),
@@ -310,8 +320,7 @@ def kernel_source(module: Module, function: Function, path: Path, errors: list[s
             f"    {uses_dynamic}, {function.most_threads}}};",
             "const RegisterKernel registered(kKernel);",
             "}  // namespace",
-            "}  // namespace emulator",
-            "",
+            f"}}  // namespace emulator::kernel_{number}",
         ]
     )
 
@@ -325,6 +334,9 @@ def variable_size(translation: FunctionTranslation, module: Module, name: str) -
     raise KeyError(name)
 
 
+LARGE = 200_000  # characters of C++
+
+
 def translate_module(path: Path, prefix: str = "") -> Translated:
     """The kernels of a PTX file; `prefix` is taken off the names of their CUDA sources.
 
@@ -332,21 +344,24 @@ def translate_module(path: Path, prefix: str = "") -> Translated:
     """
     module = parse(path, prefix)
     errors: list[str] = []
-    sources = {}
-    kernels = []
-    for function in module.functions.values():
-        if function.is_entry:
-            sources[f"{path.stem}_{len(kernels)}.cpp"] = kernel_source(module, function, path, errors)
-            kernels.append(function.name)
+    kernels = [function for function in module.functions.values() if function.is_entry]
+    # Small kernels share a file: reading the headers takes longer than they do.
+    texts: list[str] = []
+    for number, function in enumerate(kernels):
+        text = kernel_source(module, function, path, errors, number)
+        if texts and len(texts[-1]) + len(text) < LARGE:
+            texts[-1] += "\n" + text
+        else:
+            texts.append(text)
+    include = '#include "instructions.h"\n'
+    sources = {f"{path.stem}_{i}.cpp": f"{include}{text}\n" for i, text in enumerate(texts)}
     variables = [v for v in module.variables.values() if v.space != "shared"]
     if variables:
         definitions = [variable_definition(variable, path) for variable in variables]
-        sources[f"{path.stem}_variables.cpp"] = "\n".join(
-            ["#include <cstdint>", "namespace emulator {", *definitions, "}", ""]
-        )
+        sources[f"{path.stem}_variables.cpp"] = "\n".join(["#include <cstdint>", *definitions, ""])
     if errors:
         raise PtxError("\n".join(errors))
-    return Translated(sources, kernels)
+    return Translated(sources, [function.name for function in kernels])
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-// The CUDA runtime's functions that a host object of nvcc (-cudart none) calls, on emulated devices:
-// memory is the host's, a launch runs at once.
+// The CUDA runtime's functions that a host object of nvcc (-cudart none) calls, on emulated
+// devices: memory is the host's, a launch runs at once.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -63,7 +63,7 @@ struct LaunchRecord {
   int status;
 };
 
-std::mutex mutex;  // one launch at a time
+std::mutex mutex;                                               // one launch at a time
 std::map<std::pair<int, const Kernel*>, size_t> shared_limits;  // by device, as in CUDA
 std::map<const void*, int> stream_devices;
 std::vector<LaunchRecord> launches;
@@ -130,7 +130,8 @@ cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, void** arguments
     status = cudaError_t(emulator::run(*kernel, {grid.x, grid.y, grid.z},
                                        {block.x, block.y, block.z}, uint32_t(shared), arguments));
   }
-  launches.push_back({kernel ? kernel->name : "", grid, block, shared, current_device, stream, status});
+  launches.push_back(
+      {kernel ? kernel->name : "", grid, block, shared, current_device, stream, status});
   return remember(status);
 }
 
@@ -153,7 +154,8 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorInvalidDeviceFunction, "cudaErrorInvalidDeviceFunction", "invalid device function"},
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
-    {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
+    {cudaErrorIllegalAddress, "cudaErrorIllegalAddress",
+     "an illegal memory access was encountered"},
     {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources",
      "too many resources requested for launch"},
     {cudaErrorMisalignedAddress, "cudaErrorMisalignedAddress", "misaligned address"},

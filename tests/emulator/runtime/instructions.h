@@ -31,15 +31,15 @@ inline T sum(T a, T b) {
   if constexpr (std::is_floating_point_v<T>) return a + b;
   if constexpr (IsPair<T>::value) return half_add(a, b);
 }
-#define EMULATOR_ATOMIC(name, expression)                             \
-  template <class T>                                                  \
-  inline T atomic_##name(uint8_t* place, T value) {                   \
-    return change<T>(place, [=](T old) { return T(expression); });    \
+#define EMULATOR_ATOMIC(name, expression)                          \
+  template <class T>                                               \
+  inline T atomic_##name(uint8_t* place, T value) {                \
+    return change<T>(place, [=](T old) { return T(expression); }); \
   }
 EMULATOR_ATOMIC(add, sum(old, value))
 EMULATOR_ATOMIC(min, std::min(old, value))
 EMULATOR_ATOMIC(max, std::max(old, value))
-EMULATOR_ATOMIC(and, old & value)
+EMULATOR_ATOMIC(and, old& value)
 EMULATOR_ATOMIC(or, old | value)
 EMULATOR_ATOMIC(xor, old ^ value)
 EMULATOR_ATOMIC(exch, ((void)old, value))

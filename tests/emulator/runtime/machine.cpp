@@ -22,9 +22,9 @@ bool watching = false;
 long error_count = 0;
 std::string last_message;
 
-#define EMULATOR_ADDRESSES(bytes)                                                          \
-  template uint8_t* shared_address<bytes>(Thread&, const Site&, Access, uint32_t);         \
-  template uint8_t* global_address<bytes>(Thread&, const Site&, Access, uint64_t);         \
+#define EMULATOR_ADDRESSES(bytes)                                                  \
+  template uint8_t* shared_address<bytes>(Thread&, const Site&, Access, uint32_t); \
+  template uint8_t* global_address<bytes>(Thread&, const Site&, Access, uint64_t); \
   template uint8_t* generic_address<bytes>(Thread&, const Site&, Access, uint64_t);
 EMULATOR_ADDRESSES(1)
 EMULATOR_ADDRESSES(2)
@@ -44,7 +44,8 @@ struct Fiber : Thread {
   bool yes = false;
   Counted counted{};
 
-  Fiber(const Launch& launch) : Thread{launch, {}, {}, 0, 0, 0, nullptr, 0, nullptr, {}, {}, {}, {}} {}
+  Fiber(const Launch& launch)
+      : Thread{launch, {}, {}, 0, 0, 0, nullptr, 0, nullptr, {}, {}, {}, {}} {}
 };
 
 // Lanes that wait for each other; a warp may have several, of disjoint masks.
@@ -126,8 +127,8 @@ void release_barrier_if_complete(uint32_t number) {
   std::fill(barrier.site_of_warp.begin(), barrier.site_of_warp.end(), nullptr);
 }
 
-void join_barrier(Thread& thread, const Site& site, bool aligned, uint32_t number,
-                  uint32_t threads, bool yes) {
+void join_barrier(Thread& thread, const Site& site, bool aligned, uint32_t number, uint32_t threads,
+                  bool yes) {
   if (number >= kBarriers) fail(thread, site, kLaunchFailure, "there are barriers 0 to 15");
   if (threads % 32) fail(thread, site, kLaunchFailure, "a barrier counts whole warps");
   Barrier& barrier = machine.barriers[number];
@@ -188,7 +189,8 @@ void place_thread(Fiber& fiber, uint32_t index, Size3 block_index) {
   fiber.warp = index / 32;
   fiber.lane = index % 32;
   fiber.shared = machine.shared;
-  fiber.shared_bytes = fiber.launch.kernel->dynamic_shared_offset + fiber.launch.dynamic_shared_bytes;
+  fiber.shared_bytes =
+      fiber.launch.kernel->dynamic_shared_offset + fiber.launch.dynamic_shared_bytes;
   fiber.lanes = machine.warps[fiber.warp].lanes;
   fiber.lanes[fiber.lane] = &fiber;
   fiber.copies.clear();
@@ -334,7 +336,9 @@ void exit_thread(Thread& thread) {
   std::abort();
 }
 
-uint64_t clock_ticks() { return uint64_t(std::chrono::steady_clock::now().time_since_epoch().count()); }
+uint64_t clock_ticks() {
+  return uint64_t(std::chrono::steady_clock::now().time_since_epoch().count());
+}
 
 bool arrive_in_warp(Thread& thread, const Site& site, uint32_t mask, Meeting meeting) {
   Warp& warp = machine.warps[thread.warp];

@@ -74,8 +74,8 @@ struct Thread {
   alignas(16) uint8_t brought[64];
   alignas(16) uint8_t taken[64];
 
-  std::vector<Copy> copies;                    // cp.async since the last commit_group
-  std::deque<std::vector<Copy>> copy_groups;   // committed, the oldest first
+  std::vector<Copy> copies;                   // cp.async since the last commit_group
+  std::deque<std::vector<Copy>> copy_groups;  // committed, the oldest first
 };
 
 constexpr uint32_t kSharedWindow = 256 << 10;  // of addresses; no device has more for a block
@@ -131,8 +131,7 @@ uint8_t* global_address(Thread& thread, const Site& site, Access access, uint64_
   return reinterpret_cast<uint8_t*>(address);
 }
 template <int bytes>
-uint8_t* generic_address(Thread& thread, const Site& site, Access access,
-                                uint64_t address) {
+uint8_t* generic_address(Thread& thread, const Site& site, Access access, uint64_t address) {
   if (in_shared(thread, address)) {
     return shared_address<bytes>(thread, site, access, address - uint64_t(thread.shared));
   }
@@ -145,9 +144,9 @@ uint8_t* local_address(Thread& thread, const Site& site, Access, uint64_t addres
 }
 
 // Compiled once, in machine.cpp: translated kernels that inline them take long to compile.
-#define EMULATOR_ADDRESSES(bytes)                                                               \
-  extern template uint8_t* shared_address<bytes>(Thread&, const Site&, Access, uint32_t);       \
-  extern template uint8_t* global_address<bytes>(Thread&, const Site&, Access, uint64_t);       \
+#define EMULATOR_ADDRESSES(bytes)                                                         \
+  extern template uint8_t* shared_address<bytes>(Thread&, const Site&, Access, uint32_t); \
+  extern template uint8_t* global_address<bytes>(Thread&, const Site&, Access, uint64_t); \
   extern template uint8_t* generic_address<bytes>(Thread&, const Site&, Access, uint64_t);
 EMULATOR_ADDRESSES(1)
 EMULATOR_ADDRESSES(2)

@@ -167,8 +167,8 @@ void shared_access(const Thread& thread, const Site& site, Access access, uint32
                    with("", detector.block, cell.writer, *cell.write_site));
     }
     if (access != Access::write && !cell.initialised) {
-      complain(thread, site, nullptr, "read of shared memory that nobody has written, byte " +
-                                          std::to_string(i));
+      complain(thread, site, nullptr,
+               "read of shared memory that nobody has written, byte " + std::to_string(i));
     }
     touch(cell, thread, site, access);
     cell.initialised = true;
@@ -180,7 +180,8 @@ void global_access(const Thread& thread, const Site& site, Access access, uint64
   // Accesses are aligned, so that none crosses a page.
   auto& page = detector.pages[address / kPage];
   if (!page) page = std::make_unique<Page>();
-  for (uint32_t i = 0; i < bytes; ++i) touch(page->cells[address % kPage + i], thread, site, access);
+  for (uint32_t i = 0; i < bytes; ++i)
+    touch(page->cells[address % kPage + i], thread, site, access);
 }
 
 void copy_issued(const Thread& thread, const Copy& copy) {

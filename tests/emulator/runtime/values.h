@@ -234,8 +234,8 @@ inline float to_float(Half x) {
   // Moving exponent and fraction into place gives the value times 2^-112, exactly.
   const float magnitude = std::bit_cast<float>((x.bits & 0x7fffu) << 13) * 0x1p112f;
   const bool special = (x.bits & 0x7c00) == 0x7c00;
-  const uint32_t word = special ? 0x7f800000u | (x.bits & 0x3ffu) << 13
-                                : std::bit_cast<uint32_t>(magnitude);
+  const uint32_t word =
+      special ? 0x7f800000u | (x.bits & 0x3ffu) << 13 : std::bit_cast<uint32_t>(magnitude);
   return std::bit_cast<float>(word | (x.bits & 0x8000u) << 16);
 }
 
@@ -285,8 +285,8 @@ inline T to_half(double x) {
   const int field = exponent - Format::smallest_exponent;
   const int64_t word = (int64_t{field} << Format::fraction_bits) + int64_t(whole);
   if (word >= Format::infinity || exponent > Format::largest_exponent) {
-    const bool away = rounding == Rounding::nearest || up ||
-                      (rounding == Rounding::up && !sign) || (rounding == Rounding::down && sign);
+    const bool away = rounding == Rounding::nearest || up || (rounding == Rounding::up && !sign) ||
+                      (rounding == Rounding::down && sign);
     return T{uint16_t(sign | (away ? Format::infinity : Format::infinity - 1))};
   }
   return T{uint16_t(sign | word)};
@@ -430,9 +430,8 @@ inline To clamp_integer(From x) {
 template <class T>
 using Double = std::conditional_t<
     sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>,
-    std::conditional_t<
-        sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>,
-        std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>>;
+    std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>,
+                       std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>>;
 
 template <class T>
 inline T mul_lo(T a, T b) {
@@ -568,14 +567,14 @@ template <class T>
 inline bool unordered(T a, T b) {
   return std::isnan(to_double(a)) || std::isnan(to_double(b));
 }
-#define EMULATOR_COMPARISON(name, operation)                                  \
-  template <class T>                                                          \
-  inline bool float_##name(T a, T b) {                                        \
-    return !unordered(a, b) && to_double(a) operation to_double(b);           \
-  }                                                                           \
-  template <class T>                                                          \
-  inline bool float_##name##u(T a, T b) {                                     \
-    return unordered(a, b) || to_double(a) operation to_double(b);            \
+#define EMULATOR_COMPARISON(name, operation)                        \
+  template <class T>                                                \
+  inline bool float_##name(T a, T b) {                              \
+    return !unordered(a, b) && to_double(a) operation to_double(b); \
+  }                                                                 \
+  template <class T>                                                \
+  inline bool float_##name##u(T a, T b) {                           \
+    return unordered(a, b) || to_double(a) operation to_double(b);  \
   }
 EMULATOR_COMPARISON(eq, ==)
 EMULATOR_COMPARISON(ne, !=)

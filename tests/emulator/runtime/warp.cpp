@@ -67,29 +67,29 @@ struct Segment {
   int last(int lane) const { return (lane & mask) | (clamp & ~mask & 31); }
   int first(int lane) const { return lane & mask; }
 };
-Shuffled shuffle_up(Thread& thread, const Site& site, uint32_t value, uint32_t by,
-                           uint32_t limits, uint32_t mask) {
+Shuffled shuffle_up(Thread& thread, const Site& site, uint32_t value, uint32_t by, uint32_t limits,
+                    uint32_t mask) {
   return shuffle(thread, site, value, mask, [=](int lane) {
     const int from = lane - int(by & 31);
     return Wish{from, from >= Segment(limits).last(lane)};
   });
 }
 Shuffled shuffle_down(Thread& thread, const Site& site, uint32_t value, uint32_t by,
-                             uint32_t limits, uint32_t mask) {
+                      uint32_t limits, uint32_t mask) {
   return shuffle(thread, site, value, mask, [=](int lane) {
     const int from = lane + int(by & 31);
     return Wish{from, from <= Segment(limits).last(lane)};
   });
 }
 Shuffled shuffle_bfly(Thread& thread, const Site& site, uint32_t value, uint32_t by,
-                             uint32_t limits, uint32_t mask) {
+                      uint32_t limits, uint32_t mask) {
   return shuffle(thread, site, value, mask, [=](int lane) {
     const int from = lane ^ int(by & 31);
     return Wish{from, from <= Segment(limits).last(lane)};
   });
 }
 Shuffled shuffle_idx(Thread& thread, const Site& site, uint32_t value, uint32_t index,
-                            uint32_t limits, uint32_t mask) {
+                     uint32_t limits, uint32_t mask) {
   return shuffle(thread, site, value, mask, [=](int lane) {
     const Segment segment(limits);
     const int from = segment.first(lane) | (int(index & 31) & ~segment.mask);
@@ -174,8 +174,8 @@ inline float element<Tf32>(uint32_t word, int) {
 
 template <class T, int depth>
 void multiply_matrices(Thread& thread, const Site& site, float (&d)[4],
-                              const uint32_t (&a)[depth * sizeof(T) / 8],
-                              const uint32_t (&b)[depth * sizeof(T) / 16], const float (&c)[4]) {
+                       const uint32_t (&a)[depth * sizeof(T) / 8],
+                       const uint32_t (&b)[depth * sizeof(T) / 16], const float (&c)[4]) {
   constexpr int packed = 4 / sizeof(T);
   constexpr int a_registers = depth * sizeof(T) / 8, b_registers = depth * sizeof(T) / 16;
   struct Fragments {
@@ -188,50 +188,48 @@ void multiply_matrices(Thread& thread, const Site& site, float (&d)[4],
   struct Result {
     float d[4];
   };
-  const auto out =
-      meet<Result>(thread, site, ~0u, Meeting::aligned, in, [](Thread** lanes) {
-        float left[16][depth], right[depth][8];
-        double sum[16][8];
-        for (int lane = 0; lane < 32; ++lane) {
-          const auto fragments = brought<Fragments>(lanes[lane]);
-          const int group = lane / 4, place = lane % 4;
-          for (int part = 0; part < packed; ++part) {
-            for (int i = 0; i < a_registers; ++i) {
-              left[group + 8 * (i % 2)][packed * (place + 4 * (i / 2)) + part] =
-                  element<T>(fragments.a[i], part);
-            }
-            for (int i = 0; i < b_registers; ++i) {
-              right[packed * (place + 4 * i) + part][group] = element<T>(fragments.b[i], part);
-            }
-          }
-          for (int i = 0; i < 4; ++i) {
-            sum[group + 8 * (i / 2)][2 * place + i % 2] = fragments.c[i];
-          }
+  const auto out = meet<Result>(thread, site, ~0u, Meeting::aligned, in, [](Thread** lanes) {
+    float left[16][depth], right[depth][8];
+    double sum[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto fragments = brought<Fragments>(lanes[lane]);
+      const int group = lane / 4, place = lane % 4;
+      for (int part = 0; part < packed; ++part) {
+        for (int i = 0; i < a_registers; ++i) {
+          left[group + 8 * (i % 2)][packed * (place + 4 * (i / 2)) + part] =
+              element<T>(fragments.a[i], part);
         }
-        // Products are exact in double. How a tensor core rounds their sum is not documented; one
-        // rounding at the end is the neutral choice.
-        for (int row = 0; row < 16; ++row) {
-          for (int k = 0; k < depth; ++k) {
-            for (int column = 0; column < 8; ++column) {
-              sum[row][column] += double(left[row][k]) * double(right[k][column]);
-            }
-          }
+        for (int i = 0; i < b_registers; ++i) {
+          right[packed * (place + 4 * i) + part][group] = element<T>(fragments.b[i], part);
         }
-        for (int lane = 0; lane < 32; ++lane) {
-          const int group = lane / 4, place = lane % 4;
-          Result result;
-          for (int i = 0; i < 4; ++i) {
-            result.d[i] = float(sum[group + 8 * (i / 2)][2 * place + i % 2]);
-          }
-          give(lanes[lane], result);
+      }
+      for (int i = 0; i < 4; ++i) {
+        sum[group + 8 * (i / 2)][2 * place + i % 2] = fragments.c[i];
+      }
+    }
+    // Products are exact in double. How a tensor core rounds their sum is not documented; one
+    // rounding at the end is the neutral choice.
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < depth; ++k) {
+        for (int column = 0; column < 8; ++column) {
+          sum[row][column] += double(left[row][k]) * double(right[k][column]);
         }
-      });
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane / 4, place = lane % 4;
+      Result result;
+      for (int i = 0; i < 4; ++i) {
+        result.d[i] = float(sum[group + 8 * (i / 2)][2 * place + i % 2]);
+      }
+      give(lanes[lane], result);
+    }
+  });
   std::copy(std::begin(out.d), std::end(out.d), d);
 }
 
 template <int count, bool transposed>
-void load_matrices(Thread& thread, const Site& site, uint32_t (&rows)[count],
-                          uint64_t address) {
+void load_matrices(Thread& thread, const Site& site, uint32_t (&rows)[count], uint64_t address) {
   struct Registers {
     uint32_t of[count];
   };
@@ -240,24 +238,22 @@ void load_matrices(Thread& thread, const Site& site, uint32_t (&rows)[count],
   if (thread.lane < 8 * count) {
     row = shared_address<16>(thread, site, Access::read, uint32_t(address));
   }
-  const auto out =
-      meet<Registers>(thread, site, ~0u, Meeting::aligned, row, [](Thread** lanes) {
-        for (int lane = 0; lane < 32; ++lane) {
-          Registers registers;
-          for (int matrix = 0; matrix < count; ++matrix) {
-            uint16_t pair[2];
-            for (int i = 0; i < 2; ++i) {
-              const int from_row = transposed ? 2 * (lane % 4) + i : lane / 4;
-              const int from_column = transposed ? lane / 4 : 2 * (lane % 4) + i;
-              std::memcpy(&pair[i],
-                          brought<const uint8_t*>(lanes[8 * matrix + from_row]) + 2 * from_column,
-                          2);
-            }
-            registers.of[matrix] = pair[0] | uint32_t(pair[1]) << 16;
-          }
-          give(lanes[lane], registers);
+  const auto out = meet<Registers>(thread, site, ~0u, Meeting::aligned, row, [](Thread** lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      Registers registers;
+      for (int matrix = 0; matrix < count; ++matrix) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const int from_row = transposed ? 2 * (lane % 4) + i : lane / 4;
+          const int from_column = transposed ? lane / 4 : 2 * (lane % 4) + i;
+          std::memcpy(&pair[i],
+                      brought<const uint8_t*>(lanes[8 * matrix + from_row]) + 2 * from_column, 2);
         }
-      });
+        registers.of[matrix] = pair[0] | uint32_t(pair[1]) << 16;
+      }
+      give(lanes[lane], registers);
+    }
+  });
   std::copy(std::begin(out.of), std::end(out.of), rows);
 }
 
@@ -300,7 +296,7 @@ void wait_for_copies(Thread& thread, const Site& site, uint32_t pending_groups) 
 
 template <int bytes>
 void copy_async(Thread& thread, const Site& site, uint32_t to, uint64_t from,
-                       uint32_t source_bytes) {
+                uint32_t source_bytes) {
   if (source_bytes > bytes) fail(thread, site, kLaunchFailure, "cp.async of more than its size");
   if (from % bytes) fail(thread, site, kMisalignedAddress, "misaligned source of cp.async");
   uint8_t* place = shared_address<bytes>(thread, site, Access::write, to);
@@ -314,13 +310,12 @@ void copy_async(Thread& thread, const Site& site, uint32_t to, uint64_t from,
       }
     }
   }
-  issue_copy(thread,
-             {place, reinterpret_cast<const uint8_t*>(from), bytes, source_bytes, &site});
+  issue_copy(thread, {place, reinterpret_cast<const uint8_t*>(from), bytes, source_bytes, &site});
 }
 
-#define EMULATOR_MATRICES(type, depth)                                                      \
-  template void multiply_matrices<type, depth>(                                             \
-      Thread&, const Site&, float (&)[4], const uint32_t (&)[depth * sizeof(type) / 8],     \
+#define EMULATOR_MATRICES(type, depth)                                                  \
+  template void multiply_matrices<type, depth>(                                         \
+      Thread&, const Site&, float (&)[4], const uint32_t (&)[depth * sizeof(type) / 8], \
       const uint32_t (&)[depth * sizeof(type) / 16], const float (&)[4]);
 EMULATOR_MATRICES(Bfloat16, 16)
 EMULATOR_MATRICES(Bfloat16, 8)
@@ -329,7 +324,7 @@ EMULATOR_MATRICES(Half, 8)
 EMULATOR_MATRICES(Tf32, 8)
 EMULATOR_MATRICES(Tf32, 4)
 
-#define EMULATOR_LOAD(count)                                                                   \
+#define EMULATOR_LOAD(count)                                                                      \
   template void load_matrices<count, false>(Thread&, const Site&, uint32_t (&)[count], uint64_t); \
   template void load_matrices<count, true>(Thread&, const Site&, uint32_t (&)[count], uint64_t);
 EMULATOR_LOAD(1)
