@@ -1,5 +1,6 @@
 # Decides whether CUDA is compiled, for which architectures, and says why. Sets
-#   SETFORMER_CUDA_ENABLED, SETFORMER_CUDA_DECISION (one line), CMAKE_CUDA_ARCHITECTURES.
+#   SETFORMER_CUDA_ENABLED, SETFORMER_CUDA_DECISION (one line), CMAKE_CUDA_ARCHITECTURES,
+#   SETFORMER_CUDA_OPTIONS (of the compiler).
 
 set(SETFORMER_CUDA_DEFAULT auto)
 if(DEFINED ENV{SETFORMER_CUDA})
@@ -73,6 +74,33 @@ function(setformer_choose_architectures)
   set(CMAKE_CUDA_ARCHITECTURES "${architectures}" CACHE STRING "CUDA architectures")
 endfunction()
 
+# The kernels use nothing newer than compute capability 8.0, so one PTX serves all later devices:
+# that of each would multiply the build time, and so it is the PTX that tests run. Leaves an empty
+# list where the architectures are not plain numbers ("native", "90a"): CMake knows those.
+function(setformer_share_ptx options)
+  set(${options} "" PARENT_SCOPE)
+  set(code)
+  foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
+    if(NOT architecture MATCHES "^([0-9]+)(-real|-virtual)?$")
+      return()
+    endif()
+    set(number "${CMAKE_MATCH_1}")
+    set(kind "${CMAKE_MATCH_2}")
+    set(ptx "${number}")
+    if(number GREATER 80)
+      set(ptx 80)
+    endif()
+    if(NOT kind STREQUAL "-virtual")
+      list(APPEND code "-gencode=arch=compute_${ptx},code=sm_${number}")
+    endif()
+    if(NOT kind STREQUAL "-real")
+      list(APPEND code "-gencode=arch=compute_${ptx},code=compute_${ptx}")
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES code)
+  set(${options} "${code}" PARENT_SCOPE)
+endfunction()
+
 if(SETFORMER_CUDA_SWITCH STREQUAL "off")
   set(SETFORMER_CUDA_DECISION "not compiled: SETFORMER_CUDA=off")
 else()
@@ -106,6 +134,14 @@ else()
     setformer_choose_architectures()
     enable_language(CUDA)
     set(SETFORMER_CUDA_ENABLED ON)
+    setformer_share_ptx(SETFORMER_CUDA_CODE)
+    # Profilers show source lines; ptxas tells of registers that do not fit.
+    set(SETFORMER_CUDA_OPTIONS
+        -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills ${SETFORMER_CUDA_CODE})
+    # Seven architectures and their line tables: a sixth of the size.
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+      list(APPEND SETFORMER_CUDA_OPTIONS -compress-mode=size)
+    endif()
     set(SETFORMER_CUDA_DECISION
         "compiled by nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER})")
   elseif(SETFORMER_CUDA_SWITCH STREQUAL "on")
