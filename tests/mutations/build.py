@@ -1,0 +1,114 @@
+"""Builds the emulated module with the kernels of one storage type alone, from changed sources."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+from emulator import build
+from emulator.translate import translate_module
+
+TYPES = {
+    "float32": "float",
+    "float64": "double",
+    "bfloat16": "__nv_bfloat16",
+    "float16": "__half",
+}
+DIRECTIONS = ("forward", "backward")
+
+# One direction of one type. launch.cu asks float32 for the workspace of all types but float64.
+KERNELS = """\
+#include "{direction}_kernels.cuh"
+
+namespace setformer::cuda {{
+template void Kernels<{type}>::{direction}(const {Direction}Params&, void*, Stream&);
+{workspaces}
+}}
+"""
+WORKSPACE = (
+    "template {Direction}Workspace Kernels<{type}>::{direction}_workspace("
+    "const {Direction}Params&);"
+)
+# What launch.cu refers to beside, and no check calls.
+ABSENT = """\
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdlib>
+
+#include "cuda/kernels.h"
+
+namespace setformer::cuda {{
+{definitions}
+}}
+"""
+ABSENT_DIRECTION = (
+    "template <> void Kernels<{type}>::{direction}(const {Direction}Params&, void*, Stream&) {{"
+    " std::abort(); }}"
+)
+ABSENT_WORKSPACE = (
+    "template <> {Direction}Workspace Kernels<{type}>::{direction}_workspace("
+    "const {Direction}Params&) {{ std::abort(); }}"
+)
+ABSENT_PLAN = (
+    "template <> void Kernels<{type}>::plan(const PlanParams&, Stream&) {{ std::abort(); }}"
+)
+
+
+def build_module(sources: Path, storage: str, resident: bool, backward: bool) -> Path:
+    """The module _C with one regime's kernels of one type, of `sources`, a copy of csrc/.
+
+    Kernels that a change leaves as they were come from the emulator's cache.
+    Raises: BuildError, PtxError.
+    """
+    directions = DIRECTIONS if backward else DIRECTIONS[:1]
+    objects = build.extension_objects(build.SOURCES)
+    for name in ("launch.cu", "device.cu"):
+        host, _ = build.compile_cuda(sources / "cuda" / name, 80, [sources])
+        objects.append(host)
+    for direction in directions:
+        words = {"direction": direction, "Direction": direction.title()}
+        workspaces = [
+            WORKSPACE.format(type=TYPES[name], **words) for name in sorted({storage, "float32"})
+        ]
+        text = KERNELS.format(type=TYPES[storage], workspaces="\n".join(workspaces), **words)
+        source = build.write(sources / "cuda" / f"{direction}_{storage}.cu", text)
+        host, ptx = build.compile_cuda(source, 80, [sources])
+        objects += [host, *translated_kernels(ptx, f"{sources}/", resident)]
+    objects.append(absent_kernels(storage, directions))
+    objects += build.runtime_objects(80, with_cudart=True)
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return build.link(objects, name, ["-fopenmp", "-ldl", "-Wl,-z,undefs"])
+
+
+def translated_kernels(ptx: Path, prefix: str, resident: bool) -> list[Path]:
+    """Objects of one regime's kernels: a launch of another fails."""
+    translated = translate_module(ptx, prefix)
+    flags = (*build.KERNEL_FLAGS, *build.processor_flags())
+    objects = []
+    for kernel, (name, text) in zip(
+        [*translated.kernels, None], translated.sources.items(), strict=False
+    ):
+        if kernel is None or ("resident" in kernel) == resident:
+            stem = f"{Path(name).stem}-{build.digest(text)}"
+            source = build.write(build.cache() / "translated" / f"{stem}.cpp", text)
+            objects.append(
+                build.compile_cpp(source, flags, [build.RUNTIME], build.kernel_compiler())
+            )
+    return objects
+
+
+def absent_kernels(storage: str, directions: tuple[str, ...]) -> Path:
+    definitions = []
+    for name, type_ in TYPES.items():
+        definitions.append(ABSENT_PLAN.format(type=type_))
+        for direction in DIRECTIONS:
+            words = {"type": type_, "direction": direction, "Direction": direction.title()}
+            if name != storage or direction not in directions:
+                definitions.append(ABSENT_DIRECTION.format(**words))
+            if name not in (storage, "float32") or direction not in directions:
+                definitions.append(ABSENT_WORKSPACE.format(**words))
+    text = ABSENT.format(definitions="\n".join(definitions))
+    source = build.write(build.cache() / "generated" / f"absent-{build.digest(text)}.cpp", text)
+    flags = ("-std=c++17", "-O0", "-w", f"-isystem{build.cuda_include()}")
+    return build.compile_cpp(source, flags, [build.SOURCES])

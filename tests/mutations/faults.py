@@ -1,0 +1,332 @@
+"""The seeded faults: in the text of a file of csrc/cuda, `old` becomes `new`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str
+    old: str  # occurs once
+    new: str
+    problem: str  # of checks.PROBLEMS: one that reaches the fault
+
+    def apply(self, text: str) -> str:
+        """The file with the fault. Later lines keep their numbers, so that kernels that do not
+        have it are still known by the emulator's cache."""
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"{self.name}: expected csrc/cuda/{self.file} to have this text once, it is there "
+                f"{text.count(self.old)} times; change the fault with the kernels:\n{self.old}"
+            )
+        lost_lines = self.old.count("\n") - self.new.count("\n")
+        return text.replace(self.old, self.new + "\n" * lost_lines)
+
+
+FORWARD = (
+    Fault(
+        "registers of an mma fragment swapped",
+        "product.cuh",
+        "multiply_block<Storage>(d, a_part[0], b_part[0][2 * pair], b_part[0][2 * pair + 1]);",
+        "multiply_block<Storage>(d, a_part[0], b_part[0][2 * pair + 1], b_part[0][2 * pair]);",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "ldmatrix gives the matrices in another order",
+        "product.cuh",
+        "(matrix / 2 * 8 + line) * a.pitch + first + matrix % 2 * 8",
+        "(matrix % 2 * 8 + line) * a.pitch + first + matrix / 2 * 8",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "low halves of a plan one row off",
+        "product.cuh",
+        "write_pair(to + Shape<Storage>::kRows * pitch, narrow<Storage>(x - widen(high_x)),",
+        "write_pair(to + (Shape<Storage>::kRows + 1) * pitch, narrow<Storage>(x - widen(high_x)),",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "a token too many",
+        "tile.cuh",
+        "return i < count && (mask == nullptr || mask[i * mask_stride]);",
+        "return i <= count && (mask == nullptr || mask[i * mask_stride]);",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "padding of the references counts",
+        "transport.cuh",
+        "values[j] = j < p.references ? of(j) : beyond;",
+        "values[j] = j < p.references ? of(j) : Accumulate<Storage>(0);",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "mask ignored",
+        "tile.cuh",
+        "return i < count && (mask == nullptr || mask[i * mask_stride]);",
+        "return i < count;",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "hidden tokens receive output",
+        "forward.cuh",
+        "if (!head.tokens.valid(i)) offsets[half] = infinity<T>();",
+        "",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "no zeros beyond the depth",
+        "tile.cuh",
+        "copy_async(to, from, elements * int(sizeof(Storage)));",
+        "copy_async(to, from, 16);",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "16-byte copies of rows that are not aligned",
+        "tile.cuh",
+        "(reinterpret_cast<uintptr_t>(data) % 16) == 0 &&\n"
+        "              row_stride % Shape<Storage>::kPerVector == 0;",
+        "(reinterpret_cast<uintptr_t>(data) % 16) == 0;",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "element copies ignore the column stride",
+        "tile.cuh",
+        "from[(column + e) * rows.column_stride] : narrow",
+        "from[column + e] : narrow",
+        "bfloat16 resident forward, transposed",
+    ),
+    Fault(
+        "offset of a head in 32 bits",
+        "tile.cuh",
+        "b * tensor.stride[0] + h * tensor.stride[1];",
+        "b * tensor.stride[0] + int(h * tensor.stride[1]);",
+        "bfloat16 resident forward, far",
+    ),
+    Fault(
+        "wrong pitch of the tile of values",
+        "forward.cuh",
+        "stage_rows(rows, tile * S::kRows, first_column, row_tile, operand.pitch);",
+        "stage_rows(rows, tile * S::kRows, first_column, row_tile, S::kDepth);",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "resident tiles read before their copies arrive",
+        "similarity.cuh",
+        "    wait_for_copies<0>();\n    for (int tile = 0; tile < tiles; ++tile) {",
+        "    for (int tile = 0; tile < tiles; ++tile) {",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "log-sum-exps of warps not merged",
+        "transport.cuh",
+        "for (int warp = 0; warp < S::kWarps; ++warp) {",
+        "for (int warp = 0; warp < 1; ++warp) {",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "A loaded once where it is more than one tile",
+        "forward.cuh",
+        "loaded = single && parts == 1 && !head.layout.lean;",
+        "loaded = single;",
+        "bfloat16 resident forward, wide",
+    ),
+    Fault(
+        "no barrier before A is loaded again",
+        "forward.cuh",
+        "if (!loaded) __syncthreads();",
+        "",
+        "bfloat16 resident forward, wide",
+    ),
+    Fault(
+        "no __syncwarp between a warp's stores and loads",
+        "transport.cuh",
+        "  __syncwarp();\n  const int left = rows.depth - first_column;",
+        "  const int left = rows.depth - first_column;",
+        "bfloat16 resident forward",
+    ),
+    Fault(
+        "scale of float16 plans forgotten",
+        "forward.cuh",
+        "padded_depth<Storage>(int(p.value_depth), part * S::kDepth), unit / S::kPlanScale);",
+        "padded_depth<Storage>(int(p.value_depth), part * S::kDepth), unit);",
+        "float16 resident forward",
+    ),
+    Fault(
+        "scale of float16 operands forgotten",
+        "product.cuh",
+        "accumulators[n][e] += product[n][e] * unit;",
+        "accumulators[n][e] += product[n][e];",
+        "float16 resident forward",
+    ),
+    Fault(
+        "rows and columns of a product by FMA swapped",
+        "product.cuh",
+        "accumulators[n][i] += x[i / 2][e] * y[i % 2];",
+        "accumulators[n][i] += x[i % 2][e] * y[i / 2];",
+        "float32 resident forward",
+    ),
+    Fault(
+        "square norm of the last depth tile alone",
+        "tile.cuh",
+        "norms[row] = first_column == 0 ? square : norms[row] + square;",
+        "norms[row] = square;",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "copies of the first tile not committed",
+        "similarity.cuh",
+        "      stage(tile, chunk, 0);\n      commit_copies();",
+        "      stage(tile, chunk, 0);",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "waits for one group of copies too few",
+        "similarity.cuh",
+        "          commit_copies();\n          wait_for_copies<1>();",
+        "          commit_copies();\n          wait_for_copies<2>();",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "no barrier between copies and product",
+        "similarity.cuh",
+        "        __syncthreads();\n        multiply_tiles(slot_,",
+        "        multiply_tiles(slot_,",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "no barrier before a buffer is filled again",
+        "similarity.cuh",
+        "        __syncthreads();\n        held_ = slot_;",
+        "        held_ = slot_;",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "norms of two tiles in one buffer",
+        "similarity.cuh",
+        "      parity_ ^= 1;\n",
+        "\n",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "log-sum-exp of the last block not merged",
+        "forward_kernels.cuh",
+        "    for (int64_t split = 0; split < splits; ++split) {\n"
+        "      const T* from = partial + (head * splits + split) * 2 * references + j;",
+        "    for (int64_t split = 0; split + 1 < splits; ++split) {\n"
+        "      const T* from = partial + (head * splits + split) * 2 * references + j;",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "blocks of a head leave their states in one place",
+        "forward.cuh",
+        "T* to = head.partial + (head.index * head.splits + head.split) * 2 * p.references;",
+        "T* to = head.partial + head.index * head.splits * 2 * p.references;",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "blocks share a tile of tokens",
+        "problem.cuh",
+        "first_tile = part * parts.tiles_each;",
+        "first_tile = part * (parts.tiles_each - 1);",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "weights of the last block alone",
+        "forward_kernels.cuh",
+        "total += from[split * of_head + width];",
+        "total = from[split * of_head + width];",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "no barrier at the end of a tile of tokens",
+        "forward.cuh",
+        "    }\n    __syncthreads();\n  }\n  T* scratch",
+        "    }\n  }\n  T* scratch",
+        "bfloat16 streaming forward",
+    ),
+)
+
+BACKWARD = (
+    Fault(
+        "sign of an adjoint",
+        "backward.cuh",
+        "adjoint[half] -= quad_sum(sums[half]) * factors[half];",
+        "adjoint[half] += quad_sum(sums[half]) * factors[half];",
+        "bfloat16 resident backward",
+    ),
+    Fault(
+        "factor of the gradient of epsilon",
+        "backward.cuh",
+        "const T by_epsilon = -product_sum * T(kLn2) / head.epsilon;",
+        "const T by_epsilon = -product_sum / head.epsilon;",
+        "bfloat16 resident backward",
+    ),
+    Fault(
+        "gradient of masses of the last step alone",
+        "backward.cuh",
+        "t == p.iterations && first_part == 0 ? adjoint[half] : gradient + adjoint[half];",
+        "adjoint[half];",
+        "bfloat16 resident backward",
+    ),
+    Fault(
+        "gradient of the queries' steps in place of the keys'",
+        "backward.cuh",
+        "*head.epsilon_gradient = accumulate ? *head.epsilon_gradient + by_epsilon : by_epsilon;",
+        "*head.epsilon_gradient = by_epsilon;",
+        "bfloat16 resident backward",
+    ),
+    Fault(
+        "no barrier before rows are staged again",
+        "backward.cuh",
+        "                __syncthreads();\n                stage_rows(source,",
+        "                stage_rows(source,",
+        "bfloat16 resident backward",
+    ),
+    Fault(
+        "center of the data forgotten",
+        "backward.cuh",
+        "if constexpr (!kIsHalf<Storage>) y -= head.center[column];",
+        "",
+        "float32 resident backward",
+    ),
+    Fault(
+        "tile of references and group of columns swapped",
+        "backward_kernels.cuh",
+        "gradient<Storage>(to_tokens, to_references, int(part / groups),\n"
+        "                                    int(part % groups));",
+        "gradient<Storage>(to_tokens, to_references, int(part % groups), int(part / groups));",
+        "bfloat16 streaming backward",
+    ),
+    Fault(
+        "sums of the last block lost",
+        "backward_kernels.cuh",
+        "for (int64_t split = 0; split < splits; ++split) {\n      sum +=",
+        "for (int64_t split = 0; split + 1 < splits; ++split) {\n      sum +=",
+        "bfloat16 streaming backward",
+    ),
+    Fault(
+        "sums of warps not added",
+        "transport.cuh",
+        "for (int warp = 1; warp < S::kWarps; ++warp) x += scratch[warp * S::kRows + j];",
+        "",
+        "bfloat16 streaming backward",
+    ),
+    Fault(
+        "blocks of a head leave their scalars in one place",
+        "backward.cuh",
+        "head.scalars[(head.index * head.splits + head.split) * 2] = product_sum;",
+        "head.scalars[head.index * head.splits * 2] = product_sum;",
+        "bfloat16 streaming backward",
+    ),
+    Fault(
+        "stale steps of another tile of references",
+        "backward.cuh",
+        "steps_loaded = steps == count && last - first == 1;",
+        "steps_loaded = steps == count;",
+        "float32 streaming backward",
+    ),
+)
+
+FAULTS = FORWARD + BACKWARD

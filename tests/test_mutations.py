@@ -1,0 +1,46 @@
+"""The checks find faults that were seeded into the kernels: some of them here, all of them by
+`python -m mutations`, or with MUTATIONS=all."""
+
+import os
+
+import pytest
+
+from emulator.build import SOURCES, find_nvcc
+from mutations.faults import FAULTS, Fault
+from mutations.run import run
+
+# One of each kind, and cheap to compile.
+SOME = {
+    "registers of an mma fragment swapped",
+    "16-byte copies of rows that are not aligned",
+    "waits for one group of copies too few",
+    "no barrier before a buffer is filled again",
+    "log-sum-exp of the last block not merged",
+    "sign of an adjoint",
+}
+CHOSEN = [f for f in FAULTS if os.environ.get("MUTATIONS") == "all" or f.name in SOME]
+
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="the emulator needs nvcc")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_kernels_have_the_text_that_a_fault_changes(fault: Fault) -> None:
+    text = (SOURCES / "cuda" / fault.file).read_text()
+    changed = fault.apply(text)
+    assert changed != text
+    assert changed.count("\n") == text.count("\n")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("problem", dict.fromkeys(fault.problem for fault in CHOSEN))
+def test_checks_have_no_objection_to_the_kernels(problem: str) -> None:
+    row = run(None, problem)
+    assert not row.found_by, row.words
+
+
+@needs_nvcc
+@pytest.mark.parametrize("fault", CHOSEN, ids=lambda fault: fault.name)
+def test_fault_is_found(fault: Fault) -> None:
+    row = run(fault, fault.problem)
+    assert row.found_by
+    print(f"{fault.name}: found by {row.found_by}")
