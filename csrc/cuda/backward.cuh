@@ -399,10 +399,10 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
         T offsets[2], flows[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          offsets[half] = head.row(t - 1, rows.token[half]);
-          flows[half] = log_mass[half] == -infinity<T>()
-                            ? T(0)
-                            : adjoint[half] * power_of_two(log_mass[half]);
+          // nothing flows through a token without mass, however large its entries
+          const bool massless = log_mass[half] == -infinity<T>();
+          offsets[half] = massless ? infinity<T>() : head.row(t - 1, rows.token[half]);
+          flows[half] = massless ? T(0) : adjoint[half] * power_of_two(log_mass[half]);
         }
         columns.add(s, [&](int half, int column, T x) {
           return power_of_two(x + potentials[first * S::kRows + column] - offsets[half]) *
@@ -621,11 +621,10 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int64_t i = rows.token[half];
-              distributed[half] = head.row(t - 1, i);
+              const bool massless = log_mass[half] == -infinity<T>();
+              distributed[half] = massless ? infinity<T>() : head.row(t - 1, i);
               collected[half] = log_mass[half] - distributed[half];
-              flows[half] = log_mass[half] == -infinity<T>()
-                                ? T(0)
-                                : head.row_adjoint(t, i) * power_of_two(log_mass[half]);
+              flows[half] = massless ? T(0) : head.row_adjoint(t, i) * power_of_two(log_mass[half]);
             }
 #pragma unroll
             for (int n = 0; n < S::kRows / 8; ++n) {

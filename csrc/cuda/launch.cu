@@ -34,13 +34,20 @@ class DeviceGuard {
 template <class Call>
 Result run(ScalarType type, int device, void* stream, Call call) {
   const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return {int(guard.error()), "cudaSetDevice"};
+  // An error that is reported here must not be found again by the next launch's check.
+  if (guard.error() != cudaSuccess) {
+    cudaGetLastError();
+    return {int(guard.error()), "cudaSetDevice"};
+  }
   int major = 0, bytes = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
-  if (error != cudaSuccess) return {int(error), "cudaDeviceGetAttribute"};
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return {int(error), "cudaDeviceGetAttribute"};
+  }
   Stream target{static_cast<cudaStream_t>(stream), major >= 8 ? 2 : 1, bytes};
   switch (type) {
     case ScalarType::kFloat32:

@@ -17,6 +17,7 @@ void launch(Stream& stream, const char* name, Kernel kernel, int64_t blocks, int
   if (shared_bytes > 48 * 1024) {
     stream.error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         int(shared_bytes));
+    if (stream.error != cudaSuccess) cudaGetLastError();  // reported by us, not by the next launch
   }
   if (stream.error == cudaSuccess) {
     const unsigned grid = unsigned(blocks < kLargestGrid ? blocks : kLargestGrid);
