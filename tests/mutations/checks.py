@@ -9,6 +9,7 @@ may write anywhere.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -87,6 +88,13 @@ MODES: list[tuple[Order, Mode]] = [
     ("random", "plain"),
     ("forward", "race"),
 ]
+ADDRESS_MODES: list[tuple[Order, Mode]] = [("forward", "address")]
+
+
+def sanitizer_is_loaded() -> bool:
+    """AddressSanitizer's runtime, which knows where allocations end."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
 
 # What the emulator says, and what that is.
 KINDS = {
@@ -113,7 +121,7 @@ def objections(library: Path, problem: Problem) -> Iterator[Objection]:
     arguments = random_problem(dtype=getattr(torch, problem.storage), **problem.options)
     if problem.arranged is not None:
         arguments["key"] = problem.arranged(arguments["key"])
-    for order, mode in MODES:
+    for order, mode in MODES + ADDRESS_MODES * sanitizer_is_loaded():
         emulator.clear_errors()
         failed: list[str] = []
         with emulator.configured(order=order, mode=mode):

@@ -147,6 +147,13 @@ FORWARD = (
         "bfloat16 resident forward",
     ),
     Fault(
+        "a row too many written",
+        "transport.cuh",
+        "if (token >= rows.count || column >= left) continue;",
+        "if (token > rows.count || column >= left) continue;",
+        "bfloat16 resident forward",
+    ),
+    Fault(
         "scale of float16 plans forgotten",
         "forward.cuh",
         "padded_depth<Storage>(int(p.value_depth), part * S::kDepth), unit / S::kPlanScale);",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -63,11 +64,25 @@ def run(fault: Fault | None, problem_name: str) -> Row:
     )
 
 
+@functools.cache
+def sanitizer() -> dict[str, str]:
+    """The variables that load AddressSanitizer's runtime, where the compiler has one, and the
+    library whose exceptions it intercepts."""
+    found = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = [build.host_compiler(), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(path):
+            return {}
+        found.append(os.path.realpath(path))
+    return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0"}
+
+
 def check(library: Path, problem: str) -> tuple[str, str]:
     """What kinds of objections there are, and the first one's words."""
     command = [sys.executable, "-m", "mutations.checks", str(library), problem]
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | sanitizer() | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=TESTS, timeout=300
