@@ -21,20 +21,31 @@ struct Cell {
   bool initialised = false, pending = false;  // of shared memory; pending: cp.async is under way
 };
 
-constexpr uint64_t kPage = 256;
+// Four bytes have one cell between them, until an access takes a part of them.
+struct Word {
+  Cell cells[4];
+  bool split = false;
+};
+
+constexpr uint64_t kPageWords = 64;
 struct Page {
-  Cell cells[kPage];
+  Word words[kPageWords];
 };
 
 struct Detector {
   uint32_t threads = 0, block = 0;
   std::vector<uint32_t> clocks;  // [threads, threads]: what each knows of each
-  std::vector<Cell> shared;
-  std::vector<std::vector<uint32_t>> reader_clocks;  // [.., threads]; 0 where a thread has not read
+  std::vector<Word> shared;
+  std::vector<uint32_t> reader_clocks;  // [.., threads]; 0 where a thread has not read
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages;
   std::set<std::pair<const Site*, const Site*>> reported;
 
   uint32_t& clock(uint32_t of, uint32_t about) { return clocks[size_t{of} * threads + about]; }
+  uint32_t* readers(int32_t index) { return &reader_clocks[size_t(index) * threads]; }
+  int32_t add_readers() {
+    reader_clocks.resize(reader_clocks.size() + threads, 0);
+    return int32_t(reader_clocks.size() / threads) - 1;
+  }
 };
 Detector detector;
 
@@ -63,10 +74,10 @@ void remember_read(Cell& cell, uint32_t thread, const Site& site) {
     cell.readers = -1;
   }
   if (cell.readers >= 0) {
-    detector.reader_clocks[cell.readers][thread] = now;
+    detector.readers(cell.readers)[thread] = now;
   } else if (cell.read && !known(thread, cell.reader, cell.read_clock)) {
-    cell.readers = int32_t(detector.reader_clocks.size());
-    auto& clocks = detector.reader_clocks.emplace_back(detector.threads, 0);
+    cell.readers = detector.add_readers();
+    uint32_t* clocks = detector.readers(cell.readers);
     clocks[cell.reader] = cell.read_clock;
     clocks[thread] = now;
   }
@@ -82,7 +93,7 @@ int64_t unknown_reader(const Cell& cell, uint32_t thread) {
   if (!cell.read) return -1;
   if (cell.read_block != detector.block || cell.read_by_several_blocks) return cell.reader;
   if (cell.readers < 0) return known(thread, cell.reader, cell.read_clock) ? -1 : cell.reader;
-  const auto& clocks = detector.reader_clocks[cell.readers];
+  const uint32_t* clocks = detector.readers(cell.readers);
   for (uint32_t other = 0; other < detector.threads; ++other) {
     if (clocks[other] && !known(thread, other, clocks[other])) return other;
   }
@@ -120,6 +131,39 @@ void touch(Cell& cell, const Thread& thread, const Site& site, Access access) {
   cell.write_site = &site;
 }
 
+void split(Word& word) {
+  if (word.split) return;
+  word.split = true;
+  for (int i = 1; i < 4; ++i) {
+    word.cells[i] = word.cells[0];
+    // Clocks of a former block say nothing more; the index of a block's own is not to be shared.
+    if (word.cells[0].readers < 0 || word.cells[0].read_block != detector.block) continue;
+    word.cells[i].readers = detector.add_readers();
+    std::copy_n(detector.readers(word.cells[0].readers), detector.threads,
+                detector.readers(word.cells[i].readers));
+  }
+}
+
+// Calls visit for each cell of the bytes, which begin at `offset` from the words' first.
+template <class Visit>
+void for_cells(Word* words, uint64_t offset, uint32_t bytes, const Visit& visit) {
+  for (uint64_t at = offset; at < offset + bytes;) {
+    Word& word = words[at / 4];
+    if (at % 4 == 0 && at + 4 <= offset + bytes) {
+      if (word.split) {
+        for (Cell& cell : word.cells) visit(cell);
+      } else {
+        visit(word.cells[0]);
+      }
+      at += 4;
+    } else {
+      split(word);
+      visit(word.cells[at % 4]);
+      ++at;
+    }
+  }
+}
+
 }  // namespace
 
 void launch_starts(const Launch& launch) {
@@ -136,7 +180,7 @@ void block_starts(const Thread& first) {
   detector.block = first.ctaid.x + grid.x * (first.ctaid.y + grid.y * first.ctaid.z);
   detector.clocks.assign(size_t{n} * n, 0);
   for (uint32_t i = 0; i < n; ++i) detector.clock(i, i) = 1;
-  detector.shared.assign(first.shared_bytes, Cell{});
+  detector.shared.assign((first.shared_bytes + 3) / 4, Word{});
   detector.reader_clocks.clear();
 }
 
@@ -159,43 +203,42 @@ void passed(const std::vector<uint32_t>& participants) {
 
 void shared_access(const Thread& thread, const Site& site, Access access, uint32_t offset,
                    uint32_t bytes) {
-  for (uint32_t i = offset; i < offset + bytes; ++i) {
-    Cell& cell = detector.shared[i];
+  for_cells(detector.shared.data(), offset, bytes, [&](Cell& cell) {
     if (cell.pending) {
       complain(thread, site, cell.write_site,
                "access to shared memory that cp.async has not delivered yet, issued by" +
                    with("", detector.block, cell.writer, *cell.write_site));
     }
     if (access != Access::write && !cell.initialised) {
-      complain(thread, site, nullptr,
-               "read of shared memory that nobody has written, byte " + std::to_string(i));
+      complain(
+          thread, site, nullptr,
+          "read of shared memory that nobody has written, from byte " + std::to_string(offset));
     }
     touch(cell, thread, site, access);
     cell.initialised = true;
-  }
+  });
 }
 
 void global_access(const Thread& thread, const Site& site, Access access, uint64_t address,
                    uint32_t bytes) {
   // Accesses are aligned, so that none crosses a page.
-  auto& page = detector.pages[address / kPage];
+  auto& page = detector.pages[address / (4 * kPageWords)];
   if (!page) page = std::make_unique<Page>();
-  for (uint32_t i = 0; i < bytes; ++i)
-    touch(page->cells[address % kPage + i], thread, site, access);
+  for_cells(page->words, address % (4 * kPageWords), bytes,
+            [&](Cell& cell) { touch(cell, thread, site, access); });
 }
 
 void copy_issued(const Thread& thread, const Copy& copy) {
-  const auto offset = uint32_t(copy.to - thread.shared);
-  for (uint32_t i = offset; i < offset + copy.bytes; ++i) detector.shared[i].pending = true;
+  for_cells(detector.shared.data(), uint64_t(copy.to - thread.shared), copy.bytes,
+            [](Cell& cell) { cell.pending = true; });
 }
 
 // The data arrive for the thread that waits, and for others once something orders them after it.
 void copy_arrived(const Thread& thread, const Site&, const Copy& copy) {
-  const auto offset = uint32_t(copy.to - thread.shared);
-  for (uint32_t i = offset; i < offset + copy.bytes; ++i) {
-    detector.shared[i].pending = false;
-    touch(detector.shared[i], thread, *copy.site, Access::write);
-  }
+  for_cells(detector.shared.data(), uint64_t(copy.to - thread.shared), copy.bytes, [&](Cell& cell) {
+    cell.pending = false;
+    touch(cell, thread, *copy.site, Access::write);
+  });
 }
 
 }  // namespace emulator::race
