@@ -66,6 +66,7 @@ PROBLEMS = {
     "float16 resident forward": Problem("float16", True, False, RESIDENT),
     "float32 resident forward": Problem("float32", True, False, RESIDENT),
     "bfloat16 streaming forward": Problem("bfloat16", False, False, STREAMING),
+    "float32 streaming forward": Problem("float32", False, False, STREAMING),
     "bfloat16 resident backward": Problem("bfloat16", True, True, RESIDENT),
     "float32 resident backward": Problem("float32", True, True, RESIDENT),
     "bfloat16 streaming backward": Problem("bfloat16", False, True, STREAMING),

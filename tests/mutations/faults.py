@@ -223,7 +223,7 @@ FORWARD = (
         "      const T* from = partial + (head * splits + split) * 2 * references + j;",
         "    for (int64_t split = 0; split + 1 < splits; ++split) {\n"
         "      const T* from = partial + (head * splits + split) * 2 * references + j;",
-        "bfloat16 streaming forward",
+        "float32 streaming forward",
     ),
     Fault(
         "blocks of a head leave their states in one place",
@@ -268,7 +268,7 @@ BACKWARD = (
         "backward.cuh",
         "const T by_epsilon = -product_sum * T(kLn2) / head.epsilon;",
         "const T by_epsilon = -product_sum / head.epsilon;",
-        "bfloat16 resident backward",
+        "float32 resident backward",
     ),
     Fault(
         "gradient of masses of the last step alone",
@@ -282,7 +282,7 @@ BACKWARD = (
         "backward.cuh",
         "*head.epsilon_gradient = accumulate ? *head.epsilon_gradient + by_epsilon : by_epsilon;",
         "*head.epsilon_gradient = by_epsilon;",
-        "bfloat16 resident backward",
+        "float32 resident backward",
     ),
     Fault(
         "no barrier before rows are staged again",
