@@ -372,6 +372,8 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           }
           store_rows<Storage>(head.value_gradients, tile, part * S::kDepth, out, value_tile);
         }
+        // rows and operand lie where the next keys and references go
+        if (head.layout.lean) __syncthreads();
       }
       if (rows_now) {
 #pragma unroll
