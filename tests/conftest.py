@@ -51,7 +51,7 @@ def cuda_emulated() -> Backend:
     """The CUDA kernels and their launch code on CPU tensors, see emulator/."""
     if find_nvcc() is None:
         pytest.skip("the emulator needs nvcc, see emulator/build.py")
-    return Backend("cuda-emulated", "cpu", emulated_module(), examples=20)
+    return Backend("cuda-emulated", "cpu", emulated_module(), examples=6)
 
 
 def cuda() -> Backend:
