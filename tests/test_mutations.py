@@ -1,4 +1,4 @@
-"""The checks find faults that were seeded into the kernels. Each takes a build of its own, so they are
+"""The checks find faults that were seeded into the kernels. Each takes a build of its own: they are
 tried where MUTATIONS=some or MUTATIONS=all asks for it; `python -m mutations` prints the table."""
 
 import os
