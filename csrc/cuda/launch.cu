@@ -32,7 +32,11 @@ class DeviceGuard {
 };
 
 template <class Call>
-Result run(ScalarType type, int device, void* stream, Call call) {
+Result run(const ForwardParams& p, int device, void* stream, Call call) {
+  // What shared memory has room for, and the centers in problem.cuh.
+  if (p.depth > 256 || p.value_depth > 256 || p.references > 512) {
+    return {int(cudaErrorInvalidValue), "the limit D <= 256, Dv <= 256, M <= 512 of all kernels"};
+  }
   const DeviceGuard guard(device);
   // An error that is reported here must not be found again by the next launch's check.
   if (guard.error() != cudaSuccess) {
@@ -49,7 +53,7 @@ Result run(ScalarType type, int device, void* stream, Call call) {
     return {int(error), "cudaDeviceGetAttribute"};
   }
   Stream target{static_cast<cudaStream_t>(stream), major >= 8 ? 2 : 1, bytes};
-  switch (type) {
+  switch (p.type) {
     case ScalarType::kFloat32:
       call(Kernels<float>{}, target);
       break;
@@ -86,18 +90,17 @@ int64_t backward_workspace(const BackwardParams& p) {
 }
 
 Result set_attention_forward(const ForwardParams& p, void* workspace, int device, void* stream) {
-  return run(p.type, device, stream,
+  return run(p, device, stream,
              [&](auto kernels, Stream& target) { kernels.forward(p, workspace, target); });
 }
 
 Result set_attention_backward(const BackwardParams& p, void* workspace, int device, void* stream) {
-  return run(p.type, device, stream,
+  return run(p, device, stream,
              [&](auto kernels, Stream& target) { kernels.backward(p, workspace, target); });
 }
 
 Result transport_plan(const PlanParams& p, int device, void* stream) {
-  return run(p.type, device, stream,
-             [&](auto kernels, Stream& target) { kernels.plan(p, target); });
+  return run(p, device, stream, [&](auto kernels, Stream& target) { kernels.plan(p, target); });
 }
 
 const char* error_name(int error) { return cudaGetErrorName(cudaError_t(error)); }
