@@ -56,7 +56,7 @@ RESIDENT = {
     "masked": True, "token_mass": True, "reference_mass": "learned", **LEARNED,
 }  # fmt: skip
 STREAMING = {"B": 1, "H": 1, "N": 275, "M": 19, "D": 72, "Dv": 9, "iterations": 2, **LEARNED}
-TWO_TILES = {"M": 70, "N": 140, "D": 136}
+TWO_TILES = {"M": 70, "D": 136}
 
 PROBLEMS = {
     "bfloat16 resident forward": Problem("bfloat16", True, False, RESIDENT),

@@ -275,7 +275,7 @@ BACKWARD = (
         "backward.cuh",
         "t == p.iterations && first_part == 0 ? adjoint[half] : gradient + adjoint[half];",
         "adjoint[half];",
-        "bfloat16 resident backward",
+        "float32 resident backward",
     ),
     Fault(
         "gradient of the queries' steps in place of the keys'",
@@ -289,7 +289,7 @@ BACKWARD = (
         "backward.cuh",
         "                __syncthreads();\n                stage_rows(source,",
         "                stage_rows(source,",
-        "bfloat16 resident backward",
+        "bfloat16 streaming backward",
     ),
     Fault(
         "center of the data forgotten",
@@ -311,7 +311,7 @@ BACKWARD = (
         "backward_kernels.cuh",
         "for (int64_t split = 0; split < splits; ++split) {\n      sum +=",
         "for (int64_t split = 0; split + 1 < splits; ++split) {\n      sum +=",
-        "bfloat16 streaming backward",
+        "float32 streaming backward",
     ),
     Fault(
         "sums of warps not added",
