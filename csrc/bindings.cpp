@@ -94,9 +94,18 @@ std::string advice(const std::string& error) {
   return "`setformer info` shows the devices and what this build has code for";
 }
 
+void check_limit(const Call& call, const char* what, int64_t size, int64_t most) {
+  require(size <= most, call.function(),
+          std::string(what) + " must be at most " + std::to_string(most) + " on CUDA, got " +
+              std::to_string(size) + "; the CPU takes any size");
+}
+
 // launch(device, stream) -> cuda::Result
 template <class Launch>
-void run_on_cuda(const Call& call, const Launch& launch) {
+void run_on_cuda(const Call& call, const ForwardParams& p, const Launch& launch) {
+  check_limit(call, "D, the depth of key,", p.depth, cuda::kMostDepth);
+  check_limit(call, "Dv, the depth of value,", p.value_depth, cuda::kMostValueDepth);
+  check_limit(call, "M, the number of references,", p.references, cuda::kMostReferences);
   cuda::Result result;
   {
     py::gil_scoped_release release;
@@ -121,7 +130,7 @@ void forward(const std::string& kernel, double position_bandwidth, int64_t itera
   const nvtx::Range range(call.function(), p);
   if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_forward, p);
   const Workspace memory(call, workspace, cuda::forward_workspace(p));
-  run_on_cuda(call, [&](int device, void* stream) {
+  run_on_cuda(call, p, [&](int device, void* stream) {
     return cuda::set_attention_forward(p, memory.start(), device, stream);
   });
 }
@@ -141,7 +150,7 @@ void backward(const std::string& kernel, double position_bandwidth, int64_t iter
   const nvtx::Range range(call.function(), p);
   if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_backward, p);
   const Workspace memory(call, workspace, cuda::backward_workspace(p));
-  run_on_cuda(call, [&](int device, void* stream) {
+  run_on_cuda(call, p, [&](int device, void* stream) {
     return cuda::set_attention_backward(p, memory.start(), device, stream);
   });
 }
@@ -157,7 +166,7 @@ void plan(const std::string& kernel, double position_bandwidth, int64_t iteratio
   p.value_depth = 1;
   const nvtx::Range range(call.function(), p);
   if (!call.on_cuda()) return run_on_cpu(call, cpu::transport_plan, p);
-  run_on_cuda(call,
+  run_on_cuda(call, p,
               [&](int device, void* stream) { return cuda::transport_plan(p, device, stream); });
 }
 

@@ -15,15 +15,19 @@
 // Only vectors of tokens and of references pass from one step to the next. Bytes and operations per
 // head as in forward.cuh:
 //
+//   output_product          reads 2 N Dv e
 //   distribute_backward     reads N (D + Dv) e          P (2 D + 2 Dv flop, 2 exponentials)
-//   sinkhorn_step_backward  reads N D e                 P (2 D flop, 3 exponentials); that of step
-//   T
-//                           reads and writes N Dv e     P 2 Dv flop beside
-//   gradient                reads N (D + 2 Dv) e,       P (6 D + 4 Dv flop, 2 T + 3 exponentials)
+//   normalize_collection    only in the log domain: reads N D e, P (2 D flop, 2 exponentials)
+//   sinkhorn_step_backward  reads N D e                 P (2 D flop, 2 exponentials); step T reads
+//                           and writes N Dv e, P (2 Dv flop, 1 exponential) more
+//   gradient                reads N (D + 2 Dv) e,       P (6 D + 4 Dv flop, 2 exponentials)
 //                           writes N D e
 //
-// so T + 2 passes, as many as forward, and 2 P (D (T + 4) + 4 Dv) flop. The tensors must be read
-// once before and once after the steps, for those need sums over all tokens of what comes before.
+// so T + 3 passes, 2 P (D (T + 4) + 4 Dv) flop and e N (D (T + 3) + 7 Dv) bytes; a resident head
+// reads its keys once, e N (2 D + 7 Dv) bytes. In the log domain a step takes 3 exponentials and
+// gradient 2 T + 3: the steps' part of ds is a sum of 2 T products of a factor of the token, one of
+// the reference and 2^s, or of so many entries of plans. The tensors must be read once before and
+// once after the steps, for those need sums over all tokens of what comes before.
 #pragma once
 
 #include "forward.cuh"
@@ -40,20 +44,19 @@ struct BackwardHead : Head<Storage> {
   Rows<Storage> output_gradients;  // [count, Dv]
   Rows<Storage> token_gradients;   // [count, D]
   Rows<Storage> value_gradients;   // [N, Dv]
-  T* delta;                        // [count]
-  const T* given;                  // [M, Dv] what pooling is given, optional
+  Global<T> delta;                 // [count]
+  Global<const T> given;           // [M, Dv] what pooling is given, optional
   int64_t given_row_stride, given_column_stride;
-  T* pooled_gradient;      // [M, Dv] dA
-  T* eta;                  // [M]
-  T* collection_scale;     // [M] 1 / sum_i C_ij: takes the rounding of exponents out of C
-  T* row_adjoints;         // [max(T, 1), count] fhat^t, t = 1..T
-  T* column_adjoints;      // [T + 1, M] gbar^t, t = 0..T
-  T* key_column_adjoints;  // those of the keys, whichever side this is
-  T* mass_gradients;       // [count], optional
-  T* scalars;              // [heads, splits, 2]
-  T* reference_gradients;  // [M, D]
-  T* epsilon_gradient;
-  T* bandwidth_gradient;  // optional
+  Global<T> pooled_gradient;      // [M, Dv] dA
+  Global<T> eta;                  // [M]
+  Global<T> collection_scale;     // [M] 1 / sum_i C_ij: takes the rounding of exponents out of C
+  Global<T> row_adjoints;         // [max(T, 1), count] fhat^t, t = 1..T
+  Global<T> column_adjoints;      // [T + 1, M] gbar^t, t = 0..T
+  Global<T> key_column_adjoints;  // those of the keys, whichever side this is
+  Global<T> mass_gradients;       // [count], optional
+  Global<T> scalars;              // [splits, 2] sum_ij ds_ij s_ij and sum_i k_i.dk_i
+  Global<T> reference_gradients;  // [M, D]
+  Global<T> reference_products;   // [M] y_j.dy_j
 
   // After select.
   __device__ void select_gradients(const BackwardParams& p, const BackwardWorkspace& parts,
@@ -79,7 +82,11 @@ struct BackwardHead : Head<Storage> {
     column_adjoints = workspace +
                       (of_queries ? parts.column_adjoints[1] : parts.column_adjoints[0]) +
                       head * (p.iterations + 1) * references;
-    scalars = workspace + parts.scalars;
+    scalars =
+        workspace + (of_queries ? parts.scalars[1] : parts.scalars[0]) + head * this->splits * 2;
+    reference_products = workspace +
+                         (of_queries ? parts.reference_products[1] : parts.reference_products[0]) +
+                         head * references;
     key_column_adjoints =
         workspace + parts.column_adjoints[0] + head * (p.iterations + 1) * references;
     given = p.grad_pooled.data == nullptr
@@ -89,9 +96,6 @@ struct BackwardHead : Head<Storage> {
     given_row_stride = p.grad_pooled.stride[2];
     given_column_stride = p.grad_pooled.stride[3];
     reference_gradients = static_cast<T*>(p.grad_reference.data) + head * references * p.depth;
-    epsilon_gradient = static_cast<T*>(p.grad_epsilon.data) + head;
-    bandwidth_gradient =
-        p.grad_bandwidth.data == nullptr ? nullptr : static_cast<T*>(p.grad_bandwidth.data) + head;
     mass_gradients = of_queries || p.grad_token_mass.data == nullptr
                          ? nullptr
                          : static_cast<T*>(p.grad_token_mass.data) + head * count;
@@ -117,22 +121,22 @@ __device__ __forceinline__ void output_product() {
     T sum = 0;
     if (head.tokens.valid(i)) {
       const Rows<Storage>&x = head.output_gradients, &y = head.outputs;
-      for (int64_t c = threadIdx.x % 32; c < x.depth; c += 32) {
+      for (int64_t c = thread_index() % 32; c < x.depth; c += 32) {
         sum += widen(x.data[i * x.row_stride + c * x.column_stride]) *
                widen(y.data[i * y.row_stride + c * y.column_stride]);
       }
     }
     sum = lanes_sum<32>(sum);
-    if (threadIdx.x % 32 == 0) head.delta[i] = sum;
+    if (thread_index() % 32 == 0) head.delta[i] = sum;
   }
 }
 
 // sum_i R_ij dO_i and, in the last column, sum_i R_ij delta_i: partial [heads, splits, M, Dv + 1].
-template <class Storage>
+template <class Storage, bool resident>
 __device__ __forceinline__ void distribute_backward(int chunk, int group) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const ForwardParams& p = head.p;
-  Scores<Storage> scores(head);
+  Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   T* potentials = head.numbers() + head.layout.terms();
@@ -141,7 +145,7 @@ __device__ __forceinline__ void distribute_backward(int chunk, int group) {
                       [&](int64_t j) { return potential<Storage>(p, head, steps, j); });
   __syncthreads();
   T* sums = head.partial + (head.index * head.splits + head.split) * p.references * (width + 1);
-  pool<Storage>(
+  pool<Storage, resident>(
       head, scores, head.output_gradients, chunk, group,
       [&](int64_t tile, Accumulators<Storage>& s) {
         form_distribution(head, steps, tile, potentials + chunk * S::kRows, s);
@@ -170,11 +174,11 @@ __device__ __forceinline__ void finish_pooled_gradient(int64_t j, int64_t splits
   const T* sums = head.partial + head.index * splits * of_split + j * (width + 1);
   const T* pooled = head.pooled + j * width;
   T distributed = 0, total = 0;
-  for (int64_t c = threadIdx.x % 32; c < width; c += 32) {
+  for (int64_t c = thread_index() % 32; c < width; c += 32) {
     T sum = 0;
     for (int64_t split = 0; split < splits; ++split) sum += sums[split * of_split + c];
     distributed += sum * pooled[c];
-    if (head.given != nullptr) {
+    if (!head.given.absent()) {
       sum += head.given[j * head.given_row_stride + c * head.given_column_stride];
     }
     total += sum * pooled[c];
@@ -182,7 +186,7 @@ __device__ __forceinline__ void finish_pooled_gradient(int64_t j, int64_t splits
   }
   distributed = lanes_sum<32>(distributed);
   total = lanes_sum<32>(total);
-  if (threadIdx.x % 32 != 0) return;
+  if (thread_index() % 32 != 0) return;
   for (int64_t split = 0; split < splits; ++split) distributed -= sums[split * of_split + width];
   head.eta[j] = total;
   head.key_column_adjoints[head.p.iterations * head.p.references + j] = T(0);
@@ -191,35 +195,43 @@ __device__ __forceinline__ void finish_pooled_gradient(int64_t j, int64_t splits
 
 // sum_i C_ij of the references of one chunk: partial [heads, splits, M], or the scale itself where
 // one block sees all tokens.
-template <class Storage>
+template <class Storage, bool resident>
 __device__ __forceinline__ void normalize_collection(int chunk) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const ForwardParams& p = head.p;
-  Scores<Storage> scores(head);
+  Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   T* terms = head.numbers() + head.layout.terms();
   fill_terms<Storage>(p, terms, -infinity<T>(),
                       [&](int64_t j) { return collection_term(head.column(p.iterations, j)); });
   __syncthreads();
+  T* scratch = head.numbers() + head.layout.sums();
   // exponents of a few dozen are exact enough: the sum is taken to be 1
-  const bool exact = head.gaussian && head.scale <= T(64);
+  bool exact = false;
+  if (kFactors<Storage> && head.factored) {
+    T most = 0;
+    for (int j = thread_index(); j < p.references; j += S::kThreads) {
+      const T term = terms[j];
+      if (term != -infinity<T>()) most = maximum(most, term < T(0) ? -term : term);
+    }
+    exact = block_maximum<Storage>(most, scratch) <= T(64);
+    __syncthreads();
+  }
   ColumnSums<Storage> sums;
-  if (!exact && head.first_tile < head.last_tile) scores.begin(head.first_tile, chunk);
   for (int64_t tile = head.first_tile; !exact && tile < head.last_tile; ++tile) {
     Accumulators<Storage> s;
     scores.compute(tile, chunk, tile + 1 < head.last_tile ? tile + 1 : -1, chunk, s);
     form_collection<Storage>(head, p.iterations, tile, terms + chunk * S::kRows, s);
     sums.add(s, [](int, int, T x) { return x; });
   }
-  T* scratch = head.numbers() + head.layout.sums();
   T* totals = scratch + S::kWarps * S::kRows;
   sums.total(scratch, totals);
-  for (int column = int(threadIdx.x); column < S::kRows; column += S::kThreads) {
+  for (int column = thread_index(); column < S::kRows; column += S::kThreads) {
     const int64_t j = int64_t(chunk) * S::kRows + column;
     if (j >= p.references) continue;
     if (exact) totals[column] = head.split == 0 ? T(1) : T(0);
-    if (head.splits == 1) {
+    if (resident || head.splits == 1) {
       head.collection_scale[j] = totals[column] == T(0) ? T(0) : T(1) / totals[column];
     } else {
       head.partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
@@ -228,7 +240,8 @@ __device__ __forceinline__ void normalize_collection(int chunk) {
   __syncthreads();
 }
 
-// Entries of plans are at most 1; only C / a of a token without mass can be beyond any bound.
+// Entries of plans are at most 1; only C / a of a token of little or no mass can be beyond any
+// bound.
 template <class T>
 __device__ __forceinline__ T bounded(T exponent) {
   return exponent > T(100) ? T(100) : exponent;
@@ -236,11 +249,11 @@ __device__ __forceinline__ T bounded(T exponent) {
 
 // fhat^t and, for t > 1, the sums that make gbar^{t-1}: partial [heads, splits, M]. Step T of the
 // keys is the one that collects: it also writes dv. t = 0 where T = 0.
-template <class Storage>
+template <class Storage, bool resident>
 __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const ForwardParams& p = head.p;
-  Scores<Storage> scores(head);
+  Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   using Element = typename Formed<Storage>::Element;
@@ -262,6 +275,23 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
                         [&](int64_t j) { return potential<Storage>(p, head, t - 1, j); });
   }
   __syncthreads();
+  // The step that collects needs every row of C / a as numbers up to 1; and where masses are tiny,
+  // C / a is large for all tokens.
+  bool factored = kFactors<Storage> && head.factored && !collects;
+  T top_term = 0, top_potential = 0;
+  if (factored) {
+    top_term = largest_term<Storage>(p, terms, scratch);
+    factored = top_term <= T(40);
+  }
+  if (factored) {
+    to_factors<Storage>(p, terms, top_term);
+    for (int j = thread_index(); j < padded; j += S::kThreads) weights[j] *= terms[j];
+    if (t > 1) {
+      top_potential = largest_term<Storage>(p, potentials, scratch);
+      to_factors<Storage>(p, potentials, top_potential);
+    }
+    __syncthreads();
+  }
 
   const Formed<Storage> plan{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
                              S::kWidePitch};
@@ -283,7 +313,6 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
     const int last = rows_now ? head.layout.chunks : first + 1;
     const int first_part = single ? 0 : sweep, last_part = single ? parts : sweep + 1;
     ColumnSums<Storage> columns;
-    if (head.first_tile < head.last_tile) scores.begin(head.first_tile, first);
     for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
       const OwnRows<Storage> rows(tile);
       T log_mass[2], adjoint[2] = {T(0), T(0)};
@@ -298,6 +327,22 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
                        : tile + 1 < head.last_tile ? tile + 1
                                                    : -1,
                        ends ? first : chunk + 1, s);
+        if (factored) {
+          to_factors<Storage>(s);
+          if (!rows_now) continue;
+          T sums[2] = {T(0), T(0)};
+          for_each<Storage>(s, [&](int half, int column, T& x) {
+            sums[half] += x * weights[chunk * S::kRows + column];
+          });
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            // 2^46 changes sides: products of factors are up to that
+            const T exponent = top_term - head.row(t - 1, rows.token[half]) + T(46);
+            adjoint[half] -=
+                quad_sum(sums[half]) * T(1.4210854715202004e-14) * power_of_two(bounded(exponent));
+          }
+          continue;
+        }
         if (!rows_now) continue;
         // c^t with each row divided by its largest entry, which 2^tops restores
         T offsets[2], tops[2] = {-infinity<T>(), -infinity<T>()}, sums[2] = {T(0), T(0)};
@@ -373,7 +418,7 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           store_rows<Storage>(head.value_gradients, tile, part * S::kDepth, out, value_tile);
         }
         // rows and operand lie where the next keys and references go
-        if (head.layout.lean) __syncthreads();
+        if (Scores<Storage, resident>::kLean) __syncthreads();
       }
       if (rows_now) {
 #pragma unroll
@@ -384,7 +429,7 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           if (lane.column != 0 || i >= head.tokens.count) continue;
           T& kept = head.row_adjoint(t, i);
           kept = first_part == 0 ? adjoint[half] : kept + adjoint[half];
-          if (head.mass_gradients != nullptr) {
+          if (!head.mass_gradients.absent()) {
             T& gradient = head.mass_gradients[i];
             gradient =
                 t == p.iterations && first_part == 0 ? adjoint[half] : gradient + adjoint[half];
@@ -406,22 +451,31 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           offsets[half] = massless ? infinity<T>() : head.row(t - 1, rows.token[half]);
           flows[half] = massless ? T(0) : adjoint[half] * power_of_two(log_mass[half]);
         }
-        columns.add(s, [&](int half, int column, T x) {
-          return power_of_two(x + potentials[first * S::kRows + column] - offsets[half]) *
-                 flows[half];
-        });
+        if (factored) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            flows[half] *= power_of_two(top_potential - offsets[half]);
+          }
+          columns.add(s, [&](int half, int, T x) { return x * flows[half]; });
+        } else {
+          columns.add(s, [&](int half, int column, T x) {
+            return power_of_two(x + potentials[first * S::kRows + column] - offsets[half]) *
+                   flows[half];
+          });
+        }
       }
     }
     if (columns_now) {
       T* totals = scratch + S::kWarps * S::kRows;
       columns.total(scratch, totals);
-      for (int column = int(threadIdx.x); column < S::kRows; column += S::kThreads) {
+      for (int column = thread_index(); column < S::kRows; column += S::kThreads) {
         const int64_t j = int64_t(first) * S::kRows + column;
         if (j >= p.references) continue;
-        if (head.splits == 1) {
-          head.column_adjoint(t - 1, j) = -totals[column];
+        const T sum = factored ? totals[column] * potentials[j] : totals[column];
+        if (resident || head.splits == 1) {
+          head.column_adjoint(t - 1, j) = -sum;
         } else {
-          head.partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
+          head.partial[(head.index * head.splits + head.split) * p.references + j] = sum;
         }
       }
     }
@@ -457,37 +511,72 @@ __device__ __forceinline__ Accumulate<Storage> store_token_gradient(
   return key_sum;
 }
 
-// What steps top, top - 1, ... need of the references of a chunk, three rows [kRows] a step:
-// -columns^t, gbar^t and g^{t-1}.
+// What steps top, top - 1, ... need of the references of a chunk, three rows [kRows] a step, by one
+// warp: -columns^t, gbar^t and g^{t-1}. Where factored: 2^(-columns^t - l) gbar^t, then l and m,
+// the largest -columns^t and g^{t-1} of the chunk, and 2^(g^{t-1} - m).
 template <class Storage>
 __device__ void load_steps(const ForwardParams& p, const BackwardHead<Storage>& head, int chunk,
                            int64_t top, int count, const Accumulate<Storage>* scales,
                            Accumulate<Storage>* terms) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
+  const Lane lane;
+  constexpr int kOwn = S::kRows / 32;
 #pragma unroll 1
-  for (int at = int(threadIdx.x); at < count * S::kRows; at += S::kThreads) {
-    const int64_t t = top - at / S::kRows, j = int64_t(chunk) * S::kRows + at % S::kRows;
-    T* to = terms + at / S::kRows * 3 * S::kRows + at % S::kRows;
-    const bool inside = j < p.references;
-    to[0] = inside ? collection_term(head.column(t, j)) : -infinity<T>();
-    to[S::kRows] =
-        inside ? head.column_adjoint(t, j) * (t == p.iterations ? scales[j] : T(1)) : T(0);
-    to[2 * S::kRows] = inside ? potential<Storage>(p, head, t - 1, j) : -infinity<T>();
+  for (int u = lane.warp; u < count; u += S::kWarps) {
+    const int64_t t = top - u;
+    T* to = terms + u * 3 * S::kRows + thread_index() % 32;
+    T collection[kOwn], weight[kOwn], distribution[kOwn];
+#pragma unroll
+    for (int e = 0; e < kOwn; ++e) {
+      const int64_t j = int64_t(chunk) * S::kRows + thread_index() % 32 + 32 * e;
+      const bool inside = j < p.references;
+      collection[e] = inside ? collection_term(head.column(t, j)) : -infinity<T>();
+      weight[e] = !inside            ? T(0)
+                  : t < p.iterations ? head.column_adjoint(t, j)
+                                     : head.column_adjoint(t, j) * scales[j];
+      distribution[e] = inside ? potential<Storage>(p, head, t - 1, j) : -infinity<T>();
+    }
+    if (kFactors<Storage> && head.factored) {
+      T tops[2] = {collection[0], distribution[0]};
+#pragma unroll
+      for (int e = 1; e < kOwn; ++e) {
+        tops[0] = maximum(tops[0], collection[e]);
+        tops[1] = maximum(tops[1], distribution[e]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        tops[i] = warp_maximum(tops[i]);
+        if (tops[i] == -infinity<T>()) tops[i] = T(0);
+      }
+#pragma unroll
+      for (int e = 0; e < kOwn; ++e) {
+        to[32 * e] = power_of_two(collection[e] - tops[0]) * weight[e];
+        to[2 * S::kRows + 32 * e] = power_of_two(distribution[e] - tops[1]);
+      }
+      if (lane.row == 0 && lane.column < 4) to[S::kRows] = lane.column == 0 ? tops[0] : tops[1];
+    } else {
+#pragma unroll
+      for (int e = 0; e < kOwn; ++e) {
+        to[32 * e] = collection[e];
+        to[S::kRows + 32 * e] = weight[e];
+        to[2 * S::kRows + 32 * e] = distribution[e];
+      }
+    }
   }
 }
 
 // ds through the similarity. Where `to_references`, the block takes one chunk of references and one
 // group of columns and leaves sum_i E_ij k_i and, in the last column, sum_i E_ij in
 // partial [heads, splits, M, D + 1]. Where `to_tokens`, it takes all references and writes dk, and
-// sum_ij ds_ij s_ij log2(e) and sum_i k_i.dk_i in scalars [heads, splits, 2]. A head of a single
+// sum_ij ds_ij s_ij log2(e) and sum_i k_i.dk_i in scalars [splits, 2]. A head of a single
 // chunk and group does both at once.
-template <class Storage>
+template <class Storage, bool resident>
 __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int own_chunk,
                                          int own_group) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const ForwardParams& p = head.p;
-  Scores<Storage> scores(head);
+  Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   using Element = typename Formed<Storage>::Element;
@@ -512,6 +601,14 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
   T* etas = scales + padded;
   fill_terms<Storage>(p, etas, T(0), [&](int64_t j) { return head.eta[j]; });
   __syncthreads();
+  const bool factored = kFactors<Storage> && head.factored;
+  T top_term = 0, top_potential = 0;
+  if (factored) {
+    top_term = largest_term<Storage>(p, terms, scratch);
+    top_potential = largest_term<Storage>(p, potentials, scratch);
+    to_factors<Storage>(p, terms, top_term);
+    to_factors<Storage>(p, potentials, top_potential);
+  }
 
   const Formed<Storage> e_tile{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
                                S::kWidePitch};
@@ -529,8 +626,7 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
     T kept[S::kGroup][S::kDepth / 8][4];
 #pragma unroll
     for (int part = 0; part < S::kGroup; ++part) clear(kept[part]);
-    T column_sum = 0;  // of reference threadIdx.x
-    if (head.first_tile < head.last_tile) scores.begin(head.first_tile, first);
+    T column_sum = 0;  // of reference thread_index()
     for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
       const OwnRows<Storage> rows(tile);
       T log_mass[2];
@@ -547,7 +643,7 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
                                                    : -1,
                        ends ? first : chunk + 1, s);
         clear(ds);
-        // R (G - delta), then C (H - eta)
+        // R (G - delta), then C (H - eta); where factored, all but 2^s of them
 #pragma unroll 1
         for (int of_values = 0; of_values < 2; ++of_values) {
           if (!(of_values ? head.collects : head.distributes)) continue;
@@ -563,12 +659,15 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
               offsets[half] = head.tokens.valid(i) ? -head.row(steps, i) : -infinity<T>();
               deltas[half] = i < head.tokens.count ? head.delta[i] : T(0);
             }
+            if (factored) {
+              offsets[half] = power_of_two(offsets[half] + (of_values ? top_term : top_potential));
+            }
           }
-          // Half of the references at a time: the accumulators beside would leave too few
-          // registers.
-          constexpr int kBlocks = S::kRows / 16;
+          // A part of the references at a time: the accumulators beside leave few registers.
+          constexpr bool kNarrow = S::kDouble || (kIsHalf<Storage> && !kTensorCores<Storage>);
+          constexpr int kSides = kNarrow ? 4 : 2, kBlocks = S::kRows / 8 / kSides;
 #pragma unroll
-          for (int side = 0; side < 2; ++side) {
+          for (int side = 0; side < kSides; ++side) {
             const int columns = scores.columns(chunk) - side * 8 * kBlocks;
             if (columns <= 0) break;
             T products[kBlocks][4];
@@ -591,17 +690,25 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
                   products, staged, 16 * lane.warp, rows_of_side,
                   padded_depth<Storage>(int(p.value_depth), part * S::kDepth), columns, unit);
             }
+            const auto add = [&](auto plan_of) {
 #pragma unroll
-            for (int n = 0; n < kBlocks; ++n) {
+              for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int block = side * kBlocks + n;
-                const int column = at + 8 * block + lane.column + e % 2;
-                const T exponent = s[block][e] + (of_values ? terms : potentials)[column];
-                const T plan = power_of_two(exponent + offsets[e / 2]);
-                ds[block][e] += of_values ? plan * scales[column] * (products[n][e] - etas[column])
-                                          : plan * (products[n][e] - deltas[e / 2]);
+                for (int e = 0; e < 4; ++e) {
+                  const int block = side * kBlocks + n;
+                  const int column = at + 8 * block + lane.column + e % 2;
+                  const T plan = plan_of(s[block][e], (of_values ? terms : potentials)[column],
+                                         offsets[e / 2]);
+                  ds[block][e] += of_values
+                                      ? plan * scales[column] * (products[n][e] - etas[column])
+                                      : plan * (products[n][e] - deltas[e / 2]);
+                }
               }
+            };
+            if (factored) {
+              add([](T, T term, T offset) { return term * offset; });
+            } else {
+              add([](T score, T term, T offset) { return power_of_two(score + term + offset); });
             }
           }
         }
@@ -628,6 +735,24 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
               collected[half] = log_mass[half] - distributed[half];
               flows[half] = massless ? T(0) : head.row_adjoint(t, i) * power_of_two(log_mass[half]);
             }
+            if (factored) {
+              const T* tops = step_terms + u * 3 * S::kRows + S::kRows;
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                collected[half] = power_of_two(collected[half] + tops[0]);
+                flows[half] *= power_of_two(tops[1] - distributed[half]);
+              }
+#pragma unroll
+              for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                  const T* terms_of = column_terms + 8 * n + e % 2;
+                  ds[n][e] -= collected[e / 2] * terms_of[0];
+                  ds[n][e] -= flows[e / 2] * terms_of[2 * S::kRows];
+                }
+              }
+              continue;
+            }
 #pragma unroll
             for (int n = 0; n < S::kRows / 8; ++n) {
 #pragma unroll
@@ -639,6 +764,13 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
                         flows[e / 2];
               }
             }
+          }
+        }
+        if (factored) {
+#pragma unroll
+          for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) ds[n][e] *= power_of_two(s[n][e]);
           }
         }
         // E, in place of ds; what lies beyond the last reference has no part in anything
@@ -677,10 +809,10 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
         store_accumulators<Storage>(ds, e_tile, scale);
         __syncthreads();
         const T unit = T(1) / scale;
-        if (to_references && threadIdx.x < S::kRows) {
+        if (to_references && thread_index() < S::kRows) {
           for (int row = 0; row < S::kRows; ++row) {
             for (int i = 0; i < Formed<Storage>::kParts; ++i) {
-              column_sum += unit * widen(e_tile.part(i)[row * e_tile.pitch + int(threadIdx.x)]);
+              column_sum += unit * widen(e_tile.part(i)[row * e_tile.pitch + thread_index()]);
             }
           }
         }
@@ -702,36 +834,27 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
             scores.load_part(source, from, d, row_tile, staged.pitch);
             return staged;
           };
+          T sums[S::kDepth / 8][4];  // of the tokens, up to this chunk
+          clear(sums);
           if (to_tokens) {
-            const Plain<Storage> references =
-                tile_of(head.references, int64_t(at), scores.last_references(chunk));
-            if (to_references) {
-              T sums[S::kDepth / 8][4];
-              clear(sums);
-              multiply_scaled<false, true, Storage>(sums, e_tile, 16 * lane.warp, references,
-                                                    scores.columns(chunk), width, unit);
-              const Plain<Storage> keys =
-                  tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
-              key_sum +=
-                  store_token_gradient(head, tile, column, width, keys, row_sums, sums, row_tile);
-            } else {
-              multiply_scaled<false, true, Storage>(kept[part], e_tile, 16 * lane.warp, references,
-                                                    scores.columns(chunk), width, unit);
-              if (ends) {
-                const Plain<Storage> keys =
-                    tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
-                key_sum += store_token_gradient(head, tile, column, width, keys, row_sums,
-                                                kept[part], row_tile);
-                clear(kept[part]);
-              }
-            }
+            if (!to_references) copy(sums, kept[part]);
+            multiply_scaled<false, true, Storage>(
+                sums, e_tile, 16 * lane.warp,
+                tile_of(head.references, int64_t(at), scores.last_references(chunk)),
+                scores.columns(chunk), width, unit);
+            if (!to_references) copy(kept[part], sums);
           }
+          if (!ends) continue;  // there are more references, and so no sums of one chunk of them
+          const Plain<Storage> keys = tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
           if (to_references) {
-            if (to_tokens && !scores.whole_rows()) __syncthreads();
-            const Plain<Storage> keys =
-                tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
             multiply_scaled<true, true, Storage>(kept[part], e_tile, 16 * lane.warp, keys, S::kRows,
                                                  width, unit);
+          }
+          if (to_tokens) {
+            if (!scores.whole_rows()) __syncthreads();  // the keys lie where the gradient goes
+            key_sum +=
+                store_token_gradient(head, tile, column, width, keys, row_sums, sums, row_tile);
+            if (!to_references) clear(kept[part]);
           }
         }
         __syncthreads();
@@ -757,8 +880,8 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
           }
         }
       }
-      const int64_t j = int64_t(first) * S::kRows + threadIdx.x;
-      if (group == 0 && threadIdx.x < S::kRows && j < p.references) {
+      const int64_t j = int64_t(first) * S::kRows + thread_index();
+      if (group == 0 && thread_index() < S::kRows && j < p.references) {
         to[j * (p.depth + 1) + p.depth] = column_sum;
       }
     }
@@ -766,72 +889,92 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
   if (!to_tokens) return;
   product_sum = block_sum<Storage>(product_sum, scratch);
   key_sum = block_sum<Storage>(key_sum, scratch);
-  if (threadIdx.x == 0) {
-    head.scalars[(head.index * head.splits + head.split) * 2] = product_sum;
-    head.scalars[(head.index * head.splits + head.split) * 2 + 1] = key_sum;
+  if (thread_index() == 0) {
+    head.scalars[head.split * 2] = product_sum;
+    head.scalars[head.split * 2 + 1] = key_sum;
   }
 }
 
-// dy, d bandwidth and d epsilon of a head from the sums of all blocks that share it; the queries'
-// are added to those of the keys. With E = ds S / (epsilon bandwidth^2) the derivative by the
-// bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /
-// bandwidth.
+// dy_j from the sums of all blocks that share a head, by one warp; the queries' is added to that of
+// the keys. Leaves y_j.dy_j for the derivative by the bandwidth.
 template <class Storage>
-__device__ __forceinline__ void finish_gradient(bool accumulate) {
-  using S = Shape<Storage>;
+__device__ __forceinline__ void finish_reference_gradient(int64_t j, bool accumulate) {
   using T = Accumulate<Storage>;
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
-  const ForwardParams& p = head.p;
-  T* scratch = head.numbers() + head.layout.sums();
-  const int64_t depth = p.depth, of_split = p.references * (depth + 1);
-  const T* sums = head.partial + head.index * head.splits * of_split;
+  const int64_t depth = head.p.depth, of_split = head.p.references * (depth + 1);
+  const T* sums = head.partial + head.index * head.splits * of_split + j * (depth + 1);
   const Rows<Storage>& references = head.references;
-  T reference_sum = 0;
-  for (int64_t at = threadIdx.x; at < p.references * depth; at += S::kThreads) {
-    const int64_t j = at / depth, column = at % depth;
-    T sum = 0, total = 0;
-    for (int64_t split = 0; split < head.splits; ++split) {
-      sum += sums[split * of_split + j * (depth + 1) + column];
-      total += sums[split * of_split + j * (depth + 1) + depth];
-    }
+  T total = 0, product = 0;
+  for (int64_t split = thread_index() % 32; split < head.splits; split += 32) {
+    total += sums[split * of_split + depth];
+  }
+  total = lanes_sum<32>(total);
+  for (int64_t column = thread_index() % 32; column < depth; column += 32) {
+    T sum = 0;
+    for (int64_t split = 0; split < head.splits; ++split) sum += sums[split * of_split + column];
     if (head.gaussian) {
       T y = widen(references.data[j * references.row_stride + column * references.column_stride]);
       if constexpr (!kIsHalf<Storage>) y -= head.center[column];
       sum -= y * total;
-      reference_sum += y * sum;
+      product += y * sum;
     }
-    T& gradient = head.reference_gradients[at];
+    T& gradient = head.reference_gradients[j * depth + column];
     gradient = accumulate ? gradient + sum : sum;
   }
-  reference_sum = block_sum<Storage>(reference_sum, scratch);
-  if (threadIdx.x != 0) return;
-  T product_sum = 0, key_sum = 0;
-  for (int64_t split = 0; split < head.splits; ++split) {
-    product_sum += head.scalars[(head.index * head.splits + split) * 2];
-    key_sum += head.scalars[(head.index * head.splits + split) * 2 + 1];
-  }
-  const T by_epsilon = -product_sum * T(kLn2) / head.epsilon;
-  *head.epsilon_gradient = accumulate ? *head.epsilon_gradient + by_epsilon : by_epsilon;
-  if (head.bandwidth_gradient == nullptr) return;
-  const T by_bandwidth = head.gaussian ? -(key_sum + reference_sum) / head.bandwidth : T(0);
-  *head.bandwidth_gradient = accumulate ? *head.bandwidth_gradient + by_bandwidth : by_bandwidth;
+  product = lanes_sum<32>(product);
+  if (thread_index() % 32 == 0) head.reference_products[j] = product;
 }
 
-// dmass_j = sum_t gbar^t_j / mass_j over the steps of both sides: masses enter only as their
-// logarithms, and a common factor changes nothing.
-template <class T>
-__device__ void store_reference_mass_gradient(const BackwardParams& p, int64_t head, int64_t j,
-                                              const T* of_keys, const T* of_queries) {
-  const Tensor& mass = p.reference_mass;
-  T sum = 0;
-  for (int64_t t = 1; t <= p.iterations; ++t) {
-    const int64_t at = (head * (p.iterations + 1) + t) * p.references + j;
-    sum += of_keys[at];
-    if (of_queries != nullptr) sum += of_queries[at];
+// d epsilon, d bandwidth and d reference mass of a head, by one warp, from what the passes over the
+// tokens of each side have left. With E = ds S / (epsilon bandwidth^2) the derivative by the
+// bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /
+// bandwidth. dmass_j = sum_t gbar^t_j / mass_j over the steps of both sides: masses enter only as
+// their logarithms, and a common factor changes nothing.
+template <class Storage>
+__device__ void finish_head(const BackwardParams& p, const BackwardWorkspace& parts,
+                            const Accumulate<Storage>* workspace, int64_t b, int64_t h,
+                            int64_t key_splits, int64_t query_splits) {
+  using T = Accumulate<Storage>;
+  const int64_t references = p.references, head = b * p.heads + h;
+  const int lane = thread_index() % 32;
+  T by_scale = 0, by_distance = 0;
+  for (int side = 0; side <= int(p.cross); ++side) {
+    const int64_t splits = side == 0 ? key_splits : query_splits;
+    const T* scalars = workspace + (side == 0 ? parts.scalars[0] : parts.scalars[1]);
+    const T* products =
+        workspace + (side == 0 ? parts.reference_products[0] : parts.reference_products[1]);
+    for (int64_t split = lane; split < splits; split += 32) {
+      by_scale += scalars[(head * splits + split) * 2];
+      by_distance += scalars[(head * splits + split) * 2 + 1];
+    }
+    for (int64_t j = lane; j < references; j += 32) by_distance += products[head * references + j];
   }
-  static_cast<T*>(p.grad_reference_mass.data)[head * p.references + j] =
-      sum / static_cast<const T*>(mass.data)[head / p.heads * mass.stride[0] +
-                                             head % p.heads * mass.stride[1] + j * mass.stride[2]];
+  by_scale = lanes_sum<32>(by_scale);
+  by_distance = lanes_sum<32>(by_distance);
+  if (lane == 0) {
+    const T epsilon = static_cast<const T*>(p.epsilon.data)[h * p.epsilon.stride[0]];
+    static_cast<T*>(p.grad_epsilon.data)[head] = -by_scale * T(kLn2) / epsilon;
+    if (p.grad_bandwidth.data != nullptr) {
+      const T bandwidth = static_cast<const T*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
+      static_cast<T*>(p.grad_bandwidth.data)[head] =
+          p.kernel == Kernel::kGaussian ? -by_distance / bandwidth : T(0);
+    }
+  }
+  if (p.grad_reference_mass.data == nullptr) return;
+  const Tensor& mass = p.reference_mass;
+  for (int64_t j = lane; j < references; j += 32) {
+    T sum = 0;
+    for (int side = 0; side <= int(p.cross); ++side) {
+      const T* adjoints =
+          workspace + (side == 0 ? parts.column_adjoints[0] : parts.column_adjoints[1]);
+      for (int64_t t = 1; t <= p.iterations; ++t) {
+        sum += adjoints[(head * (p.iterations + 1) + t) * references + j];
+      }
+    }
+    static_cast<T*>(p.grad_reference_mass.data)[head * references + j] =
+        sum / static_cast<const T*>(
+                  mass.data)[b * mass.stride[0] + h * mass.stride[1] + j * mass.stride[2]];
+  }
 }
 
 }  // namespace setformer::cuda

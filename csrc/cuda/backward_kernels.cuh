@@ -17,12 +17,9 @@ struct SelectBackward {
   bool resident = false;
   __device__ void operator()(int64_t index, int64_t split) const {
     BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
-    if (threadIdx.x == 0) {
-      if (of_queries) {
-        head.select(p, queries_of(p), needs, resident, index, split, workspace + parts.partial);
-      } else {
-        head.select(p, keys_of(p), needs, resident, index, split, workspace + parts.partial);
-      }
+    if (thread_index() == 0) {
+      const Side side = of_queries ? queries_of(p) : keys_of(p);
+      head.select(p, side, needs, resident, index, split, workspace + parts.partial);
       head.select_gradients(p, parts, workspace, of_queries);
     }
     head.find_center();
@@ -46,68 +43,73 @@ __host__ __device__ inline bool gradient_in_one(const ForwardParams& p) {
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    output_product_kernel(const BackwardParams p, const BackwardWorkspace parts,
-                          Accumulate<Storage>* const workspace) {
+    output_product_kernel(const int64_t first, const BackwardParams p,
+                          const BackwardWorkspace parts, Accumulate<Storage>* const workspace) {
   const SelectBackward<Storage> select{p, parts, workspace, p.cross, kScoresOnly};
-  for_each_work(p, select.splits(), 1, select, [&](int64_t) { output_product<Storage>(); });
+  at_work(first, select.splits(), 1, select, [&](int64_t) { output_product<Storage>(); });
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    distribute_backward_kernel(const BackwardParams p, const BackwardWorkspace parts,
+    distribute_backward_kernel(const int64_t first, const BackwardParams p,
+                               const BackwardWorkspace parts,
                                Accumulate<Storage>* const workspace) {
   using S = Shape<Storage>;
   const SelectBackward<Storage> select{p, parts, workspace, p.cross, kPools};
   const int64_t groups = divide_up(p.value_depth, S::kGroup * S::kDepth);
-  for_each_work(
-      p, select.splits(), groups * divide_up(p.references, S::kRows), select,
-      [&](int64_t part) { distribute_backward<Storage>(int(part / groups), int(part % groups)); });
+  at_work(first, select.splits(), groups * divide_up(p.references, S::kRows), select,
+          [&](int64_t part) {
+            distribute_backward<Storage, false>(int(part / groups), int(part % groups));
+          });
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    normalize_collection_kernel(const BackwardParams p, const BackwardWorkspace parts,
+    normalize_collection_kernel(const int64_t first, const BackwardParams p,
+                                const BackwardWorkspace parts,
                                 Accumulate<Storage>* const workspace) {
   const SelectBackward<Storage> select{p, parts, workspace, false, kScoresOnly};
-  for_each_work(p, select.splits(), divide_up(p.references, Shape<Storage>::kRows), select,
-                [&](int64_t chunk) { normalize_collection<Storage>(int(chunk)); });
+  at_work(first, select.splits(), divide_up(p.references, Shape<Storage>::kRows), select,
+          [&](int64_t chunk) { normalize_collection<Storage, false>(int(chunk)); });
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    sinkhorn_step_backward_kernel(const BackwardParams p, const BackwardWorkspace parts,
+    sinkhorn_step_backward_kernel(const int64_t first, const BackwardParams p,
+                                  const BackwardWorkspace parts,
                                   Accumulate<Storage>* const workspace, const bool of_queries,
                                   const int64_t t) {
   const SelectBackward<Storage> select{p, parts, workspace, of_queries,
                                        step_needs(p, of_queries, t)};
-  for_each_work(p, select.splits(), 1, select,
-                [&](int64_t) { sinkhorn_step_backward<Storage>(t); });
+  at_work(first, select.splits(), 1, select,
+          [&](int64_t) { sinkhorn_step_backward<Storage, false>(t); });
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    gradient_kernel(const BackwardParams p, const BackwardWorkspace parts,
+    gradient_kernel(const int64_t first, const BackwardParams p, const BackwardWorkspace parts,
                     Accumulate<Storage>* const workspace, const bool of_queries,
                     const bool to_tokens, const bool to_references) {
   using S = Shape<Storage>;
   const SelectBackward<Storage> select{p, parts, workspace, of_queries, kDifferentiates};
   const int64_t groups = divide_up(p.depth, S::kGroup * S::kDepth);
-  for_each_work(p, select.splits(), to_references ? groups * divide_up(p.references, S::kRows) : 1,
-                select, [&](int64_t part) {
-                  gradient<Storage>(to_tokens, to_references, int(part / groups),
-                                    int(part % groups));
-                });
+  at_work(first, select.splits(), to_references ? groups * divide_up(p.references, S::kRows) : 1,
+          select, [&](int64_t part) {
+            gradient<Storage, false>(to_tokens, to_references, int(part / groups),
+                                     int(part % groups));
+          });
 }
 
 // dA, eta and gbar^T: a warp per reference.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads)
-    merge_pooled_gradient_kernel(const BackwardParams p, const BackwardWorkspace parts,
+    merge_pooled_gradient_kernel(const int64_t first, const BackwardParams p,
+                                 const BackwardWorkspace parts,
                                  Accumulate<Storage>* const workspace, const int64_t splits) {
   constexpr int kWarps = Shape<Storage>::kWarps;
   const SelectBackward<Storage> select{p, parts, workspace, p.cross, kScoresOnly};
-  for_each_work(p, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
-    const int64_t j = group * kWarps + threadIdx.x / 32;
+  at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
+    const int64_t j = group * kWarps + thread_index() / 32;
     if (j < p.references) finish_pooled_gradient<Storage>(j, splits);
   });
 }
@@ -116,40 +118,44 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads)
 // sum as the scale of the collection.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_sums_kernel(const int64_t heads, const int64_t references, const int64_t splits,
-                      T* const results, const int64_t results_of_head, const bool inverse,
-                      const T* const partial) {
-  for (int64_t at = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x; at < heads * references;
-       at += int64_t(gridDim.x) * kMergeThreads) {
-    const int64_t head = at / references, j = at % references;
-    T sum = 0;
-    for (int64_t split = 0; split < splits; ++split) {
-      sum += partial[(head * splits + split) * references + j];
-    }
-    results[head * results_of_head + j] = !inverse ? -sum : sum == T(0) ? T(0) : T(1) / sum;
+    merge_sums_kernel(const int64_t first, const int64_t heads, const int64_t references,
+                      const int64_t splits, T* const results, const int64_t results_of_head,
+                      const bool inverse, const T* const partial) {
+  const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (at >= heads * references) return;
+  const int64_t head = at / references, j = at % references;
+  T sum = 0;
+  for (int64_t split = 0; split < splits; ++split) {
+    sum += partial[(head * splits + split) * references + j];
   }
+  results[head * results_of_head + j] = !inverse ? -sum : sum == T(0) ? T(0) : T(1) / sum;
 }
 
+// dy: a warp per reference.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads)
-    merge_gradient_kernel(const BackwardParams p, const BackwardWorkspace parts,
-                          Accumulate<Storage>* const workspace, const bool of_queries) {
+    merge_gradient_kernel(const int64_t first, const BackwardParams p,
+                          const BackwardWorkspace parts, Accumulate<Storage>* const workspace,
+                          const bool of_queries) {
+  constexpr int kWarps = Shape<Storage>::kWarps;
   const SelectBackward<Storage> select{p, parts, workspace, of_queries, kScoresOnly};
-  for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
-    __syncthreads();
-    select(index, 0);
-    finish_gradient<Storage>(of_queries);
-  }
+  at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
+    const int64_t j = group * kWarps + thread_index() / 32;
+    if (j < p.references) finish_reference_gradient<Storage>(j, of_queries);
+  });
 }
 
-template <class T>
+// The gradients of what a head has one of, or one for each reference: a warp per head.
+template <class Storage>
 __global__ void __launch_bounds__(kMergeThreads)
-    reference_mass_gradient_kernel(const BackwardParams p, const T* const of_keys,
-                                   const T* const of_queries) {
-  for (int64_t at = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x;
-       at < p.batch * p.heads * p.references; at += int64_t(gridDim.x) * kMergeThreads) {
-    store_reference_mass_gradient(p, at / p.references, at % p.references, of_keys, of_queries);
-  }
+    head_gradient_kernel(const int64_t first, const BackwardParams p, const BackwardWorkspace parts,
+                         const Accumulate<Storage>* const workspace, const int64_t key_splits,
+                         const int64_t query_splits) {
+  constexpr int kWarps = kMergeThreads / 32;
+  const int64_t head = (first + blockIdx.x) * kWarps + thread_index() / 32;
+  if (head >= p.batch * p.heads) return;
+  finish_head<Storage>(p, parts, workspace, head / p.heads, head % p.heads, key_splits,
+                       query_splits);
 }
 
 // The parts of backward of a resident head.
@@ -162,11 +168,11 @@ __device__ __forceinline__ void resident_distribution() {
     output_product<Storage>();
     __syncthreads();
     for (int part = 0; part < head.layout.chunks * groups; ++part) {
-      distribute_backward<Storage>(part / groups, part % groups);
+      distribute_backward<Storage, true>(part / groups, part % groups);
     }
   }
   __syncthreads();
-  for (int j = int(threadIdx.x) / 32; j < head.p.references; j += S::kWarps) {
+  for (int j = thread_index() / 32; j < head.p.references; j += S::kWarps) {
     finish_pooled_gradient<Storage>(j, head.distributes ? 1 : 0);
   }
 }
@@ -175,12 +181,14 @@ template <class Storage>
 __device__ __forceinline__ void resident_steps() {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   for (int chunk = 0; head.collects && chunk < head.layout.chunks; ++chunk) {
-    normalize_collection<Storage>(chunk);
+    normalize_collection<Storage, true>(chunk);
   }
   const int64_t last = head.p.iterations > 0 || !head.collects ? 1 : 0;
-  for (int64_t t = head.p.iterations; t >= last; --t) sinkhorn_step_backward<Storage>(t);
+  for (int64_t t = head.p.iterations; t >= last; --t) sinkhorn_step_backward<Storage, true>(t);
 }
 
+// Not inlined: its accumulators and the addresses that the compiler keeps for the other parts would
+// not fit the registers together.
 template <class Storage>
 __device__ __forceinline__ void resident_gradient() {
   using S = Shape<Storage>;
@@ -192,55 +200,41 @@ __device__ __forceinline__ void resident_gradient() {
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
     const int part = round > 0 ? round - 1 : 0;
-    gradient<Storage>(round == 0, in_one || round > 0, part / groups, part % groups);
+    gradient<Storage, true>(round == 0, in_one || round > 0, part / groups, part % groups);
     __syncthreads();
   }
-  finish_gradient<Storage>(!head.collects);
-}
-
-// All of a small head, in two launches: one for the adjoints, first through the distribution, then
-// through each side's steps; and one for the gradients, for in one kernel both would not find
-// registers for all that each keeps.
-template <class Storage>
-__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    attention_backward_resident_kernel(const BackwardParams p, const BackwardWorkspace parts,
-                                       Accumulate<Storage>* const workspace) {
-  for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
-#pragma unroll 1
-    for (int phase = 0; phase < (p.cross ? 3 : 2); ++phase) {
-      __syncthreads();
-      SelectBackward<Storage>{p, parts, workspace, p.cross && phase != 1, kDistributes, true}(index,
-                                                                                              0);
-      load_resident<Storage>();
-      if (phase == 0) {
-        resident_distribution<Storage>();
-      } else {
-        resident_steps<Storage>();
-      }
-    }
+  for (int j = thread_index() / 32; j < head.p.references; j += S::kWarps) {
+    finish_reference_gradient<Storage>(j, !head.collects);
   }
 }
 
+// All of a small head: through the distribution to A and the last potentials, then each side's
+// steps and gradients.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    gradient_resident_kernel(const BackwardParams p, const BackwardWorkspace parts,
-                             Accumulate<Storage>* const workspace) {
-  for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
+    attention_backward_resident_kernel(const int64_t first, const BackwardParams p,
+                                       const BackwardWorkspace parts,
+                                       Accumulate<Storage>* const workspace) {
+  const int64_t index = first + blockIdx.x;
 #pragma unroll 1
-    for (int of_queries = 0; of_queries <= int(p.cross); ++of_queries) {
-      __syncthreads();
-      SelectBackward<Storage>{p, parts, workspace, of_queries != 0, kDifferentiates, true}(index,
-                                                                                           0);
+  for (int phase = 0; phase < (p.cross ? 3 : 2); ++phase) {
+    __syncthreads();
+    if (phase == 0 || p.cross) {
+      const bool of_queries = p.cross && phase != 1;
+      SelectBackward<Storage>{p, parts, anew(workspace), of_queries, kDifferentiates, true}(index,
+                                                                                            0);
       load_resident<Storage>();
+    }
+    if (phase == 0) {
+      resident_distribution<Storage>();
+    } else {
+      resident_steps<Storage>();
       resident_gradient<Storage>();
     }
-    __syncthreads();
-    if (p.grad_reference_mass.data != nullptr) {
-      for (int64_t j = threadIdx.x; j < p.references; j += Shape<Storage>::kThreads) {
-        store_reference_mass_gradient(p, index, j, workspace + parts.column_adjoints[0],
-                                      p.cross ? workspace + parts.column_adjoints[1] : nullptr);
-      }
-    }
+  }
+  __syncthreads();
+  if (thread_index() < 32) {
+    finish_head<Storage>(p, parts, anew(workspace), index / p.heads, index % p.heads, 1, 1);
   }
 }
 
@@ -265,7 +259,10 @@ BackwardWorkspace Kernels<Storage>::backward_workspace(const BackwardParams& p) 
         take(heads * steps_kept(p) * (of_queries ? p.queries : p.tokens));
     parts.column_adjoints[of_queries] = take(heads * (p.iterations + 1) * references);
   }
-  parts.scalars = take(heads * splits * 2);
+  for (int side = 0; side <= int(p.cross); ++side) {
+    parts.scalars[side] = take(heads * (side == 0 ? keys : queries) * 2);
+    parts.reference_products[side] = take(heads * references);
+  }
   const int64_t width = p.depth > p.value_depth ? p.depth : p.value_depth;
   parts.partial = take(heads * splits * references * (width + 1));
   return parts;
@@ -312,8 +309,9 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
            heads * splits.count * chunks * groups, S::kThreads, bytes(kDifferentiates), p, parts,
            workspace, of_queries, false, true);
   }
-  launch(stream, "merge_gradient_kernel", merge_gradient_kernel<Storage>, heads, S::kThreads,
-         bytes(kScoresOnly), p, parts, workspace, of_queries);
+  launch(stream, "merge_gradient_kernel", merge_gradient_kernel<Storage>,
+         heads * divide_up(references, S::kWarps), S::kThreads, kHeadBytes<Storage>, p, parts,
+         workspace, of_queries);
 }
 
 template <class Storage>
@@ -323,41 +321,34 @@ void Kernels<Storage>::backward(const BackwardParams& p, void* memory, Stream& s
   const BackwardWorkspace parts = backward_workspace(p);
   T* workspace = static_cast<T*>(memory);
   const int64_t heads = p.batch * p.heads, references = p.references;
-  if (fits_one_block<Storage>(p, kDifferentiates, stream)) {
-    const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
-    const auto bytes = [&](int needs) {
-      return Layout<Storage>(p, needs, true, tokens, stream.stages).total;
-    };
-    launch(stream, "attention_backward_resident_kernel",
-           attention_backward_resident_kernel<Storage>, heads, S::kThreads, bytes(kDistributes), p,
-           parts, workspace);
-    launch(stream, "gradient_resident_kernel", gradient_resident_kernel<Storage>, heads,
-           S::kThreads, bytes(kDifferentiates), p, parts, workspace);
-    return;
+  if constexpr (kResident<Storage>) {
+    if (fits_one_block<Storage>(p, kDifferentiates, stream)) {
+      launch(stream, "attention_backward_resident_kernel",
+             attention_backward_resident_kernel<Storage>, heads, S::kThreads,
+             resident_bytes<Storage>(p, kDifferentiates, stream), p, parts, workspace);
+      return;
+    }
   }
   const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
   const Splits<Storage> splits(receivers_of(p).count);
   const bool distributes = p.distribute && p.grad_output.data != nullptr;
   if (distributes) {
     launch(stream, "output_product_kernel", output_product_kernel<Storage>, heads * splits.count,
-           S::kThreads, bytes(kScoresOnly), p, parts, workspace);
+           S::kThreads, kHeadBytes<Storage>, p, parts, workspace);
     launch(stream, "distribute_backward_kernel", distribute_backward_kernel<Storage>,
            heads * splits.count * divide_up(references, S::kRows) *
                divide_up(p.value_depth, S::kGroup * S::kDepth),
            S::kThreads, bytes(kPools), p, parts, workspace);
   }
   launch(stream, "merge_pooled_gradient_kernel", merge_pooled_gradient_kernel<Storage>,
-         heads * divide_up(references, S::kWarps), S::kThreads, bytes(kScoresOnly), p, parts,
+         heads * divide_up(references, S::kWarps), S::kThreads, kHeadBytes<Storage>, p, parts,
          workspace, distributes ? splits.count : 0);
   launch_side_backward<Storage>(p, parts, workspace, false, stream);
   if (p.cross) launch_side_backward<Storage>(p, parts, workspace, true, stream);
-  if (p.grad_reference_mass.data != nullptr) {
-    launch(stream, "reference_mass_gradient_kernel", reference_mass_gradient_kernel<T>,
-           divide_up(heads * references, kMergeThreads), kMergeThreads, 0, p,
-           static_cast<const T*>(workspace + parts.column_adjoints[0]),
-           p.cross ? static_cast<const T*>(workspace + parts.column_adjoints[1])
-                   : static_cast<const T*>(nullptr));
-  }
+  launch(stream, "head_gradient_kernel", head_gradient_kernel<Storage>,
+         divide_up(heads, kMergeThreads / 32), kMergeThreads, 0, p, parts,
+         static_cast<const T*>(workspace), Splits<Storage>(p.tokens).count,
+         Splits<Storage>(p.queries).count);
 }
 
 }  // namespace setformer::cuda

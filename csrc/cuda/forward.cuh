@@ -2,16 +2,21 @@
 //
 // Bytes and operations, per head, with e bytes an element, P = tokens x references padded to tiles:
 //
-//   sinkhorn_step  reads N D e, writes N + M numbers   P (2 D flop, 1 + 1 + 3/2 exponentials)
+//   sinkhorn_step  reads N D e, writes N + M numbers   P (2 D flop, 2 exponentials)
 //   collect        reads N (D + Dv) e                  P (2 D + 2 Dv flop, 2 exponentials)
 //   distribute     reads N D e, writes N Dv e          P (2 D + 2 Dv flop, 2 exponentials)
 //
 // so T + 2 passes, 2 P (D (T + 2) + 2 Dv) flop (the plan's products count twice on tensor cores,
-// see product.cuh) and e N (D (T + 2) + 2 Dv) bytes; a resident head reads its keys once, e N (D +
-// 2 Dv) bytes. Each Sinkhorn step needs the columns of the one before, so there is no fewer than a
-// pass a step; keeping scores instead of forming them again would move N M numbers a pass, more
-// than the keys' N D wherever M >= D; one pass could be saved by collecting in step T with running
-// maxima, at the price of registers for [M, Dv] beside the state of the columns.
+// see product.cuh), 2 P (T + 2) exponentials and e N (D (T + 2) + 2 Dv) bytes; a resident head
+// reads its keys once, e N (D + 2 Dv) bytes. In the log domain (transport.cuh) a step takes 7/2
+// exponentials and distribute 3. More than one tile of references takes a second sweep over the
+// tokens where a pass needs both sums over them and what follows from the sums.
+//
+// Each Sinkhorn step needs the columns of the one before, so there is no fewer than a pass a step;
+// keeping scores instead of forming them again would move N M numbers a pass, more than the keys'
+// N D wherever M >= D; one pass could be saved by collecting in step T with running maxima, at the
+// price of registers for [M, Dv] beside the state of the columns. Of the two exponentials a pair
+// takes in a pass one is the Gaussian kernel, the other 2^s.
 #pragma once
 
 #include "transport.cuh"
@@ -37,6 +42,22 @@ __device__ __forceinline__ void add_rows(Accumulators<Storage>& s,
   for (int half = 0; half < 2; ++half) {
     now[half].sum = quad_sum(now[half].sum);
     sums[half].merge(now[half]);
+  }
+}
+
+// The same of factors 2^s: `factors` [kRows] are 2^(g - top).
+template <class Storage>
+__device__ __forceinline__ void add_factor_rows(Accumulators<Storage>& s,
+                                                const Accumulate<Storage>* factors,
+                                                Accumulate<Storage> top,
+                                                LogSum<Accumulate<Storage>> (&sums)[2]) {
+  using T = Accumulate<Storage>;
+  T now[2] = {T(0), T(0)};
+  for_each<Storage>(s, [&](int half, int column, T& x) { now[half] += x * factors[column]; });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    sums[half].largest = top;
+    sums[half].sum += quad_sum(now[half]);
   }
 }
 
@@ -83,11 +104,11 @@ __device__ __forceinline__ void form_distribution(const Head<Storage>& head, int
 
 // rows^{t-1} and columns^t of step t, 1 <= t <= T; columns^0 where T = 0. A head that several
 // blocks share leaves its states in partial [heads, splits, 2, M].
-template <class Storage>
+template <class Storage, bool resident>
 __device__ __forceinline__ void sinkhorn_step(int64_t t) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
   const ForwardParams& p = head.p;
-  Scores<Storage> scores(head);
+  Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   T* numbers = head.numbers();
@@ -98,6 +119,12 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
                         [&](int64_t j) { return potential(p, head, t - 1, j); });
   }
   __syncthreads();
+  const bool factored = kFactors<Storage> && head.factored;
+  T top = 0;
+  if (factored && t > 0) {
+    top = largest_term<Storage>(p, potentials, numbers + head.layout.sums());
+    to_factors<Storage>(p, potentials, top);
+  }
 
   // One tile of references: rows and columns in one sweep over the tokens. More: a sweep for the
   // rows, then one for each tile's columns.
@@ -106,7 +133,6 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
     const bool sums_rows = sweep == 0 && t > 0, sums_columns = single || sweep > 0;
     const int first = sweep > 0 ? sweep - 1 : 0, last = sweep > 0 ? sweep : scores.chunks();
     ColumnLogSums<Storage> columns;
-    if (head.first_tile < head.last_tile) scores.begin(head.first_tile, first);
     for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
       const OwnRows<Storage> rows(tile);
       Accumulators<Storage> s;
@@ -118,7 +144,12 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
                        : tile + 1 < head.last_tile ? tile + 1
                                                    : -1,
                        ends ? first : chunk + 1, s);
-        if (sums_rows) add_rows<Storage>(s, potentials + chunk * S::kRows, sums);
+        if (factored) {
+          to_factors<Storage>(s);
+          if (sums_rows) add_factor_rows<Storage>(s, potentials + chunk * S::kRows, top, sums);
+        } else if (sums_rows) {
+          add_rows<Storage>(s, potentials + chunk * S::kRows, sums);
+        }
       }
       T offsets[2];
 #pragma unroll
@@ -134,13 +165,17 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
         }
         offsets[half] = head.log_mass(i) - row;
       }
-      if (sums_columns) columns.add(s, [&](int half, T x) { return x + offsets[half]; });
+      if (sums_columns && factored) {
+        columns.add_factors(s, offsets);
+      } else if (sums_columns) {
+        columns.add(s, [&](int half, T x) { return x + offsets[half]; });
+      }
     }
     if (sums_columns) {
       columns.total(numbers + head.layout.sums(), [&](int column, const LogSum<T>& state) {
         const int64_t j = int64_t(first) * S::kRows + column;
         if (j >= p.references) return;
-        if (head.splits == 1) {
+        if (resident || head.splits == 1) {
           head.column(t, j) = state.logarithm();
         } else {
           T* to = head.partial + (head.index * head.splits + head.split) * 2 * p.references;
@@ -156,8 +191,8 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
 // sum_i plan_ij x_i for the references of one chunk and kGroup depth tiles of the rows x, beside a
 // weight per reference: form(tile, accumulators) turns scores into the plan, add(tile, plan,
 // weights) adds to the weights; emit(j, column, sum) and emit_weight(j, weight) take the results.
-template <class Storage, class Form, class Add, class Emit, class EmitWeight>
-__device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage>& scores,
+template <class Storage, bool resident, class Form, class Add, class Emit, class EmitWeight>
+__device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage, resident>& scores,
                                      const Rows<Storage>& rows, int chunk, int group, Form form,
                                      Add add, Emit emit, EmitWeight emit_weight) {
   using S = Shape<Storage>;
@@ -173,16 +208,15 @@ __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage>&
   for (int part = 0; part < S::kGroup; ++part) clear(sums[part]);
   ColumnSums<Storage> weights;
   const int first_column = group * S::kGroup * S::kDepth;
-  if (head.first_tile < head.last_tile) scores.begin(head.first_tile, chunk);
   for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
     const auto stage = [&] {
       stage_rows(rows, tile * S::kRows, first_column, row_tile, operand.pitch);
       commit_copies();
     };
-    if (!head.layout.lean) stage();
+    if (!Scores<Storage, resident>::kLean) stage();
     Accumulators<Storage> s;
     scores.compute(tile, chunk, tile + 1 < head.last_tile ? tile + 1 : -1, chunk, s);
-    if (head.layout.lean) stage();
+    if (Scores<Storage, resident>::kLean) stage();
     form(tile, s);
     add(tile, s, weights);
     store_accumulators<Storage>(s, plan, S::kPlanScale);
@@ -232,11 +266,11 @@ __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage>&
 // A_j = sum_i C_ij v_i of the references of one chunk and kGroup depth tiles of the values, divided
 // by sum_i C_ij: that is 1 but for the rounding of exponents, which this takes out. Several blocks
 // leave their sums in partial [heads, splits, M, Dv + 1], of which the last column is sum_i C_ij.
-template <class Storage>
+template <class Storage, bool resident>
 __device__ __forceinline__ void collect(int chunk, int group) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
   const ForwardParams& p = head.p;
-  Scores<Storage> scores(head);
+  Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   T* terms = head.numbers() + head.layout.terms();
@@ -244,9 +278,9 @@ __device__ __forceinline__ void collect(int chunk, int group) {
   fill_terms<Storage>(p, terms, -infinity<T>(),
                       [&](int64_t j) { return collection_term(head.column(steps, j)); });
   __syncthreads();
-  const bool alone = head.splits == 1;
+  const bool alone = resident || head.splits == 1;
   T* sums = head.partial + (head.index * head.splits + head.split) * p.references * (width + 1);
-  pool<Storage>(
+  pool<Storage, resident>(
       head, scores, head.values, chunk, group,
       [&](int64_t tile, Accumulators<Storage>& s) {
         form_collection(head, steps, tile, terms + chunk * S::kRows, s);
@@ -267,11 +301,11 @@ __device__ __forceinline__ void collect(int chunk, int group) {
 }
 
 // O_i = sum_j R_ij A_j, and rows^T.
-template <class Storage>
+template <class Storage, bool resident>
 __device__ __forceinline__ void distribute() {
   const Head<Storage>& head = shared_head<Head<Storage>>();
   const ForwardParams& p = head.p;
-  Scores<Storage> scores(head);
+  Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   T* numbers = head.numbers();
@@ -287,6 +321,12 @@ __device__ __forceinline__ void distribute() {
   fill_terms<Storage>(p, potentials, -infinity<T>(),
                       [&](int64_t j) { return potential(p, head, steps, j); });
   __syncthreads();
+  const bool factored = kFactors<Storage> && head.factored;
+  T top = 0;
+  if (factored) {
+    top = largest_term<Storage>(p, potentials, numbers + head.layout.sums());
+    to_factors<Storage>(p, potentials, top);
+  }
 
   const bool single = scores.chunks() == 1;
   const int parts = int(divide_up(p.value_depth, S::kDepth));
@@ -296,7 +336,6 @@ __device__ __forceinline__ void distribute() {
     const bool sums_rows = sweep == 0;
     const int first = single || sweep == 0 ? 0 : sweep - 1;
     const int last = single ? parts : sweep;
-    if (head.first_tile < head.last_tile) scores.begin(head.first_tile, 0);
     for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
       const OwnRows<Storage> rows(tile);
       LogSum<T> sums[2];
@@ -309,7 +348,12 @@ __device__ __forceinline__ void distribute() {
                        : tile + 1 < head.last_tile ? tile + 1
                                                    : -1,
                        ends ? 0 : chunk + 1, s);
-        if (sums_rows) add_rows<Storage>(s, potentials + chunk * S::kRows, sums);
+        if (factored) {
+          to_factors<Storage>(s);
+          if (sums_rows) add_factor_rows<Storage>(s, potentials + chunk * S::kRows, top, sums);
+        } else if (sums_rows) {
+          add_rows<Storage>(s, potentials + chunk * S::kRows, sums);
+        }
         if (first == last) continue;
         T offsets[2];
 #pragma unroll
@@ -319,9 +363,16 @@ __device__ __forceinline__ void distribute() {
           // a hidden token receives nothing
           if (!head.tokens.valid(i)) offsets[half] = infinity<T>();
         }
-        for_each<Storage>(s, [&](int half, int column, T& x) {
-          x = power_of_two(x + potentials[chunk * S::kRows + column] - offsets[half]);
-        });
+        if (factored) {
+          const T rows_of[2] = {power_of_two(top - offsets[0]), power_of_two(top - offsets[1])};
+          for_each<Storage>(s, [&](int half, int column, T& x) {
+            x *= potentials[chunk * S::kRows + column] * rows_of[half];
+          });
+        } else {
+          for_each<Storage>(s, [&](int half, int column, T& x) {
+            x = power_of_two(x + potentials[chunk * S::kRows + column] - offsets[half]);
+          });
+        }
         store_accumulators<Storage>(s, plan, S::kPlanScale);
         for (int part = first; part < last; ++part) {
           if (chunk == 0) clear(out);
@@ -329,7 +380,7 @@ __device__ __forceinline__ void distribute() {
             unit = load_operand<Storage>(
                 operand, head.pooled, int64_t(chunk) * S::kRows, p.references, part * S::kDepth,
                 int(p.value_depth), static_cast<const T*>(nullptr), numbers + head.layout.sums());
-            loaded = single && parts == 1 && !head.layout.lean;
+            loaded = single && parts == 1 && !Scores<Storage, resident>::kLean;
             __syncthreads();
           } else {
             __syncwarp();
@@ -359,7 +410,7 @@ template <class Storage>
 __device__ void plan(const Tensor& tensor) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
   const ForwardParams& p = head.p;
-  Scores<Storage> scores(head);
+  Scores<Storage, false> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   T* numbers = head.numbers();
@@ -375,7 +426,6 @@ __device__ void plan(const Tensor& tensor) {
            log_reference_mass<T>(p, head.b, head.h, j) - log_two(total);
   });
   __syncthreads();
-  if (head.first_tile < head.last_tile) scores.begin(head.first_tile, 0);
   for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
     const OwnRows<Storage> rows(tile);
     for (int chunk = 0; chunk < scores.chunks(); ++chunk) {

@@ -9,60 +9,59 @@ namespace setformer::cuda {
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    sinkhorn_step_kernel(const ForwardParams p, const Side side, const int64_t t,
-                         Accumulate<Storage>* const partial) {
-  for_each_work(p, Splits<Storage>(side.count).count, 1,
-                Select<Storage>{p, side, kScoresOnly, partial},
-                [&](int64_t) { sinkhorn_step<Storage>(t); });
+    sinkhorn_step_kernel(const int64_t first, const ForwardParams p, const Side side,
+                         const int64_t t, Accumulate<Storage>* const partial) {
+  at_work(first, Splits<Storage>(side.count).count, 1,
+          Select<Storage>{p, side, kScoresOnly, partial},
+          [&](int64_t) { sinkhorn_step<Storage, false>(t); });
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    collect_kernel(const ForwardParams p, Accumulate<Storage>* const partial) {
+    collect_kernel(const int64_t first, const ForwardParams p, Accumulate<Storage>* const partial) {
   using S = Shape<Storage>;
   const int64_t groups = divide_up(p.value_depth, S::kGroup * S::kDepth);
-  for_each_work(p, Splits<Storage>(p.tokens).count, groups * divide_up(p.references, S::kRows),
-                Select<Storage>{p, keys_of(p), kPools, partial},
-                [&](int64_t part) { collect<Storage>(int(part / groups), int(part % groups)); });
+  at_work(first, Splits<Storage>(p.tokens).count, groups * divide_up(p.references, S::kRows),
+          Select<Storage>{p, keys_of(p), kPools, partial},
+          [&](int64_t part) { collect<Storage, false>(int(part / groups), int(part % groups)); });
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    distribute_kernel(const ForwardParams p) {
+    distribute_kernel(const int64_t first, const ForwardParams p) {
   const Select<Storage> select{p, receivers_of(p), kDistributes};
-  for_each_work(p, Splits<Storage>(select.side.count).count, 1, select,
-                [&](int64_t) { distribute<Storage>(); });
+  at_work(first, Splits<Storage>(select.side.count).count, 1, select,
+          [&](int64_t) { distribute<Storage, false>(); });
 }
 
 // All of a small head: its keys stay in shared memory from the first step to the output.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    attention_forward_resident_kernel(const ForwardParams p) {
+    attention_forward_resident_kernel(const int64_t first, const ForwardParams p) {
   using S = Shape<Storage>;
   const int chunks = int(divide_up(p.references, S::kRows));
   const int groups = int(divide_up(p.value_depth, S::kGroup * S::kDepth));
-  for (int64_t index = blockIdx.x; index < p.batch * p.heads; index += gridDim.x) {
-    for (int of_queries = 0; of_queries <= int(p.cross && p.distribute); ++of_queries) {
-      __syncthreads();
-      Select<Storage>{p, of_queries ? queries_of(p) : keys_of(p), kDistributes, nullptr, true}(
-          index, 0);
-      load_resident<Storage>();
-      for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
-        sinkhorn_step<Storage>(t);
-      }
-      for (int part = 0; !of_queries && part < chunks * groups; ++part) {
-        collect<Storage>(part / groups, part % groups);
-      }
-      if (p.distribute && bool(of_queries) == p.cross) distribute<Storage>();
+  const int64_t index = first + blockIdx.x;
+  for (int of_queries = 0; of_queries <= int(p.cross && p.distribute); ++of_queries) {
+    __syncthreads();
+    Select<Storage>{p, of_queries ? queries_of(p) : keys_of(p), kDistributes, nullptr, true}(index,
+                                                                                             0);
+    load_resident<Storage>();
+    for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
+      sinkhorn_step<Storage, true>(t);
     }
+    for (int part = 0; !of_queries && part < chunks * groups; ++part) {
+      collect<Storage, true>(part / groups, part % groups);
+    }
+    if (p.distribute && bool(of_queries) == p.cross) distribute<Storage, true>();
   }
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    transport_plan_kernel(const PlanParams p) {
-  for_each_work(p, Splits<Storage>(p.tokens).count, 1, Select<Storage>{p, keys_of(p), kScoresOnly},
-                [&](int64_t) { plan<Storage>(p.plan); });
+    transport_plan_kernel(const int64_t first, const PlanParams p) {
+  at_work(first, Splits<Storage>(p.tokens).count, 1, Select<Storage>{p, keys_of(p), kScoresOnly},
+          [&](int64_t) { plan<Storage>(p.plan); });
 }
 
 inline constexpr int kMergeThreads = 128;
@@ -70,40 +69,40 @@ inline constexpr int kMergeThreads = 128;
 // columns^t from the states of all blocks that share a head, in the order of their tokens.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_columns_kernel(const int64_t heads, const int64_t references, const int64_t splits,
-                         T* const columns, const int64_t columns_of_head, const T* const partial) {
-  for (int64_t at = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x; at < heads * references;
-       at += int64_t(gridDim.x) * kMergeThreads) {
-    const int64_t head = at / references, j = at % references;
-    LogSum<T> state;
-    for (int64_t split = 0; split < splits; ++split) {
-      const T* from = partial + (head * splits + split) * 2 * references + j;
-      LogSum<T> other;
-      other.largest = from[0];
-      other.sum = from[references];
-      state.merge(other);
-    }
-    columns[head * columns_of_head + j] = state.logarithm();
+    merge_columns_kernel(const int64_t first, const int64_t heads, const int64_t references,
+                         const int64_t splits, T* const columns, const int64_t columns_of_head,
+                         const T* const partial) {
+  const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (at >= heads * references) return;
+  const int64_t head = at / references, j = at % references;
+  LogSum<T> state;
+  for (int64_t split = 0; split < splits; ++split) {
+    const T* from = partial + (head * splits + split) * 2 * references + j;
+    LogSum<T> other;
+    other.largest = from[0];
+    other.sum = from[references];
+    state.merge(other);
   }
+  columns[head * columns_of_head + j] = state.logarithm();
 }
 
 // A from the sums of all blocks that share a head.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_pooled_kernel(const int64_t heads, const int64_t references, const int64_t width,
-                        const int64_t splits, T* const pooled, const T* const partial) {
+    merge_pooled_kernel(const int64_t first, const int64_t heads, const int64_t references,
+                        const int64_t width, const int64_t splits, T* const pooled,
+                        const T* const partial) {
   const int64_t of_head = references * (width + 1);
-  for (int64_t at = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x;
-       at < heads * references * width; at += int64_t(gridDim.x) * kMergeThreads) {
-    const int64_t head = at / (references * width), j = at / width % references;
-    const T* from = partial + head * splits * of_head + j * (width + 1);
-    T sum = 0, total = 0;
-    for (int64_t split = 0; split < splits; ++split) {
-      sum += from[split * of_head + at % width];
-      total += from[split * of_head + width];
-    }
-    pooled[at] = total == T(0) ? T(0) : sum / total;
+  const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (at >= heads * references * width) return;
+  const int64_t head = at / (references * width), j = at / width % references;
+  const T* from = partial + head * splits * of_head + j * (width + 1);
+  T sum = 0, total = 0;
+  for (int64_t split = 0; split < splits; ++split) {
+    sum += from[split * of_head + at % width];
+    total += from[split * of_head + width];
   }
+  pooled[at] = total == T(0) ? T(0) : sum / total;
 }
 
 template <class Storage>
@@ -143,12 +142,13 @@ void Kernels<Storage>::forward(const ForwardParams& p, void* workspace, Stream& 
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
   T* partial = static_cast<T*>(workspace);
-  if (fits_one_block<Storage>(p, kDistributes, stream)) {
-    const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
-    launch(stream, "attention_forward_resident_kernel", attention_forward_resident_kernel<Storage>,
-           heads, S::kThreads, Layout<Storage>(p, kDistributes, true, tokens, stream.stages).total,
-           p);
-    return;
+  if constexpr (kResident<Storage>) {
+    if (fits_one_block<Storage>(p, kDistributes, stream)) {
+      launch(stream, "attention_forward_resident_kernel",
+             attention_forward_resident_kernel<Storage>, heads, S::kThreads,
+             resident_bytes<Storage>(p, kDistributes, stream), p);
+      return;
+    }
   }
   const Splits<Storage> splits(p.tokens);
   launch_solve<Storage>(p, keys_of(p), partial, stream);

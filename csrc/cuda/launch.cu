@@ -33,10 +33,6 @@ class DeviceGuard {
 
 template <class Call>
 Result run(const ForwardParams& p, int device, void* stream, Call call) {
-  // What shared memory has room for, and the centers in problem.cuh.
-  if (p.depth > 256 || p.value_depth > 256 || p.references > 512) {
-    return {int(cudaErrorInvalidValue), "the limit D <= 256, Dv <= 256, M <= 512 of all kernels"};
-  }
   const DeviceGuard guard(device);
   // An error that is reported here must not be found again by the next launch's check.
   if (guard.error() != cudaSuccess) {

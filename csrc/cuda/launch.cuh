@@ -6,7 +6,8 @@
 
 namespace setformer::cuda {
 
-// A block per unit of work; beyond the largest grid blocks take several.
+// A block per unit of work, in as many launches as the largest grid asks for: a kernel's first
+// argument is the unit of its block 0.
 inline constexpr int64_t kLargestGrid = 2147483647;
 
 template <class Kernel, class... Arguments>
@@ -19,24 +20,34 @@ void launch(Stream& stream, const char* name, Kernel kernel, int64_t blocks, int
                                         int(shared_bytes));
     if (stream.error != cudaSuccess) cudaGetLastError();  // reported by us, not by the next launch
   }
-  if (stream.error == cudaSuccess) {
-    const unsigned grid = unsigned(blocks < kLargestGrid ? blocks : kLargestGrid);
-    kernel<<<grid, threads, size_t(shared_bytes), stream.stream>>>(arguments...);
+  for (int64_t first = 0; first < blocks && stream.error == cudaSuccess; first += kLargestGrid) {
+    const int64_t left = blocks - first;
+    const unsigned grid = unsigned(left < kLargestGrid ? left : kLargestGrid);
+    kernel<<<grid, threads, size_t(shared_bytes), stream.stream>>>(first, arguments...);
     stream.error = cudaGetLastError();
   }
   if (stream.error != cudaSuccess) stream.kernel = name;
 }
 
-// Whether one block can hold each side's keys: from the shape alone, for devices that give a block
-// 96 KiB (all but sm_75).
+// float64, which gradients are checked with, always streams: half the code to compile.
+template <class Storage>
+inline constexpr bool kResident = sizeof(Storage) < 8;
+
+template <class Storage>
+int64_t resident_bytes(const ForwardParams& p, int needs, const Stream& stream) {
+  const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
+  return Layout<Storage>(p, needs, true, tokens, stream.stages).total;
+}
+
+// Whether one block can hold each side's keys: with up to 163 KiB, what sm_80 gives a block, or
+// less where the device gives less.
 template <class Storage>
 bool fits_one_block(const ForwardParams& p, int needs, const Stream& stream) {
-  constexpr int64_t kMost = 96 * 1024;
-  const int64_t most = stream.resident_bytes < kMost ? stream.resident_bytes : kMost;
-  const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
+  constexpr int64_t kMost = 163 * 1024;
   // first the room for a bare key, so that no size overflows in Layout
-  if (tokens > kMost) return false;
-  return Layout<Storage>(p, needs, true, tokens, stream.stages).total <= most;
+  if (p.tokens > kMost || p.queries > kMost) return false;
+  return resident_bytes<Storage>(p, needs, stream) <=
+         (stream.resident_bytes < kMost ? stream.resident_bytes : kMost);
 }
 
 template <class Storage>
@@ -54,22 +65,19 @@ struct Select {
   bool resident = false;
   __device__ void operator()(int64_t index, int64_t split) const {
     Head<Storage>& head = shared_head<Head<Storage>>();
-    if (threadIdx.x == 0) head.select(p, side, needs, resident, index, split, partial);
+    if (thread_index() == 0) head.select(p, side, needs, resident, index, split, partial);
     head.find_center();
   }
 };
 
-// Calls body(rest) for each of the block's units of work, heads x splits x `rest`, with the head
-// and split selected.
+// Calls body(rest) for the block's unit of work, one of heads x splits x `rest`, with the head and
+// split selected.
 template <class SelectHead, class Body>
-__device__ __forceinline__ void for_each_work(const ForwardParams& p, int64_t splits, int64_t rest,
-                                              const SelectHead& select, Body body) {
-  const int64_t total = p.batch * p.heads * splits * rest;
-  for (int64_t work = blockIdx.x; work < total; work += gridDim.x) {
-    __syncthreads();  // the block is done with the head before
-    select(work / rest / splits, work / rest % splits);
-    body(work % rest);
-  }
+__device__ __forceinline__ void at_work(int64_t first, int64_t splits, int64_t rest,
+                                        const SelectHead& select, Body body) {
+  const int64_t work = first + blockIdx.x, part = work / rest;
+  select(part / splits, part % splits);
+  body(work % rest);
 }
 
 }  // namespace setformer::cuda

@@ -13,6 +13,9 @@
 
 namespace setformer::cuda {
 
+// What shared memory has room for; problems beyond are refused.
+inline constexpr int64_t kMostDepth = 256, kMostValueDepth = 256, kMostReferences = 512;
+
 // error is a cudaError_t, 0 for success; where it is not, `kernel` names what failed.
 struct Result {
   int error = 0;

@@ -45,7 +45,23 @@ __device__ __forceinline__ float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ double power_of_two(double x) { return exp2(x); }
+// In float64 2^n e^y, |y| <= ln(2) / 2, by Taylor's series: what is left out is 4e-18 of it.
+// Shorter than exp2, for it has no subnormal results: they are 0, as above.
+__device__ __forceinline__ double power_of_two(double x) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 2^52: a sum with it has its unit at 1
+  const double shifted = x + kRound;
+  const double y = (x - (shifted - kRound)) * 0.69314718055994530942;
+  double factorial = 6227020800.0, sum = 1.0 / factorial;
+#pragma unroll
+  for (int k = 13; k > 0; --k) {
+    factorial /= k;
+    sum = fma(sum, y, 1.0 / factorial);
+  }
+  const int high = __double2hiint(sum) + (__double2loint(shifted) << 20);
+  const double power = __hiloint2double(high, __double2loint(sum));
+  if (x != x) return x;
+  return x < -1021.0 ? 0.0 : x >= 1024.0 ? infinity<double>() : power;
+}
 __device__ __forceinline__ float log_two(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -55,13 +71,27 @@ __device__ __forceinline__ double log_two(double x) { return log2(x); }
 
 __device__ __forceinline__ float maximum(float x, float y) { return fmaxf(x, y); }
 __device__ __forceinline__ double maximum(double x, double y) { return fmax(x, y); }
-__device__ __forceinline__ float minimum(float x, float y) { return fminf(x, y); }
-__device__ __forceinline__ double minimum(double x, double y) { return fmin(x, y); }
 
 inline constexpr double kLog2E = 1.4426950408889634074;
 inline constexpr double kLn2 = 0.69314718055994530942;
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
+
+// The thread's index in its block, read anew wherever it is asked for: in kernels of several passes
+// the compiler would carry all that depends on it from one pass to the next, beyond the registers.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// The same pointer, of which the compiler knows nothing: it computes what follows from it in place,
+// not once for all passes.
+template <class T>
+__device__ __forceinline__ T* anew(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
 
 // Fragments (product.cuh): four neighbouring lanes, a quad, hold one row; eight quads a column.
 template <class T>
@@ -85,6 +115,15 @@ __device__ __forceinline__ T lanes_sum(T x) {
   return x;
 }
 
+template <class T>
+__device__ __forceinline__ T warp_maximum(T x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    x = maximum(x, __shfl_xor_sync(kFullWarp, x, distance));
+  }
+  return x;
+}
+
 // log2(2^m1 l1 + 2^m2 l2) as a pair again: a log-sum-exp with its largest exponent kept apart.
 // An empty sum is (-inf, 0), and (-inf) - (-inf) never occurs.
 template <class T>
@@ -92,12 +131,6 @@ struct LogSum {
   T largest = -infinity<T>();
   T sum = T(0);
 
-  __device__ __forceinline__ void add(T exponent) {
-    const T top = maximum(largest, exponent);
-    const T base = top == -infinity<T>() ? T(0) : top;
-    sum = sum * power_of_two(largest - base) + power_of_two(exponent - base);
-    largest = top;
-  }
   __device__ __forceinline__ void merge(const LogSum& other) {
     const T top = maximum(largest, other.largest);
     const T base = top == -infinity<T>() ? T(0) : top;

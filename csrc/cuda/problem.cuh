@@ -2,6 +2,7 @@
 // block keeps in shared memory.
 #pragma once
 
+#include "launch.h"
 #include "product.cuh"
 
 namespace setformer::cuda {
@@ -39,10 +40,12 @@ struct Splits {
   int64_t tiles, tiles_each, count;
   __host__ __device__ explicit Splits(int64_t tokens, bool whole = false) {
     tiles = divide_up(tokens, Shape<Storage>::kRows);
+    tiles_each = tiles;
+    count = 1;
+    if (whole) return;
     tiles_each = divide_up(tiles, 256);
     if (tiles_each < 4) tiles_each = 4;
-    if (whole) tiles_each = tiles;
-    count = tiles_each == 0 ? 1 : divide_up(tiles, tiles_each);
+    count = divide_up(tiles, tiles_each);
     if (count == 0) count = 1;
   }
 };
@@ -51,8 +54,11 @@ __host__ __device__ inline int64_t steps_kept(const ForwardParams& p) {
   return p.iterations > 0 ? p.iterations : 1;
 }
 
-// Depths up to this have room for a center; the binding refuses more.
-inline constexpr int kMostDepth = 256;
+// Scores s log2(e) up to this are worked on as factors 2^s, see transport.cuh: epsilon >= 1/32.
+// Not in float64, which the others are checked with.
+template <class Storage>
+inline constexpr bool kFactors = sizeof(Storage) < 8;
+inline constexpr double kMostFactorScale = 32 * kLog2E * (1 + 1e-6);
 
 // Room for a Head at the start of shared memory.
 template <class Storage>
@@ -83,7 +89,7 @@ struct Layout {
   bool resident, lean;
   int chunks, depths;  // tiles that the references, and that one row, are cut into
   int pitch, tile_bytes, reference_bytes;
-  int key_slots, reference_slots;
+  int key_slots;
   int steps_at_once;
   int references, rows, plan, operand, numbers, total;
 
@@ -103,7 +109,10 @@ struct Layout {
     if (lean && (needs & kNeedsOperand)) reference_bytes = kOperandBytes;
     if (lean && (needs & kNeedsRows)) tile_bytes = kRowsBytes;
     key_slots = resident ? int(divide_up(tokens, S::kRows)) * depths : stages;
-    reference_slots = resident ? chunks * depths : lean ? 1 : chunks * depths == 1 ? 1 : stages;
+    const int reference_slots = resident               ? chunks * depths
+                                : lean                 ? 1
+                                : chunks * depths == 1 ? 1
+                                                       : stages;
     steps_at_once = needs & kNeedsSteps ? (stages == 1 ? 2 : 8) : 0;
     references = kHeadBytes<Storage> + key_slots * tile_bytes;
     int end = references + reference_slots * reference_bytes;
@@ -161,16 +170,18 @@ struct Head {
   Rows<Storage> references;  // [M, D]
   Rows<Storage> values;      // [N, Dv]
   Rows<Storage> outputs;     // [count, Dv]
-  const T* mass;             // [count], optional
+  Global<const T> mass;      // [count], optional
   int64_t mass_stride;
-  const T* positions;  // [count, P], optional
+  Global<const T> positions;  // [count, P], optional
   int64_t position_stride, axis_stride;
-  T* rows;     // [T + 1, count]
-  T* columns;  // [max(T, 1), M]
-  T* pooled;   // [M, Dv]
-  T* partial;  // what blocks that share a head leave for merging: [heads, splits, ...]
+  Global<T> rows;     // [T + 1, count]
+  Global<T> columns;  // [max(T, 1), M]
+  Global<T> pooled;   // [M, Dv]
+  Global<T> partial;  // what blocks that share a head leave for merging: [heads, splits, ...]
   T epsilon, bandwidth, scale, position_scale;
+  T distance_scale;  // log2 of the gaussian is -distance_scale |k - y|^2
   bool gaussian, has_positions;
+  bool factored;                                // scores are known to lie in [0, kMostFactorScale]
   T center[kIsHalf<Storage> ? 1 : kMostDepth];  // see finish_rows
 
   // To be called by one thread.
@@ -213,8 +224,10 @@ struct Head {
     // What cannot be refused without waiting for the device becomes NaN, and so do all results.
     if (!(epsilon > T(0)) || !(bandwidth > T(0))) epsilon = T(NAN);
     scale = T(kLog2E) / epsilon;
+    distance_scale = T(kLog2E) / (T(2) * bandwidth * bandwidth);
     gaussian = p.kernel == Kernel::kGaussian;
-    has_positions = positions != nullptr && p.reference_positions.data != nullptr;
+    factored = kFactors<Storage> && gaussian && scale <= T(kMostFactorScale);
+    has_positions = side.positions.data != nullptr && p.reference_positions.data != nullptr;
     position_scale = T(-kLog2E / (p.position_bandwidth * p.position_bandwidth));
   }
 
@@ -222,7 +235,7 @@ struct Head {
   __device__ void find_center() {
     if constexpr (!kIsHalf<Storage>) {
       __syncthreads();
-      for (int d = int(threadIdx.x); d < references.depth; d += Shape<Storage>::kThreads) {
+      for (int d = thread_index(); d < references.depth; d += Shape<Storage>::kThreads) {
         T sum = 0;
         for (int64_t j = 0; j < references.count; ++j) {
           sum += references.data[j * references.row_stride + d * references.column_stride];
@@ -246,7 +259,7 @@ struct Head {
   // log2 a_i up to a constant; -inf for a token that is hidden or beyond the end.
   __device__ __forceinline__ T log_mass(int64_t i) const {
     if (!tokens.valid(i)) return -infinity<T>();
-    return mass == nullptr ? T(0) : log_two(mass[i * mass_stride]);
+    return mass.absent() ? T(0) : log_two(mass[i * mass_stride]);
   }
 };
 

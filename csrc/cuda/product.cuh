@@ -26,9 +26,13 @@ template <class Storage>
 using Accumulators = Accumulate<Storage>[Shape<Storage>::kRows / 8][4];
 
 struct Lane {
-  int warp = int(threadIdx.x) / 32;
-  int row = int(threadIdx.x) % 32 / 4;    // and row + 8
-  int column = int(threadIdx.x) % 4 * 2;  // and column + 1
+  int warp, row, column;
+  __device__ __forceinline__ Lane() {
+    const int t = thread_index();
+    warp = t / 32;
+    row = t % 32 / 4;
+    column = t % 4 * 2;
+  }
 };
 
 template <class T, int blocks>
@@ -37,6 +41,26 @@ __device__ __forceinline__ void clear(T (&accumulators)[blocks][4]) {
   for (int n = 0; n < blocks; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) accumulators[n][e] = T(0);
+  }
+}
+
+template <class T, int blocks>
+__device__ __forceinline__ void copy(T (&to)[blocks][4], const T (&from)[blocks][4]) {
+#pragma unroll
+  for (int n = 0; n < blocks; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[n][e] = from[n][e];
+  }
+}
+
+// Calls visit(half, column, accumulator) for each of the thread's accumulators.
+template <class Storage, class Visit>
+__device__ __forceinline__ void for_each(Accumulators<Storage>& accumulators, Visit visit) {
+  const Lane lane;
+#pragma unroll
+  for (int n = 0; n < Shape<Storage>::kRows / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) visit(e / 2, 8 * n + lane.column + e % 2, accumulators[n][e]);
   }
 }
 
@@ -149,7 +173,7 @@ template <bool a_transposed, bool b_by_depth, class Storage, int blocks, class A
 __device__ __forceinline__ void multiply_on_tensor_cores(float (&accumulators)[blocks][4],
                                                          const A& a, int first, const B& b,
                                                          int depth, int columns) {
-  const int lane = int(threadIdx.x) % 32, matrix = lane / 8, line = lane % 8;
+  const int lane = thread_index() % 32, matrix = lane / 8, line = lane % 8;
   // Matrices of A: rows 0-7 and 8-15 at depth 0-7, then both at depth 8-15.
   const int a_offset = a_transposed ? (matrix / 2 * 8 + line) * a.pitch + first + matrix % 2 * 8
                                     : (first + matrix % 2 * 8 + line) * a.pitch + matrix / 2 * 8;
@@ -189,11 +213,6 @@ __device__ __forceinline__ void multiply_on_tensor_cores(float (&accumulators)[b
   }
 }
 
-template <class Element>
-struct alignas(16) Piece {
-  static constexpr int kCount = 16 / int(sizeof(Element));
-  Element elements[kCount];
-};
 template <class Element>
 struct alignas(2 * sizeof(Element)) Pair {
   Element x, y;
@@ -292,14 +311,17 @@ __device__ __forceinline__ void multiply_scaled(Accumulate<Storage> (&accumulato
                                                 const A& a, int first, const B& b, int depth,
                                                 int columns, Accumulate<Storage> unit) {
   if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
-    float product[blocks][4];
-    clear(product);
-    multiply<a_transposed, b_by_depth, Storage>(product, a, first, b, depth, columns);
+    // exact both ways, in the place of other accumulators
+    const auto scale = [&](float factor) {
 #pragma unroll
-    for (int n = 0; n < blocks; ++n) {
+      for (int n = 0; n < blocks; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) accumulators[n][e] += product[n][e] * unit;
-    }
+        for (int e = 0; e < 4; ++e) accumulators[n][e] *= factor;
+      }
+    };
+    scale(1.0f / unit);
+    multiply<a_transposed, b_by_depth, Storage>(accumulators, a, first, b, depth, columns);
+    scale(unit);
   } else {
     multiply<a_transposed, b_by_depth, Storage>(accumulators, a, first, b, depth, columns);
   }

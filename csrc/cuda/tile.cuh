@@ -32,6 +32,25 @@ struct Shape {
   static constexpr int kDeepPitch = kDepth + (kIsHalf<Storage> ? 8 : kPerVector);
 };
 
+// A pointer to device memory that is kept in shared memory. What is loaded from there could point
+// anywhere, and accesses through it would be generic ones: this tells the compiler where it points.
+template <class T>
+class Global {
+ public:
+  __device__ Global& operator=(T* pointer) {
+    pointer_ = pointer;
+    return *this;
+  }
+  __device__ __forceinline__ operator T*() const {
+    __builtin_assume(__isGlobal(pointer_));
+    return pointer_;
+  }
+  __device__ bool absent() const { return pointer_ == nullptr; }
+
+ private:
+  T* pointer_;
+};
+
 struct alignas(16) Vector16 {
   uint32_t words[4];
 };
@@ -78,23 +97,25 @@ inline constexpr int kStages = 1;
 // The rows [count, depth] of one head of a tensor, of which `mask` (optional) may hide some.
 template <class Storage>
 struct Rows {
-  Storage* data;
+  Global<Storage> data;
   int64_t row_stride, column_stride;
   int64_t count;
   int depth;
-  const bool* mask;
+  Global<const bool> mask;
   int64_t mask_stride;
   bool vectors;  // every row starts at a multiple of 16 bytes and is contiguous
 
   __device__ void select(const Tensor& tensor, int64_t b, int64_t h, int64_t rows,
                          int64_t columns) {
-    data = static_cast<Storage*>(tensor.data) + b * tensor.stride[0] + h * tensor.stride[1];
+    Storage* const start =
+        static_cast<Storage*>(tensor.data) + b * tensor.stride[0] + h * tensor.stride[1];
+    data = start;
     row_stride = tensor.stride[2];
     column_stride = tensor.stride[3];
     count = rows;
     depth = int(columns);
     mask = nullptr;
-    vectors = column_stride == 1 && (reinterpret_cast<uintptr_t>(data) % 16) == 0 &&
+    vectors = column_stride == 1 && (reinterpret_cast<uintptr_t>(start) % 16) == 0 &&
               row_stride % Shape<Storage>::kPerVector == 0;
   }
   __device__ void hide(const Tensor& hidden, int64_t b) {
@@ -103,7 +124,7 @@ struct Rows {
     mask_stride = hidden.stride[1];
   }
   __device__ __forceinline__ bool valid(int64_t i) const {
-    return i < count && (mask == nullptr || mask[i * mask_stride]);
+    return i < count && (mask.absent() || mask[i * mask_stride]);
   }
 };
 
@@ -119,9 +140,9 @@ __device__ __forceinline__ int padded_depth(int depth, int first_column) {
 template <class Storage, class Visit>
 __device__ __forceinline__ void for_each_own_piece(Visit visit) {
   using S = Shape<Storage>;
-  const int column = int(threadIdx.x) % S::kLanesPerRow * S::kPerVector;
+  const int column = thread_index() % S::kLanesPerRow * S::kPerVector;
 #pragma unroll 1
-  for (int row = int(threadIdx.x) / S::kLanesPerRow; row < S::kRows; row += S::kRowsAtOnce) {
+  for (int row = thread_index() / S::kLanesPerRow; row < S::kRows; row += S::kRowsAtOnce) {
     visit(row, column);
   }
 }
@@ -154,36 +175,44 @@ __device__ void stage_rows(const Rows<Storage>& rows, int64_t first, int first_c
   });
 }
 
+template <class Element>
+struct alignas(16) Piece {
+  static constexpr int kCount = 16 / int(sizeof(Element));
+  Element elements[kCount];
+};
+
 // To the pieces that this thread has staged, once they arrived: subtracts `center` [depth] (float32
-// and float64, optional) and leaves in norms [kRows] (optional) the square norm of each row, added
-// up over the columns of a row that does not fit one tile. |k|^2 + |y|^2 - 2 k.y cancels where the
-// data lies far from the origin; for half types that error stays below what rounding k itself does
-// to the distance, for it is 2^-24 |k|^2 against 2^-11 |k| |k - y| (float16) and |k - y| >= 2^-11
-// |k|.
+// and float64, optional) and leaves in norms [kRows] (optional) the square norm of each row times
+// `factor`, added up over the columns of a row that does not fit one tile. |k|^2 + |y|^2 - 2 k.y
+// cancels where the data lies far from the origin; for half types that error stays below what
+// rounding k itself does to the distance, for it is 2^-24 |k|^2 against 2^-11 |k| |k - y| (float16)
+// and |k - y| >= 2^-11 |k|.
 template <class Storage, class T>
 __device__ void finish_rows(const Rows<Storage>& rows, int64_t first, int first_column,
-                            Storage* tile, int pitch, const T* center, T* norms) {
+                            Storage* tile, int pitch, const T* center, T* norms, T factor) {
   using S = Shape<Storage>;
   const int width = padded_depth<Storage>(rows.depth, first_column);
   for_each_own_piece<Storage>([&](int row, int column) {
     T square = 0;
     if (column < width) {
-      Storage* piece = tile + row * pitch + column;
-      const bool valid = rows.valid(first + row);
+      auto& place = *reinterpret_cast<Piece<Storage>*>(tile + row * pitch + column);
+      Piece<Storage> piece = place;
+      if constexpr (!kIsHalf<Storage>) {
+        const bool valid = center != nullptr && rows.valid(first + row);
+#pragma unroll
+        for (int e = 0; e < S::kPerVector; ++e) {
+          const int at = first_column + column + e;
+          if (valid && at < rows.depth) piece.elements[e] -= center[at];
+        }
+        place = piece;
+      }
 #pragma unroll
       for (int e = 0; e < S::kPerVector; ++e) {
-        T x = widen(piece[e]);
-        if constexpr (!kIsHalf<Storage>) {
-          const int at = first_column + column + e;
-          if (center != nullptr && valid && at < rows.depth) {
-            x -= center[at];
-            piece[e] = x;
-          }
-        }
+        const T x = widen(piece.elements[e]);
         square += x * x;
       }
     }
-    square = lanes_sum<S::kLanesPerRow>(square);
+    square = lanes_sum<S::kLanesPerRow>(square) * factor;
     if (column == 0 && norms != nullptr)
       norms[row] = first_column == 0 ? square : norms[row] + square;
   });

@@ -1,16 +1,22 @@
 // What the passes of forward and backward share: marginals, potentials, sums over tokens.
 //
-// Everything is kept as base-2 logarithms, so any epsilon and any similarity give finite results.
-// With rows^t and columns^t as in problem.cuh, f^t = log a - rows^{t-1} and g^t = log b -
-// columns^t, and
+// What is kept is kept as base-2 logarithms, so any epsilon and any similarity give finite results.
+// With rows^t and columns^t as in problem.cuh, f^t = log a - rows^{t-1} and g^t = log b - columns^t
+// up to a constant, and
 //
-//   distribution of step t   R^t_ij = 2^(s_ij + g^t_j - rows^t_i)                   rows sum to 1
-//   collection of step t     C^t_ij = a_i 2^(s_ij - rows^{t-1}_i - columns^t_j)     columns sum to
-//   1
+//   distribution of step t   R^t_ij = 2^(s_ij + g^t_j - rows^t_i)                 its rows sum to 1
+//   collection of step t     C^t_ij = a_i 2^(s_ij - rows^{t-1}_i - columns^t_j)   its columns do
 //
 // (rows = 0 in C for t = T = 0). The masses enter as given: a factor common to all of a or b
 // cancels in both plans, hence in every output and gradient. A head without mass has columns =
 // -inf; its plans C are 0 and its R are those of g = 0.
+//
+// An entry of a plan is an exponential. Where scores lie in [0, 46.2] (Head::factored) it can be a
+// product instead, of 2^s_ij, a factor of the token and one of the reference, so that one
+// exponential serves a pair in all steps and both directions of sums. With g taken relative to its
+// largest, rows^t - max g lies in [0, 46.2 + log2 M]; with columns taken relative to their least,
+// log a - rows - min columns is at most 0. Factors and products stay within float32's exponents,
+// and an entry is lost only below 2^-80, that is where masses differ by as much.
 #pragma once
 
 #include "similarity.cuh"
@@ -28,15 +34,30 @@ __device__ __forceinline__ T log_reference_mass(const ForwardParams& p, int64_t 
   return x > T(0) ? log_two(x) : T(NAN);
 }
 
-// g^t_j log2(e)
+// g^t_j log2(e), relative to g^t_0: else it would drift by log2(M / N) a step.
 template <class Storage>
 __device__ __forceinline__ Accumulate<Storage> potential(const ForwardParams& p,
                                                          const Head<Storage>& head, int64_t t,
                                                          int64_t j) {
   using T = Accumulate<Storage>;
   if (t == 0) return T(0);
-  const T column = head.column(t, j);
-  return column == -infinity<T>() ? T(0) : log_reference_mass<T>(p, head.b, head.h, j) - column;
+  const T first = head.column(t, 0), column = head.column(t, j);
+  if (column == -infinity<T>()) return T(0);
+  return (log_reference_mass<T>(p, head.b, head.h, j) - column) -
+         (log_reference_mass<T>(p, head.b, head.h, 0) - first);
+}
+
+// The largest of the block's values, in all threads; `scratch` [kWarps]. Synchronises.
+template <class Storage, class T>
+__device__ __forceinline__ T block_maximum(T x, T* scratch) {
+  const Lane lane;
+  x = warp_maximum(x);
+  __syncthreads();
+  if (thread_index() % 32 == 0) scratch[lane.warp] = x;
+  __syncthreads();
+  x = scratch[0];
+  for (int warp = 1; warp < Shape<Storage>::kWarps; ++warp) x = maximum(x, scratch[warp]);
+  return x;
 }
 
 // Fills values [chunks kRows] in shared memory with of(j) for each reference and `beyond` for the
@@ -47,8 +68,48 @@ __device__ void fill_terms(const ForwardParams& p, Accumulate<Storage>* values,
   using S = Shape<Storage>;
   const int padded = int(divide_up(p.references, S::kRows)) * S::kRows;
 #pragma unroll 1
-  for (int j = int(threadIdx.x); j < padded; j += S::kThreads) {
+  for (int j = thread_index(); j < padded; j += S::kThreads) {
     values[j] = j < p.references ? of(j) : beyond;
+  }
+}
+
+// The largest of values [chunks kRows] of fill_terms, 0 where all are -inf. Synchronises, also
+// after its use of `scratch`.
+template <class Storage>
+__device__ Accumulate<Storage> largest_term(const ForwardParams& p,
+                                            const Accumulate<Storage>* values,
+                                            Accumulate<Storage>* scratch) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const int padded = int(divide_up(p.references, S::kRows)) * S::kRows;
+  T top = -infinity<T>();
+#pragma unroll 1
+  for (int j = thread_index(); j < padded; j += S::kThreads) top = maximum(top, values[j]);
+  top = block_maximum<Storage>(top, scratch);
+  __syncthreads();
+  return top == -infinity<T>() ? T(0) : top;
+}
+
+// Turns them into the factors 2^(value - top). Synchronises.
+template <class Storage>
+__device__ void to_factors(const ForwardParams& p, Accumulate<Storage>* values,
+                           Accumulate<Storage> top) {
+  using S = Shape<Storage>;
+  const int padded = int(divide_up(p.references, S::kRows)) * S::kRows;
+#pragma unroll 1
+  for (int j = thread_index(); j < padded; j += S::kThreads) {
+    values[j] = power_of_two(values[j] - top);
+  }
+  __syncthreads();
+}
+
+// 2^s of all scores.
+template <class Storage>
+__device__ __forceinline__ void to_factors(Accumulators<Storage>& s) {
+#pragma unroll
+  for (int n = 0; n < Shape<Storage>::kRows / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = power_of_two(s[n][e]);
   }
 }
 
@@ -62,17 +123,6 @@ struct OwnRows {
     token[1] = token[0] + 8;
   }
 };
-
-// Calls visit(half, column, accumulator) for each of the thread's accumulators.
-template <class Storage, class Visit>
-__device__ __forceinline__ void for_each(Accumulators<Storage>& accumulators, Visit visit) {
-  const Lane lane;
-#pragma unroll
-  for (int n = 0; n < Shape<Storage>::kRows / 8; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) visit(e / 2, 8 * n + lane.column + e % 2, accumulators[n][e]);
-  }
-}
 
 // Sums down the columns of a tile, over all tiles a block sees: each thread adds its own rows, and
 // the rows meet once at the end, in a fixed order.
@@ -114,7 +164,7 @@ class ColumnSums {
       }
     }
     __syncthreads();
-    for (int j = int(threadIdx.x); j < S::kRows; j += S::kThreads) {
+    for (int j = thread_index(); j < S::kRows; j += S::kThreads) {
       T x = scratch[j];
       for (int warp = 1; warp < S::kWarps; ++warp) x += scratch[warp * S::kRows + j];
       totals[j] = x;
@@ -149,6 +199,25 @@ class ColumnLogSums {
       }
     }
   }
+  // The same of factors 2^s: an entry's exponent is s and its row's offset, so the largest offset
+  // serves all columns. Not to be mixed with add.
+  __device__ __forceinline__ void add_factors(Accumulators<Storage>& factors,
+                                              const T (&offsets)[2]) {
+    const T before = states_[0][0].largest;
+    const T top = maximum(before, maximum(offsets[0], offsets[1]));
+    const T base = top == -infinity<T>() ? T(0) : top;
+    const T kept = power_of_two(before - base);
+    const T rows[2] = {power_of_two(offsets[0] - base), power_of_two(offsets[1] - base)};
+#pragma unroll
+    for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        LogSum<T>& state = states_[n][e];
+        state.sum = state.sum * kept + factors[n][e] * rows[0] + factors[n][2 + e] * rows[1];
+        state.largest = top;
+      }
+    }
+  }
   // Calls emit(column, state) from one thread for each column.
   template <class Emit>
   __device__ void total(T* scratch, Emit emit) {
@@ -171,7 +240,7 @@ class ColumnLogSums {
       }
     }
     __syncthreads();
-    for (int j = int(threadIdx.x); j < S::kRows; j += S::kThreads) {
+    for (int j = thread_index(); j < S::kRows; j += S::kThreads) {
       LogSum<T> state;
       for (int warp = 0; warp < S::kWarps; ++warp) {
         LogSum<T> other;
@@ -188,29 +257,13 @@ class ColumnLogSums {
   LogSum<T> states_[S::kRows / 8][2];
 };
 
-// The largest of the block's values, in all threads; `scratch` [kWarps]. Synchronises.
-template <class Storage, class T>
-__device__ __forceinline__ T block_maximum(T x, T* scratch) {
-  const Lane lane;
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x = maximum(x, __shfl_xor_sync(kFullWarp, x, distance));
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[lane.warp] = x;
-  __syncthreads();
-  x = scratch[0];
-  for (int warp = 1; warp < Shape<Storage>::kWarps; ++warp) x = maximum(x, scratch[warp]);
-  return x;
-}
-
-// Their sum, in a fixed order.
+// The sum of the block's values, in a fixed order.
 template <class Storage, class T>
 __device__ __forceinline__ T block_sum(T x, T* scratch) {
   const Lane lane;
   x = lanes_sum<32>(x);
   __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[lane.warp] = x;
+  if (thread_index() % 32 == 0) scratch[lane.warp] = x;
   __syncthreads();
   x = scratch[0];
   for (int warp = 1; warp < Shape<Storage>::kWarps; ++warp) x += scratch[warp];
@@ -222,9 +275,9 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
 template <class Storage>
 __device__ __forceinline__ Accumulate<Storage> fitting_scale(Accumulate<Storage> largest) {
   if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
-    // largest = 0, infinite or beyond what 2^126 can scale needs no care or has none to get
-    const int exponent = largest > 0 ? ilogbf(largest) : 0;
-    return exponent > 120 || exponent < -100 ? 1.0f : exp2f(float(13 - exponent));
+    // bounded, so that sums of other tiles stay finite in this one's unit
+    const float exponent = largest > 0 && largest < infinity<float>() ? float(ilogbf(largest)) : 0;
+    return exp2f(13 - fmaxf(fminf(exponent, 100.0f), -60.0f));
   } else {
     return Accumulate<Storage>(1);
   }
@@ -244,7 +297,7 @@ __device__ Accumulate<Storage> load_operand(const Formed<Storage>& tile,
   const int padded = padded_depth<Storage>(width, first_column);
   const auto each = [&](auto visit) {
 #pragma unroll 1
-    for (int at = int(threadIdx.x); at < S::kRows * S::kDepth; at += S::kThreads) {
+    for (int at = thread_index(); at < S::kRows * S::kDepth; at += S::kThreads) {
       const int row = at / S::kDepth, column = at % S::kDepth;
       if (column >= padded) continue;
       const bool inside = first + row < references && first_column + column < width;
@@ -286,7 +339,7 @@ __device__ void store_rows(const Rows<Storage>& rows, int64_t tile, int first_co
   __syncwarp();
   const int left = rows.depth - first_column;
 #pragma unroll 1
-  for (int at = int(threadIdx.x) % 32; at < 16 * S::kLanesPerRow; at += 32) {
+  for (int at = thread_index() % 32; at < 16 * S::kLanesPerRow; at += 32) {
     const int row = at / S::kLanesPerRow, column = at % S::kLanesPerRow * S::kPerVector;
     const int64_t token = tile * S::kRows + 16 * lane.warp + row;
     if (token >= rows.count || column >= left) continue;
