@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.dlpack import to_dlpack
 
 import setformer_ext
-from conftest import BACKENDS
+from conftest import BACKENDS, Backend
 from emulator.device import Emulator
 from setformer_ext import _C, arguments, ops
 
@@ -335,3 +335,23 @@ def test_workspace_holds_no_plan(emulated: ModuleType, dtype: torch.dtype, N: in
     plan = N * M * accumulate.itemsize
     assert 0 < asked[0] < plan / 4
     assert 0 < asked[1] < plan / 4
+
+
+@pytest.mark.parametrize(
+    ("depth", "value_depth", "references", "message"),
+    [
+        (257, 4, 3, r"D, the depth of key, must be at most 256 on CUDA, got 257"),
+        (4, 257, 3, r"Dv, the depth of value, must be at most 256 on CUDA, got 257"),
+        (4, 4, 513, r"M, the number of references, must be at most 512 on CUDA, got 513"),
+    ],
+)
+def test_sizes_beyond_the_kernels_are_refused(
+    backend: Backend, depth: int, value_depth: int, references: int, message: str
+) -> None:
+    key, value = torch.randn(1, 1, 9, depth), torch.randn(1, 1, 9, value_depth)
+    arguments = [x.to(backend.device) for x in (key, value, torch.randn(1, references, depth))]
+    if not backend.on_cuda:
+        assert backend.set_attention(None, *arguments).isfinite().all()
+        return
+    with pytest.raises(ValueError, match=f"{message}; the CPU takes any size"):
+        backend.set_attention(None, *arguments)

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "cuda"))
 
 import budget
 import counts
-import layout
 import model
 import sass
 from devices import A100, H100
@@ -273,8 +272,8 @@ def test_the_counts_of_one_tile() -> None:
 def test_the_forward_of_one_tile() -> None:
     (launch,) = model.forward(TINY)
     assert (launch.kernel, launch.blocks) == ("attention_forward_resident_kernel", 1)
-    # a step: 1 + 1 + 3/2 exponentials a pair; collect 1 + 1; distribute 1 + 1 + 1
-    assert launch.work.special == 64 * 64 * (3.5 + 2 + 3)
+    # a step, collect and distribute: an exponential for the score, and one for 2^s or the plan
+    assert launch.work.special == 64 * 64 * 3 * 2
     # scores of three passes; collect's product is 64 x 16 x 64 in two, distribute's in three
     assert launch.work.tensor == (3 + 2 + 3) * 2 * 64 * 64 * 16
     # keys and values in, output out; rows and columns of the one step
@@ -321,6 +320,15 @@ def test_the_output_says_that_nothing_was_measured(
     assert "| v3 | attention_forward_resident_kernel | 1 | 96 |" in printed
 
 
+def test_readme_has_the_figures_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["model.py"])
+    model.main()
+    totals = capsys.readouterr().out.split("\n\n")[1]
+    assert totals in (Path(__file__).parent.parent / "README.md").read_text()
+
+
 def launched(backend: Backend, p: Problem) -> list[tuple[str, int, int]]:
     """Kernel, blocks and shared memory of each launch of forward and backward."""
     shape = (p.batch, p.heads, p.tokens, p.depth)
@@ -339,7 +347,7 @@ def launched(backend: Backend, p: Problem) -> list[tuple[str, int, int]]:
     "p",
     [
         Problem(1, 2, tokens=70, depth=20, references=5, steps=2),  # resident
-        Problem(1, 1, tokens=740, depth=16, references=7, steps=2),  # one tile of references
+        Problem(1, 1, tokens=2200, depth=16, references=7, steps=2),  # one tile of references
         Problem(1, 1, tokens=520, depth=72, references=70, steps=2),  # several of all
     ],
 )
@@ -347,8 +355,34 @@ def test_the_model_launches_what_the_backend_launches(backend: Backend, p: Probl
     if not backend.emulated:
         pytest.skip("only the emulated device keeps a list of launches")
     expected = [
-        (launch.kernel, launch.blocks, layout.dynamic_shared(launch.kernel, p))
+        (launch.kernel, launch.blocks, launch.shared(p))
         for launch in model.forward(p) + model.backward(p)
         for _ in range(launch.times)
     ]
     assert sorted(launched(backend, p)) == sorted(expected)
+
+
+# What reads tiles, plans and operands over and over.
+MAIN_LOOPS = {"product.cuh", "tile.cuh", "similarity.cuh"}
+
+
+@pytest.mark.parametrize("depth", [32, 64])
+@pytest.mark.parametrize("tokens", [128, 2200])  # resident, and streaming
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bank_conflicts(backend: Backend, dtype: torch.dtype, tokens: int, depth: int) -> None:
+    if not backend.emulated:
+        pytest.skip("only the emulated device counts passes over the banks")
+    key, value = (torch.randn(1, 1, tokens, depth).to(dtype).requires_grad_() for _ in range(2))
+    reference = torch.randn(1, 64, depth).to(dtype).requires_grad_()
+    emulator = Emulator(backend.module.__file__)
+    emulator.clear_trace()
+    with emulator.configured(mode="trace"):
+        output = backend.set_attention(None, key, value, reference, iterations=2)
+        output.backward(torch.randn_like(output))
+    shared = [count for count in emulator.trace() if count.space == "shared"]
+    passes, least = sum(count.cost for count in shared), sum(count.least for count in shared)
+    print(f"{passes} passes over the banks, {least} at best: {passes / least - 1:.2%} more")
+    assert passes <= 1.02 * least
+    for count in shared:
+        if count.access == "read" and Path(count.file).name in MAIN_LOOPS:
+            assert count.cost == count.least, f"{count.kernel} {count.file}:{count.line}"

@@ -152,6 +152,25 @@ def test_masses_of_zero_at_small_epsilon(
         assert_as_exact_as_definition(function, arguments, more_noise=noise)
 
 
+@pytest.mark.parametrize("factor", [2.0**-50, 2.0**50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_factor_of_all_masses_changes_nothing(
+    backend: Backend, dtype: torch.dtype, factor: float
+) -> None:
+    """Logarithms of masses of 2^50 are as much larger, and so is the rounding of exponents."""
+    arguments = random_problem(
+        N=75, M=19, iterations=3, masked=True, token_mass=True, dtype=dtype, device=backend.device
+    )
+    upstream = output_gradient(backend.set_attention, arguments, 0)
+    expected = run(backend.set_attention, arguments, upstream)
+    scaled = arguments | {"token_mass": arguments["token_mass"] * factor}
+    found = run(backend.set_attention, scaled, upstream)
+    found["token_mass"] = found["token_mass"] * factor
+    rounding = 3 * 50 * torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps
+    for name, value in expected.items():
+        assert largest(found[name].double() - value.double()) <= rounding * largest(value), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_options_of_half_problems(backend: Backend, dtype: torch.dtype) -> None:
     """Learned epsilon and bandwidth stay in float32 where the tokens are cast to half."""

@@ -4,8 +4,9 @@
     python benchmarks/cuda/budget.py --check     # compare it with budget.csv
     python benchmarks/cuda/budget.py --write     # replace budget.csv
 
-"dynamic" is the shared memory that a launch asks for at D = Dv = M = 64, of resident kernels with
-128 tokens. The columns after "limit" count instructions of the SASS, however often they run.
+"dynamic" is the shared memory that a launch asks for: at D = Dv = M = 64; of resident kernels at
+D = Dv = 32, M = 49 and 49 tokens, a window of 7 x 7; of steps backward in the one that collects.
+The columns after "limit" count instructions of the SASS, however often they run.
 Needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
 
@@ -13,6 +14,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -74,9 +76,11 @@ def row_of(kernel: Kernel) -> Row:
     if kernel.threads == 0:
         raise SystemExit(f"{kernel.name} has no __launch_bounds__, which tell its occupancy")
     base, _, storage = kernel.name.rstrip(">").partition("<")
-    tokens = 128 if "resident" in base else 1024
-    problem = Problem(1, 1, tokens, depth=64, references=64, storage=STORAGES[storage])
-    dynamic = dynamic_shared(base, problem, kernel.arch)
+    problem = Problem(1, 1, tokens=1024, depth=64, references=64, storage=STORAGES[storage])
+    if "resident" in base:
+        problem = replace(problem, tokens=49, depth=32, references=49)
+    collects = base == "sinkhorn_step_backward_kernel"
+    dynamic = dynamic_shared(base, problem, kernel.arch, collects)
     fit = occupancy(kernel.arch, kernel.threads, kernel.registers, kernel.shared + dynamic)
     values = [
         kernel.name,

@@ -1,20 +1,25 @@
 """What the passes of csrc/cuda/forward.cuh and backward.cuh do, counted.
 
-For half types on sm_80 and later, Gaussian kernel, no positions or masses. The functions follow the
-passes tile by tile, padding included. Instructions per pair of a token and a reference, counted in
-the source; "vectors" are the values of a reference that are read from shared memory.
+For half types on sm_80 and later, Gaussian kernel, epsilon >= 1/32, no positions or masses. The
+functions follow the passes tile by tile, padding included. Instructions per pair of a token and a
+reference, counted in the source; "vectors" are the values of a reference that are read from shared
+memory.
 
     per pair                          float32   exponentials   vectors
-    score from the product            7         1              1
-    sum over references               6         1              1
-    sum over tokens                   5.5       1.5
-    entry of a plan                   3         1              1
+    score s from the product          5         1              1
+    2^s                                         1
+    sum over references               1                        1
+    sum over tokens                   1.5
+    entry of a plan, from s           3         1              1
+    entry of a plan, from 2^s         2                        1
     split into two halves, stored     5
-    adjoint of a row                  7         1              2
-    adjoint of a column               4         1              1
-    ds of a plan                      4.5       1              2
-    ds of a step                      7         2              3
-    E                                 5
+    adjoint of a row, from s          7         1              2
+    adjoint of a row, from 2^s        1                        1
+    adjoint of a column, from s       4         1              1
+    adjoint of a column, from 2^s     1
+    ds of a plan                      3.5                      2
+    ds of a step                      2                        2
+    E                                 6         1
 """
 
 from dataclasses import dataclass, fields
@@ -87,25 +92,15 @@ def key_copies(p: Problem) -> Work:
     return Work(cache=copied, shared=2 * copied, float32=2 * copied / ELEMENT)  # and the norms
 
 
-def scores(p: Problem) -> Work:
-    """Scores::compute for all pairs. A resident head has its keys in place."""
-    work = product(p, p.tiles * TILE, p.references, p.depth) + per_pair(p, 7, 1, 1)
-    return work if p.resident else work + key_copies(p)
-
-
-def row_sums(p: Problem) -> Work:
-    """add_rows"""
-    return per_pair(p, 6, 1, 1)
+def scores(p: Problem, resident: bool, factors: bool = False) -> Work:
+    """Scores::compute, or the factors 2^s. A resident head has its keys in place."""
+    work = product(p, p.tiles * TILE, p.references, p.depth) + per_pair(p, 5, 1 + factors, 1)
+    return work if resident else work + key_copies(p)
 
 
 def stored(p: Problem) -> Work:
     """store_accumulators: as two halves in shared memory."""
     return per_pair(p, 5) + Work(shared=2 * ELEMENT * pairs(p))
-
-
-def formed_plan(p: Problem) -> Work:
-    """A plan's entries, stored."""
-    return per_pair(p, 3, 1, 1) + stored(p)
 
 
 def operand(p: Problem) -> Work:
@@ -114,58 +109,65 @@ def operand(p: Problem) -> Work:
     return Work(cache=NUMBER * entries, shared=2 * ELEMENT * entries, float32=6 * entries)
 
 
-def sinkhorn_step(p: Problem) -> Work:
+def sinkhorn_step(p: Problem, resident: bool) -> Work:
     """rows^{t-1} and columns^t; more than one tile of references takes two sweeps."""
-    return (1 if p.chunks == 1 else 2) * scores(p) + row_sums(p) + per_pair(p, 5.5, 1.5)
+    sweeps = 1 if p.chunks == 1 else 2
+    return sweeps * scores(p, resident, factors=True) + per_pair(p, 1 + 1.5, 0, 1)
 
 
-def pool(p: Problem) -> Work:
+def pool(p: Problem, resident: bool) -> Work:
     """A plan's transpose times the rows of a tensor: collect, distribute_backward."""
     return (
-        p.depths * (scores(p) + formed_plan(p))
+        p.depths * (scores(p, resident) + per_pair(p, 3, 1, 1) + stored(p))
         + per_pair(p, 1)
         + product(p, p.chunks * TILE, p.depth, p.tiles * TILE, (2, 1))
         + p.chunks * token_rows(p)
     )
 
 
-def distribute(p: Problem) -> Work:
+def distribute(p: Problem, resident: bool) -> Work:
     """O_i = sum_j R_ij A_j: sums over references first, where there are several tiles."""
-    work = scores(p) + row_sums(p) + product(p, p.tiles * TILE, p.depth, p.references, (2, 2))
-    if p.chunks == 1:
-        work += formed_plan(p)
-    else:
-        work += p.depths * (scores(p) + formed_plan(p))
-    return work + token_rows(p) + (operand(p) if p.chunks * p.depths > 1 else Work())
+    sweeps = 1 if p.chunks == 1 else 1 + p.depths
+    entries = 1 if p.chunks == 1 else p.depths
+    return (
+        sweeps * scores(p, resident, factors=True)
+        + per_pair(p, 1, 0, 1)
+        + entries * (per_pair(p, 2, 0, 1) + stored(p))
+        + product(p, p.tiles * TILE, p.depth, p.references, (2, 2))
+        + token_rows(p)
+        + (operand(p) if p.chunks * p.depths > 1 else Work())
+    )
 
 
-def sinkhorn_step_backward(p: Problem, t: int) -> Work:
+def sinkhorn_step_backward(p: Problem, t: int, resident: bool) -> Work:
     """fhat^t, and gbar^{t-1} where t > 1; step T also dv."""
     collects = t == p.steps
     sweeps = p.depths if collects and p.chunks > 1 else 1
-    work = sweeps * (scores(p) + per_pair(p, 7, 1, 2))
+    if t > 1 and p.chunks > 1:
+        sweeps += 1
+    work = sweeps * scores(p, resident, factors=not collects)
     if collects:
-        work += stored(p) + operand(p) + 2 * token_rows(p)
+        work += per_pair(p, 7, 1, 2) + stored(p) + operand(p) + 2 * token_rows(p)
         work += product(p, p.tiles * TILE, p.depth, p.references, (2, 2))
-    if t > 1:
-        work += per_pair(p, 4, 1, 1) + (Work() if p.chunks == 1 else scores(p))
-    return work
+        return work + (per_pair(p, 4, 1, 1) if t > 1 else Work())
+    return work + per_pair(p, 2 if t > 1 else 1, 0, 1)
 
 
-def score_gradient(p: Problem) -> Work:
+def score_gradient(p: Problem, resident: bool) -> Work:
     """ds and E of all pairs, E stored."""
     plans = 2 * (
         token_rows(p)
         + operand(p)
         + product(p, p.tiles * TILE, p.references, p.depth, (1, 2))
-        + per_pair(p, 4.5, 1, 2)
+        + per_pair(p, 3.5, 0, 2)
     )
-    return scores(p) + plans + p.steps * per_pair(p, 7, 2, 3) + per_pair(p, 5) + stored(p)
+    steps = p.steps * per_pair(p, 2, 0, 2)
+    return scores(p, resident) + plans + steps + per_pair(p, 6, 1) + stored(p)
 
 
-def gradient(p: Problem, to_tokens: bool, to_references: bool) -> Work:
+def gradient(p: Problem, to_tokens: bool, to_references: bool, resident: bool) -> Work:
     """dk, dy, or both of one score_gradient."""
-    work = p.groups * score_gradient(p)
+    work = p.groups * score_gradient(p, resident)
     if to_tokens:
         work += product(p, p.tiles * TILE, p.depth, p.references, (2, 1)) + token_rows(p)
     if to_references:  # and sum_i E_ij, down the columns of both halves

@@ -5,12 +5,25 @@ where no CUDA compiler is. A test holds them against the launches of the emulate
 """
 
 from dataclasses import dataclass
+from enum import Flag
 
-MOST_RESIDENT = 96 * 1024
+MOST_RESIDENT = 163 * 1024
 MOST_SPLITS = 256
 TILES_OF_A_BLOCK = 4
 MOST_DEPTH = 256
-STEPS_AT_ONCE = 8
+
+
+class Needs(Flag):
+    """What a pass keeps in shared memory beside the tiles that scores are formed of."""
+
+    SCORES_ONLY = 0
+    ROWS = 1
+    PLAN = 2
+    OPERAND = 4
+    STEPS = 8
+    POOLS = ROWS | PLAN
+    DISTRIBUTES = POOLS | OPERAND
+    DIFFERENTIATES = DISTRIBUTES | STEPS
 
 
 @dataclass(frozen=True)
@@ -89,53 +102,75 @@ class Problem:
         """Blocks that share a head where it is not resident."""
         return divide_up(self.tiles, max(TILES_OF_A_BLOCK, divide_up(self.tiles, MOST_SPLITS)))
 
-    @property
-    def resident(self) -> bool:
-        """Whether one block holds a head's keys, on devices that give it 96 KiB."""
-        return self.shared(resident=True) + 3 * self.storage.head <= MOST_RESIDENT
+    def resident(self, needs: Needs) -> bool:
+        """Whether one block holds a head's keys, on devices that give it 163 KiB (sm_80, sm_90)."""
+        return self.shared(needs, resident=True) <= MOST_RESIDENT
 
-    def shared(self, resident: bool, stages: int = 2) -> int:
+    def shared(self, needs: Needs, resident: bool, stages: int = 2) -> int:
         """Layout::total, in bytes."""
         s = self.storage
-        width = s.depth if self.depths > 1 else divide_up(self.depth, 16) * 16
+        lean = not resident and stages == 1
+        tile = deep = s.rows * s.element
+        tile *= (s.depth if self.depths > 1 else divide_up(self.depth, 16) * 16) + s.padding
+        deep *= s.depth + s.padding
+        wide = s.rows * (s.rows + 8) * s.accumulate
+        operand = s.rows * (s.depth + (8 if s.element == 2 else s.padding)) * s.accumulate
         references = self.chunks * self.depths
-        slots = self.tiles * self.depths + references
-        if not resident:
-            slots = stages + (1 if references == 1 else stages)
-        tiles = slots * s.rows * (width + s.padding) * s.element
-        rows = s.rows * (s.depth + s.padding) * s.element
-        formed = s.rows * (s.rows + 8 + s.depth + (8 if s.element == 2 else s.padding))
+        if resident:
+            total = (self.tiles * self.depths + references) * tile
+        elif lean:  # rows lie in the place of keys, operands in that of references
+            total = deep if Needs.ROWS in needs else tile
+            total += operand if Needs.OPERAND in needs else tile
+        else:
+            total = (stages + (1 if references == 1 else stages)) * tile
+        if Needs.PLAN in needs:
+            total += wide
+        if Needs.ROWS in needs and not lean:
+            total += deep
+        if Needs.OPERAND in needs and not lean:
+            total += operand
+        steps = (8 if stages > 1 else 2) if Needs.STEPS in needs else 0
         sets = self.chunks if resident else 2
         numbers = (
             (self.tiles if resident else 2)  # norms of keys
             + sets * (1 + 3)  # norms and positions of references
             + 2 * s.rows // 16  # sums of the warps
             + 4 * self.chunks
-            + 3 * STEPS_AT_ONCE
+            + 3 * steps
         ) * s.rows
-        return s.head + tiles + rows + (formed + numbers) * s.accumulate
+        return s.head + total + numbers * s.accumulate
 
 
-# Kernels with less in shared memory than Layout: nothing, or the Head alone.
-WITHOUT = {
+NEEDS = {
+    "attention_forward_resident_kernel": Needs.DISTRIBUTES,
+    "attention_backward_resident_kernel": Needs.DIFFERENTIATES,
+    "sinkhorn_step_kernel": Needs.SCORES_ONLY,
+    "collect_kernel": Needs.POOLS,
+    "distribute_kernel": Needs.DISTRIBUTES,
+    "transport_plan_kernel": Needs.SCORES_ONLY,
+    "distribute_backward_kernel": Needs.POOLS,
+    "normalize_collection_kernel": Needs.SCORES_ONLY,
+    "sinkhorn_step_backward_kernel": Needs.SCORES_ONLY,  # of the step that collects: DISTRIBUTES
+    "gradient_kernel": Needs.DIFFERENTIATES,
+}
+# Kernels without tiles: with the Head alone, or with nothing.
+HEAD_ONLY = {"output_product_kernel", "merge_pooled_gradient_kernel", "merge_gradient_kernel"}
+NOTHING = {
     "merge_columns_kernel",
     "merge_pooled_kernel",
     "merge_sums_kernel",
-    "reference_mass_gradient_kernel",
+    "head_gradient_kernel",
 }
-HEAD_ONLY = {"output_product_kernel", "merge_pooled_gradient_kernel"}
 
 
-def dynamic_shared(kernel: str, p: Problem, arch: int = 80) -> int:
+def dynamic_shared(kernel: str, p: Problem, arch: int = 80, collects: bool = False) -> int:
     """Bytes that the launch of `kernel` asks for, beside what it declares."""
-    if kernel in WITHOUT:
+    if kernel in NOTHING:
         return 0
     if kernel in HEAD_ONLY:
         return p.storage.head
-    total = p.shared("resident" in kernel, stages=2 if arch >= 80 else 1)
-    if kernel == "attention_backward_resident_kernel":
-        return divide_up(total, 16) * 16 + 2 * p.storage.head
-    return total
+    needs = Needs.DISTRIBUTES if collects else NEEDS[kernel]
+    return p.shared(needs, "resident" in kernel, stages=2 if arch >= 80 else 1)
 
 
 def divide_up(x: int, y: int) -> int:

@@ -17,7 +17,7 @@ from itertools import groupby
 import counts
 from counts import Work
 from devices import DEVICES, Device
-from layout import Problem, divide_up
+from layout import Needs, Problem, divide_up, dynamic_shared
 
 # B, H, N, D, M (Dv = D), as in benchmarks/attention.py
 SHAPES = {
@@ -40,6 +40,11 @@ class Launch:
     blocks: int
     work: Work  # of one of them
     times: int = 1
+    collects: bool = False  # sinkhorn_step_backward_kernel of the step T of the keys
+
+    def shared(self, p: Problem, arch: int = 80) -> int:
+        """Bytes of shared memory that it asks for."""
+        return dynamic_shared(self.kernel, p, arch, self.collects)
 
     def part(self, device: Device, resource: str) -> float:
         """Seconds that one resource takes for one launch."""
@@ -62,8 +67,9 @@ def forward(p: Problem) -> list[Launch]:
     states = counts.numbers(p.problems * p.references)
     rows = counts.numbers(p.problems * p.tokens)
     keys = Work(memory=counts.token_rows(p).memory)
-    if p.resident:
-        work = p.steps * counts.sinkhorn_step(p) + counts.pool(p) + counts.distribute(p)
+    if p.resident(Needs.DISTRIBUTES):
+        work = p.steps * counts.sinkhorn_step(p, True)
+        work += counts.pool(p, True) + counts.distribute(p, True)
         load = counts.token_rows(p) + counts.key_copies(p)
         return [
             Launch(
@@ -73,8 +79,8 @@ def forward(p: Problem) -> list[Launch]:
             )
         ]
     blocks = p.problems * p.splits
-    step = counts.sinkhorn_step(p) + keys + rows + 2 * p.splits * states
-    collect = counts.pool(p) + keys + p.splits * (p.depth + 1) * states
+    step = counts.sinkhorn_step(p, False) + keys + rows + 2 * p.splits * states
+    collect = counts.pool(p, False) + keys + p.splits * (p.depth + 1) * states
     return [
         Launch("sinkhorn_step_kernel", blocks, step, p.steps),
         *merge("merge_columns_kernel", p, p.references, 2 * p.splits * states, p.steps),
@@ -85,7 +91,7 @@ def forward(p: Problem) -> list[Launch]:
             p.references * p.depth,
             p.splits * (p.depth + 1) * states,
         ),
-        Launch("distribute_kernel", blocks, counts.distribute(p) + keys + rows),
+        Launch("distribute_kernel", blocks, counts.distribute(p, False) + keys + rows),
     ]
 
 
@@ -97,13 +103,14 @@ def backward(p: Problem) -> list[Launch]:
     in_one = p.chunks == 1 and p.groups == 1
     both = [(True, True)] if in_one else [(True, False), (False, True)]
     steps = range(p.steps, 0, -1)
-    if p.resident:
+    if p.resident(Needs.DIFFERENTIATES):
         work = counts.token_rows(p) + counts.key_copies(p)
-        work += 2 * counts.token_rows(p) + counts.pool(p)  # delta, then dA
+        work += 2 * counts.token_rows(p) + counts.pool(p, True)  # delta, then dA
         for t in steps:
-            work += counts.sinkhorn_step_backward(p, t) + 2 * rows
+            work += counts.sinkhorn_step_backward(p, t, True) + 2 * rows
         for to_tokens, to_references in both:
-            work += counts.gradient(p, to_tokens, to_references)
+            work += counts.gradient(p, to_tokens, to_references, True) + 2 * p.steps * rows
+        work += 2 * (p.depth + 1) * states + 2 * (1 + p.steps) * states  # dA, dy, columns
         return [Launch("attention_backward_resident_kernel", p.problems, work)]
     blocks = p.problems * p.splits
     sums = p.splits * (p.depth + 1) * states
@@ -112,21 +119,25 @@ def backward(p: Problem) -> list[Launch]:
         Launch(
             "distribute_backward_kernel",
             blocks * p.chunks * p.groups,
-            counts.pool(p) + keys + rows + sums,
+            counts.pool(p, False) + keys + rows + sums,
         ),
         Launch("merge_pooled_gradient_kernel", p.problems * divide_up(p.references, WARPS), sums),
-        # with an epsilon of ln 2 / 64 or more there is nothing to sum up
+        # with an epsilon of 1/32 or more there is nothing to sum up
         Launch("normalize_collection_kernel", blocks * p.chunks, p.splits * states),
         *merge("merge_sums_kernel", p, p.references, p.splits * states, p.steps),
     ]
     for t in steps:
-        work = counts.sinkhorn_step_backward(p, t) + keys + 2 * rows + p.splits * states
-        launches.append(Launch("sinkhorn_step_backward_kernel", blocks, work))
+        work = counts.sinkhorn_step_backward(p, t, False) + keys + 2 * rows + p.splits * states
+        collects = t == p.steps
+        launches.append(Launch("sinkhorn_step_backward_kernel", blocks, work, collects=collects))
     for to_tokens, to_references in both:
         parts = p.chunks * p.groups if to_references else 1
-        work = counts.gradient(p, to_tokens, to_references) + keys + 2 * p.steps * rows
+        work = counts.gradient(p, to_tokens, to_references, False) + keys + 2 * p.steps * rows
         launches.append(Launch("gradient_kernel", blocks * parts, work))
-    launches.append(Launch("merge_gradient_kernel", p.problems, sums))
+    merging = p.problems * divide_up(p.references, WARPS)
+    launches.append(Launch("merge_gradient_kernel", merging, sums))
+    scalars = counts.numbers(2 * p.problems * p.splits) + states
+    launches.append(Launch("head_gradient_kernel", divide_up(p.problems, WARPS), scalars))
     return launches
 
 

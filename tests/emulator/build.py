@@ -5,6 +5,7 @@ python -m emulator.build        # the extension module; prints its path
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -329,7 +330,11 @@ def emulated_module(architecture: int = 80) -> ModuleType:
 
     Raises: BuildError, PtxError.
     """
-    return load(build_extension(architecture))
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "lock").open("w") as lock:  # of several test processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = build_extension(architecture)
+    return load(path)
 
 
 if __name__ == "__main__":

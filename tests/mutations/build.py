@@ -55,7 +55,9 @@ ABSENT_PLAN = (
 )
 
 
-def build_module(sources: Path, storage: str, resident: bool, backward: bool) -> Path:
+def build_module(
+    sources: Path, storage: str, resident: bool, backward: bool, architecture: int = 80
+) -> Path:
     """The module _C with one regime's kernels of one type, of `sources`, a copy of csrc/.
 
     Kernels that a change leaves as they were come from the emulator's cache.
@@ -64,7 +66,7 @@ def build_module(sources: Path, storage: str, resident: bool, backward: bool) ->
     directions = DIRECTIONS if backward else DIRECTIONS[:1]
     objects = build.extension_objects(build.SOURCES)
     for name in ("launch.cu", "device.cu"):
-        host, _ = build.compile_cuda(sources / "cuda" / name, 80, [sources])
+        host, _ = build.compile_cuda(sources / "cuda" / name, architecture, [sources])
         objects.append(host)
     for direction in directions:
         words = {"direction": direction, "Direction": direction.title()}
@@ -73,10 +75,10 @@ def build_module(sources: Path, storage: str, resident: bool, backward: bool) ->
         ]
         text = KERNELS.format(type=TYPES[storage], workspaces="\n".join(workspaces), **words)
         source = build.write(sources / "cuda" / f"{direction}_{storage}.cu", text)
-        host, ptx = build.compile_cuda(source, 80, [sources])
+        host, ptx = build.compile_cuda(source, architecture, [sources])
         objects += [host, *translated_kernels(ptx, f"{sources}/", resident)]
     objects.append(absent_kernels(storage, directions))
-    objects += build.runtime_objects(80, with_cudart=True)
+    objects += build.runtime_objects(architecture, with_cudart=True)
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     return build.link(objects, name, ["-fopenmp", "-ldl", "-Wl,-z,undefs"])
 

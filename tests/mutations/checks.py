@@ -55,8 +55,10 @@ RESIDENT = {
     "B": 1, "H": 2, "N": 75, "M": 19, "D": 24, "Dv": 21, "iterations": 2, "Nq": 41, "P": 2,
     "masked": True, "token_mass": True, "reference_mass": "learned", **LEARNED,
 }  # fmt: skip
-STREAMING = {"B": 1, "H": 1, "N": 275, "M": 19, "D": 72, "Dv": 9, "iterations": 2, **LEARNED}
+STREAMING = {"B": 1, "H": 1, "N": 403, "M": 19, "D": 72, "Dv": 9, "iterations": 2, **LEARNED}
 TWO_TILES = {"M": 70, "D": 136}
+SHALLOW = {"N": 2100, "D": 16}
+TINY_MASSES = {"masked": True, "token_mass": 1e-15, "iterations": 3}
 
 PROBLEMS = {
     "bfloat16 resident forward": Problem("bfloat16", True, False, RESIDENT),
@@ -67,6 +69,7 @@ PROBLEMS = {
     "float32 resident forward": Problem("float32", True, False, RESIDENT),
     "bfloat16 streaming forward": Problem("bfloat16", False, False, STREAMING),
     "float32 streaming forward": Problem("float32", False, False, STREAMING),
+    "float32 streaming forward, shallow": Problem("float32", False, False, STREAMING | SHALLOW),
     "bfloat16 resident backward": Problem("bfloat16", True, True, RESIDENT),
     "float32 resident backward": Problem("float32", True, True, RESIDENT),
     "bfloat16 streaming backward": Problem("bfloat16", False, True, STREAMING),

@@ -50,8 +50,8 @@ FORWARD = (
     Fault(
         "a token too many",
         "tile.cuh",
-        "return i < count && (mask == nullptr || mask[i * mask_stride]);",
-        "return i <= count && (mask == nullptr || mask[i * mask_stride]);",
+        "return i < count && (mask.absent() || mask[i * mask_stride]);",
+        "return i <= count && (mask.absent() || mask[i * mask_stride]);",
         "bfloat16 resident forward",
     ),
     Fault(
@@ -64,7 +64,7 @@ FORWARD = (
     Fault(
         "mask ignored",
         "tile.cuh",
-        "return i < count && (mask == nullptr || mask[i * mask_stride]);",
+        "return i < count && (mask.absent() || mask[i * mask_stride]);",
         "return i < count;",
         "bfloat16 resident forward",
     ),
@@ -85,9 +85,9 @@ FORWARD = (
     Fault(
         "16-byte copies of rows that are not aligned",
         "tile.cuh",
-        "(reinterpret_cast<uintptr_t>(data) % 16) == 0 &&\n"
+        "(reinterpret_cast<uintptr_t>(start) % 16) == 0 &&\n"
         "              row_stride % Shape<Storage>::kPerVector == 0;",
-        "(reinterpret_cast<uintptr_t>(data) % 16) == 0;",
+        "(reinterpret_cast<uintptr_t>(start) % 16) == 0;",
         "bfloat16 resident forward",
     ),
     Fault(
@@ -114,8 +114,8 @@ FORWARD = (
     Fault(
         "resident tiles read before their copies arrive",
         "similarity.cuh",
-        "    wait_for_copies<0>();\n    for (int tile = 0; tile < tiles; ++tile) {",
-        "    for (int tile = 0; tile < tiles; ++tile) {",
+        "    commit_copies();\n    wait_for_copies<0>();\n#pragma unroll 1",
+        "    commit_copies();\n#pragma unroll 1",
         "bfloat16 resident forward",
     ),
     Fault(
@@ -128,7 +128,7 @@ FORWARD = (
     Fault(
         "A loaded once where it is more than one tile",
         "forward.cuh",
-        "loaded = single && parts == 1 && !head.layout.lean;",
+        "loaded = single && parts == 1 && !Scores<Storage, resident>::kLean;",
         "loaded = single;",
         "bfloat16 resident forward, wide",
     ),
@@ -163,8 +163,8 @@ FORWARD = (
     Fault(
         "scale of float16 operands forgotten",
         "product.cuh",
-        "accumulators[n][e] += product[n][e] * unit;",
-        "accumulators[n][e] += product[n][e];",
+        "    scale(unit);\n",
+        "\n",
         "float16 resident forward",
     ),
     Fault(
@@ -184,22 +184,22 @@ FORWARD = (
     Fault(
         "copies of the first tile not committed",
         "similarity.cuh",
-        "      stage(tile, chunk, 0);\n      commit_copies();",
-        "      stage(tile, chunk, 0);",
+        "        commit_copies();\n      }\n      fetched_",
+        "        if (ahead) commit_copies();\n      }\n      fetched_",
         "bfloat16 streaming forward",
     ),
     Fault(
         "waits for one group of copies too few",
         "similarity.cuh",
-        "          commit_copies();\n          wait_for_copies<1>();",
-        "          commit_copies();\n          wait_for_copies<2>();",
+        "      fetched_ = !ends;\n      wait_for_copies<1>();",
+        "      fetched_ = !ends;\n      wait_for_copies<2>();",
         "bfloat16 streaming forward",
     ),
     Fault(
         "no barrier between copies and product",
         "similarity.cuh",
-        "        __syncthreads();\n        multiply_tiles(slot_,",
-        "        multiply_tiles(slot_,",
+        "        __syncthreads();\n      }\n      multiply<false, false, Storage>(",
+        "      }\n      multiply<false, false, Storage>(",
         "bfloat16 streaming forward",
     ),
     Fault(
@@ -219,11 +219,32 @@ FORWARD = (
     Fault(
         "log-sum-exp of the last block not merged",
         "forward_kernels.cuh",
-        "    for (int64_t split = 0; split < splits; ++split) {\n"
-        "      const T* from = partial + (head * splits + split) * 2 * references + j;",
-        "    for (int64_t split = 0; split + 1 < splits; ++split) {\n"
-        "      const T* from = partial + (head * splits + split) * 2 * references + j;",
+        "  for (int64_t split = 0; split < splits; ++split) {\n"
+        "    const T* from = partial + (head * splits + split) * 2 * references + j;",
+        "  for (int64_t split = 0; split + 1 < splits; ++split) {\n"
+        "    const T* from = partial + (head * splits + split) * 2 * references + j;",
         "float32 streaming forward",
+    ),
+    Fault(
+        "sums in factors not rescaled when their unit grows",
+        "transport.cuh",
+        "state.sum = state.sum * kept + factors",
+        "state.sum = state.sum + factors",
+        "bfloat16 streaming forward",
+    ),
+    Fault(
+        "unit of the factors of references forgotten",
+        "forward.cuh",
+        "    sums[half].largest = top;\n",
+        "    sums[half].largest = 0;\n",
+        "float32 streaming forward",
+    ),
+    Fault(
+        "references finished again with each tile of tokens",
+        "similarity.cuh",
+        "if (of_references) finished_references_ = true;",
+        "",
+        "float32 streaming forward, shallow",
     ),
     Fault(
         "blocks of a head leave their states in one place",
@@ -266,8 +287,8 @@ BACKWARD = (
     Fault(
         "factor of the gradient of epsilon",
         "backward.cuh",
-        "const T by_epsilon = -product_sum * T(kLn2) / head.epsilon;",
-        "const T by_epsilon = -product_sum / head.epsilon;",
+        "[head] = -by_scale * T(kLn2) / epsilon;",
+        "[head] = -by_scale / epsilon;",
         "float32 resident backward",
     ),
     Fault(
@@ -280,9 +301,23 @@ BACKWARD = (
     Fault(
         "gradient of the queries' steps in place of the keys'",
         "backward.cuh",
-        "*head.epsilon_gradient = accumulate ? *head.epsilon_gradient + by_epsilon : by_epsilon;",
-        "*head.epsilon_gradient = by_epsilon;",
+        "by_scale += scalars[(head * splits + split) * 2];",
+        "by_scale = scalars[(head * splits + split) * 2];",
         "float32 resident backward",
+    ),
+    Fault(
+        "steps of backward in another unit",
+        "backward.cuh",
+        "collected[half] = power_of_two(collected[half] + tops[0]);",
+        "collected[half] = power_of_two(collected[half]);",
+        "float32 resident backward",
+    ),
+    Fault(
+        "gradient goes where other warps read keys",
+        "backward.cuh",
+        "if (!scores.whole_rows()) __syncthreads();  // the keys lie where the gradient goes",
+        "",
+        "bfloat16 streaming backward",
     ),
     Fault(
         "no barrier before rows are staged again",
@@ -301,16 +336,15 @@ BACKWARD = (
     Fault(
         "tile of references and group of columns swapped",
         "backward_kernels.cuh",
-        "gradient<Storage>(to_tokens, to_references, int(part / groups),\n"
-        "                                    int(part % groups));",
-        "gradient<Storage>(to_tokens, to_references, int(part % groups), int(part / groups));",
+        "int(part / groups),\n                                     int(part % groups));",
+        "int(part % groups), int(part / groups));",
         "bfloat16 streaming backward",
     ),
     Fault(
         "sums of the last block lost",
         "backward_kernels.cuh",
-        "for (int64_t split = 0; split < splits; ++split) {\n      sum +=",
-        "for (int64_t split = 0; split + 1 < splits; ++split) {\n      sum +=",
+        "for (int64_t split = 0; split < splits; ++split) {\n    sum +=",
+        "for (int64_t split = 0; split + 1 < splits; ++split) {\n    sum +=",
         "float32 streaming backward",
     ),
     Fault(
@@ -323,8 +357,8 @@ BACKWARD = (
     Fault(
         "blocks of a head leave their scalars in one place",
         "backward.cuh",
-        "head.scalars[(head.index * head.splits + head.split) * 2] = product_sum;",
-        "head.scalars[head.index * head.splits * 2] = product_sum;",
+        "head.scalars[head.split * 2] = product_sum;",
+        "head.scalars[0] = product_sum;",
         "bfloat16 streaming backward",
     ),
     Fault(

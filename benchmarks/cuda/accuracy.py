@@ -1,0 +1,63 @@
+"""The errors of the CUDA kernels, emulated on the CPU, beside those of the definition in float32.
+
+    python benchmarks/cuda/accuracy.py
+
+Largest difference from the definition in float64 as a part of the largest entry, over three seeds:
+unit-norm keys and references, N = 300, D = 32, M = 49, epsilon = 0.1, T = 5.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import setformer_ext
+from setformer_ext import ops, reference
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from emulator.build import emulated_module
+
+SHAPE = (1, 2, 300, 32)  # [B, H, N, D]
+REFERENCES = (2, 49, 32)  # [H, M, D]
+NAMES = ["output", "d key", "d value", "d reference"]
+
+
+def results(function: Callable[..., Tensor], tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Output and gradients of attention in a type, [4, entries] padded with zeros, in float64."""
+    key, value, points, upstream = (x.to(dtype) for x in tensors)
+    leaves = [x.detach().clone().requires_grad_() for x in (key, value, points)]
+    output = function(None, *leaves, epsilon=0.1, iterations=5)
+    found = [output, *torch.autograd.grad(output, leaves, upstream)]
+    flat = [x.detach().double().flatten() for x in found]
+    return torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
+
+
+def main() -> None:
+    """Prints the table."""
+    ops._C = emulated_module()
+    print("| kernels in | " + " | ".join(NAMES) + " |\n" + "| --- " * (1 + len(NAMES)) + "|")
+    rows: dict[str, Tensor] = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            key, points = (normalize(torch.randn(s), dim=-1) for s in (SHAPE, REFERENCES))
+            # as the type holds them: what is measured is the kernels' error, not the inputs'
+            tensors = [x.to(dtype) for x in (key, torch.randn(SHAPE), points, torch.randn(SHAPE))]
+            exact = results(reference.set_attention, tensors, torch.float64)
+            for name, function, of_type in (
+                (str(dtype).removeprefix("torch."), setformer_ext.set_attention, dtype),
+                ("(the definition in float32)", reference.set_attention, torch.float32),
+            ):
+                error = (results(function, tensors, of_type) - exact).abs().amax(1)
+                relative = error / exact.abs().amax(1)
+                rows[name] = torch.maximum(rows.get(name, relative), relative)
+    for name, errors in rows.items():
+        print(f"| {name} | " + " | ".join(f"{error:.1e}" for error in errors.tolist()) + " |")
+
+
+if __name__ == "__main__":
+    main()
