@@ -100,7 +100,10 @@ class Problem:
     @property
     def splits(self) -> int:
         """Blocks that share a head where it is not resident."""
-        return divide_up(self.tiles, max(TILES_OF_A_BLOCK, divide_up(self.tiles, MOST_SPLITS)))
+        tiles = TILES_OF_A_BLOCK
+        while self.tiles > MOST_SPLITS * tiles:
+            tiles *= 2
+        return divide_up(self.tiles, tiles)
 
     def resident(self, needs: Needs) -> bool:
         """Whether one block holds a head's keys, on devices that give it 163 KiB (sm_80, sm_90)."""

@@ -45,7 +45,7 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     output_product_kernel(const int64_t first, const BackwardParams p,
                           const BackwardWorkspace parts, Accumulate<Storage>* const workspace) {
-  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kScoresOnly};
+  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kHeadAlone};
   at_work(first, select.splits(), 1, select, [&](int64_t) { output_product<Storage>(); });
 }
 
@@ -102,12 +102,12 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
 
 // dA, eta and gbar^T: a warp per reference.
 template <class Storage>
-__global__ void __launch_bounds__(Shape<Storage>::kThreads)
+__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     merge_pooled_gradient_kernel(const int64_t first, const BackwardParams p,
                                  const BackwardWorkspace parts,
                                  Accumulate<Storage>* const workspace, const int64_t splits) {
   constexpr int kWarps = Shape<Storage>::kWarps;
-  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kScoresOnly};
+  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kHeadAlone};
   at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
     const int64_t j = group * kWarps + thread_index() / 32;
     if (j < p.references) finish_pooled_gradient<Storage>(j, splits);
@@ -133,12 +133,12 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 // dy: a warp per reference.
 template <class Storage>
-__global__ void __launch_bounds__(Shape<Storage>::kThreads)
+__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     merge_gradient_kernel(const int64_t first, const BackwardParams p,
                           const BackwardWorkspace parts, Accumulate<Storage>* const workspace,
                           const bool of_queries) {
   constexpr int kWarps = Shape<Storage>::kWarps;
-  const SelectBackward<Storage> select{p, parts, workspace, of_queries, kScoresOnly};
+  const SelectBackward<Storage> select{p, parts, workspace, of_queries, kHeadAlone};
   at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
     const int64_t j = group * kWarps + thread_index() / 32;
     if (j < p.references) finish_reference_gradient<Storage>(j, of_queries);

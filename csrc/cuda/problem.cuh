@@ -34,7 +34,8 @@ __host__ __device__ inline int64_t divide_up(int64_t x, int64_t y) { return (x +
 
 // Which tokens a block takes. It follows from their number alone, so that results do not depend on
 // the batch or the device: four tiles a block keep what a block does once (references, merging)
-// below what it does per token, and no more than 256 partial sums are merged.
+// below what it does per token, and no more than 256 partial sums are merged. Tiles of a block are
+// a power of two, for a division of 64 bits is a call that registers would be spilled for.
 template <class Storage>
 struct Splits {
   int64_t tiles, tiles_each, count;
@@ -43,9 +44,10 @@ struct Splits {
     tiles_each = tiles;
     count = 1;
     if (whole) return;
-    tiles_each = divide_up(tiles, 256);
-    if (tiles_each < 4) tiles_each = 4;
-    count = divide_up(tiles, tiles_each);
+    int shift = 2;
+    while (tiles > (int64_t(256) << shift)) ++shift;
+    tiles_each = int64_t(1) << shift;
+    count = (tiles + tiles_each - 1) >> shift;
     if (count == 0) count = 1;
   }
 };
@@ -72,6 +74,7 @@ enum Needs : int {
   kNeedsPlan = 2,     // a tile of a plan
   kNeedsOperand = 4,  // a tile of A or dA
   kNeedsSteps = 8,    // what several steps know of a tile of references
+  kHeadAlone = 16,    // forms no scores: has room for the Head only
   kPools = kNeedsRows | kNeedsPlan,
   kDistributes = kPools | kNeedsOperand,
   kDifferentiates = kDistributes | kNeedsSteps,
@@ -190,7 +193,6 @@ struct Head {
     partial = sums;
     const Splits<Storage> parts(side.count, resident);
     p = params;
-    layout = Layout<Storage>(p, needs, resident, side.count, kStages);
     index = head;
     b = head / p.heads;
     h = head % p.heads;
@@ -217,6 +219,9 @@ struct Head {
     columns = static_cast<T*>(side.columns) + head * steps_kept(p) * p.references;
     pooled = static_cast<T*>(p.pooled.data) + head * p.references * p.value_depth;
 
+    gaussian = p.kernel == Kernel::kGaussian;
+    if (needs & kHeadAlone) return;
+    layout = Layout<Storage>(p, needs, resident, side.count, kStages);
     epsilon = static_cast<const T*>(p.epsilon.data)[h * p.epsilon.stride[0]];
     bandwidth = p.bandwidth.data == nullptr
                     ? T(1)
@@ -225,7 +230,6 @@ struct Head {
     if (!(epsilon > T(0)) || !(bandwidth > T(0))) epsilon = T(NAN);
     scale = T(kLog2E) / epsilon;
     distance_scale = T(kLog2E) / (T(2) * bandwidth * bandwidth);
-    gaussian = p.kernel == Kernel::kGaussian;
     factored = kFactors<Storage> && gaussian && scale <= T(kMostFactorScale);
     has_positions = side.positions.data != nullptr && p.reference_positions.data != nullptr;
     position_scale = T(-kLog2E / (p.position_bandwidth * p.position_bandwidth));
@@ -235,12 +239,13 @@ struct Head {
   __device__ void find_center() {
     if constexpr (!kIsHalf<Storage>) {
       __syncthreads();
+      const T weight = T(1) / T(references.count);
       for (int d = thread_index(); d < references.depth; d += Shape<Storage>::kThreads) {
         T sum = 0;
         for (int64_t j = 0; j < references.count; ++j) {
           sum += references.data[j * references.row_stride + d * references.column_stride];
         }
-        center[d] = sum / T(references.count);
+        center[d] = sum * weight;
       }
     }
     __syncthreads();

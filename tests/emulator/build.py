@@ -324,18 +324,25 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+def emulated_library(architecture: int = 80) -> Path:
+    """build_extension(); of several processes that ask for it one builds.
+
+    Raises: BuildError, PtxError.
+    """
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_extension(architecture)
+
+
 @functools.cache
 def emulated_module(architecture: int = 80) -> ModuleType:
     """The extension module whose CUDA devices are emulated; builds it first.
 
     Raises: BuildError, PtxError.
     """
-    cache().mkdir(parents=True, exist_ok=True)
-    with (cache() / "lock").open("w") as lock:  # of several test processes one builds
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = build_extension(architecture)
-    return load(path)
+    return load(emulated_library(architecture))
 
 
 if __name__ == "__main__":
-    print(build_extension())
+    print(emulated_library())

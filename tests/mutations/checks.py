@@ -57,8 +57,8 @@ RESIDENT = {
 }  # fmt: skip
 STREAMING = {"B": 1, "H": 1, "N": 403, "M": 19, "D": 72, "Dv": 9, "iterations": 2, **LEARNED}
 TWO_TILES = {"M": 70, "D": 136}
+SMALL = {"N": 45}  # fits the 64 KiB of a block on sm_75
 SHALLOW = {"N": 2100, "D": 16}
-TINY_MASSES = {"masked": True, "token_mass": 1e-15, "iterations": 3}
 
 PROBLEMS = {
     "bfloat16 resident forward": Problem("bfloat16", True, False, RESIDENT),
@@ -71,6 +71,7 @@ PROBLEMS = {
     "float32 streaming forward": Problem("float32", False, False, STREAMING),
     "float32 streaming forward, shallow": Problem("float32", False, False, STREAMING | SHALLOW),
     "bfloat16 resident backward": Problem("bfloat16", True, True, RESIDENT),
+    "bfloat16 resident backward, small": Problem("bfloat16", True, True, RESIDENT | SMALL),
     "float32 resident backward": Problem("float32", True, True, RESIDENT),
     "bfloat16 streaming backward": Problem("bfloat16", False, True, STREAMING),
     "float32 streaming backward": Problem("float32", False, True, STREAMING | TWO_TILES),

@@ -1,0 +1,40 @@
+"""Whole problems in every order of threads, under the race detector, and with allocations of exact
+size, on sm_80 and on sm_75: devices before sm_80 have 64 KiB of shared memory a block, no copies in
+the background and no tensor cores for bfloat16, hence another layout and another product."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from emulator.build import SOURCES, emulated_library, find_nvcc
+from mutations.build import build_module
+from mutations.checks import PROBLEMS
+from mutations.run import check
+
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="the emulator needs nvcc")
+
+BACKWARD = [name for name, problem in PROBLEMS.items() if problem.backward]
+
+
+@pytest.mark.parametrize("name", [*BACKWARD, "float16 resident forward"])
+def test_no_objection_on_sm_80(name: str) -> None:
+    found, words = check(emulated_library(), name)
+    assert not found, words
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bfloat16 resident backward, small",
+        "bfloat16 streaming backward",
+        "float32 streaming backward",
+    ],
+)
+def test_no_objection_on_sm_75(name: str, tmp_path: Path) -> None:
+    sources = tmp_path / "csrc"
+    shutil.copytree(SOURCES, sources)
+    problem = PROBLEMS[name]
+    library = build_module(sources, problem.storage, problem.resident, problem.backward, 75)
+    found, words = check(library, name)
+    assert not found, words
