@@ -338,8 +338,8 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           for (int half = 0; half < 2; ++half) {
             // 2^46 changes sides: products of factors are up to that
             const T exponent = top_term - head.row(t - 1, rows.token[half]) + T(46);
-            adjoint[half] -=
-                quad_sum(sums[half]) * T(1.4210854715202004e-14) * power_of_two(bounded(exponent));
+            adjoint[half] -= quad_sum(sums[half]) * (T(1) / T(int64_t(1) << 46)) *
+                             power_of_two(bounded(exponent));
           }
           continue;
         }
