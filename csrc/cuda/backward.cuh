@@ -144,7 +144,7 @@ __device__ __forceinline__ void distribute_backward(int chunk, int group) {
   fill_terms<Storage>(p, potentials, -infinity<T>(),
                       [&](int64_t j) { return potential<Storage>(p, head, steps, j); });
   __syncthreads();
-  T* sums = head.partial + (head.index * head.splits + head.split) * p.references * (width + 1);
+  T* sums = head.partials(width + 1) + head.split * p.references * (width + 1);
   pool<Storage, resident>(
       head, scores, head.output_gradients, chunk, group,
       [&](int64_t tile, Accumulators<Storage>& s) {
@@ -171,7 +171,7 @@ __device__ __forceinline__ void finish_pooled_gradient(int64_t j, int64_t splits
   using T = Accumulate<Storage>;
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const int64_t width = head.p.value_depth, of_split = head.p.references * (width + 1);
-  const T* sums = head.partial + head.index * splits * of_split + j * (width + 1);
+  const T* sums = head.partials(width + 1) + j * (width + 1);
   const T* pooled = head.pooled + j * width;
   T distributed = 0, total = 0;
   for (int64_t c = thread_index() % 32; c < width; c += 32) {
@@ -234,7 +234,7 @@ __device__ __forceinline__ void normalize_collection(int chunk) {
     if (resident || head.splits == 1) {
       head.collection_scale[j] = totals[column] == T(0) ? T(0) : T(1) / totals[column];
     } else {
-      head.partial[(head.index * head.splits + head.split) * p.references + j] = totals[column];
+      head.partials(1)[head.split * p.references + j] = totals[column];
     }
   }
   __syncthreads();
@@ -475,7 +475,7 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
         if (resident || head.splits == 1) {
           head.column_adjoint(t - 1, j) = -sum;
         } else {
-          head.partial[(head.index * head.splits + head.split) * p.references + j] = sum;
+          head.partials(1)[head.split * p.references + j] = sum;
         }
       }
     }
@@ -861,7 +861,7 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
       }
     }
     if (to_references) {
-      T* to = head.partial + (head.index * head.splits + head.split) * p.references * (p.depth + 1);
+      T* to = head.partials(p.depth + 1) + head.split * p.references * (p.depth + 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t j = int64_t(first) * S::kRows + 16 * lane.warp + lane.row + 8 * half;
@@ -902,7 +902,7 @@ __device__ __forceinline__ void finish_reference_gradient(int64_t j, bool accumu
   using T = Accumulate<Storage>;
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const int64_t depth = head.p.depth, of_split = head.p.references * (depth + 1);
-  const T* sums = head.partial + head.index * head.splits * of_split + j * (depth + 1);
+  const T* sums = head.partials(depth + 1) + j * (depth + 1);
   const Rows<Storage>& references = head.references;
   T total = 0, product = 0;
   for (int64_t split = thread_index() % 32; split < head.splits; split += 32) {

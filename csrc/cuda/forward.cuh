@@ -178,7 +178,7 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
         if (resident || head.splits == 1) {
           head.column(t, j) = state.logarithm();
         } else {
-          T* to = head.partial + (head.index * head.splits + head.split) * 2 * p.references;
+          T* to = head.partials(2) + head.split * 2 * p.references;
           to[j] = state.largest;
           to[p.references + j] = state.sum;
         }
@@ -279,7 +279,7 @@ __device__ __forceinline__ void collect(int chunk, int group) {
                       [&](int64_t j) { return collection_term(head.column(steps, j)); });
   __syncthreads();
   const bool alone = resident || head.splits == 1;
-  T* sums = head.partial + (head.index * head.splits + head.split) * p.references * (width + 1);
+  T* sums = head.partials(width + 1) + head.split * p.references * (width + 1);
   pool<Storage, resident>(
       head, scores, head.values, chunk, group,
       [&](int64_t tile, Accumulators<Storage>& s) {

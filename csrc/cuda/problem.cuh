@@ -181,6 +181,7 @@ struct Head {
   Global<T> columns;  // [max(T, 1), M]
   Global<T> pooled;   // [M, Dv]
   Global<T> partial;  // what blocks that share a head leave for merging: [heads, splits, ...]
+  int64_t widest;     // columns that a resident head has room for in partial; 0 for others
   T epsilon, bandwidth, scale, position_scale;
   T distance_scale;  // log2 of the gaussian is -distance_scale |k - y|^2
   bool gaussian, has_positions;
@@ -219,6 +220,7 @@ struct Head {
     columns = static_cast<T*>(side.columns) + head * steps_kept(p) * p.references;
     pooled = static_cast<T*>(p.pooled.data) + head * p.references * p.value_depth;
 
+    widest = !resident ? 0 : (p.depth > p.value_depth ? p.depth : p.value_depth) + 1;
     gaussian = p.kernel == Kernel::kGaussian;
     if (needs & kHeadAlone) return;
     layout = Layout<Storage>(p, needs, resident, side.count, kStages);
@@ -252,6 +254,12 @@ struct Head {
   }
 
   __device__ T* numbers() const { return reinterpret_cast<T*>(shared_memory + layout.numbers); }
+
+  // The head's part of partial, [splits, M, columns]. A resident head's is where no other head's
+  // can be, whatever both leave: their blocks may be in different passes.
+  __device__ T* partials(int64_t columns) const {
+    return partial + index * references.count * (widest > 0 ? widest : splits * columns);
+  }
 
   // rows^t_i, t in -1..T; 0 for t = -1
   __device__ __forceinline__ T row(int64_t t, int64_t i) const {

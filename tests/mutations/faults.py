@@ -249,8 +249,8 @@ FORWARD = (
     Fault(
         "blocks of a head leave their states in one place",
         "forward.cuh",
-        "T* to = head.partial + (head.index * head.splits + head.split) * 2 * p.references;",
-        "T* to = head.partial + head.index * head.splits * 2 * p.references;",
+        "T* to = head.partials(2) + head.split * 2 * p.references;",
+        "T* to = head.partials(2);",
         "bfloat16 streaming forward",
     ),
     Fault(
@@ -303,6 +303,13 @@ BACKWARD = (
         "backward.cuh",
         "by_scale += scalars[(head * splits + split) * 2];",
         "by_scale = scalars[(head * splits + split) * 2];",
+        "float32 resident backward",
+    ),
+    Fault(
+        "resident heads in different passes share room",
+        "problem.cuh",
+        "(widest > 0 ? widest : splits * columns)",
+        "splits * columns",
         "float32 resident backward",
     ),
     Fault(
