@@ -1,5 +1,6 @@
 """Backends to run the numeric tests on, and the profile hypothesis runs under."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -12,6 +13,9 @@ from torch import Tensor
 import setformer_ext
 from emulator.build import emulated_module, find_nvcc
 from setformer_ext import ops
+
+# Options of this run are not meant for the pytest processes that tests start.
+os.environ.pop("PYTEST_ADDOPTS", None)
 
 # The same examples on every machine, and no deadline: shared machines stall.
 hypothesis.settings.register_profile(
