@@ -187,8 +187,6 @@ __device__ __forceinline__ void resident_steps() {
   for (int64_t t = head.p.iterations; t >= last; --t) sinkhorn_step_backward<Storage, true>(t);
 }
 
-// Not inlined: its accumulators and the addresses that the compiler keeps for the other parts would
-// not fit the registers together.
 template <class Storage>
 __device__ __forceinline__ void resident_gradient() {
   using S = Shape<Storage>;

@@ -57,10 +57,10 @@ __host__ __device__ inline int64_t steps_kept(const ForwardParams& p) {
 }
 
 // Scores s log2(e) up to this are worked on as factors 2^s, see transport.cuh: epsilon >= 1/32.
+inline constexpr double kMostFactorScale = 32 * kLog2E * (1 + 1e-6);
 // Not in float64, which the others are checked with.
 template <class Storage>
 inline constexpr bool kFactors = sizeof(Storage) < 8;
-inline constexpr double kMostFactorScale = 32 * kLog2E * (1 + 1e-6);
 
 // Room for a Head at the start of shared memory.
 template <class Storage>
