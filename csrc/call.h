@@ -125,7 +125,9 @@ class Call {
                                  {{{"Nq", p.queries}, {"P", p.position_depth}}}, 2);
     p.query_rows =
         contiguous("query_rows", {heads_of(p, {"T+1", p.iterations + 1}, {"Nq", p.queries})});
-    p.query_columns = contiguous("query_columns", {columns_of(p)});
+    p.query_columns = contiguous(
+        "query_columns",
+        {heads_of(p, {"max(T,1)", std::max<int64_t>(p.iterations, 1)}, {"M", p.references})});
   }
 
   void read_value(ForwardParams& p) {
@@ -148,7 +150,9 @@ class Call {
 
   void read_normalizers(ForwardParams& p) {
     p.rows = contiguous("rows", {heads_of(p, {"T+1", p.iterations + 1}, {"N", p.tokens})});
-    p.columns = contiguous("columns", {columns_of(p)});
+    p.columns = contiguous(
+        "columns",
+        {heads_of(p, {"max(T,1)+1", std::max<int64_t>(p.iterations, 1) + 1}, {"M", p.references})});
   }
 
   void read_gradients(BackwardParams& p) {
@@ -197,9 +201,6 @@ class Call {
   }
   static Shape heads_of(const ForwardParams& p, Dimension third, Dimension fourth) {
     return {{"B", p.batch}, {"H", p.heads}, third, fourth};
-  }
-  static Shape columns_of(const ForwardParams& p) {
-    return heads_of(p, {"max(T,1)", std::max<int64_t>(p.iterations, 1)}, {"M", p.references});
   }
   static Shape output_shape(const ForwardParams& p) {
     return p.cross ? heads_of(p, {"Nq", p.queries}, {"Dv", p.value_depth})

@@ -95,7 +95,7 @@ class Solution(NamedTuple):
     output: Tensor  # [B, H, Nq or N, Dv] storage
     pooled: Tensor  # [B, H, M, Dv] accumulate
     rows: Tensor  # [B, H, T + 1, N] accumulate: the row normalisers of every step
-    columns: Tensor  # [B, H, max(T, 1), M] accumulate: the column normalisers
+    columns: Tensor  # [B, H, max(T, 1) + 1, M] accumulate: the column normalisers, see csrc
     query_rows: Tensor  # [B, H, T + 1, Nq] accumulate
     query_columns: Tensor  # [B, H, max(T, 1), M] accumulate
 
@@ -158,15 +158,16 @@ def empty_solution(problem: Problem) -> Solution:
         return key.new_empty(sizes, dtype=dtype)
 
     queries = tokens if query is None else query.shape[2]
-    columns = (batch, heads, max(steps, 1), references)
     output = (batch, heads, queries, depth) if problem.distribute else (0,)
     return Solution(
         output=empty(*output, dtype=key.dtype),
         pooled=empty(batch, heads, references, depth),
         rows=empty(batch, heads, steps + 1, tokens),
-        columns=empty(*columns),
+        columns=empty(batch, heads, max(steps, 1) + 1, references),
         query_rows=empty(0) if query is None else empty(batch, heads, steps + 1, queries),
-        query_columns=empty(0) if query is None else empty(*columns),
+        query_columns=(
+            empty(0) if query is None else empty(batch, heads, max(steps, 1), references)
+        ),
     )
 
 

@@ -146,7 +146,7 @@ def problem(N: int = 900) -> dict[str, Tensor]:
         "output": torch.full((1, 2, N, 8), torch.nan),
         "pooled": torch.full((1, 2, 5, 8), torch.nan),
         "rows": torch.full((1, 2, 6, N), torch.nan),
-        "columns": torch.full((1, 2, 5, 5), torch.nan),
+        "columns": torch.full((1, 2, 6, 5), torch.nan),
     }
 
 
@@ -319,7 +319,7 @@ def test_workspace_holds_no_plan(emulated: ModuleType, dtype: torch.dtype, N: in
         "output": nothing(1, 1, N, D, dtype=dtype),
         "pooled": nothing(1, 1, M, D),
         "rows": nothing(1, 1, T + 1, N),
-        "columns": nothing(1, 1, T, M),
+        "columns": nothing(1, 1, T + 1, M),
     }
     gradients = {
         "grad_output": nothing(1, 1, N, D, dtype=dtype),

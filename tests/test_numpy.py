@@ -45,16 +45,18 @@ def results(arrays: Arrays) -> Arrays:
     def nan(*shape: int, dtype: Any = accumulate) -> np.ndarray:
         return np.full(shape, np.nan, dtype)
 
-    columns = (B, H, max(T, 1), M)
     tokens = N if query is None else query.shape[2]
     written = {
         "output": nan(B, H, tokens, value.shape[-1], dtype=key.dtype),
         "pooled": nan(B, H, M, value.shape[-1]),
         "rows": nan(B, H, T + 1, N),
-        "columns": nan(*columns),
+        "columns": nan(B, H, max(T, 1) + 1, M),
     }
     if query is not None:
-        written |= {"query_rows": nan(B, H, T + 1, tokens), "query_columns": nan(*columns)}
+        written |= {
+            "query_rows": nan(B, H, T + 1, tokens),
+            "query_columns": nan(B, H, max(T, 1), M),
+        }
     return written
 
 
@@ -283,7 +285,7 @@ def test_without_importing_torch() -> None:
     _C.set_attention_forward(
         key=key, value=value, reference=reference, epsilon=np.array([0.5]), iterations=0,
         kernel="linear", output=output, pooled=np.empty((1, 1, 3, 4)),
-        rows=np.empty((1, 1, 1, 9)), columns=np.empty((1, 1, 1, 3)),
+        rows=np.empty((1, 1, 1, 9)), columns=np.empty((1, 1, 2, 3)),
     )
     s = key[0, 0] @ reference[0].T / 0.5
     C = np.exp(s) / np.exp(s).sum(0)

@@ -21,7 +21,7 @@ key = x.clone().requires_grad_()
 setformer_ext.set_attention(None, key, x[..., :3], y).sum().backward()
 setformer_ext.set_attention(query.double(), x.double(), x.double(), y.double(), iterations=2)
 setformer_ext.transport_plan(x.half(), y.half())
-pooled, rows, columns = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 6, 7), torch.zeros(2, 3, 5, 5)
+pooled, rows, columns = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 6, 7), torch.zeros(2, 3, 6, 5)
 try:
     setformer_ext._C.set_attention_forward(
         key=x, value=x, reference=y, epsilon=torch.zeros(3), pooled=pooled, rows=rows,

@@ -67,7 +67,7 @@ void benchmark(const Shape& shape, int rounds) {
   std::mt19937 random(0);
   Array key(B, H, N, D), value(B, H, N, D), reference(1, H, M, D), bandwidth(1, 1, 1, H),
       epsilon(1, 1, 1, H);
-  Array output(B, H, N, D), pooled(B, H, M, D), rows(B, H, T + 1, N), columns(B, H, T, M);
+  Array output(B, H, N, D), pooled(B, H, M, D), rows(B, H, T + 1, N), columns(B, H, T + 1, M);
   Array grad_output(B, H, N, D), grad_key(B, H, N, D), grad_value(B, H, N, D);
   Array grad_reference(B, H, M, D), grad_bandwidth(1, 1, B, H), grad_epsilon(1, 1, B, H);
   for (Array* array : {&key, &value, &reference, &grad_output}) array->randomize(random, D);

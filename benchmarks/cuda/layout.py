@@ -152,7 +152,6 @@ NEEDS = {
     "distribute_kernel": Needs.DISTRIBUTES,
     "transport_plan_kernel": Needs.SCORES_ONLY,
     "distribute_backward_kernel": Needs.POOLS,
-    "normalize_collection_kernel": Needs.SCORES_ONLY,
     "sinkhorn_step_backward_kernel": Needs.SCORES_ONLY,  # of the step that collects: DISTRIBUTES
     "gradient_kernel": Needs.DIFFERENTIATES,
 }

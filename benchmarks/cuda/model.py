@@ -63,7 +63,7 @@ class Launch:
 
 
 def forward(p: Problem) -> list[Launch]:
-    """Kernels<Storage>::forward"""
+    """ForwardKernels<Storage>::run"""
     states = counts.numbers(p.problems * p.references)
     rows = counts.numbers(p.problems * p.tokens)
     keys = Work(memory=counts.token_rows(p).memory)
@@ -96,7 +96,7 @@ def forward(p: Problem) -> list[Launch]:
 
 
 def backward(p: Problem) -> list[Launch]:
-    """Kernels<Storage>::backward, all gradients of keys, values and references."""
+    """BackwardKernels<Storage>::run, all gradients of keys, values and references."""
     states = counts.numbers(p.problems * p.references)
     rows = counts.numbers(p.problems * p.tokens)
     keys = Work(memory=counts.token_rows(p).memory)
@@ -122,9 +122,7 @@ def backward(p: Problem) -> list[Launch]:
             counts.pool(p, False) + keys + rows + sums,
         ),
         Launch("merge_pooled_gradient_kernel", p.problems * divide_up(p.references, WARPS), sums),
-        # with an epsilon of 1/32 or more there is nothing to sum up
-        Launch("normalize_collection_kernel", blocks * p.chunks, p.splits * states),
-        *merge("merge_sums_kernel", p, p.references, p.splits * states, p.steps),
+        *merge("merge_sums_kernel", p, p.references, p.splits * states, p.steps - 1),
     ]
     for t in steps:
         work = counts.sinkhorn_step_backward(p, t, False) + keys + 2 * rows + p.splits * states
@@ -143,7 +141,7 @@ def backward(p: Problem) -> list[Launch]:
 
 def merge(kernel: str, p: Problem, results: int, work: Work, times: int = 1) -> list[Launch]:
     """Of what the blocks that share a head leave; one thread a result."""
-    if p.splits == 1:
+    if p.splits == 1 or times == 0:
         return []
     return [Launch(kernel, divide_up(p.problems * results, MERGE_THREADS), work, times)]
 

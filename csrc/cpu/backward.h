@@ -39,10 +39,11 @@ class BackwardHead {
     const int64_t head = b * p_.heads + h;
     Status status = load_reference_marginal(p_, widths_, b, h, marginal_);
     if (status != Status::kOk) return status;
-    status = prepare(keys_, b, h, p_.token_mass, p_.rows, p_.columns, team);
+    const int64_t steps = larger<int64_t>(p_.iterations, 1);
+    status = prepare(keys_, b, h, p_.token_mass, p_.rows, p_.columns, steps + 1, team);
     if (status != Status::kOk) return status;
     if (p_.cross) {
-      status = prepare(queries_, b, h, Tensor{}, p_.query_rows, p_.query_columns, team);
+      status = prepare(queries_, b, h, Tensor{}, p_.query_rows, p_.query_columns, steps, team);
       if (status != Status::kOk) return status;
     }
     T* grad_reference = at<T>(p_.grad_reference, 0) + head * p_.references * p_.depth;
@@ -65,12 +66,13 @@ class BackwardHead {
 
  private:
   Status prepare(SideGradient<Storage>& side, int64_t b, int64_t h, const Tensor& mass,
-                 const Tensor& rows, const Tensor& columns, const Team<Worker<T>>& team) {
+                 const Tensor& rows, const Tensor& columns, int64_t column_rows,
+                 const Team<Worker<T>>& team) {
     const int64_t head = b * p_.heads + h, steps = p_.iterations;
     const int64_t tokens = side.transport().spans().tokens;
     const Status status = side.transport().prepare(
         b, h, mass, marginal_, at<T>(rows, 0) + head * (steps + 1) * tokens,
-        at<T>(columns, 0) + head * larger<int64_t>(steps, 1) * p_.references, team.workers[0]);
+        at<T>(columns, 0) + head * column_rows * p_.references, team.workers[0]);
     if (status == Status::kOk) side.begin(b, h, team);
     return status;
   }

@@ -56,7 +56,9 @@ class ForwardHead {
   Status run(int64_t b, int64_t h, const Team<Worker<T>>& team) {
     const int64_t head = b * p_.heads + h, steps = p_.iterations;
     T* rows = at<T>(p_.rows, 0) + head * (steps + 1) * p_.tokens;
-    T* columns = at<T>(p_.columns, 0) + head * larger<int64_t>(steps, 1) * p_.references;
+    const int64_t of_columns = larger<int64_t>(steps, 1) * p_.references;
+    T* columns = at<T>(p_.columns, 0) + head * (of_columns + p_.references);
+    fill(columns + of_columns, p_.references, T(1));
     T* pooled = at<T>(p_.pooled, 0) + head * p_.references * p_.value_depth;
     Status status = load_reference_marginal(p_, widths_, b, h, marginal_);
     if (status != Status::kOk) return status;
@@ -64,7 +66,7 @@ class ForwardHead {
     if (status != Status::kOk) return status;
     if (keys_.empty()) {
       fill(rows, (steps + 1) * p_.tokens, T(0));
-      fill(columns, larger<int64_t>(steps, 1) * p_.references, T(0));
+      fill(columns, of_columns, T(0));
       fill(pooled, p_.references * p_.value_depth, T(0));
     } else {
       collect(b, h, team, pooled);
@@ -75,14 +77,13 @@ class ForwardHead {
     if (!p_.cross) return distribute(keys_, b, h, team);
 
     T* query_rows = at<T>(p_.query_rows, 0) + head * (steps + 1) * p_.queries;
-    T* query_columns =
-        at<T>(p_.query_columns, 0) + head * larger<int64_t>(steps, 1) * p_.references;
+    T* query_columns = at<T>(p_.query_columns, 0) + head * of_columns;
     status =
         queries_.prepare(b, h, Tensor{}, marginal_, query_rows, query_columns, team.workers[0]);
     if (status != Status::kOk) return status;
     if (keys_.empty() || queries_.empty()) {
       fill(query_rows, (steps + 1) * p_.queries, T(0));
-      fill(query_columns, larger<int64_t>(steps, 1) * p_.references, T(0));
+      fill(query_columns, of_columns, T(0));
     } else {
       queries_.solve(team, false, [](int64_t) {}, [](auto...) {});
     }

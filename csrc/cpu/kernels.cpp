@@ -28,7 +28,7 @@ class PlanHead {
   Status run(int64_t b, int64_t h, const Team<Worker<T>>& team) {
     const int64_t head = b * p_.heads + h, steps = p_.iterations, width = widths_.references;
     T* rows = at<T>(p_.rows, 0) + head * (steps + 1) * p_.tokens;
-    T* columns = at<T>(p_.columns, 0) + head * larger<int64_t>(steps, 1) * p_.references;
+    T* columns = at<T>(p_.columns, 0) + head * (larger<int64_t>(steps, 1) + 1) * p_.references;
     Status status = load_reference_marginal(p_, widths_, b, h, marginal_);
     if (status != Status::kOk) return status;
     status = keys_.prepare(b, h, p_.token_mass, marginal_, rows, columns, team.workers[0]);

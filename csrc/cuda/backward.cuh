@@ -17,7 +17,6 @@
 //
 //   output_product          reads 2 N Dv e
 //   distribute_backward     reads N (D + Dv) e          P (2 D + 2 Dv flop, 2 exponentials)
-//   normalize_collection    only in the log domain: reads N D e, P (2 D flop, 2 exponentials)
 //   sinkhorn_step_backward  reads N D e                 P (2 D flop, 2 exponentials); step T reads
 //                           and writes N Dv e, P (2 Dv flop, 1 exponential) more
 //   gradient                reads N (D + 2 Dv) e,       P (6 D + 4 Dv flop, 2 exponentials)
@@ -49,7 +48,6 @@ struct BackwardHead : Head<Storage> {
   int64_t given_row_stride, given_column_stride;
   Global<T> pooled_gradient;      // [M, Dv] dA
   Global<T> eta;                  // [M]
-  Global<T> collection_scale;     // [M] 1 / sum_i C_ij: takes the rounding of exponents out of C
   Global<T> row_adjoints;         // [max(T, 1), count] fhat^t, t = 1..T
   Global<T> column_adjoints;      // [T + 1, M] gbar^t, t = 0..T
   Global<T> key_column_adjoints;  // those of the keys, whichever side this is
@@ -76,7 +74,6 @@ struct BackwardHead : Head<Storage> {
     delta = workspace + parts.delta + head * count;
     pooled_gradient = workspace + parts.pooled_gradient + head * references * p.value_depth;
     eta = workspace + parts.eta + head * references;
-    collection_scale = workspace + parts.collection_scale + head * references;
     row_adjoints = workspace + (of_queries ? parts.row_adjoints[1] : parts.row_adjoints[0]) +
                    head * steps_kept(p) * count;
     column_adjoints = workspace +
@@ -191,53 +188,6 @@ __device__ __forceinline__ void finish_pooled_gradient(int64_t j, int64_t splits
   head.eta[j] = total;
   head.key_column_adjoints[head.p.iterations * head.p.references + j] = T(0);
   head.column_adjoint(head.p.iterations, j) = distributed;
-}
-
-// sum_i C_ij of the references of one chunk: partial [heads, splits, M], or the scale itself where
-// one block sees all tokens.
-template <class Storage, bool resident>
-__device__ __forceinline__ void normalize_collection(int chunk) {
-  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
-  const ForwardParams& p = head.p;
-  Scores<Storage, resident> scores(head);
-  using S = Shape<Storage>;
-  using T = Accumulate<Storage>;
-  T* terms = head.numbers() + head.layout.terms();
-  fill_terms<Storage>(p, terms, -infinity<T>(),
-                      [&](int64_t j) { return collection_term(head.column(p.iterations, j)); });
-  __syncthreads();
-  T* scratch = head.numbers() + head.layout.sums();
-  // exponents of a few dozen are exact enough: the sum is taken to be 1
-  bool exact = false;
-  if (kFactors<Storage> && head.factored) {
-    T most = 0;
-    for (int j = thread_index(); j < p.references; j += S::kThreads) {
-      const T term = terms[j];
-      if (term != -infinity<T>()) most = maximum(most, term < T(0) ? -term : term);
-    }
-    exact = block_maximum<Storage>(most, scratch) <= T(64);
-    __syncthreads();
-  }
-  ColumnSums<Storage> sums;
-  for (int64_t tile = head.first_tile; !exact && tile < head.last_tile; ++tile) {
-    Accumulators<Storage> s;
-    scores.compute(tile, chunk, tile + 1 < head.last_tile ? tile + 1 : -1, chunk, s);
-    form_collection<Storage>(head, p.iterations, tile, terms + chunk * S::kRows, s);
-    sums.add(s, [](int, int, T x) { return x; });
-  }
-  T* totals = scratch + S::kWarps * S::kRows;
-  sums.total(scratch, totals);
-  for (int column = thread_index(); column < S::kRows; column += S::kThreads) {
-    const int64_t j = int64_t(chunk) * S::kRows + column;
-    if (j >= p.references) continue;
-    if (exact) totals[column] = head.split == 0 ? T(1) : T(0);
-    if (resident || head.splits == 1) {
-      head.collection_scale[j] = totals[column] == T(0) ? T(0) : T(1) / totals[column];
-    } else {
-      head.partials(1)[head.split * p.references + j] = totals[column];
-    }
-  }
-  __syncthreads();
 }
 
 // Entries of plans are at most 1; only C / a of a token of little or no mass can be beyond any
@@ -786,8 +736,8 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
             for (int e = 0; e < 4; ++e) product_sum += ds[n][e] * s[n][e];
           }
         }
-        const T factor =
-            head.gaussian ? T(kLn2) / (head.bandwidth * head.bandwidth) : T(1) / head.epsilon;
+        const T factor = head.gaussian ? quotient(T(kLn2), head.bandwidth * head.bandwidth)
+                                       : quotient(T(1), head.epsilon);
         T largest = 0;
 #pragma unroll
         for (int n = 0; n < S::kRows / 8; ++n) {
@@ -953,11 +903,11 @@ __device__ void finish_head(const BackwardParams& p, const BackwardWorkspace& pa
   by_distance = lanes_sum<32>(by_distance);
   if (lane == 0) {
     const T epsilon = static_cast<const T*>(p.epsilon.data)[h * p.epsilon.stride[0]];
-    static_cast<T*>(p.grad_epsilon.data)[head] = -by_scale * T(kLn2) / epsilon;
+    static_cast<T*>(p.grad_epsilon.data)[head] = quotient(-by_scale * T(kLn2), epsilon);
     if (p.grad_bandwidth.data != nullptr) {
       const T bandwidth = static_cast<const T*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
       static_cast<T*>(p.grad_bandwidth.data)[head] =
-          p.kernel == Kernel::kGaussian ? -by_distance / bandwidth : T(0);
+          p.kernel == Kernel::kGaussian ? quotient(-by_distance, bandwidth) : T(0);
     }
   }
   if (p.grad_reference_mass.data == nullptr) return;
@@ -972,8 +922,8 @@ __device__ void finish_head(const BackwardParams& p, const BackwardWorkspace& pa
       }
     }
     static_cast<T*>(p.grad_reference_mass.data)[head * references + j] =
-        sum / static_cast<const T*>(
-                  mass.data)[b * mass.stride[0] + h * mass.stride[1] + j * mass.stride[2]];
+        quotient(sum, static_cast<const T*>(
+                          mass.data)[b * mass.stride[0] + h * mass.stride[1] + j * mass.stride[2]]);
   }
 }
 

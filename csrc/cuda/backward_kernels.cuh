@@ -65,16 +65,6 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
 
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    normalize_collection_kernel(const int64_t first, const BackwardParams p,
-                                const BackwardWorkspace parts,
-                                Accumulate<Storage>* const workspace) {
-  const SelectBackward<Storage> select{p, parts, workspace, false, kScoresOnly};
-  at_work(first, select.splits(), divide_up(p.references, Shape<Storage>::kRows), select,
-          [&](int64_t chunk) { normalize_collection<Storage, false>(int(chunk)); });
-}
-
-template <class Storage>
-__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     sinkhorn_step_backward_kernel(const int64_t first, const BackwardParams p,
                                   const BackwardWorkspace parts,
                                   Accumulate<Storage>* const workspace, const bool of_queries,
@@ -114,13 +104,12 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   });
 }
 
-// The sums of all blocks that share a head, in the order of their tokens: -sum as gbar^t, or 1 /
-// sum as the scale of the collection.
+// gbar^t from the sums of all blocks that share a head, in the order of their tokens.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_sums_kernel(const int64_t first, const int64_t heads, const int64_t references,
                       const int64_t splits, T* const results, const int64_t results_of_head,
-                      const bool inverse, const T* const partial) {
+                      const T* const partial) {
   const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
   if (at >= heads * references) return;
   const int64_t head = at / references, j = at % references;
@@ -128,7 +117,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   for (int64_t split = 0; split < splits; ++split) {
     sum += partial[(head * splits + split) * references + j];
   }
-  results[head * results_of_head + j] = !inverse ? -sum : sum == T(0) ? T(0) : T(1) / sum;
+  results[head * results_of_head + j] = -sum;
 }
 
 // dy: a warp per reference.
@@ -180,9 +169,6 @@ __device__ __forceinline__ void resident_distribution() {
 template <class Storage>
 __device__ __forceinline__ void resident_steps() {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
-  for (int chunk = 0; head.collects && chunk < head.layout.chunks; ++chunk) {
-    normalize_collection<Storage, true>(chunk);
-  }
   const int64_t last = head.p.iterations > 0 || !head.collects ? 1 : 0;
   for (int64_t t = head.p.iterations; t >= last; --t) sinkhorn_step_backward<Storage, true>(t);
 }
@@ -237,7 +223,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
 }
 
 template <class Storage>
-BackwardWorkspace Kernels<Storage>::backward_workspace(const BackwardParams& p) {
+BackwardWorkspace BackwardKernels<Storage>::workspace(const BackwardParams& p) {
   const int64_t heads = p.batch * p.heads, references = p.references;
   const int64_t keys = Splits<Storage>(p.tokens).count;
   const int64_t queries = p.cross ? Splits<Storage>(p.queries).count : 1;
@@ -251,7 +237,6 @@ BackwardWorkspace Kernels<Storage>::backward_workspace(const BackwardParams& p) 
   parts.delta = take(heads * receivers_of(p).count);
   parts.pooled_gradient = take(heads * references * p.value_depth);
   parts.eta = take(heads * references);
-  parts.collection_scale = take(heads * references);
   for (int of_queries = 0; of_queries <= int(p.cross); ++of_queries) {
     parts.row_adjoints[of_queries] =
         take(heads * steps_kept(p) * (of_queries ? p.queries : p.tokens));
@@ -277,25 +262,16 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
   const int64_t chunks = divide_up(references, S::kRows);
   const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
   const T* partial = workspace + parts.partial;
-  const auto merge_sums = [&](T* results, int64_t results_of_head, bool inverse) {
-    if (splits.count == 1) return;
-    launch(stream, "merge_sums_kernel", merge_sums_kernel<T>,
-           divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
-           splits.count, results, results_of_head, inverse, partial);
-  };
-  if (!of_queries) {
-    launch(stream, "normalize_collection_kernel", normalize_collection_kernel<Storage>,
-           heads * splits.count * chunks, S::kThreads, bytes(kScoresOnly), p, parts, workspace);
-    merge_sums(workspace + parts.collection_scale, references, true);
-  }
   for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
     if (t == 0 && of_queries) break;
     launch(stream, "sinkhorn_step_backward_kernel", sinkhorn_step_backward_kernel<Storage>,
            heads * splits.count, S::kThreads, bytes(step_needs(p, of_queries, t)), p, parts,
            workspace, of_queries, t);
-    if (t > 1) {
-      merge_sums(workspace + parts.column_adjoints[of_queries] + (t - 1) * references,
-                 (p.iterations + 1) * references, false);
+    if (t > 1 && splits.count > 1) {
+      launch(stream, "merge_sums_kernel", merge_sums_kernel<T>,
+             divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
+             splits.count, workspace + parts.column_adjoints[of_queries] + (t - 1) * references,
+             (p.iterations + 1) * references, partial);
     }
   }
   const bool in_one = gradient_in_one<Storage>(p);
@@ -313,10 +289,10 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
 }
 
 template <class Storage>
-void Kernels<Storage>::backward(const BackwardParams& p, void* memory, Stream& stream) {
+void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream& stream) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
-  const BackwardWorkspace parts = backward_workspace(p);
+  const BackwardWorkspace parts = workspace(p);
   T* workspace = static_cast<T*>(memory);
   const int64_t heads = p.batch * p.heads, references = p.references;
   if constexpr (kResident<Storage>) {

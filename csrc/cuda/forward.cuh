@@ -264,8 +264,9 @@ __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage, 
 }
 
 // A_j = sum_i C_ij v_i of the references of one chunk and kGroup depth tiles of the values, divided
-// by sum_i C_ij: that is 1 but for the rounding of exponents, which this takes out. Several blocks
-// leave their sums in partial [heads, splits, M, Dv + 1], of which the last column is sum_i C_ij.
+// by sum_i C_ij: that is 1 but for the rounding of exponents, which this takes out, and which
+// backward takes out too. Several blocks leave their sums in partial [heads, splits, M, Dv + 1], of
+// which the last column is sum_i C_ij.
 template <class Storage, bool resident>
 __device__ __forceinline__ void collect(int chunk, int group) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
@@ -290,13 +291,17 @@ __device__ __forceinline__ void collect(int chunk, int group) {
       },
       [&](int64_t j, int64_t column, T sum, T total) {
         if (alone) {
-          head.pooled[j * width + column] = total == T(0) ? T(0) : sum / total;
+          head.pooled[j * width + column] = total == T(0) ? T(0) : sum * quotient(T(1), total);
         } else {
           sums[j * (width + 1) + column] = sum;
         }
       },
       [&](int64_t j, T total) {
-        if (!alone) sums[j * (width + 1) + width] = total;
+        if (alone) {
+          head.collection_scale[j] = total == T(0) ? T(0) : quotient(T(1), total);
+        } else {
+          sums[j * (width + 1) + width] = total;
+        }
       });
 }
 

@@ -86,12 +86,12 @@ __global__ void __launch_bounds__(kMergeThreads)
   columns[head * columns_of_head + j] = state.logarithm();
 }
 
-// A from the sums of all blocks that share a head.
+// A and the scale of the collection from the sums of all blocks that share a head.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_pooled_kernel(const int64_t first, const int64_t heads, const int64_t references,
-                        const int64_t width, const int64_t splits, T* const pooled,
-                        const T* const partial) {
+                        const int64_t width, const int64_t splits, T* const pooled, T* const scales,
+                        const int64_t scales_of_head, const T* const partial) {
   const int64_t of_head = references * (width + 1);
   const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
   if (at >= heads * references * width) return;
@@ -102,7 +102,9 @@ __global__ void __launch_bounds__(kMergeThreads)
     sum += from[split * of_head + at % width];
     total += from[split * of_head + width];
   }
-  pooled[at] = total == T(0) ? T(0) : sum / total;
+  const T scale = total == T(0) ? T(0) : quotient(T(1), total);
+  pooled[at] = sum * scale;
+  if (at % width == 0) scales[head * scales_of_head + j] = scale;
 }
 
 template <class Storage>
@@ -120,12 +122,12 @@ void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>*
     launch(stream, "merge_columns_kernel", merge_columns_kernel<T>,
            divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
            splits.count, static_cast<T*>(side.columns) + (t > 0 ? t - 1 : 0) * references,
-           steps_kept(p) * references, static_cast<const T*>(partial));
+           side.column_rows * references, static_cast<const T*>(partial));
   }
 }
 
 template <class Storage>
-ForwardWorkspace Kernels<Storage>::forward_workspace(const ForwardParams& p) {
+ForwardWorkspace ForwardKernels<Storage>::workspace(const ForwardParams& p) {
   const int64_t heads = p.batch * p.heads;
   const int64_t keys = Splits<Storage>(p.tokens).count;
   const int64_t queries = p.cross ? Splits<Storage>(p.queries).count : 1;
@@ -137,7 +139,7 @@ ForwardWorkspace Kernels<Storage>::forward_workspace(const ForwardParams& p) {
 }
 
 template <class Storage>
-void Kernels<Storage>::forward(const ForwardParams& p, void* workspace, Stream& stream) {
+void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Stream& stream) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
@@ -160,7 +162,8 @@ void Kernels<Storage>::forward(const ForwardParams& p, void* workspace, Stream& 
     launch(stream, "merge_pooled_kernel", merge_pooled_kernel<T>,
            divide_up(heads * p.references * p.value_depth, kMergeThreads), kMergeThreads, 0, heads,
            p.references, p.value_depth, splits.count, static_cast<T*>(p.pooled.data),
-           static_cast<const T*>(partial));
+           static_cast<T*>(p.columns.data) + steps_kept(p) * p.references,
+           keys_of(p).column_rows * p.references, static_cast<const T*>(partial));
   }
   if (!p.distribute) return;
   if (p.cross) launch_solve<Storage>(p, queries_of(p), partial, stream);
@@ -170,7 +173,7 @@ void Kernels<Storage>::forward(const ForwardParams& p, void* workspace, Stream& 
 }
 
 template <class Storage>
-void Kernels<Storage>::plan(const PlanParams& p, Stream& stream) {
+void ForwardKernels<Storage>::plan(const PlanParams& p, Stream& stream) {
   launch(stream, "transport_plan_kernel", transport_plan_kernel<Storage>,
          p.batch * p.heads * Splits<Storage>(p.tokens).count, Shape<Storage>::kThreads,
          streaming_bytes<Storage>(p, kScoresOnly, stream), p);

@@ -1,5 +1,5 @@
-// The kernels of one storage type, as launch.cu knows them. Each kernels_*.cu instantiates one
-// type, so that compilers can work on them side by side.
+// The kernels of one storage type, as launch.cu knows them. Each forward_*.cu and backward_*.cu
+// instantiates one direction of one type, so that compilers can work on them side by side.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,7 +25,6 @@ struct BackwardWorkspace {
   int64_t delta = 0;                   // [B, H, receivers]
   int64_t pooled_gradient = 0;         // [B, H, M, Dv]
   int64_t eta = 0;                     // [B, H, M]
-  int64_t collection_scale = 0;        // [B, H, M]
   int64_t row_adjoints[2] = {};        // [B, H, max(T, 1), count] of keys and of queries
   int64_t column_adjoints[2] = {};     // [B, H, T + 1, M]
   int64_t scalars[2] = {};             // [B, H, splits, 2]
@@ -34,12 +33,16 @@ struct BackwardWorkspace {
 };
 
 template <class Storage>
-struct Kernels {
-  static ForwardWorkspace forward_workspace(const ForwardParams& p);
-  static BackwardWorkspace backward_workspace(const BackwardParams& p);
-  static void forward(const ForwardParams& p, void* workspace, Stream& stream);
-  static void backward(const BackwardParams& p, void* workspace, Stream& stream);
+struct ForwardKernels {
+  static ForwardWorkspace workspace(const ForwardParams& p);
+  static void run(const ForwardParams& p, void* workspace, Stream& stream);
   static void plan(const PlanParams& p, Stream& stream);
+};
+
+template <class Storage>
+struct BackwardKernels {
+  static BackwardWorkspace workspace(const BackwardParams& p);
+  static void run(const BackwardParams& p, void* workspace, Stream& stream);
 };
 
 }  // namespace setformer::cuda

@@ -32,7 +32,7 @@ class DeviceGuard {
 };
 
 template <class Call>
-Result run(const ForwardParams& p, int device, void* stream, Call call) {
+Result run(int device, void* stream, Call call) {
   const DeviceGuard guard(device);
   // An error that is reported here must not be found again by the next launch's check.
   if (guard.error() != cudaSuccess) {
@@ -49,54 +49,54 @@ Result run(const ForwardParams& p, int device, void* stream, Call call) {
     return {int(error), "cudaDeviceGetAttribute"};
   }
   Stream target{static_cast<cudaStream_t>(stream), major >= 8 ? 2 : 1, bytes};
-  switch (p.type) {
-    case ScalarType::kFloat32:
-      call(Kernels<float>{}, target);
-      break;
-    case ScalarType::kFloat64:
-      call(Kernels<double>{}, target);
-      break;
-    case ScalarType::kBFloat16:
-      call(Kernels<__nv_bfloat16>{}, target);
-      break;
-    case ScalarType::kFloat16:
-      call(Kernels<__half>{}, target);
-      break;
-  }
+  call(target);
   return {int(target.error), target.kernel};
 }
 
-int64_t bytes_of(ScalarType type, int64_t numbers) {
-  return numbers * int64_t(type == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
+// The kernels of the storage type.
+template <template <class> class Kernels, class Call>
+void visit(ScalarType type, Call call) {
+  switch (type) {
+    case ScalarType::kFloat32:
+      return call(Kernels<float>{});
+    case ScalarType::kFloat64:
+      return call(Kernels<double>{});
+    case ScalarType::kBFloat16:
+      return call(Kernels<__nv_bfloat16>{});
+    case ScalarType::kFloat16:
+      return call(Kernels<__half>{});
+  }
+}
+
+template <template <class> class Kernels, class Params>
+int64_t workspace_bytes(const Params& p) {
+  const int64_t number = p.type == ScalarType::kFloat64 ? sizeof(double) : sizeof(float);
+  int64_t numbers = 0;
+  visit<Kernels>(p.type, [&](auto kernels) { numbers = kernels.workspace(p).total; });
+  return numbers * number;
 }
 
 }  // namespace
 
-// The layouts of float64 differ by its smaller tiles; all other types are alike.
-int64_t forward_workspace(const ForwardParams& p) {
-  return bytes_of(p.type, p.type == ScalarType::kFloat64
-                              ? Kernels<double>::forward_workspace(p).total
-                              : Kernels<float>::forward_workspace(p).total);
-}
-
-int64_t backward_workspace(const BackwardParams& p) {
-  return bytes_of(p.type, p.type == ScalarType::kFloat64
-                              ? Kernels<double>::backward_workspace(p).total
-                              : Kernels<float>::backward_workspace(p).total);
-}
+int64_t forward_workspace(const ForwardParams& p) { return workspace_bytes<ForwardKernels>(p); }
+int64_t backward_workspace(const BackwardParams& p) { return workspace_bytes<BackwardKernels>(p); }
 
 Result set_attention_forward(const ForwardParams& p, void* workspace, int device, void* stream) {
-  return run(p, device, stream,
-             [&](auto kernels, Stream& target) { kernels.forward(p, workspace, target); });
+  return run(device, stream, [&](Stream& target) {
+    visit<ForwardKernels>(p.type, [&](auto kernels) { kernels.run(p, workspace, target); });
+  });
 }
 
 Result set_attention_backward(const BackwardParams& p, void* workspace, int device, void* stream) {
-  return run(p, device, stream,
-             [&](auto kernels, Stream& target) { kernels.backward(p, workspace, target); });
+  return run(device, stream, [&](Stream& target) {
+    visit<BackwardKernels>(p.type, [&](auto kernels) { kernels.run(p, workspace, target); });
+  });
 }
 
 Result transport_plan(const PlanParams& p, int device, void* stream) {
-  return run(p, device, stream, [&](auto kernels, Stream& target) { kernels.plan(p, target); });
+  return run(device, stream, [&](Stream& target) {
+    visit<ForwardKernels>(p.type, [&](auto kernels) { kernels.plan(p, target); });
+  });
 }
 
 const char* error_name(int error) { return cudaGetErrorName(cudaError_t(error)); }

@@ -69,6 +69,10 @@ __device__ __forceinline__ float log_two(float x) {
 }
 __device__ __forceinline__ double log_two(double x) { return log2(x); }
 
+// 2 ulp in float32, where |y| is within 2^-126 and 2^126: exact division is a call on the side.
+__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ double quotient(double x, double y) { return x / y; }
+
 __device__ __forceinline__ float maximum(float x, float y) { return fmaxf(x, y); }
 __device__ __forceinline__ double maximum(double x, double y) { return fmax(x, y); }
 

@@ -15,15 +15,21 @@ struct Side {
   Tensor positions;  // accumulate [count, P], optional
   int64_t count;
   void* rows;     // accumulate [B, H, T + 1, count]: rows^t = log2 sum_j 2^(s_ij + g^t_j)
-  void* columns;  // accumulate [B, H, max(T, 1), M]: columns^t = log2 sum_i 2^(s_ij + f^t_i)
+  void* columns;  // accumulate [B, H, column_rows, M]: columns^t = log2 sum_i 2^(s_ij + f^t_i)
+  int64_t column_rows;  // max(T, 1), and for keys one more: Head::collection_scale
 };
 
+__host__ __device__ inline int64_t steps_kept(const ForwardParams& p) {
+  return p.iterations > 0 ? p.iterations : 1;
+}
+
 __host__ __device__ inline Side keys_of(const ForwardParams& p) {
-  return {p.key, p.mask, p.token_mass, p.token_positions, p.tokens, p.rows.data, p.columns.data};
+  return {p.key,    p.mask,      p.token_mass,   p.token_positions,
+          p.tokens, p.rows.data, p.columns.data, steps_kept(p) + 1};
 }
 __host__ __device__ inline Side queries_of(const ForwardParams& p) {
-  return {p.query,           p.query_mask,        Tensor{}, p.query_positions, p.queries,
-          p.query_rows.data, p.query_columns.data};
+  return {p.query,           p.query_mask,         Tensor{},     p.query_positions, p.queries,
+          p.query_rows.data, p.query_columns.data, steps_kept(p)};
 }
 // The side that distributes: its tokens receive the output.
 __host__ __device__ inline Side receivers_of(const ForwardParams& p) {
@@ -51,10 +57,6 @@ struct Splits {
     if (count == 0) count = 1;
   }
 };
-
-__host__ __device__ inline int64_t steps_kept(const ForwardParams& p) {
-  return p.iterations > 0 ? p.iterations : 1;
-}
 
 // Scores s log2(e) up to this are worked on as factors 2^s, see transport.cuh: epsilon >= 1/32.
 inline constexpr double kMostFactorScale = 32 * kLog2E * (1 + 1e-6);
@@ -179,6 +181,8 @@ struct Head {
   int64_t position_stride, axis_stride;
   Global<T> rows;     // [T + 1, count]
   Global<T> columns;  // [max(T, 1), M]
+  // [M] 1 / sum_i C_ij, of keys: takes the rounding of exponents out of C.
+  Global<T> collection_scale;
   Global<T> pooled;   // [M, Dv]
   Global<T> partial;  // what blocks that share a head leave for merging: [heads, splits, ...]
   int64_t widest;     // columns that a resident head has room for in partial; 0 for others
@@ -217,7 +221,8 @@ struct Head {
     position_stride = side.positions.stride[0];
     axis_stride = side.positions.stride[1];
     rows = static_cast<T*>(side.rows) + head * (p.iterations + 1) * side.count;
-    columns = static_cast<T*>(side.columns) + head * steps_kept(p) * p.references;
+    columns = static_cast<T*>(side.columns) + head * side.column_rows * p.references;
+    collection_scale = columns + steps_kept(p) * p.references;
     pooled = static_cast<T*>(p.pooled.data) + head * p.references * p.value_depth;
 
     widest = !resident ? 0 : (p.depth > p.value_depth ? p.depth : p.value_depth) + 1;
@@ -234,14 +239,15 @@ struct Head {
     distance_scale = T(kLog2E) / (T(2) * bandwidth * bandwidth);
     factored = kFactors<Storage> && gaussian && scale <= T(kMostFactorScale);
     has_positions = side.positions.data != nullptr && p.reference_positions.data != nullptr;
-    position_scale = T(-kLog2E / (p.position_bandwidth * p.position_bandwidth));
+    const T position_bandwidth = T(p.position_bandwidth);
+    position_scale = T(-kLog2E) / (position_bandwidth * position_bandwidth);
   }
 
   // After select, by all threads: the mean of the references, which the tokens lie about.
   __device__ void find_center() {
     if constexpr (!kIsHalf<Storage>) {
       __syncthreads();
-      const T weight = T(1) / T(references.count);
+      const T weight = quotient(T(1), T(references.count));
       for (int d = thread_index(); d < references.depth; d += Shape<Storage>::kThreads) {
         T sum = 0;
         for (int64_t j = 0; j < references.count; ++j) {

@@ -261,7 +261,7 @@ struct Results {
       : output(c.B, c.H, queries, c.Dv),
         pooled(c.B, c.H, c.M, c.Dv),
         rows(c.B, c.H, c.T + 1, c.N),
-        columns(c.B, c.H, std::max<int64_t>(c.T, 1), c.M),
+        columns(c.B, c.H, std::max<int64_t>(c.T, 1) + 1, c.M),
         query_rows(c.B, c.H, c.T + 1, queries),
         query_columns(c.B, c.H, std::max<int64_t>(c.T, 1), c.M),
         plan(c.B, c.H, c.N, c.M),

@@ -16,19 +16,6 @@ TYPES = {
 }
 DIRECTIONS = ("forward", "backward")
 
-# One direction of one type. launch.cu asks float32 for the workspace of all types but float64.
-KERNELS = """\
-#include "{direction}_kernels.cuh"
-
-namespace setformer::cuda {{
-template void Kernels<{type}>::{direction}(const {Direction}Params&, void*, Stream&);
-{workspaces}
-}}
-"""
-WORKSPACE = (
-    "template {Direction}Workspace Kernels<{type}>::{direction}_workspace("
-    "const {Direction}Params&);"
-)
 # What launch.cu refers to beside, and no check calls.
 ABSENT = """\
 #include <cuda_bf16.h>
@@ -42,17 +29,15 @@ namespace setformer::cuda {{
 {definitions}
 }}
 """
-ABSENT_DIRECTION = (
-    "template <> void Kernels<{type}>::{direction}(const {Direction}Params&, void*, Stream&) {{"
-    " std::abort(); }}"
-)
-ABSENT_WORKSPACE = (
-    "template <> {Direction}Workspace Kernels<{type}>::{direction}_workspace("
-    "const {Direction}Params&) {{ std::abort(); }}"
-)
-ABSENT_PLAN = (
-    "template <> void Kernels<{type}>::plan(const PlanParams&, Stream&) {{ std::abort(); }}"
-)
+ABSENT_DIRECTION = """\
+template <> {Direction}Workspace {Direction}Kernels<{type}>::workspace(const {Direction}Params&) {{
+  std::abort();
+}}
+template <> void {Direction}Kernels<{type}>::run(const {Direction}Params&, void*, Stream&) {{
+  std::abort();
+}}"""
+ABSENT_PLAN = """\
+template <> void ForwardKernels<{type}>::plan(const PlanParams&, Stream&) {{ std::abort(); }}"""
 
 
 def build_module(
@@ -69,12 +54,7 @@ def build_module(
         host, _ = build.compile_cuda(sources / "cuda" / name, architecture, [sources])
         objects.append(host)
     for direction in directions:
-        words = {"direction": direction, "Direction": direction.title()}
-        workspaces = [
-            WORKSPACE.format(type=TYPES[name], **words) for name in sorted({storage, "float32"})
-        ]
-        text = KERNELS.format(type=TYPES[storage], workspaces="\n".join(workspaces), **words)
-        source = build.write(sources / "cuda" / f"{direction}_{storage}.cu", text)
+        source = sources / "cuda" / f"{direction}_{storage}.cu"
         host, ptx = build.compile_cuda(source, architecture, [sources])
         objects += [host, *translated_kernels(ptx, f"{sources}/", resident)]
     objects.append(absent_kernels(storage, directions))
@@ -102,14 +82,13 @@ def translated_kernels(ptx: Path, prefix: str, resident: bool) -> list[Path]:
 
 def absent_kernels(storage: str, directions: tuple[str, ...]) -> Path:
     definitions = []
-    for name, type_ in TYPES.items():
-        definitions.append(ABSENT_PLAN.format(type=type_))
-        for direction in DIRECTIONS:
-            words = {"type": type_, "direction": direction, "Direction": direction.title()}
-            if name != storage or direction not in directions:
-                definitions.append(ABSENT_DIRECTION.format(**words))
-            if name not in (storage, "float32") or direction not in directions:
-                definitions.append(ABSENT_WORKSPACE.format(**words))
+    for direction in DIRECTIONS:
+        for name, type_ in TYPES.items():
+            if name == storage and direction in directions:
+                continue
+            definitions.append(ABSENT_DIRECTION.format(type=type_, Direction=direction.title()))
+            if direction == "forward":
+                definitions.append(ABSENT_PLAN.format(type=type_))
     text = ABSENT.format(definitions="\n".join(definitions))
     source = build.write(build.cache() / "generated" / f"absent-{build.digest(text)}.cpp", text)
     flags = ("-std=c++17", "-O0", "-w", f"-isystem{build.cuda_include()}")

@@ -287,8 +287,8 @@ BACKWARD = (
     Fault(
         "factor of the gradient of epsilon",
         "backward.cuh",
-        "[head] = -by_scale * T(kLn2) / epsilon;",
-        "[head] = -by_scale / epsilon;",
+        "quotient(-by_scale * T(kLn2), epsilon);",
+        "quotient(-by_scale, epsilon);",
         "float32 resident backward",
     ),
     Fault(

@@ -81,7 +81,7 @@ def sanitizer() -> dict[str, str]:
 def check(library: Path, problem: str) -> tuple[str, str]:
     """What kinds of objections there are, and the first one's words."""
     command = [sys.executable, "-m", "mutations.checks", str(library), problem]
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | sanitizer() | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
         result = subprocess.run(

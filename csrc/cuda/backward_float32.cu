@@ -1,0 +1,3 @@
+#include "backward_kernels.cuh"
+
+template struct setformer::cuda::BackwardKernels<float>;

@@ -1,0 +1,3 @@
+#include "forward_kernels.cuh"
+
+template struct setformer::cuda::ForwardKernels<double>;

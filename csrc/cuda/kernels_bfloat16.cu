@@ -1,4 +1,0 @@
-#include "backward_kernels.cuh"
-#include "forward_kernels.cuh"
-
-template struct setformer::cuda::Kernels<__nv_bfloat16>;
