@@ -33,7 +33,7 @@ def results(backend: Backend, arguments: Arguments) -> dict[str, torch.Tensor]:
 
 
 # For one fiber at a time; still several blocks of tokens to a head and tiles of references.
-SHORT = {"one long head": 1300, "three long heads": 601, "cross": 500, "linear": 701}
+SHORT = {"one long head": 601, "three long heads": 401, "cross": 301, "linear": 401}
 
 
 def ways_to_run(backend: Backend) -> Iterator[str]:

@@ -57,6 +57,7 @@ RESIDENT = {
 }  # fmt: skip
 STREAMING = {"B": 1, "H": 1, "N": 403, "M": 19, "D": 72, "Dv": 9, "iterations": 2, **LEARNED}
 TWO_TILES = {"M": 70, "D": 136}
+DEEP = {"D": 40}  # two depth tiles of float32
 SMALL = {"N": 45}  # fits the 64 KiB of a block on sm_75
 SHALLOW = {"N": 2100, "D": 16}
 
@@ -73,6 +74,7 @@ PROBLEMS = {
     "bfloat16 resident backward": Problem("bfloat16", True, True, RESIDENT),
     "bfloat16 resident backward, small": Problem("bfloat16", True, True, RESIDENT | SMALL),
     "float32 resident backward": Problem("float32", True, True, RESIDENT),
+    "float32 resident backward, deep": Problem("float32", True, True, RESIDENT | DEEP),
     "bfloat16 streaming backward": Problem("bfloat16", False, True, STREAMING),
     "float32 streaming backward": Problem("float32", False, True, STREAMING | TWO_TILES),
 }

@@ -230,7 +230,7 @@ FORWARD = (
         "transport.cuh",
         "state.sum = state.sum * kept + factors",
         "state.sum = state.sum + factors",
-        "bfloat16 streaming forward",
+        "float32 streaming forward",
     ),
     Fault(
         "unit of the factors of references forgotten",
@@ -324,7 +324,7 @@ BACKWARD = (
         "backward.cuh",
         "if (!scores.whole_rows()) __syncthreads();  // the keys lie where the gradient goes",
         "",
-        "bfloat16 streaming backward",
+        "float32 resident backward, deep",
     ),
     Fault(
         "no barrier before rows are staged again",
