@@ -2,8 +2,8 @@
 // heads.
 #pragma once
 
-#include "backward.cuh"
 #include "forward_kernels.cuh"
+#include "gradient.cuh"
 
 namespace setformer::cuda {
 
