@@ -146,6 +146,8 @@ class Call {
     p.pooled = contiguous("pooled", {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})});
     p.output = written_if_given("output", storage_, {output_shape(p)}, 4);
     p.distribute = p.output.data != nullptr;
+    require(array("output").given() || !array("query").given(), function_,
+            "query is given, so output must be: nothing else depends on the query");
   }
 
   void read_normalizers(ForwardParams& p) {
@@ -169,6 +171,7 @@ class Call {
     p.grad_reference =
         contiguous("grad_reference", {heads_of(p, {"M", p.references}, {"D", p.depth})});
     if (array("grad_bandwidth").given()) {
+      required("bandwidth");
       p.grad_bandwidth = contiguous("grad_bandwidth", {{{"B", p.batch}, {"H", p.heads}}});
     }
     p.grad_epsilon = contiguous("grad_epsilon", {{{"B", p.batch}, {"H", p.heads}}});
@@ -176,6 +179,7 @@ class Call {
       p.grad_token_mass = contiguous("grad_token_mass", {heads_of(p, {"N", p.tokens})});
     }
     if (array("grad_reference_mass").given()) {
+      required("reference_mass");
       p.grad_reference_mass = contiguous("grad_reference_mass", {heads_of(p, {"M", p.references})});
     }
   }

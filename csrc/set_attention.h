@@ -74,7 +74,8 @@ struct ForwardParams {
   Tensor pooled;         // accumulate [B, H, M, Dv] contiguous
   Tensor rows;           // accumulate [B, H, T + 1, N] contiguous
   Tensor columns;        // accumulate [B, H, max(T, 1) + 1, M] contiguous; the last row is 1 / the
-                         // sums that rounding makes of the columns of C, 1 on the CPU
+                         // sums that rounding makes of the columns of C (0 without any mass),
+                         // always 1 on the CPU
   Tensor query_rows;     // accumulate [B, H, T + 1, Nq] contiguous, where `cross`
   Tensor query_columns;  // accumulate [B, H, max(T, 1), M] contiguous, where `cross`
 };

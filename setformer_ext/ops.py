@@ -95,7 +95,7 @@ class Solution(NamedTuple):
     output: Tensor  # [B, H, Nq or N, Dv] storage
     pooled: Tensor  # [B, H, M, Dv] accumulate
     rows: Tensor  # [B, H, T + 1, N] accumulate: the row normalisers of every step
-    columns: Tensor  # [B, H, max(T, 1) + 1, M] accumulate: the column normalisers, see csrc
+    columns: Tensor  # [B, H, max(T, 1) + 1, M] accumulate: the column normalisers
     query_rows: Tensor  # [B, H, T + 1, Nq] accumulate
     query_columns: Tensor  # [B, H, max(T, 1), M] accumulate
 

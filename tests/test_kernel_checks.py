@@ -24,7 +24,7 @@ def test_no_objection_on_sm_80(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bfloat16 resident backward, small", "bfloat16 streaming backward"]
+    "name", ["bfloat16 resident backward, small", "bfloat16 streaming backward, two tiles"]
 )
 def test_no_objection_on_sm_75(name: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"

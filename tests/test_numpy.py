@@ -216,6 +216,25 @@ def test_refused(host_module: ModuleType, name: str, spoil: Any, error: type, me
     assert caught.type is error
 
 
+def test_query_without_output_is_refused(host_module: ModuleType) -> None:
+    arrays = problem(Nq=9)
+    written = results(arrays)
+    del written["output"]
+    with pytest.raises(ValueError, match="query is given, so output must be"):
+        call(host_module.set_attention_forward, arrays, written)
+
+
+@pytest.mark.parametrize("name", ["bandwidth", "reference_mass"])
+def test_gradient_of_what_is_not_given_is_refused(host_module: ModuleType, name: str) -> None:
+    arrays = problem(reference_mass="learned", bandwidth="learned")
+    written = results(arrays)
+    call(host_module.set_attention_forward, arrays, written)
+    grads = gradients(arrays) | {"grad_output": np.ones_like(written["output"])}
+    del arrays[name]
+    with pytest.raises(TypeError, match=f"{name} must be given"):
+        call(host_module.set_attention_backward, arrays, written, grads)
+
+
 BAD_VALUES = {
     # argument: values for 2 samples, 3 heads, 17 tokens, 5 references; what the message says
     "epsilon": (lambda: np.array([0.5, -1, 0.5]), "epsilon must be > 0"),

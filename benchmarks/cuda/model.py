@@ -141,7 +141,7 @@ def backward(p: Problem) -> list[Launch]:
 
 def merge(kernel: str, p: Problem, results: int, work: Work, times: int = 1) -> list[Launch]:
     """Of what the blocks that share a head leave; one thread a result."""
-    if p.splits == 1 or times == 0:
+    if p.splits == 1 or times <= 0:
         return []
     return [Launch(kernel, divide_up(p.problems * results, MERGE_THREADS), work, times)]
 

@@ -216,9 +216,8 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
   fill_terms<Storage>(p, terms, -infinity<T>(),
                       [&](int64_t j) { return collection_term(head.column(t, j)); });
   fill_terms<Storage>(p, weights, T(0), [&](int64_t j) {
-    T weight = t > 0 ? head.column_adjoint(t, j) : T(0);
-    if (collects) weight += head.eta[j];
-    return head.collects && t == p.iterations ? weight * head.collection_scale[j] : weight;
+    const T weight = t > 0 ? head.column_adjoint(t, j) : T(0);
+    return collects ? (weight + head.eta[j]) * head.collection_scale[j] : weight;
   });
   if (t > 1) {
     fill_terms<Storage>(p, potentials, -infinity<T>(),

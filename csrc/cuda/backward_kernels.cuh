@@ -2,8 +2,8 @@
 // heads.
 #pragma once
 
-#include "forward_kernels.cuh"
 #include "gradient.cuh"
+#include "launch.cuh"
 
 namespace setformer::cuda {
 

@@ -190,7 +190,8 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
 
 // sum_i plan_ij x_i for the references of one chunk and kGroup depth tiles of the rows x, beside a
 // weight per reference: form(tile, accumulators) turns scores into the plan, add(tile, plan,
-// weights) adds to the weights; emit(j, column, sum) and emit_weight(j, weight) take the results.
+// weights) adds to the weights; emit(j, column, sum, weight) and emit_weight(j, weight) take the
+// results.
 template <class Storage, bool resident, class Form, class Add, class Emit, class EmitWeight>
 __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage, resident>& scores,
                                      const Rows<Storage>& rows, int chunk, int group, Form form,
@@ -291,14 +292,14 @@ __device__ __forceinline__ void collect(int chunk, int group) {
       },
       [&](int64_t j, int64_t column, T sum, T total) {
         if (alone) {
-          head.pooled[j * width + column] = total == T(0) ? T(0) : sum * quotient(T(1), total);
+          head.pooled[j * width + column] = sum * inverse(total);
         } else {
           sums[j * (width + 1) + column] = sum;
         }
       },
       [&](int64_t j, T total) {
         if (alone) {
-          head.collection_scale[j] = total == T(0) ? T(0) : quotient(T(1), total);
+          head.collection_scale[j] = inverse(total);
         } else {
           sums[j * (width + 1) + width] = total;
         }
@@ -420,6 +421,7 @@ __device__ void plan(const Tensor& tensor) {
   using T = Accumulate<Storage>;
   T* numbers = head.numbers();
   T* terms = numbers + head.layout.terms();
+  T* scales = terms + head.layout.chunks * S::kRows;
   Rows<Storage> plans;
   plans.select(tensor, head.b, head.h, p.tokens, p.references);
   T total = 0;
@@ -430,6 +432,7 @@ __device__ void plan(const Tensor& tensor) {
     return collection_term(head.column(p.iterations, j)) +
            log_reference_mass<T>(p, head.b, head.h, j) - log_two(total);
   });
+  fill_terms<Storage>(p, scales, T(0), [&](int64_t j) { return head.collection_scale[j]; });
   __syncthreads();
   for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
     const OwnRows<Storage> rows(tile);
@@ -445,7 +448,8 @@ __device__ void plan(const Tensor& tensor) {
       for_each<Storage>(s, [&](int half, int column, T& x) {
         const int64_t i = rows.token[half], j = int64_t(chunk) * S::kRows + column;
         if (i < plans.count && j < plans.depth) {
-          plans.data[i * plans.row_stride + j * plans.column_stride] = narrow<Storage>(x);
+          plans.data[i * plans.row_stride + j * plans.column_stride] =
+              narrow<Storage>(x * scales[j]);
         }
       });
     }

@@ -64,8 +64,6 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
           [&](int64_t) { plan<Storage>(p.plan); });
 }
 
-inline constexpr int kMergeThreads = 128;
-
 // columns^t from the states of all blocks that share a head, in the order of their tokens.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     sum += from[split * of_head + at % width];
     total += from[split * of_head + width];
   }
-  const T scale = total == T(0) ? T(0) : quotient(T(1), total);
+  const T scale = inverse(total);
   pooled[at] = sum * scale;
   if (at % width == 0) scales[head * scales_of_head + j] = scale;
 }

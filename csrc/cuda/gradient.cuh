@@ -1,5 +1,6 @@
 // The last pass of backward over the tokens of one head: ds of all terms (equations and counts in
-// backward.cuh), and from it the gradients of tokens, references, bandwidth and epsilon.
+// backward.cuh), and from it the gradients of tokens, references, their masses, bandwidth and
+// epsilon.
 #pragma once
 
 #include "backward.cuh"

@@ -10,6 +10,9 @@ namespace setformer::cuda {
 // argument is the unit of its block 0.
 inline constexpr int64_t kLargestGrid = 2147483647;
 
+// Of the kernels that merge what blocks have left: a thread, or a warp, per result.
+inline constexpr int kMergeThreads = 128;
+
 template <class Kernel, class... Arguments>
 void launch(Stream& stream, const char* name, Kernel kernel, int64_t blocks, int threads,
             int64_t shared_bytes, Arguments... arguments) {

@@ -72,6 +72,11 @@ __device__ __forceinline__ double log_two(double x) { return log2(x); }
 // 2 ulp in float32, where |y| is within 2^-126 and 2^126: exact division is a call on the side.
 __device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
 __device__ __forceinline__ double quotient(double x, double y) { return x / y; }
+// 1 / sum; 0 for a sum of nothing.
+template <class T>
+__device__ __forceinline__ T inverse(T sum) {
+  return sum == T(0) ? T(0) : quotient(T(1), sum);
+}
 
 __device__ __forceinline__ float maximum(float x, float y) { return fmaxf(x, y); }
 __device__ __forceinline__ double maximum(double x, double y) { return fmax(x, y); }

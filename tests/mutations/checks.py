@@ -76,6 +76,9 @@ PROBLEMS = {
     "float32 resident backward": Problem("float32", True, True, RESIDENT),
     "float32 resident backward, deep": Problem("float32", True, True, RESIDENT | DEEP),
     "bfloat16 streaming backward": Problem("bfloat16", False, True, STREAMING),
+    "bfloat16 streaming backward, two tiles": Problem(
+        "bfloat16", False, True, STREAMING | TWO_TILES
+    ),
     "float32 streaming backward": Problem("float32", False, True, STREAMING | TWO_TILES),
 }
 

@@ -306,6 +306,13 @@ BACKWARD = (
         "float32 resident backward",
     ),
     Fault(
+        "scale of the collection kept where columns are",
+        "problem.cuh",
+        "collection_scale = columns + steps_kept(p) * p.references;",
+        "collection_scale = columns;",
+        "float32 resident backward",
+    ),
+    Fault(
         "resident heads in different passes share room",
         "problem.cuh",
         "(widest > 0 ? widest : splits * columns)",
