@@ -34,7 +34,7 @@ def results(backend: Backend, arguments: Arguments) -> dict[str, torch.Tensor]:
 
 # For one fiber at a time: too deep to be resident, more tokens than one block takes.
 SHORT = {
-    "one long head": {"N": 601, "D": 72},
+    "one long head": {"N": 401, "D": 72},
     "three long heads": {"N": 301, "D": 72},
     "cross": {"N": 301, "Nq": 205},
     "linear": {"N": 401},
