@@ -136,7 +136,7 @@ else()
     set(SETFORMER_CUDA_ENABLED ON)
     setformer_share_ptx(SETFORMER_CUDA_CODE)
     # Profilers show source lines; ptxas tells of registers that do not fit; compressed, seven
-    # architectures and their line tables take a quarter of the room.
+    # architectures and their line tables take a fifth of the room.
     set(SETFORMER_CUDA_OPTIONS
         -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all
         ${SETFORMER_CUDA_CODE})
