@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
+from ..softmax_attention import SoftmaxAttention
 from .data import load_digits, load_folder
-from .model import Classifier, SoftmaxAttention, make_set_attention
+from .model import Classifier, make_set_attention
 from .pictures import draw_curves, draw_plans
 from .train import History, train
 

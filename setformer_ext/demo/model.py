@@ -8,9 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..layout import Grid
 from ..modules import SetAttention
 
 GRID = (8, 8)  # of tokens, whatever the image's size
@@ -19,25 +17,6 @@ NUM_HEADS = 3
 
 # What trained best of the settings tried on the digits; see SetAttention for what they mean.
 make_set_attention = partial(SetAttention, num_references=16, epsilon=0.04, position_bandwidth=0.5)
-
-
-class SoftmaxAttention(nn.Module):
-    """Multi-head dot-product attention with the arguments of SetAttention."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.projection = nn.Linear(dim, dim)
-        for linear in (self.query_key_value, self.projection):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:  # [B, N, C] -> [B, N, C]
-        projected = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = projected.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
-        output = F.scaled_dot_product_attention(query, key, value)
-        return self.projection(output.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

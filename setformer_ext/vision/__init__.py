@@ -1,0 +1,10 @@
+"""The SeTformer vision backbone and what is built on it.
+
+Importing this registers the backbone's sizes with timm, so that
+``timm.create_model("setformer_base")`` knows them.
+"""
+
+from .backbone import Setformer
+from .models import setformer_base, setformer_mini, setformer_small, setformer_tiny
+
+__all__ = ["Setformer", "setformer_base", "setformer_mini", "setformer_small", "setformer_tiny"]

