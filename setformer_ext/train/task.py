@@ -1,0 +1,78 @@
+"""What a training has to know of what it trains: classification, detection or segmentation."""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+Batch = Any  # whatever Task.collate gives; moved to the device by the loop
+
+
+class DataError(Exception):
+    """Data that cannot be trained on; the message names the file, what was expected and what came."""
+
+
+class Metrics(ABC):
+    """What is measured on the evaluation data, over all processes."""
+
+    @abstractmethod
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Take in the model's answers to one batch; the model is in eval mode, without gradients."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """The figures of all batches since the last call, by name, and start over."""
+
+
+class Task(ABC):
+    """One kind of training: its data, model, losses and metrics.
+
+    The loop owns everything else: processes, precision, optimizer, schedule, EMA, checkpoints, logs.
+    Randomness is the loop's as well: it seeds Python's, NumPy's and torch's generators before each
+    sample is loaded and before each step, so datasets and losses draw from the global ones.
+    """
+
+    name: str
+    monitor: str  # the metric, larger is better, that decides which weights are the best
+
+    @staticmethod
+    @abstractmethod
+    def add_options(parser: argparse._ArgumentGroup) -> None:
+        """Declare the options of this task alone (data layout, model, augmentation)."""
+
+    @abstractmethod
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Look the data over; raises DataError for what cannot be trained on."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line about the data: counts, classes, sizes."""
+
+    @abstractmethod
+    def make_model(self) -> nn.Module:
+        """The model with fresh (or ``--pretrained FILE``) weights."""
+
+    @abstractmethod
+    def train_dataset(self) -> Dataset[Any]: ...
+
+    @abstractmethod
+    def eval_dataset(self) -> Dataset[Any]: ...
+
+    @abstractmethod
+    def collate(self, samples: list[Any]) -> Batch: ...
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Losses by name, whose sum is minimised; batch augmentation (mixup) happens here."""
+
+    @abstractmethod
+    def metrics(self) -> Metrics: ...
+
+    @abstractmethod
+    def card(self) -> dict[str, Any]:
+        """What ``setformer predict`` needs beside the weights to rebuild the model and read an image:
+        task name, model name and arguments, class names, input size, mean and std. JSON."""
