@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..images import read_image
+
 TEST_SHARE = 0.25
 
 
@@ -72,8 +74,8 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Images:
         try:
             images.append(_read(path, image_size))
             labels.append(label)
-        except Exception as error:  # decoders raise what they like
-            broken.append(f"  {path}: {error}")
+        except OSError as error:
+            broken.append(f"  {error}")
     if broken:
         print(f"skipped {len(broken)} unreadable file(s):", *broken, sep="\n", file=sys.stderr)
 
@@ -90,18 +92,9 @@ def _read(path: Path, image_size: int) -> Tensor:  # [3, S, S]
     """An image of any size and mode as RGB in [0, 1]; transparency becomes white."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16 bits and more: convert() would clip them
-            levels = np.asarray(image, dtype=np.float64)
-            levels = (levels - levels.min()) / max(np.ptp(levels), 1e-12)
-            image = Image.fromarray(np.uint8(255 * levels))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-        return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
+    size = (image_size, image_size)
+    image = ImageOps.fit(read_image(path), size, Image.Resampling.BICUBIC)
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
 
 
 def _split(images: Tensor, labels: Tensor, classes: list[str], source: str, seed: int) -> Images:
