@@ -11,10 +11,11 @@ from . import __version__
 COMMANDS = {
     "info": "print versions, processor, threads and CUDA: what a bug report needs",
     "demo": "train a small vision classifier with SeT attention, then with softmax, on real images",
+    "train": "train a network with SeT attention on your own data: classify, detect or segment",
     "profile": "run one shape in a loop, for Nsight Systems and Nsight Compute to look at",
     "selftest": "check every result on this machine and measure its speed: report for bug reports",
 }
-EXTRAS = {"demo"}  # commands that need more than torch
+EXTRAS = {"demo", "train"}  # commands that need more than torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 module = importlib.import_module(f"{__package__}.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
-    with _missing_packages_explained(options.command):
+    with _missing_packages_explained(arguments[0] if arguments else ""):
+        options = parser.parse_args(arguments)  # may import what options depend on
         return options.run(options) or 0
 
 

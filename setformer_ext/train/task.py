@@ -6,14 +6,19 @@ import argparse
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 Batch = Any  # whatever Task.collate gives; moved to the device by the loop
 
 
-class DataError(Exception):
-    """Data that cannot be trained on; the message names the file, what was expected and what came."""
+class TrainingError(Exception):
+    """What the user can put right: an option, a file, a checkpoint; the message says what to do."""
+
+
+class DataError(TrainingError):
+    """Data that cannot be trained on; the message names the file, what was expected and got."""
 
 
 class Metrics(ABC):
@@ -21,23 +26,33 @@ class Metrics(ABC):
 
     @abstractmethod
     def update(self, model: nn.Module, batch: Batch) -> None:
-        """Take in the model's answers to one batch; the model is in eval mode, without gradients."""
+        """Take in the model's answers to a batch; it is in eval mode, without gradients."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
         """The figures of all batches since the last call, by name, and start over."""
 
+    def to(self, device: torch.device) -> None:
+        """Move the state there; by default that of all metrics of torchmetrics among attributes."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                value.to(device)
+
 
 class Task(ABC):
     """One kind of training: its data, model, losses and metrics.
 
-    The loop owns everything else: processes, precision, optimizer, schedule, EMA, checkpoints, logs.
+    The loop owns all else: processes, precision, optimizer, schedule, EMA, checkpoints, logs.
     Randomness is the loop's as well: it seeds Python's, NumPy's and torch's generators before each
-    sample is loaded and before each step, so datasets and losses draw from the global ones.
+    sample is loaded and before each step, so datasets and losses draw from the global ones. A
+    dataset raises DataError or OSError, naming the file, for a sample that cannot be read;
+    ``--on-error`` says what happens then.
     """
 
     name: str
     monitor: str  # the metric, larger is better, that decides which weights are the best
+    defaults: dict[str, Any] = {}  # of the loop's options, where this task's customs differ
+    unused_parameters = False  # whether some parameters may have no part in a step's losses
 
     @staticmethod
     @abstractmethod
@@ -74,5 +89,7 @@ class Task(ABC):
 
     @abstractmethod
     def card(self) -> dict[str, Any]:
-        """What ``setformer predict`` needs beside the weights to rebuild the model and read an image:
-        task name, model name and arguments, class names, input size, mean and std. JSON."""
+        """What ``setformer predict`` needs beside the weights to rebuild the model and read images.
+
+        Task name, model name and arguments, class names, input size, mean and std. JSON.
+        """

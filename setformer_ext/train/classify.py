@@ -1,0 +1,330 @@
+"""Classification of images in one folder per class, as ImageNet has them."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup, create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.datasets import ImageFolder
+
+from .. import vision  # noqa: F401 (registers the models)
+from ..images import read_image
+from .options import number
+from .task import Batch, DataError, Metrics, Task, TrainingError
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    """``key=value``, the value a Python literal or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+class Accuracy(Metrics):
+    """Shares of images whose class is the likeliest, or among the five likeliest."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.num_classes = num_classes
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        images, labels = batch
+        logits = model(images).float()
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+
+    def compute(self) -> dict[str, float]:
+        figures = {"top1": self.top1.compute().item()}
+        if self.num_classes >= 5:  # of fewer classes all are among the first five
+            figures["top5"] = self.top5.compute().item()
+        self.top1.reset()
+        self.top5.reset()
+        return figures
+
+
+class Classify(Task):
+    """Images in ``DATA/train/CLASS/`` and ``DATA/val/CLASS/``."""
+
+    name = "classify"
+    monitor = "top1"
+
+    @staticmethod
+    def add_options(parser: argparse._ArgumentGroup) -> None:
+        parser.add_argument(
+            "--data",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="holds train/CLASS/*.jpg and val/CLASS/*.jpg",
+        )
+        parser.add_argument(
+            "--model",
+            default="setformer_tiny",
+            help="any classifier that timm knows (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--model-options",
+            type=key_and_value,
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="for timm.create_model, such as drop_path_rate=0.1",
+        )
+        parser.add_argument(
+            "--pretrained",
+            type=Path,
+            metavar="FILE",
+            help="weights to start from; the classifier is left out if it is of other classes",
+        )
+        parser.add_argument(
+            "--input-size",
+            type=number(int, 1),
+            metavar="S",
+            help="images are S x S (default: what the model says of itself, mostly 224)",
+        )
+        parser.add_argument(
+            "--in-chans",
+            type=int,
+            choices=(1, 3),
+            default=3,
+            help="1 for grey, 3 for colours (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--crop-scale",
+            type=number(float, 0.01, 1),
+            default=0.08,
+            metavar="SHARE",
+            help="least share of an image's area that a random crop has (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--flip",
+            type=number(float, 0, 1),
+            default=0.5,
+            metavar="PROBABILITY",
+            help="of mirroring left and right (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--auto-augment",
+            default="rand-m9-mstd0.5-inc1",
+            metavar="POLICY",
+            help="timm's name of it, or none (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--color-jitter",
+            type=number(float, 0),
+            default=0.4,
+            help="strength, without a policy (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--random-erasing",
+            type=number(float, 0, 1),
+            default=0.25,
+            metavar="PROBABILITY",
+            help="default: %(default)s",
+        )
+        parser.add_argument(
+            "--mixup",
+            type=number(float, 0),
+            default=0.8,
+            metavar="ALPHA",
+            help="0 for none (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--cutmix",
+            type=number(float, 0),
+            default=1.0,
+            metavar="ALPHA",
+            help="0 for none (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--label-smoothing",
+            type=number(float, 0, 1),
+            default=0.1,
+            help="default: %(default)s",
+        )
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.train = _folder(options.data / "train", options)
+        self.eval = _folder(options.data / "val", options)
+        self.classes = self.train.classes
+        _check_classes(options, self.train, self.eval)
+        # ImageFolder counts the classes that it finds; those of val may be fewer.
+        indices = [self.train.class_to_idx[name] for name in self.eval.classes]
+        self.eval.target_transform = indices.__getitem__
+        if not timm.is_model(options.model):
+            close = timm.list_models(f"*{options.model}*")[:5]
+            hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them"
+            raise TrainingError(f"--model: timm knows no {options.model!r}; {hint}")
+        self.model_options = {
+            **dict(options.model_options),
+            "num_classes": len(self.classes),
+            "in_chans": options.in_chans,
+        }
+        self.config = self._data_config()
+        augmentation = {
+            "is_training": True,
+            "scale": (options.crop_scale, 1.0),
+            "hflip": options.flip,
+            "auto_augment": None if options.auto_augment == "none" else options.auto_augment,
+            "color_jitter": options.color_jitter or None,
+            "re_prob": options.random_erasing,
+        }
+        common = {key: self.config[key] for key in ("input_size", "interpolation", "mean", "std")}
+        try:
+            self.train.transform = create_transform(**common, **augmentation)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise TrainingError(f"--auto-augment: {options.auto_augment!r}: {error}") from error
+        self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
+        self.mixup = (
+            Mixup(
+                options.mixup,
+                options.cutmix,
+                label_smoothing=options.label_smoothing,
+                num_classes=len(self.classes),
+            )
+            if options.mixup or options.cutmix
+            else None
+        )
+
+    def _data_config(self) -> dict[str, Any]:
+        """What the model says of its images, at this size and with this many channels."""
+        config = resolve_data_config(
+            pretrained_cfg=timm.get_pretrained_cfg(self.options.model).to_dict()
+        )
+        channels = self.options.in_chans
+        size = self.options.input_size
+        config["input_size"] = (channels, *((size, size) if size else config["input_size"][1:]))
+        if channels == 1:
+            for name in ("mean", "std"):
+                config[name] = (sum(config[name]) / len(config[name]),)
+        return config
+
+    def describe(self) -> str:
+        size = "x".join(str(s) for s in self.config["input_size"])
+        return (
+            f"{len(self.train)} training and {len(self.eval)} evaluation images of "
+            f"{len(self.classes)} classes, read as {size}"
+        )
+
+    def make_model(self) -> nn.Module:
+        try:
+            model = timm.create_model(self.options.model, **self.model_options)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise TrainingError(f"--model-options: {self.options.model}: {error}") from error
+        if self.options.pretrained is not None:
+            load_pretrained(model, self.options.pretrained)
+        return model
+
+    def train_dataset(self) -> Dataset[Any]:
+        return self.train
+
+    def eval_dataset(self) -> Dataset[Any]:
+        return self.eval
+
+    def collate(self, samples: list[Any]) -> Batch:
+        images, labels = zip(*samples, strict=True)
+        return torch.stack(images), torch.tensor(labels)
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        images, labels = batch  # [B, C, H, W], [B]
+        if self.mixup is not None and len(images) % 2 == 0:  # it pairs them
+            images, labels = self.mixup(images, labels)  # labels: [B, classes]
+            return {"cross_entropy": F.cross_entropy(model(images).float(), labels)}
+        smoothing = self.options.label_smoothing
+        logits = model(images).float()
+        return {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=smoothing)}
+
+    def metrics(self) -> Metrics:
+        return Accuracy(len(self.classes))
+
+    def card(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "model": self.options.model,
+            "model_options": self.model_options,
+            "classes": self.classes,
+            **{k: self.config[k] for k in ("input_size", "interpolation", "mean", "std")},
+            "crop_pct": self.config["crop_pct"],
+        }
+
+
+def load_pretrained(model: nn.Module, path: Path) -> None:
+    """Load weights, but for a classifier of another number of classes.
+
+    Raises:
+        TrainingError: if the file cannot be read or is of another model.
+    """
+    try:
+        state = timm.models.load_state_dict(str(path))
+    except Exception as error:  # each format has errors of its own
+        reason = str(error).split("\n")[0]
+        raise TrainingError(f"--pretrained: cannot read weights from {path}: {reason}") from error
+    own = model.state_dict()
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    heads = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+    if any(name in state and state[name].shape != own[name].shape for name in heads):
+        state = {name: tensor for name, tensor in state.items() if name not in heads}
+    wrong = [name for name in own if name not in state and name not in heads]
+    wrong += [name for name in state if name not in own or state[name].shape != own[name].shape]
+    if wrong:
+        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise TrainingError(
+            f"--pretrained: {path} holds weights of another model: "
+            f"missing, unknown or of another shape are {listed}"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _folder(path: Path, options: argparse.Namespace) -> ImageFolder:
+    mode = "L" if options.in_chans == 1 else "RGB"
+
+    def load(file: str) -> Image.Image:
+        return read_image(Path(file)).convert(mode)
+
+    if not path.is_dir():
+        raise DataError(
+            f"--data: there is no folder {path}; expected train/CLASS/*.jpg and val/CLASS/*.jpg "
+            f"in {path.parent}"
+        )
+    try:
+        folder = ImageFolder(path, loader=load, allow_empty=True)
+    except FileNotFoundError as error:
+        raise DataError(f"--data: {path} has no folders, one for each class") from error
+    if not folder.samples:
+        raise DataError(f"--data: no images in the {len(folder.classes)} folders of {path}")
+    return folder
+
+
+def _check_classes(options: argparse.Namespace, train: ImageFolder, val: ImageFolder) -> None:
+    unknown = sorted(set(val.classes) - set(train.classes))
+    if unknown:
+        raise DataError(f"--data: {train.root} lacks classes of {val.root}: {', '.join(unknown)}")
+    if len(train.classes) < 2:
+        raise DataError(
+            f"--data: {train.root} has one class, {train.classes[0]}; expected two or more"
+        )
+    for folder in (train, val):
+        filled = {folder.classes[label] for _, label in folder.samples}
+        empty = [name for name in train.classes if name not in filled]
+        if empty:
+            message = f"{folder.root} has no images of these classes: {', '.join(empty)}"
+            if options.on_error == "stop":
+                raise DataError(f"--data: {message} (--on-error skip: go on without)")
+            print(message)

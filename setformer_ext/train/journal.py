@@ -1,0 +1,84 @@
+"""What a training tells: progress, TensorBoard's logs and the final table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .checkpoints import write_atomically
+
+LISTED = 20  # broken samples named on the screen; metrics.json has them all
+
+
+class Journal:
+    """Tells what happens; only the main process speaks.
+
+    Args:
+        output: the training's folder; TensorBoard's logs go to ``logs`` in it.
+        speaks: whether this is the main process.
+        step: steps taken before; what was logged after them is forgotten.
+        steps: of the whole training.
+    """
+
+    def __init__(self, output: Path, speaks: bool, step: int, steps: int) -> None:
+        self.output, self.speaks = output, speaks
+        self.bar = tqdm(
+            total=steps, initial=step, unit="step", disable=None if speaks else True, leave=False
+        )
+        self.writer = SummaryWriter(str(output / "logs"), purge_step=step + 1) if speaks else None
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.speaks:
+            self.bar.write(text)
+
+    def step(self, step: int, loss: float | None, lr: float) -> None:
+        """A step was taken; its loss is not always known."""
+        self.bar.update()
+        if loss is not None and self.writer is not None:
+            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+            self.writer.add_scalar("step/loss", loss, step)
+            self.writer.add_scalar("step/lr", lr, step)
+
+    def evaluation(self, entry: dict[str, float], steps: int) -> None:
+        """Print and log an evaluation: its step, mean losses and metrics."""
+        figures = {name: value for name, value in entry.items() if name != "step"}
+        step = int(entry["step"])
+        self.say(f"step {step}/{steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        if self.writer is not None:
+            for name, value in figures.items():
+                self.writer.add_scalar(f"evaluation/{name}", value, step)
+            self.writer.flush()
+
+    def finish(self, history: list[dict[str, float]], monitor: str, skipped: list[str]) -> None:
+        """Print the table of the best and the last evaluation, and write ``metrics.json``."""
+        self.bar.close()
+        if self.writer is None:
+            return
+        self.writer.close()
+        best = max(history, key=lambda entry: (entry[monitor] == entry[monitor], entry[monitor]))
+        result = {
+            "monitor": monitor,
+            "best": best,
+            "last": history[-1],
+            "history": history,
+            "skipped": skipped,
+        }
+        text = json.dumps(result, indent=2)
+        write_atomically(self.output / "metrics.json", lambda file: file.write(text.encode()))
+        print(f"\n{'':<24}{'best':>12}{'last':>12}")
+        for name, last in history[-1].items():
+            if name == "step":
+                print(f"{name:<24}{best[name]:>12}{last:>12}")
+            else:
+                print(f"{name:<24}{best[name]:>12.4f}{last:>12.4f}")
+        if skipped:
+            print(f"\n{len(skipped)} broken samples were left out:")
+            for failure in skipped[:LISTED]:
+                print(f"  {failure}")
+            if len(skipped) > LISTED:
+                print(f"  and {len(skipped) - LISTED} more, see metrics.json")
+        print(f"\nWritten to {self.output}: model.safetensors (the best), card.json, metrics.json")

@@ -1,0 +1,76 @@
+"""One model over several processes: DDP, or FSDP2, and whole weights from either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+SHARD_PARAMETERS = 1_000_000  # what is gathered at once should be worth a message
+
+
+def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -> nn.Module:
+    """The model in DDP."""
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=unused_parameters,
+    )
+
+
+def shard(model: nn.Module, parameters: int = SHARD_PARAMETERS) -> None:
+    """Split the parameters among all processes, gathered for a few blocks at a time (FSDP2).
+
+    The smallest modules of at least so many parameters are gathered as one, the rest with the root.
+    """
+    _shard_inside(model, parameters)
+    fully_shard(model)
+
+
+def _shard_inside(module: nn.Module, least: int) -> int:
+    """Shard what is big enough among the descendants; returns the number of parameters left."""
+    left = sum(p.numel() for p in module.parameters(recurse=False))
+    for child in module.children():
+        rest = _shard_inside(child, least)
+        # A list has no forward that could gather its parameters.
+        if rest >= least and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            fully_shard(child)
+            rest = 0
+        left += rest
+    return left
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The whole state_dict, in each process."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's whole state by the parameters' names, in each process."""
+    return get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True)
+    )
+
+
+def load_whole_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Put back what :func:`whole_state` gave."""
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+
+
+def load_whole_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Put back what :func:`whole_optimizer_state` gave."""
+    set_optimizer_state_dict(
+        model, optimizer, state, options=StateDictOptions(full_state_dict=True)
+    )
