@@ -12,10 +12,13 @@ COMMANDS = {
     "info": "print versions, processor, threads and CUDA: what a bug report needs",
     "demo": "train a small vision classifier with SeT attention, then with softmax, on real images",
     "train": "train a network with SeT attention on your own data: classify, detect or segment",
+    "predict": "ask a trained network about your images: classes, boxes and masks, or segmentations",
+    "explain": "draw where the references of a layer take their mass from in your image",
     "profile": "run one shape in a loop, for Nsight Systems and Nsight Compute to look at",
     "selftest": "check every result on this machine and measure its speed: report for bug reports",
 }
-EXTRAS = {"demo", "train"}  # commands that need more than torch
+# What commands need that need more than torch.
+EXTRAS = {"demo": "demo", "train": "train", "predict": "train", "explain": "train"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +49,9 @@ def _missing_packages_explained(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(str(__package__)):
             raise
-        remedy = f'In the source folder: pip install ".[{name}]"'
-        if name not in EXTRAS:
-            remedy = f"pip install {error.name}"
+        remedy = f"pip install {error.name}"
+        if name in EXTRAS:
+            remedy = f'In the source folder: pip install ".[{EXTRAS[name]}]"'
         sys.exit(
             f"setformer {name}: needs the package {error.name}, which is not installed. {remedy}"
         )

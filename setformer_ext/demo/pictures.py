@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..pictures import COLOURS, mutual_information
 from .data import Images
 from .model import GRID, Classifier
 from .train import History
@@ -20,8 +21,6 @@ from .train import History
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Bright on black, and told apart also by people who see no red or no green.
-COLOURS = ["#56b4e9", "#e69f00", "#2ee6a0", "#f0e442", "#ff6ec7", "#d55e00", "#9d8cff", "#ffffff"]
 CURVE_COLOURS = ["#d1495b", "#30638e"]
 SHOWN_REFERENCES = len(COLOURS)
 SHOWN_IMAGES = 10
@@ -62,8 +61,7 @@ def draw_curves(histories: dict[str, History], source: str, path: Path) -> None:
 def draw_plans(model: Classifier, images: Images, path: Path) -> None:
     """Which tokens each reference draws its mass from, for one test image of each class.
 
-    Shows the head whose plan says most about its tokens: the one of the largest mutual information
-    sum_ij P_ij log(P_ij / (a_i b_j)), which is 0 where every reference draws alike.
+    Shows the head whose plan says most about its tokens, by mutual information.
     """
     chosen = _one_of_each_class(images)
     pictures = images.test[chosen]
@@ -127,8 +125,7 @@ def _most_telling_head(model: Classifier, pictures: Tensor) -> tuple[int, int, T
     plans = torch.stack(
         [model.transport_plan(pictures, depth) for depth in range(len(model.blocks))]
     )  # [blocks, K, H, N, M]
-    independent = plans.sum(-1, keepdim=True) * plans.sum(-2, keepdim=True)
-    information = torch.xlogy(plans, plans / independent.clamp_min(1e-30)).sum((-1, -2)).mean(1)
+    information = mutual_information(plans).mean(1)
     depth, head = divmod(int(information.argmax()), information.shape[1])
     return depth, head, plans[depth, :, head]
 

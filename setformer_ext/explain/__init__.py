@@ -1,0 +1,95 @@
+"""``setformer explain``: where the references of a layer draw their mass in your image."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..predict.predictors import Predictor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "training",
+        type=Path,
+        nargs="?",
+        metavar="RUN",
+        help="the --output folder of a `setformer train`; or give --model and --checkpoint",
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("--model", metavar="NAME", help="timm's name, as setformer_tiny")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights of --model, as timm writes them"
+    )
+    parser.add_argument(
+        "--stage", type=int, default=3, help="1 is the finest, 4 the coarsest (default: 3)"
+    )
+    parser.add_argument(
+        "--block",
+        type=int,
+        default=-1,
+        help="of the stage, from 1; -1 is the last (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--head",
+        type=int,
+        help="from 1 (default: the one whose references differ most in what they draw from)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        default=Path("setformer_references.png"),
+        help="the picture (default: %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw the references of the chosen layer; returns the exit status."""
+    from ..predict.loading import RunError
+    from .plans import ExplainError
+
+    try:
+        _explain(options)
+    except (ExplainError, RunError, OSError) as error:
+        print(f"setformer explain: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from ..images import read_image
+    from ..pictures import mutual_information
+    from .picture import draw_references
+    from .plans import ExplainError, find_attention, observe
+
+    predictor = _predictor(options)
+    attention, name = find_attention(predictor.model, options.stage, options.block)
+    heads = attention.num_heads
+    if options.head is not None and not 1 <= options.head <= heads:
+        raise ExplainError(f"--head must be from 1 to {heads} in this layer, got {options.head}")
+    image = read_image(options.image)
+    layer = observe(predictor.model, attention, lambda: predictor(image))
+    head = options.head or 1 + int(mutual_information(layer.plans).argmax())
+    name = f"{name}, head {head} of {heads}"
+    seen = predictor.as_seen(layer.seen)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    draw_references(seen, layer.plans[head - 1], layer.grid, name, options.output)
+    print(f"{options.image}: {name}\n  {options.output}")
+
+
+def _predictor(options: argparse.Namespace) -> Predictor:
+    from ..predict.loading import load_checkpoint, load_run
+    from .plans import ExplainError
+
+    if options.training is not None:
+        if options.model is not None or options.checkpoint is not None:
+            raise ExplainError("give either RUN or --model and --checkpoint, not both")
+        return load_run(options.training)
+    if options.model is None or options.checkpoint is None:
+        raise ExplainError("give the RUN of a training before IMAGE, or --model and --checkpoint")
+    return load_checkpoint(options.model, options.checkpoint)

@@ -1,0 +1,124 @@
+"""What a training left behind, as something to ask about images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .predictors import PREDICTORS, Predictor
+
+CARD = "card.json"
+WEIGHTS = "model.safetensors"
+COMMON_KEYS = {"task": str, "model": str, "model_options": dict, "classes": list}
+
+
+class RunError(Exception):
+    """A training's output that cannot be used; the message names the file and what is wrong."""
+
+
+def load_run(folder: Path) -> Predictor:
+    """The model of a training's output folder, with its weights, in eval mode on the CPU.
+
+    Raises:
+        RunError: if there is no such training, or its files are broken or do not belong together.
+    """
+    for name in (CARD, WEIGHTS):
+        if not (folder / name).is_file():
+            raise RunError(
+                f"{folder}: has no {name}; expected the --output folder of a `setformer train` "
+                "that got as far as its first evaluation"
+            )
+    card = _read_card(folder / CARD)
+    try:
+        predictor = PREDICTORS[card["task"]](card)
+    except KeyError as error:
+        raise RunError(f"{folder / CARD}: lacks {error}; was it edited by hand?") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"{folder / CARD}: no model can be made of it: {error}") from error
+    load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    predictor.model.eval()
+    return predictor
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a checkpoint as timm takes them, EMA's first.
+
+    Raises:
+        RunError: if there is no such file, or it is neither.
+    """
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise RunError(f"{path}: no such file")
+    try:
+        return load_state_dict(str(path))
+    except Exception as error:  # torch and safetensors raise what they like
+        reason = str(error).strip().partition("\n")[0]
+        raise RunError(f"{path}: not a file of weights ({reason})") from error
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Put weights into a model that they must fit to the last one; ``path`` is where they are from.
+
+    Raises:
+        RunError: if some are missing, too many, or of another shape.
+    """
+    expected = model.state_dict()
+    problems = [f"lacks {name}" for name in expected if name not in weights]
+    problems += [
+        f"has {name}, which the model does not" for name in weights if name not in expected
+    ]
+    problems += [
+        f"{name} is {list(weights[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise RunError(
+            f"{path}: these weights are of another model: {'; '.join(problems[:3])}{more}"
+        )
+    model.load_state_dict(weights)
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not JSON ({error})") from error
+    for key, kind in COMMON_KEYS.items():
+        if not isinstance(card, dict) or not isinstance(card.get(key), kind):
+            raise RunError(f"{path}: expected an object with a {kind.__name__} under {key!r}")
+    if card["task"] not in PREDICTORS:
+        raise RunError(f"{path}: task must be one of {', '.join(PREDICTORS)}, got {card['task']!r}")
+    return card
+
+
+def load_checkpoint(name: str, path: Path) -> Predictor:
+    """A classifier from a file of weights alone, reading images as timm's default for the name.
+
+    Raises:
+        RunError: if the name is not one of the backbone's sizes, or the weights do not fit it.
+    """
+    import timm
+
+    names = timm.list_models("setformer_*")
+    if name not in names:
+        raise RunError(f"--model must be one of {', '.join(names)}, got {name!r}")
+    weights = read_weights(path)
+    head = weights.get("head.fc.weight")
+    num_classes = 0 if head is None else len(head)
+    config = timm.get_pretrained_cfg(name).to_dict()
+    card = {
+        "model": name,
+        "model_options": {"num_classes": num_classes},
+        "classes": [f"class {i}" for i in range(num_classes)],
+        **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")},
+    }
+    predictor = PREDICTORS["classify"](card)
+    load_weights(predictor.model, weights, path)
+    predictor.model.eval()
+    return predictor
