@@ -17,6 +17,7 @@ from torch import Tensor
 from .task import TrainingError
 
 KEPT = 2  # the newest, and the one before should that prove broken
+PARTIAL = ".partial"  # how the names end of files that are not yet whole
 
 
 class CheckpointError(TrainingError):
@@ -29,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         CheckpointError: if the file cannot be written, as on a full disk; what was there stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -49,6 +50,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what killed processes left half written."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
@@ -74,9 +81,6 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, and only then remove those that are too old."""
-        # What a killed process left half written.
-        for path in self.folder.glob(".step-*"):
-            path.unlink(missing_ok=True)
         write_atomically(self.folder / f"step-{step:08d}.pt", lambda file: torch.save(state, file))
         for path in self.paths()[KEPT:]:
             path.unlink(missing_ok=True)

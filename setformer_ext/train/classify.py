@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ast
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,9 @@ from torchvision.datasets import ImageFolder
 
 from .. import vision  # noqa: F401 (registers the models)
 from ..images import read_image
-from .options import number
+from .options import key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError
-
-
-def key_and_value(text: str) -> tuple[str, Any]:
-    """``key=value``, the value a Python literal or else a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+from .weights import load_pretrained
 
 
 class Accuracy(Metrics):
@@ -163,7 +153,7 @@ class Classify(Task):
         self.train = _folder(options.data / "train", options)
         self.eval = _folder(options.data / "val", options)
         self.classes = self.train.classes
-        _check_classes(options, self.train, self.eval)
+        self.without = _classes_without_images(options, self.train, self.eval)
         # ImageFolder counts the classes that it finds; those of val may be fewer.
         indices = [self.train.class_to_idx[name] for name in self.eval.classes]
         self.eval.target_transform = indices.__getitem__
@@ -171,8 +161,12 @@ class Classify(Task):
             close = timm.list_models(f"*{options.model}*")[:5]
             hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them"
             raise TrainingError(f"--model: timm knows no {options.model!r}; {hint}")
+        given = dict(options.model_options)
+        for name, source in (("num_classes", "the folders"), ("in_chans", "--in-chans")):
+            if name in given:
+                raise TrainingError(f"--model-options: {name} comes from {source}; leave it out")
         self.model_options = {
-            **dict(options.model_options),
+            **given,
             "num_classes": len(self.classes),
             "in_chans": options.in_chans,
         }
@@ -219,7 +213,7 @@ class Classify(Task):
         size = "x".join(str(s) for s in self.config["input_size"])
         return (
             f"{len(self.train)} training and {len(self.eval)} evaluation images of "
-            f"{len(self.classes)} classes, read as {size}"
+            f"{len(self.classes)} classes, read as {size}" + "".join(f"; {s}" for s in self.without)
         )
 
     def make_model(self) -> nn.Module:
@@ -264,47 +258,19 @@ class Classify(Task):
         }
 
 
-def load_pretrained(model: nn.Module, path: Path) -> None:
-    """Load weights, but for a classifier of another number of classes.
-
-    Raises:
-        TrainingError: if the file cannot be read or is of another model.
-    """
-    try:
-        state = timm.models.load_state_dict(str(path))
-    except Exception as error:  # each format has errors of its own
-        reason = str(error).split("\n")[0]
-        raise TrainingError(f"--pretrained: cannot read weights from {path}: {reason}") from error
-    own = model.state_dict()
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else classifier
-    heads = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
-    if any(name in state and state[name].shape != own[name].shape for name in heads):
-        state = {name: tensor for name, tensor in state.items() if name not in heads}
-    wrong = [name for name in own if name not in state and name not in heads]
-    wrong += [name for name in state if name not in own or state[name].shape != own[name].shape]
-    if wrong:
-        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise TrainingError(
-            f"--pretrained: {path} holds weights of another model: "
-            f"missing, unknown or of another shape are {listed}"
-        )
-    model.load_state_dict(state, strict=False)
+def _read(file: str, mode: str) -> Image.Image:
+    return read_image(Path(file)).convert(mode)
 
 
 def _folder(path: Path, options: argparse.Namespace) -> ImageFolder:
-    mode = "L" if options.in_chans == 1 else "RGB"
-
-    def load(file: str) -> Image.Image:
-        return read_image(Path(file)).convert(mode)
-
+    read = partial(_read, mode="L" if options.in_chans == 1 else "RGB")  # workers pickle it
     if not path.is_dir():
         raise DataError(
             f"--data: there is no folder {path}; expected train/CLASS/*.jpg and val/CLASS/*.jpg "
             f"in {path.parent}"
         )
     try:
-        folder = ImageFolder(path, loader=load, allow_empty=True)
+        folder = ImageFolder(path, loader=read, allow_empty=True)
     except FileNotFoundError as error:
         raise DataError(f"--data: {path} has no folders, one for each class") from error
     if not folder.samples:
@@ -312,7 +278,10 @@ def _folder(path: Path, options: argparse.Namespace) -> ImageFolder:
     return folder
 
 
-def _check_classes(options: argparse.Namespace, train: ImageFolder, val: ImageFolder) -> None:
+def _classes_without_images(
+    options: argparse.Namespace, train: ImageFolder, val: ImageFolder
+) -> list[str]:
+    """Says which classes either folder lacks, where the training goes on without them."""
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         raise DataError(f"--data: {train.root} lacks classes of {val.root}: {', '.join(unknown)}")
@@ -320,11 +289,12 @@ def _check_classes(options: argparse.Namespace, train: ImageFolder, val: ImageFo
         raise DataError(
             f"--data: {train.root} has one class, {train.classes[0]}; expected two or more"
         )
+    messages = []
     for folder in (train, val):
         filled = {folder.classes[label] for _, label in folder.samples}
         empty = [name for name in train.classes if name not in filled]
         if empty:
-            message = f"{folder.root} has no images of these classes: {', '.join(empty)}"
-            if options.on_error == "stop":
-                raise DataError(f"--data: {message} (--on-error skip: go on without)")
-            print(message)
+            messages.append(f"{folder.root} has no images of these classes: {', '.join(empty)}")
+    if messages and options.on_error == "stop":
+        raise DataError(f"--data: {'; '.join(messages)} (--on-error skip: go on without)")
+    return messages

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import parallel
-from .checkpoints import Checkpoints, save_weights, write_atomically
+from .checkpoints import Checkpoints, clear_partial, save_weights, write_atomically
 from .journal import Journal
 from .optimization import make_optimizer, make_schedule
 from .sampling import (
@@ -81,6 +81,7 @@ class Training:
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         if self.options.resume:
+            clear_partial(self.options.output)
             return self.checkpoints.load(lambda text: print(f"{text}; trying the one before"))
         if self.checkpoints.paths() or (self.options.output / "model.safetensors").exists():
             raise TrainingError(

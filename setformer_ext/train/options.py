@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import json
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -130,12 +132,24 @@ def number(
     return parse
 
 
+def key_and_value(text: str) -> tuple[str, Any]:
+    """For ``type=``: ``key=value``, the value a Python literal or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    try:
+        literal = ast.literal_eval(value)
+        json.dumps(literal)  # as the card will hold it
+    except (ValueError, SyntaxError, TypeError):
+        return key, value
+    return key, literal
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Declare what every training has: length, optimizer, processes, precision, checkpoints."""
     group = parser.add_argument_group("training")
-    length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(int, 1), default=100, help="default: %(default)s")
-    length.add_argument("--steps", type=number(int, 1), help="train so many steps, not epochs")
+    group.add_argument("--epochs", type=number(int, 1), default=100, help="default: %(default)s")
+    group.add_argument("--steps", type=number(int, 1), help="so many steps, instead of epochs")
     group.add_argument(
         "--batch-size",
         type=number(int, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ SHARD_PARAMETERS = 1_000_000  # what is gathered at once should be worth a messa
 
 def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -> nn.Module:
     """The model in DDP."""
+    # Gradients of channels-last convolutions; copying those of a 3 x 3 filter costs nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
@@ -28,22 +31,22 @@ def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -
     )
 
 
-def shard(model: nn.Module, parameters: int = SHARD_PARAMETERS) -> None:
+def shard(model: nn.Module) -> None:
     """Split the parameters among all processes, gathered for a few blocks at a time (FSDP2).
 
-    The smallest modules of at least so many parameters are gathered as one, the rest with the root.
+    The smallest modules of at least SHARD_PARAMETERS are gathered as one, the rest with the root.
     """
-    _shard_inside(model, parameters)
+    _shard_inside(model)
     fully_shard(model)
 
 
-def _shard_inside(module: nn.Module, least: int) -> int:
+def _shard_inside(module: nn.Module) -> int:
     """Shard what is big enough among the descendants; returns the number of parameters left."""
     left = sum(p.numel() for p in module.parameters(recurse=False))
     for child in module.children():
-        rest = _shard_inside(child, least)
+        rest = _shard_inside(child)
         # A list has no forward that could gather its parameters.
-        if rest >= least and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if rest >= SHARD_PARAMETERS and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             fully_shard(child)
             rest = 0
         left += rest
