@@ -64,9 +64,11 @@ def run(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> None:
     from ..images import read_image
     from ..pictures import mutual_information
-    from .picture import draw_references
+    from .picture import SUFFIXES, draw_references
     from .plans import ExplainError, find_attention, observe
 
+    if options.output.suffix[1:] not in SUFFIXES:
+        raise ExplainError(f"{options.output}: pictures can be written as {', '.join(SUFFIXES)}")
     predictor = _predictor(options)
     attention, name = find_attention(predictor.model, options.stage, options.block)
     heads = attention.num_heads

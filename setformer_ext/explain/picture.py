@@ -16,6 +16,7 @@ from ..pictures import COLOURS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SUFFIXES = ("png", "pdf", "svg", "jpg", "webp", "tiff")
 COLUMNS = 5
 PANEL = (2.4, 3.2)  # inches, the largest width and height of an image
 TITLE, HEADER = 0.32, 1.0  # inches over each panel, and over all of them
@@ -40,7 +41,7 @@ def draw_references(
         plan: mass from token i to reference j.
         grid: rows and columns of the tokens.
         layer: names the layer in the title.
-        path: of the PNG, or whatever else matplotlib writes.
+        path: of the picture, with one of SUFFIXES.
     """
     longer = max(image.shape[1:])
     size = tuple(max(1, round(RESOLUTION * side / longer)) for side in image.shape[1:])
@@ -56,28 +57,19 @@ def draw_references(
     grey = image.mean(-1, keepdim=True)
     tint = _resize(of_token.mT.unflatten(1, grid), size, "nearest")
     _show(panels[0], image, "what the network sees")
-    _show(panels[1], tint * (0.35 + 0.65 * grey), "where each token gives most")
+    _show(panels[1], tint * (0.5 + 0.5 * grey), "where each token gives most")
     for axes, j, name in zip(panels[2:], shown, COLOURS, strict=False):
         light = plan[:, j].unflatten(0, grid) / plan[:, j].max()
         glow = 0.85 * _resize(light.unsqueeze(0), size, "nearest") * colours[j]
         title = f"reference {j + 1}: {preferring[j]:.0%} of the tokens"
         _show(axes, 0.25 * grey + glow, title, name)
-    height = figure.get_figheight()
-    notes = [
-        ("Where the references of a layer draw their mass", 16, "white", 0.12),
-        (f"{layer}, {len(shown)} of its {plan.shape[1]} references", 11, "white", 0.45),
-        (
-            "Bright: the reference draws much from there. Percentage: of the tokens, those that "
-            f"give it most.{' Dark grey: most to one not shown.' if len(shown) < plan.shape[1] else ''}",
-            10,
-            "#bbbbbb",
-            0.7,
-        ),
-    ]
-    for text, fontsize, colour, top in notes:
-        figure.text(
-            0.5, 1 - top / height, text, fontsize=fontsize, color=colour, ha="center", va="top"
-        )
+    note = (
+        "Bright: the reference draws much from there. "
+        "Percentage: of the tokens, those that give it most."
+    )
+    if len(shown) < plan.shape[1]:
+        note += " Dark grey: most to one not shown."
+    _head(figure, f"{layer}, {len(shown)} of its {plan.shape[1]} references", note)
     figure.savefig(path, dpi=150)
 
 
@@ -95,6 +87,19 @@ def _panels(count: int, aspect: float) -> tuple[Figure, list[Axes]]:
     for axes in panels:
         axes.set_axis_off()
     return figure, panels
+
+
+def _head(figure: Figure, layer: str, note: str) -> None:
+    title = "Where the references of a layer draw their mass"
+    height = figure.get_figheight()
+    for text, fontsize, colour, top in (
+        (title, 16, "white", 0.12),
+        (layer, 11, "white", 0.45),
+        (note, 10, "#bbbbbb", 0.7),
+    ):
+        figure.text(
+            0.5, 1 - top / height, text, fontsize=fontsize, color=colour, ha="center", va="top"
+        )
 
 
 def _resize(picture: Tensor, size: tuple[int, ...], mode: str) -> Tensor:

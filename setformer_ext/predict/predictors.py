@@ -51,6 +51,10 @@ class Classifier(Predictor):
     def __init__(self, card: dict[str, Any]) -> None:
         super().__init__(card)
         self.model = timm.create_model(card["model"], **card["model_options"])
+        if self.model.num_classes != len(self.classes):
+            raise ValueError(
+                f"{len(self.classes)} classes, but the model has {self.model.num_classes}"
+            )
         keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
         self.transform = create_transform(**{key: card[key] for key in keys})
         self.mode = "L" if len(self.mean) == 1 else "RGB"

@@ -1,0 +1,259 @@
+"""setformer explain: the plan is that of the layer, wherever it is, and the picture shows it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from setformer_ext import cli
+from setformer_ext.explain import picture
+from setformer_ext.explain.plans import ExplainError, find_attention, observe
+from setformer_ext.pictures import COLOURS, mutual_information
+from setformer_ext.vision import Setformer
+
+TINY = {
+    "dims": (32, 32, 64, 32),
+    "depths": (1, 1, 2, 1),
+    "num_references": (4, 4, 6, 4),
+    "num_classes": 3,
+}
+
+
+def make_model(**options: object) -> Setformer:
+    torch.manual_seed(0)
+    model = timm.create_model("setformer_mini", **(TINY | options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # masses and biases, too
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@torch.no_grad()
+def plans_by_hand(model: Setformer, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [H, N, M]
+    """Stage 3, block 2, step by step."""
+    x = model.stages[1](model.stages[0](model.stem(images)))
+    stage = model.stages[2]
+    tokens = stage.blocks[0](stage.downsample(x).permute(0, 2, 3, 1))
+    block = stage.blocks[1]
+    tokens = tokens + block.position(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    tokens = block.attention_norm(tokens)
+    return block.attention.transport_plan(tokens.flatten(1, 2), grid=tuple(tokens.shape[1:3]))[0]
+
+
+@pytest.mark.parametrize("block", [2, -1])
+def test_plan_is_that_of_the_layer(block: int) -> None:
+    model, images = make_model(), torch.randn(1, 3, 40, 72)
+    attention, name = find_attention(model, 3, block)
+    layer = observe(model, attention, lambda: model(images))
+    assert name == "stage 3, block 2 of 2"
+    assert layer.grid == (3, 5)
+    assert layer.plans.shape == (2, 15, 6)
+    assert torch.equal(layer.seen, images[0])
+    torch.testing.assert_close(layer.plans, plans_by_hand(model, images))
+    expected = attention.reference_log_mass.softmax(-1)  # what each reference draws in all
+    torch.testing.assert_close(layer.plans.sum(1), expected, rtol=1e-4, atol=1e-6)
+    assert not attention._forward_pre_hooks
+
+
+class Detector(nn.Module):
+    """A backbone out of timm's features_only, inside something else, on padded images."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        features = {key: value for key, value in TINY.items() if key != "num_classes"}
+        self.body = timm.create_model(
+            "setformer_mini", features_only=True, **features, **options
+        ).eval()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.body(nn.functional.pad(x, (0, 24, 0, 24)))
+
+
+def test_backbone_is_found_inside_other_models() -> None:
+    model, detector, images = make_model(), Detector(), torch.randn(1, 3, 40, 40)
+    weights = {name.replace("stages.", "stages_"): w for name, w in model.state_dict().items()}
+    detector.body.load_state_dict(weights, strict=False)
+    attention, _ = find_attention(detector, 3, -1)
+    layer = observe(detector, attention, lambda: detector(images))
+    assert layer.seen.shape == (3, 64, 64)
+    expected = plans_by_hand(model, nn.functional.pad(images, (0, 24, 0, 24)))
+    torch.testing.assert_close(layer.plans, expected)
+
+
+def test_other_layers_are_refused() -> None:
+    model = make_model()
+    for stage in (0, 5):
+        with pytest.raises(ExplainError, match=f"--stage must be from 1 to 4, got {stage}"):
+            find_attention(model, stage, 1)
+    for block in (0, 3, -3):
+        with pytest.raises(ExplainError, match=rf"--block must be from 1 to 2.* -2, got {block}"):
+            find_attention(model, 3, block)
+    with pytest.raises(ExplainError, match=r"only SeT attention has references .*SoftmaxAttention"):
+        find_attention(make_model(attention="softmax"), 3, 1)
+    with pytest.raises(ExplainError, match="Linear holds no Setformer"):
+        find_attention(nn.Linear(1, 1), 3, 1)
+    shortened = Detector(out_indices=(0, 1))
+    with pytest.raises(ExplainError, match="--stage must be from 1 to 2, got 3"):
+        find_attention(shortened, 3, 1)
+
+
+def test_mutual_information_is_that_of_known_plans() -> None:
+    own = torch.eye(4) / 4  # each token gives to a reference of its own
+    alike = torch.full((4, 4), 1 / 16)
+    halves = torch.eye(2).repeat_interleave(2, 0).repeat_interleave(2, 1) / 8
+    expected = torch.tensor([4.0, 1.0, 2.0]).log()
+    torch.testing.assert_close(mutual_information(torch.stack([own, alike, halves])), expected)
+
+
+def test_picture_shows_who_draws_from_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve tokens: three quarters give to reference 3, the rest to 1, none most to 2."""
+    shown: list[tuple[Tensor, str]] = []
+    show = picture._show
+    monkeypatch.setattr(
+        picture, "_show", lambda axes, *given: (shown.append(given[:2]), show(axes, *given))
+    )
+    plan = torch.tensor([[0.1, 0.1, 0.8]] * 9 + [[0.6, 0.3, 0.1]] * 3)
+    image = torch.ones(3, 30, 40)
+    picture.draw_references(image, plan, (3, 4), "layer", tmp_path / "p.png")
+    titles = [title for _, title in shown]
+    assert titles[1] == "where each token gives most"
+    assert [title.split(":")[0] for title in titles[2:]] == [f"reference {j}" for j in (3, 1, 2)]
+    assert [title.split(": ")[1].split("%")[0] for title in titles[2:]] == ["75", "25", "0"]
+    first, second = torch.tensor(to_rgb(COLOURS[0])), torch.tensor(to_rgb(COLOURS[1]))
+    assert shown[0][0].shape == (360, 480, 3)
+    tint, of_third, of_first = (panel for panel, _ in shown[1:4])
+
+    def at(panel: Tensor, row: float, column: float) -> Tensor:
+        return panel[int(row * 360), int(column * 480)]
+
+    # The last three tokens are the last row but for its first quarter.
+    torch.testing.assert_close(at(tint, 0.1, 0.9), first)
+    torch.testing.assert_close(at(tint, 0.9, 0.1), first)
+    torch.testing.assert_close(at(tint, 0.9, 0.9), second)
+    torch.testing.assert_close(at(of_third, 0.1, 0.1), (0.25 + 0.85 * first))
+    torch.testing.assert_close(at(of_third, 0.9, 0.9), (0.25 + 0.85 * first / 8))
+    torch.testing.assert_close(at(of_first, 0.9, 0.9), (0.25 + 0.85 * second))
+    assert is_png(tmp_path / "p.png")
+
+
+def is_png(path: Path) -> bool:
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG" and min(image.size) > 300
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    levels = np.random.default_rng(0).integers(0, 255, (30, 50, 3))
+    Image.fromarray(np.uint8(levels)).save(path)
+    return path
+
+
+def write_run(folder: Path, name: str, model: nn.Module, **options: object) -> Path:
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    card = {
+        "task": "classify",
+        "model": name,
+        "model_options": options,
+        "classes": ["a", "b", "c"],
+        "input_size": [3, 64, 64],
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "crop_pct": 1.0,
+    }
+    (folder / "card.json").write_text(json.dumps(card))
+    return folder
+
+
+def explain(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    status = cli.main(["explain", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def test_command_draws_a_run(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture) -> None:
+    run = write_run(tmp_path / "run", "setformer_mini", make_model(), **TINY)
+    output = tmp_path / "new" / "picture.png"
+    status, out, _ = explain(
+        capsys, run, photo, "--stage", 3, "--block", -2, "--head", 2, "--output", output
+    )
+    assert status == 0
+    assert "stage 3, block 1 of 2, head 2 of 2" in out
+    assert is_png(output)
+    status, out, _ = explain(capsys, run, photo, "--stage", 1, "--output", output)
+    assert (status, "stage 1, block 1 of 1, head 1 of 1" in out) == (0, True)
+
+
+def test_command_chooses_the_telling_head(
+    tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In the other head all references are one, which leaves nothing to tell them apart."""
+    for head in (0, 1):
+        model = make_model()
+        with torch.no_grad():
+            model.stages[2].blocks[1].attention.reference[1 - head] = 1.0
+        run = write_run(tmp_path / f"run{head}", "setformer_mini", model, **TINY)
+        status, out, _ = explain(capsys, run, photo, "--output", tmp_path / "p.png")
+        assert (status, f"head {head + 1} of 2" in out) == (0, True)
+
+
+def test_command_takes_a_checkpoint_of_timm(
+    tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = timm.create_model("setformer_mini", num_classes=2)
+    checkpoint = tmp_path / "checkpoint.pth.tar"
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, checkpoint)
+    given = ("--model", "setformer_mini", "--checkpoint", checkpoint)
+    status, out, _ = explain(capsys, *given, photo, "--output", tmp_path / "p.png")
+    assert status == 0
+    assert "stage 3, block 8 of 8" in out
+    assert is_png(tmp_path / "p.png")
+
+
+def test_bad_input_is_explained(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "p.png"
+
+    def message(*arguments: object) -> str:
+        status, _, err = explain(capsys, "--output", output, *arguments)
+        assert status == 1
+        assert err.startswith("setformer explain: ")
+        assert err.count("\n") == 1
+        return err
+
+    model = make_model(attention="softmax")
+    softmax = write_run(tmp_path / "softmax", "setformer_mini", model, **TINY, attention="softmax")
+    assert "only SeT attention has references to explain" in message(softmax, photo)
+    other = timm.create_model("test_resnet", num_classes=3)
+    resnet = write_run(tmp_path / "resnet", "test_resnet", other, num_classes=3)
+    assert "ResNet holds no Setformer" in message(resnet, photo)
+    run = write_run(tmp_path / "run", "setformer_mini", make_model(), **TINY)
+    assert "--head must be from 1 to 2 in this layer, got 3" in message(run, photo, "--head", 3)
+    assert "--head must be from 1 to 2 in this layer, got 0" in message(run, photo, "--head", 0)
+    assert "missing.png: no such file" in message(run, tmp_path / "missing.png")
+    assert "has no card.json" in message(tmp_path, photo)
+    assert "give the RUN of a training before IMAGE" in message(photo)
+    assert "give the RUN" in message(photo, "--model", "setformer_mini")
+    named = ("--model", "setformer_mini", "--checkpoint")
+    assert "not both" in message(run, photo, *named, run / "model.safetensors")
+    assert "missing.pth: no such file" in message(photo, *named, tmp_path / "missing.pth")
+    assert "photo.png: not a file of weights" in message(photo, *named, photo)
+    assert "weights are of another model" in message(photo, *named, run / "model.safetensors")
+    assert "--model must be one of setformer_base" in message(
+        photo, "--model", "resnet18", "--checkpoint", photo
+    )
+    assert not output.exists()
+    output = tmp_path / "p.docx"
+    assert "p.docx: pictures can be written as" in message(run, photo)

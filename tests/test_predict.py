@@ -1,0 +1,302 @@
+"""setformer predict: that it answers as the training measured, on any image, and draws it."""
+
+import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco
+
+from setformer_ext import cli
+from setformer_ext.predict.answers import Classification, Detection, Segmentation
+from setformer_ext.predict.loading import RunError, load_run
+from setformer_ext.predict.pictures import PALETTE, REST, _colours, draw
+from training import classify, metrics, write_digits
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"), train=200, val=40)
+
+
+@pytest.fixture(scope="module")
+def training(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("training")
+    classify(digits, output, "--steps=30", "--batch-size=16", "--lr=3e-3", "--ema-decay=0")
+    return output
+
+
+@pytest.fixture
+def copy(training: Path, tmp_path: Path) -> Path:
+    """A training to spoil."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("card.json", "model.safetensors"):
+        shutil.copy(training / name, folder)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A photograph-like picture: 60 x 90, a gradient and a bright square."""
+    levels = np.add.outer(np.arange(60), np.arange(90))[..., None] * np.array([1.0, 0.5, 0.2])
+    levels[10:30, 40:60] = 250
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.uint8(levels.clip(0, 255))).save(path)
+    return path
+
+
+def predict(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    status = cli.main(["predict", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def test_answers_are_those_that_were_measured(
+    digits: Path, training: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The share of right answers is the accuracy that the training reported."""
+    files = sorted((digits / "val").rglob("*.png"))
+    report = tmp_path / "new" / "answers.json"
+    status, out, _ = predict(
+        capsys, training, *files, "--output", tmp_path / "new", "--json", report
+    )
+    assert status == 0
+    answers = json.loads(report.read_text())
+    assert [answer["image"] for answer in answers] == [str(file) for file in files]
+    guesses = [answer["classes"][0]["name"] for answer in answers]
+    right = [guess == file.parent.name for guess, file in zip(guesses, files, strict=True)]
+    assert np.mean(right) == pytest.approx(metrics(training)["best"]["top1"])
+    assert 0.15 < np.mean(right) < 1  # so that agreeing says something
+    assert len({answer["picture"] for answer in answers}) == len(files)
+    for answer in answers:
+        probabilities = [entry["probability"] for entry in answer["classes"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert f"{answer['classes'][0]['name']} {probabilities[0]:.1%}" in out
+        assert is_png(Path(answer["picture"]))
+
+
+def is_png(path: Path) -> bool:
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG" and min(image.size) > 100
+
+
+def test_same_image_same_answer_whatever_its_file(training: Path, tmp_path: Path) -> None:
+    """Turned by EXIF, in 16 bits, with a palette, or transparent: it is the same picture."""
+    from setformer_ext.images import read_image
+
+    grey = np.uint8(np.add.outer(4 * np.arange(30), 3 * np.arange(45)) % 251)
+    grey[0, :2] = 0, 255  # so that stretching changes nothing
+    plain = Image.fromarray(grey)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    with_hole = plain.convert("LA")
+    with_hole.putalpha(Image.fromarray(np.uint8(255 * (grey != 7))))
+    files = {
+        "plain": plain,
+        "deep": Image.fromarray(np.uint16(grey) * 257),
+        "palette": plain.convert("RGB").quantize(256),
+        "opaque": plain.convert("RGBA"),
+    }
+    for name, image in files.items():
+        image.save(tmp_path / f"{name}.png")
+    plain.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    with_hole.save(tmp_path / "hole.png")
+    predictor = load_run(training)
+    expected = predictor(read_image(tmp_path / "plain.png")).json()
+    for name in ("deep", "palette", "opaque", "turned"):
+        image = read_image(tmp_path / f"{name}.png")
+        assert (image.mode, image.size) == ("RGB", (45, 30)), name
+        assert predictor(image).json() == expected, name
+    white = np.asarray(read_image(tmp_path / "hole.png"))[grey == 7]
+    assert (white == 255).all()
+
+
+def test_goes_on_after_broken_files(
+    training: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(photo.read_bytes()[:-40])
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    files = (tmp_path / "missing.png", broken, text, tmp_path, photo)
+    status, out, err = predict(capsys, training, *files, "--output", tmp_path / "out")
+    assert status == 1
+    assert f"{tmp_path / 'missing.png'}: no such file" in err
+    assert f"{broken}: a broken image" in err
+    assert f"{text}: not an image" in err
+    assert "4 of 5 images could not be read" in err
+    assert str(photo) in out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["photo.png"]
+
+
+def test_same_names_do_not_overwrite(
+    training: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "photo.bmp"
+    Image.open(photo).save(other)
+    assert predict(capsys, training, photo, other, photo, "--output", tmp_path / "out")[0] == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"photo.png", "photo_2.png", "photo_3.png"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "card.json").unlink(), "has no card.json; expected the --output"),
+        (lambda run: (run / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda run: (run / "card.json").write_text("{"), "card.json: not JSON"),
+        (lambda run: (run / "card.json").write_text("[]"), "expected an object"),
+        (lambda run: edit(run, task="dream"), "task must be one of classify"),
+        (lambda run: edit(run, classes="ab"), "a list under 'classes'"),
+        (lambda run: edit(run, mean=None), "no model can be made of it"),
+        (lambda run: edit(run, model="nothing"), "no model can be made of it"),
+        (lambda run: edit(run, model_options={"depth": 1}), "no model can be made of it"),
+        (lambda run: edit(run, crop_pct=...), "lacks 'crop_pct'"),
+        (
+            lambda run: edit(run, model_options={"num_classes": 10}),
+            "these weights are of another model",
+        ),
+        (lambda run: edit(run, classes=["a", "b"]), "2 classes, but the model has 10"),
+        (
+            lambda run: (run / "model.safetensors").write_bytes(b"junk"),
+            "model.safetensors: not a file of weights",
+        ),
+    ],
+)
+def test_spoiled_trainings_are_explained(
+    copy: Path, photo: Path, spoil, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    spoil(copy)
+    status, _, err = predict(capsys, copy, photo, "--output", copy / "out")
+    assert status == 1
+    assert message in err
+    assert str(copy) in err
+    assert err.count("\n") == 1
+    assert not (copy / "out").exists()
+
+
+def edit(run: Path, **changes: object) -> None:
+    """Change entries of the card; ... takes one out."""
+    card = json.loads((run / "card.json").read_text()) | changes
+    card = {key: value for key, value in card.items() if value is not ...}
+    (run / "card.json").write_text(json.dumps(card))
+
+
+def test_weights_that_lack_or_exceed_are_named(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    head = weights.pop("head.fc.bias")
+    save_file(weights | {"other": head}, copy / "model.safetensors")
+    with pytest.raises(RunError, match=r"lacks head\.fc\.bias; has other, which the model does"):
+        load_run(copy)
+
+
+def test_bad_options_are_explained(
+    training: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for threshold in ("1.5", "nan"):
+        status, _, err = predict(capsys, training, photo, f"--threshold={threshold}")
+        assert status == 1
+        assert f"--threshold must be from 0 to 1, got {threshold}" in err
+    status, _, err = predict(capsys, training, photo, "--output", photo)
+    assert status == 1
+    assert str(photo) in err
+
+
+def test_missing_package_says_what_to_install(
+    training: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "setformer_ext.predict.pictures")
+    with pytest.raises(SystemExit, match=r'needs the package matplotlib.*pip install "\.\[train'):
+        cli.main(["predict", str(training), str(photo)])
+
+
+def test_masks_in_json_are_those_of_coco() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(4, (13, 7))
+    labels[labels == 1] = 0
+    answer = Segmentation(["a", "b", "c", "d"], labels).json()
+    counts = [int((labels == "abcd".index(entry["name"])).sum()) for entry in answer["classes"]]
+    assert len(counts) == 3
+    assert counts == sorted(counts, reverse=True)
+    restored = torch.full((13, 7), -1)
+    for entry in answer["classes"]:
+        decoded = torch.tensor(coco.decode(entry["segmentation"]).astype(bool))
+        assert entry["share"] == pytest.approx(float(decoded.float().mean()))
+        restored[decoded] = "abcd".index(entry["name"])
+    assert torch.equal(restored, labels)
+
+    masks = torch.rand(2, 9, 11) > 0.5
+    boxes = torch.tensor([[1.0, 2.0, 3.5, 4.0], [0.0, 0.0, 11.0, 9.0]])
+    detection = Detection(["x", "y"], boxes, torch.tensor([1, 0]), torch.tensor([0.9, 0.6]), masks)
+    objects = json.loads(json.dumps(detection.json()))["objects"]
+    assert [thing["name"] for thing in objects] == ["y", "x"]
+    assert objects[0]["box"] == [1.0, 2.0, 3.5, 4.0]
+    for thing, mask in zip(objects, masks, strict=True):
+        assert np.array_equal(coco.decode(thing["segmentation"]), mask.numpy())
+    assert detection.text() == "1 x y, 1 x x"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 700), (700, 9), (3000, 40)])
+def test_any_answer_about_any_size_is_drawn(size: tuple[int, int], tmp_path: Path) -> None:
+    """Names are not taken for formulas or for what the legend should leave out; nothing warns."""
+    image = Image.new("RGB", size, "green")
+    width, height = size
+    names = ["$x", "_y", "", "a name of more words than there is room for beside the bars", "z"]
+    box = torch.tensor([[0.0, 0.0, width, height]])
+    none = torch.zeros(0)
+    answers = [
+        Classification(names, torch.tensor([0.7, 0.2, 0.1, 0.0, 0.0])),
+        Detection(
+            names,
+            box,
+            torch.tensor([1]),
+            torch.tensor([0.8]),
+            torch.ones(1, height, width, dtype=torch.bool),
+        ),
+        Detection(names, none.view(0, 4), none.long(), none, None),
+        Segmentation(names, torch.arange(height * width).view(height, width) % 5),
+        Segmentation(
+            [f"{i}" for i in range(99)], torch.arange(height * width).view(height, -1) % 99
+        ),
+    ]
+    for index, answer in enumerate(answers):
+        path = tmp_path / f"{index}.png"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            draw(answer, image, "$name$.png", path)
+        assert is_png(path)
+
+
+def test_segmentation_is_laid_over_the_image(tmp_path: Path) -> None:
+    """The drawn halves have the classes' hues, on the right; the image is on the left."""
+    labels = torch.zeros(100, 100, dtype=torch.int64)
+    labels[:, 50:] = 1
+    draw(Segmentation(["a", "b"], labels), Image.new("RGB", (100, 100)), "x", tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")) / 255
+    row = pixels[pixels.shape[0] // 2]
+    for label, place in ((0, 0.6), (1, 0.9)):
+        seen = row[int(place * len(row))]
+        assert seen == pytest.approx(0.65 * np.array(PALETTE[label]), abs=0.01)
+    assert row[: len(row) // 2 - 20].max() == 0
+
+
+def test_colours_are_the_classes_own_while_they_last() -> None:
+    few = _colours(len(PALETTE), [3, 0])
+    assert few == {3: PALETTE[3], 0: PALETTE[0]}
+    many = _colours(150, list(range(20, 60)))
+    assert [many[label] for label in range(20, 36)] == PALETTE
+    assert {many[label] for label in range(36, 60)} == {REST}
+    assert len(set(PALETTE)) == len(PALETTE)
