@@ -50,6 +50,8 @@ class SetAttention(nn.Module):
         learned_epsilon: learn one epsilon per head, as its logarithm.
         learned_token_mass: a_i proportional to exp(<u_h, x_i>), instead of uniform.
         learned_reference_mass: b_j proportional to exp(c_hj), instead of uniform.
+        adaptive_reference_mass: add <m_hj, mean_i x_i>, over the valid tokens, to c_hj: an input may
+            need some references more than others, which fixed masses make it use alike.
         num_anchors: if given, replace the gaussian kernel by its Nystrom approximation
             <psi(k), psi(y)> on that many learned anchors per head; see
             :func:`setformer_ext.nystrom.nystrom_features`.
@@ -82,6 +84,7 @@ class SetAttention(nn.Module):
         learned_epsilon: bool = False,
         learned_token_mass: bool = True,
         learned_reference_mass: bool = True,
+        adaptive_reference_mass: bool = False,
         num_anchors: int | None = None,
         position_bandwidth: float | None = None,
         bias: bool = True,
@@ -101,6 +104,7 @@ class SetAttention(nn.Module):
             "learned_epsilon": learned_epsilon,
             "learned_token_mass": learned_token_mass,
             "learned_reference_mass": learned_reference_mass,
+            "adaptive_reference_mass": adaptive_reference_mass,
             "bias": bias,
         }
         for name, integer in integers.items():
@@ -135,6 +139,8 @@ class SetAttention(nn.Module):
                 "finite and positive or None",
                 position_bandwidth,
             )
+        if adaptive_reference_mass:
+            _require(learned_reference_mass, "learned_reference_mass", "True where adaptive", False)
         if kernel == "linear":
             _require(num_anchors is None, "num_anchors", "None with kernel='linear'", num_anchors)
             _require(not learned_bandwidth, "learned_bandwidth", "False with kernel='linear'", True)
@@ -156,6 +162,11 @@ class SetAttention(nn.Module):
         self.value = nn.Linear(dim, dim, bias=bias)
         self.projection = nn.Linear(dim, dim, bias=bias)
         self.token_mass = nn.Linear(dim, num_heads, bias=False) if learned_token_mass else None
+        self.reference_mass = (
+            nn.Linear(dim, num_heads * num_references, bias=False)
+            if adaptive_reference_mass
+            else None
+        )
         self.reference = _parameter(not pooled_references, num_heads, num_references, head_dim)
         self.reference_log_mass = _parameter(learned_reference_mass, num_heads, num_references)
         self.anchor = _parameter(num_anchors is not None, num_heads, num_anchors or 0, head_dim)
@@ -170,8 +181,9 @@ class SetAttention(nn.Module):
                 nn.init.xavier_uniform_(linear.weight)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
-        if self.token_mass is not None:
-            nn.init.zeros_(self.token_mass.weight)
+        for mass in (self.token_mass, self.reference_mass):
+            if mass is not None:
+                nn.init.zeros_(mass.weight)
         for points in (self.reference, self.anchor):
             if points is not None:  # of about unit length, the length they are used at
                 nn.init.normal_(points, std=points.shape[-1] ** -0.5)
@@ -243,6 +255,8 @@ class SetAttention(nn.Module):
             parts.append("learned_token_mass=False")
         if self.reference_log_mass is None:
             parts.append("learned_reference_mass=False")
+        if self.reference_mass is not None:
+            parts.append("adaptive_reference_mass=True")
         if self.num_anchors is not None:
             parts.append(f"num_anchors={self.num_anchors}")
         if self.position_bandwidth is not None:
@@ -271,7 +285,7 @@ class SetAttention(nn.Module):
             "reference": reference,
             "mask": mask,
             "token_mass": self._token_mass(x, mask),
-            "reference_mass": self._reference_mass(),
+            "reference_mass": self._reference_mass(x, mask),
             "kernel": self.kernel if self.anchor is None else "linear",
             "bandwidth": self.bandwidth if self.anchor is None else 1.0,
             "epsilon": self.epsilon,
@@ -303,11 +317,16 @@ class SetAttention(nn.Module):
             logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(logits.dtype).min)
         return _softmax(logits) * x.shape[1]
 
-    def _reference_mass(self) -> Tensor | None:
-        """[H, M], 1 on average."""
+    def _reference_mass(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """[H, M], or [B, H, M] where adaptive, 1 on average."""
         if self.reference_log_mass is None:
             return None
-        return _softmax(self.reference_log_mass) * self.num_references
+        logits = self.reference_log_mass
+        if self.reference_mass is not None:
+            logits = logits + self.reference_mass(_mean(x, mask)).unflatten(
+                -1, (self.num_heads, -1)
+            )
+        return _softmax(logits) * self.num_references
 
     def _check(self, x: Tensor, mask: Tensor | None, grid: Grid | None) -> None:
         _require_type(isinstance(x, Tensor), "x", "a tensor", x)
@@ -390,6 +409,13 @@ def _describe(initial: float, logarithm: Tensor | None) -> str:
 def _unit(x: Tensor) -> Tensor:
     """To length 1 over the last dimension; 0 stays 0, also where float16 rounds 1e-12 to it."""
     return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny)).to(x.dtype)
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C], zero where invalid -> [B, C]
+    """Over the valid tokens, summed in float32 at least; of none: 0."""
+    total = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    valid = x.new_ones(x.shape[:2]) if mask is None else mask
+    return (total / valid.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 def _softmax(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from setformer_ext.nystrom import _InverseSquareRoot, nystrom_features
 OPTIONS = {
     "default": {},
     "uniform masses": {"learned_token_mass": False, "learned_reference_mass": False},
+    "adaptive reference mass": {"adaptive_reference_mass": True, "iterations": 1},
     "pooled references": {"pooled_references": True},
     "own query": {"query_projection": True},
     "linear": {"kernel": "linear", "bias": False},
@@ -30,6 +31,7 @@ OPTIONS = {
         "learned_epsilon": True,
         "position_bandwidth": 0.5,
         "pooled_references": True,
+        "adaptive_reference_mass": True,
     },
 }
 # With positions, padding counts as part of the sequence.
