@@ -255,5 +255,9 @@ def test_bad_input_is_explained(tmp_path: Path, photo: Path, capsys: pytest.Capt
         photo, "--model", "resnet18", "--checkpoint", photo
     )
     assert not output.exists()
+    before = photo.read_bytes()
+    output = photo
+    assert "photo.png is the image itself" in message(run, photo)
+    assert photo.read_bytes() == before
     output = tmp_path / "p.docx"
     assert "p.docx: pictures can be written as" in message(run, photo)

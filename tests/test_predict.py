@@ -146,6 +146,10 @@ def test_same_names_do_not_overwrite(
     assert predict(capsys, training, photo, other, photo, "--output", tmp_path / "out")[0] == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"photo.png", "photo_2.png", "photo_3.png"}
+    before = photo.read_bytes()
+    assert predict(capsys, training, photo, "--output", tmp_path)[0] == 0
+    assert photo.read_bytes() == before
+    assert is_png(tmp_path / "photo_2.png")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def _explain(options: argparse.Namespace) -> None:
 
     if options.output.suffix[1:] not in SUFFIXES:
         raise ExplainError(f"{options.output}: pictures can be written as {', '.join(SUFFIXES)}")
+    if options.output.resolve() == options.image.resolve():
+        raise ExplainError(f"--output: {options.output} is the image itself")
     predictor = _predictor(options)
     attention, name = find_attention(predictor.model, options.stage, options.block)
     heads = attention.num_heads

@@ -62,7 +62,7 @@ def _answer_all(
     from .pictures import draw
 
     answers, failed = [], 0
-    taken: set[Path] = set()
+    taken = {path.resolve() for path in options.images}
     for path in options.images:
         try:
             image = read_image(path)
@@ -79,11 +79,11 @@ def _answer_all(
 
 
 def _free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
-    """``stem.png``, or with a number if this call has written that already for another image."""
+    """``stem.png``, or with a number if that is an input or another input's picture already."""
     path, number = folder / f"{stem}.png", 2
-    while path in taken:
+    while path.resolve() in taken:
         path, number = folder / f"{stem}_{number}.png", number + 1
-    taken.add(path)
+    taken.add(path.resolve())
     return path
 
 
