@@ -13,6 +13,18 @@ from typing import Any
 
 from .task import Task
 
+# Options that may be others when a training is resumed; they do not change its numbers.
+MAY_DIFFER = {"command", "config", "on_error", "output", "resume", "run", "save_every", "workers"}
+
+
+def comparable(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that make a training's numbers; files may have moved."""
+    return {
+        name: json.loads(json.dumps(value))
+        for name, value in vars(options).items()
+        if name not in MAY_DIFFER and not isinstance(value, Path)
+    }
+
 
 def task_class(name: str) -> type[Task]:
     """The class that a task's module is for: ``Classify`` of ``setformer_ext.train.classify``."""

@@ -74,6 +74,8 @@ def load_whole_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
     """Put back what :func:`whole_optimizer_state` gave."""
-    set_optimizer_state_dict(
-        model, optimizer, state, options=StateDictOptions(full_state_dict=True)
-    )
+    options = StateDictOptions(full_state_dict=True, strict=False)  # some may have no gradient yet
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    for name, parameter in model.named_parameters():
+        if name not in state["state"]:
+            optimizer.state.pop(parameter, None)

@@ -1,0 +1,133 @@
+"""The weights of a training and what changes them, in one of its processes."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from . import parallel
+from .optimization import make_optimizer, make_schedule
+from .sampling import INITIALISATION, seed_generators
+from .task import Batch, Task, TrainingError
+
+
+class Learner:
+    """A model, its moving average and its optimizer.
+
+    Args:
+        task: makes the model and knows its losses.
+        options: those of all trainings.
+        accelerator: the processes, their device and precision.
+        steps: of the whole training.
+    """
+
+    def __init__(
+        self, task: Task, options: argparse.Namespace, accelerator: Accelerator, steps: int
+    ) -> None:
+        self.task, self.options, self.accelerator = task, options, accelerator
+        seed_generators(options.seed, INITIALISATION)
+        self.model = task.make_model()
+        if options.gradient_checkpointing:
+            _checkpoint_gradients(self.model)
+        self.model.to(accelerator.device).train()
+        self.ema = (
+            ModelEmaV3(self.model, decay=options.ema_decay, use_warmup=True)
+            if options.ema_decay
+            else None
+        )
+        self.averaged: nn.Module = self.model if self.ema is None else self.ema.module
+        self.whole = self.averaged
+        self.parallel = self.model
+        if options.shard:
+            # Processes evaluate different numbers of batches, which sharded weights do not allow.
+            self.whole = deepcopy(self.averaged)
+            parallel.shard(self.model)
+            if self.averaged is not self.model:
+                parallel.shard(self.averaged)
+        elif accelerator.num_processes > 1:
+            self.parallel = parallel.replicate(
+                self.model, accelerator.device, task.unused_parameters
+            )
+        self.optimizer = make_optimizer(self.model, options)
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales losses of fp16
+        self.schedule = make_schedule(self.optimizer, options, steps)
+
+    def backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
+        """Add the gradients of a pass, of which ``last`` makes a step; returns the losses."""
+        with nullcontext() if last else self.accelerator.no_sync(self.parallel):
+            with self.accelerator.autocast():
+                losses = self.task.losses(self.parallel, batch)
+            self.accelerator.backward(sum(losses.values()) / self.options.accumulate)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def step(self, number: int) -> None:
+        """Take step ``number``, from 0 on."""
+        self.schedule.step_update(number)
+        if self.options.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, number + 1)
+
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate, averaged if there is an average, whole in each process."""
+        if self.whole is not self.averaged:
+            self.whole.load_state_dict(parallel.whole_state(self.averaged))
+        return self.whole.eval()
+
+    def state(self) -> dict[str, Any]:
+        """All of it, whole, for :meth:`load_state`; all processes have to ask."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": parallel.whole_state(self.model),
+            "ema": None if self.ema is None else parallel.whole_state(self.averaged),
+            "optimizer": parallel.whole_optimizer_state(self.model, self.optimizer),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from where :meth:`state` was asked."""
+        parallel.load_whole_state(self.model, state["model"])
+        if self.ema is not None:
+            parallel.load_whole_state(self.averaged, state["ema"])
+        parallel.load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    @property
+    def lr(self) -> float:
+        """The largest of the groups' learning rates."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.whole.parameters())
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """The processes that torchrun or accelerate started, on GPUs if there are any.
+
+    Raises:
+        TrainingError: for a precision that the device does not have.
+    """
+    cpu = not torch.cuda.is_available()
+    if precision == "fp16" and cpu:
+        raise TrainingError("--precision: fp16 needs a GPU; expected no or bf16 on a CPU")
+    return Accelerator(mixed_precision=precision, cpu=cpu)
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    able: Any = next((m for m in model.modules() if hasattr(m, "set_grad_checkpointing")), None)
+    if able is None:
+        raise TrainingError(
+            f"--gradient-checkpointing: {type(model).__name__} cannot; leave the option out"
+        )
+    able.set_grad_checkpointing(True)
