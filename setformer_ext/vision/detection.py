@@ -1,0 +1,179 @@
+"""torchvision's detectors on the feature maps of any backbone that timm knows."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+STRIDES = [4, 8, 16, 32]
+ANCHOR_SIZES = (32, 64, 128, 256, 512)  # pixels, one for each level of the pyramid
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+
+
+class Pyramid(nn.Module):
+    """A backbone's stages, each normed, with a feature pyramid on top.
+
+    Stages of pre-norm blocks end in sums that nothing has normed yet; without a norm of their own
+    they would reach the pyramid on scales that differ between stages and grow with depth.
+
+    Args:
+        body: timm's model with ``features_only``, or any module with its ``feature_info``.
+        extra_blocks: makes the levels above the last stage.
+        first: the first stage that the pyramid takes.
+        out_channels: width of all levels.
+
+    Shape:
+        images [B, 3, H, W] to a dictionary of levels, [B, out_channels, H / stride, W / stride]
+        each, sizes rounded up.
+    """
+
+    def __init__(
+        self, body: nn.Module, extra_blocks: nn.Module, first: int = 0, out_channels: int = 256
+    ) -> None:
+        super().__init__()
+        channels = body.feature_info.channels()[first:]
+        self.body, self.first, self.out_channels = body, first, out_channels
+        self.norms = nn.ModuleList(LayerNorm2d(width) for width in channels)
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra_blocks)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        stages = self.body(x)[self.first :]
+        normed = (norm(stage) for norm, stage in zip(self.norms, stages, strict=True))
+        return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(normed)))
+
+
+def make_body(backbone: str | nn.Module, **options: Any) -> nn.Module:
+    """The last four feature maps of a model of timm, at strides 4, 8, 16 and 32.
+
+    Args:
+        backbone: a name that timm knows, or a module that is returned as it is.
+        options: for ``timm.create_model``.
+
+    Raises:
+        ValueError: if its feature maps are at other strides.
+    """
+    if isinstance(backbone, nn.Module):
+        body = backbone
+    else:
+        # The getter keeps the model whole, with its layers' names and depths; its final norm and
+        # classifier are cut off.
+        options = {"feature_cls": "getter", "out_indices": (-4, -3, -2, -1), **options}
+        body = timm.create_model(backbone, features_only=True, **options)
+    strides = body.feature_info.reduction()
+    if strides != STRIDES:
+        raise ValueError(f"backbone: expected feature maps at strides {STRIDES}, got {strides}")
+    return body
+
+
+def mask_rcnn(
+    backbone: str | nn.Module,
+    num_classes: int,
+    *,
+    anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    backbone_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> MaskRCNN:
+    """Mask R-CNN: boxes, classes and masks; the heads are those of the paper.
+
+    Args:
+        backbone: name of a model of timm, or a module with ``feature_info``, as ``features_only``
+            gives it; four feature maps at strides 4, 8, 16 and 32.
+        num_classes: without background; labels are 1 ... num_classes.
+        anchor_sizes: side of the square anchors in pixels of the resized image, for strides 4, 8,
+            16, 32 and 64; each comes with aspect ratios 0.5, 1 and 2.
+        backbone_options: for ``timm.create_model``.
+        options: of torchvision's MaskRCNN, such as min_size, max_size, box_detections_per_img;
+            image_mean and image_std are by default the backbone's.
+
+    The model takes a list of images [3, H, W] in [0, 1], of any sizes, and in training a list of
+    targets: boxes [N, 4] (x0, y0, x1, y1), labels [N] int64, masks [N, H, W] uint8. It returns
+    losses by name, or in eval mode for each image boxes [K, 4], labels [K], scores [K] and masks
+    [K, 1, H, W] in [0, 1].
+
+    Raises:
+        ValueError: for feature maps at other strides, or another number of anchor sizes.
+    """
+    return _rcnn(MaskRCNN, backbone, num_classes, anchor_sizes, backbone_options, options)
+
+
+def faster_rcnn(
+    backbone: str | nn.Module,
+    num_classes: int,
+    *,
+    anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    backbone_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> FasterRCNN:
+    """Faster R-CNN: :func:`mask_rcnn` without masks."""
+    return _rcnn(FasterRCNN, backbone, num_classes, anchor_sizes, backbone_options, options)
+
+
+def retinanet(
+    backbone: str | nn.Module,
+    num_classes: int,
+    *,
+    anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    backbone_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> RetinaNet:
+    """RetinaNet: boxes in one pass, from strides 8 to 128; else like :func:`faster_rcnn`.
+
+    The anchors of a level have the size given for it, times 1, 2^(1/3) and 2^(2/3).
+    """
+    sizes = [[round(size * 2 ** (i / 3)) for i in range(3)] for size in _five(anchor_sizes)]
+    body = make_body(backbone, **(backbone_options or {}))
+    pyramid = Pyramid(body, LastLevelP6P7(256, 256), first=1)
+    return RetinaNet(
+        pyramid,
+        num_classes + 1,  # torchvision's labels start at 1 in all detectors; class 0 stays empty
+        anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
+        **{**_normalisation(body), **options},
+    )
+
+
+DETECTORS: dict[str, Callable[..., nn.Module]] = {
+    "mask_rcnn": mask_rcnn,
+    "faster_rcnn": faster_rcnn,
+    "retinanet": retinanet,
+}
+
+
+def _rcnn(
+    kind: type[Any],
+    backbone: str | nn.Module,
+    num_classes: int,
+    anchor_sizes: Sequence[int],
+    backbone_options: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> Any:
+    sizes = [[size] for size in _five(anchor_sizes)]
+    body = make_body(backbone, **(backbone_options or {}))
+    return kind(
+        Pyramid(body, LastLevelMaxPool()),
+        num_classes + 1,
+        rpn_anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
+        **{**_normalisation(body), **options},
+    )
+
+
+def _five(anchor_sizes: Sequence[int]) -> Sequence[int]:
+    if len(anchor_sizes) != 5:
+        raise ValueError(
+            f"anchor_sizes: expected five, one for each level of the pyramid, got {anchor_sizes}"
+        )
+    return anchor_sizes
+
+
+def _normalisation(body: nn.Module) -> dict[str, Any]:
+    """What the backbone's pretrained configuration says of its images' mean and deviation."""
+    config = getattr(getattr(body, "model", body), "pretrained_cfg", {})
+    return {f"image_{key}": config[key] for key in ("mean", "std") if key in config}
