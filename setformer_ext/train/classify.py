@@ -158,7 +158,8 @@ class Classify(Task):
         indices = [self.train.class_to_idx[name] for name in self.eval.classes]
         self.eval.target_transform = indices.__getitem__
         if not timm.is_model(options.model):
-            close = timm.list_models(f"*{options.model}*")[:5]
+            pattern = f"*{options.model}*"
+            close = [*timm.list_models(f"setformer{pattern}"), *timm.list_models(pattern)][:5]
             hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them"
             raise TrainingError(f"--model: timm knows no {options.model!r}; {hint}")
         given = dict(options.model_options)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 SHARD_PARAMETERS = 1_000_000  # what is gathered at once should be worth a message
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # mostly without a forward of their own
 
 
 def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -> nn.Module:
@@ -45,8 +46,7 @@ def _shard_inside(module: nn.Module) -> int:
     left = sum(p.numel() for p in module.parameters(recurse=False))
     for child in module.children():
         rest = _shard_inside(child)
-        # A list has no forward that could gather its parameters.
-        if rest >= SHARD_PARAMETERS and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if rest >= SHARD_PARAMETERS and not isinstance(child, CONTAINERS):
             fully_shard(child)
             rest = 0
         left += rest

@@ -1,0 +1,430 @@
+"""Training: that it learns, measures rightly, runs in several processes and names what is wrong."""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import setformer_ext.vision  # noqa: F401 (registers the models)
+from setformer_ext import cli
+from setformer_ext.train import sampling
+from setformer_ext.train.optimization import make_schedule, parameter_groups
+from setformer_ext.train.task import DataError
+from training import PLAIN, TINY, arguments, classify, launch, metrics, write_digits
+
+SHORT = ("--steps=4", "--batch-size=8", "--eval-every=2", "--lr=3e-3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"), train=50, val=31)
+
+
+@pytest.fixture(scope="module")
+def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What several processes have to give, too."""
+    output = tmp_path_factory.mktemp("one") / "output"
+    classify(data, output, *SHORT, "--batch-size=16")
+    return output
+
+
+@pytest.fixture(autouse=True)
+def fresh_processes() -> None:
+    """Accelerate keeps the precision of the first training of a process."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_it_learns_and_its_weights_give_the_figures_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The metrics are recomputed here from the exported weights, by timm and by hand."""
+    data = write_digits(tmp_path / "data", train=1200, val=200)
+    output = tmp_path / "output"
+    result = classify(data, output, "--steps=80", "--batch-size=64", "--lr=5e-3", "--eval-every=40")
+    assert result["best"]["top1"] > 0.7
+    assert result["last"]["cross_entropy"] < result["history"][0]["cross_entropy"]
+    card = json.loads((output / "card.json").read_text())
+    assert card["classes"] == [str(digit) for digit in range(10)]
+    model = timm.create_model(
+        card["model"], checkpoint_path=output / "model.safetensors", **card["model_options"]
+    ).eval()
+    within = {1: 0, 5: 0}
+    for path in sorted(data.glob("val/*/*.png")):
+        size = (math.floor(16 / card["crop_pct"]),) * 2
+        with Image.open(path) as image:
+            pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        first = round((size[0] - 16) / 2)
+        pixels = pixels[first : first + 16, first : first + 16] / 255
+        logits = model(torch.tensor((pixels - card["mean"]) / card["std"]).float()[None, None])
+        rank = (logits[0] > logits[0, int(path.parent.name)]).sum().item()
+        for k in within:
+            within[k] += rank < k
+    assert abs(within[1] / 200 - result["best"]["top1"]) < 0.006  # one image near a tie
+    assert abs(within[5] / 200 - result["best"]["top5"]) < 0.006
+    table = capsys.readouterr().out
+    assert f"{'top1':<24}{result['best']['top1']:>12.4f}{result['last']['top1']:>12.4f}" in table
+
+
+def test_two_processes_are_one_with_the_whole_batch(
+    data: Path, one_process: Path, tmp_path: Path
+) -> None:
+    """Under torchrun, DDP; 31 evaluation images are no multiple of 2, and none counts twice."""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "setformer_ext"]
+    two = arguments(data, tmp_path / "two", *SHORT, "--batch-size=8")
+    subprocess.run([sys.executable, *command, *two], check=True, timeout=100)
+    assert_close(metrics(tmp_path / "two"), metrics(one_process))
+
+
+def assert_close(result: dict, known: dict) -> None:
+    for entry, other in zip(result["history"], known["history"], strict=True):
+        assert entry.keys() == other.keys()
+        assert entry["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=1e-4)
+        for name in ("top1", "top5"):
+            assert abs(entry[name] * 31 - other[name] * 31) < 1.01  # an image near a tie
+            assert abs(entry[name] * 31 - round(entry[name] * 31)) < 1e-4
+
+
+def train_sharded(given: list[str], stop_after: int | None) -> None:
+    """With blocks small enough that the tiny network has some; leaves off after a checkpoint."""
+    from setformer_ext.train import parallel
+    from setformer_ext.train.checkpoints import Checkpoints
+
+    parallel.SHARD_PARAMETERS = 5000
+    original = Checkpoints.save
+
+    def save(self: Checkpoints, step: int, state: dict) -> None:
+        original(self, step, state)
+        if step == stop_after:
+            os._exit(7)
+
+    Checkpoints.save = save
+    raise SystemExit(cli.main(given))
+
+
+def test_sharded_training_is_the_same_and_resumes(
+    data: Path, one_process: Path, tmp_path: Path
+) -> None:
+    given = arguments(data, tmp_path / "two", *SHORT, "--shard", "--resume")
+    assert launch(2, train_sharded, given, 2)[0] == 7
+    assert not (tmp_path / "two" / "metrics.json").exists()
+    assert launch(2, train_sharded, given, None) == [0, 0]
+    assert_close(metrics(tmp_path / "two"), metrics(one_process))
+    weights = load_file(tmp_path / "two" / "model.safetensors")
+    known = load_file(one_process / "model.safetensors")
+    torch.testing.assert_close(weights, known, rtol=0, atol=1e-3)
+
+
+def test_accumulated_passes_are_one_batch(data: Path, tmp_path: Path) -> None:
+    whole = classify(data, tmp_path / "whole", *SHORT)
+    parts = classify(data, tmp_path / "parts", *SHORT, "--batch-size=4", "--accumulate=2")
+    assert_close(parts, whole)
+
+
+def test_gradient_checkpointing_and_average(data: Path, tmp_path: Path) -> None:
+    plain = classify(data, tmp_path / "plain", *SHORT)
+    again = classify(data, tmp_path / "again", *SHORT, "--gradient-checkpointing")
+    assert_close(again, plain)
+    no_average = classify(data, tmp_path / "weights", *SHORT, "--ema-decay=0")
+    losses = [[entry["cross_entropy"] for entry in r["history"]] for r in (plain, no_average)]
+    assert losses[0] == losses[1]  # of the weights themselves
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "weights")]
+    assert any(not torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_bfloat16(data: Path, tmp_path: Path) -> None:
+    """At 32 x 32: torch's CPU gives garbage as a strided convolution's gradient at 1 x 1."""
+    full = classify(data, tmp_path / "full", *SHORT, "--input-size=32")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    low = classify(data, tmp_path / "low", *SHORT, "--input-size=32", "--precision=bf16")
+    for entry, other in zip(low["history"], full["history"], strict=True):
+        assert entry["cross_entropy"] != other["cross_entropy"]
+        assert entry["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=0.02)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_stop_or_are_left_out(
+    workers: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    truncated = next((tmp_path / "data" / "train").glob("*/*.png"))
+    truncated.write_bytes(truncated.read_bytes()[:60])
+    text = next((tmp_path / "data" / "val").glob("*/*.png"))
+    text.write_text("no image")
+    epoch = ("--epochs=1", "--batch-size=10", f"--workers={workers}")
+    given = arguments(tmp_path / "data", tmp_path / "stopped", *epoch)
+    assert cli.main(given) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"setformer train classify: {truncated}: a broken image (")
+    assert error.count("\n") == 1
+    result = classify(tmp_path / "data", tmp_path / "out", *epoch, "--on-error=skip")
+    assert len(result["skipped"]) == 2
+    assert result["last"]["top1"] * 30 == pytest.approx(round(result["last"]["top1"] * 30))
+    out = capsys.readouterr().out
+    assert "2 broken samples were left out:" in out
+    assert str(truncated) in out
+    assert f"{text}: not an image" in out
+
+
+def test_a_run_that_stopped_may_skip_when_it_goes_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    broken = next((tmp_path / "data" / "val").glob("*/*.png"))
+    intact = broken.read_bytes()
+    given = arguments(tmp_path / "data", tmp_path / "out", *SHORT, "--save-every=1", "--resume")
+    broken.write_bytes(b"")
+    assert cli.main(given) == 1
+    assert cli.main([*given, "--on-error=skip"]) == 0
+    assert "going on after step 1" in capsys.readouterr().out
+    broken.write_bytes(intact)
+
+
+def test_data_that_cannot_be_trained_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+
+    def error(*more: object) -> str:
+        assert cli.main(arguments(folder, tmp_path / "out", *SHORT, *more)) == 1
+        return capsys.readouterr().err
+
+    assert f"there is no folder {folder}/train; expected train/CLASS/*.jpg" in error()
+    (folder / "train").mkdir(parents=True)
+    assert f"{folder}/train has no folders, one for each class" in error()
+    (folder / "train" / "cat").mkdir()
+    assert f"no images in the 1 folders of {folder}/train" in error()
+    Image.new("RGB", (9, 9)).save(folder / "train" / "cat" / "1.png")
+    assert f"there is no folder {folder}/val" in error()
+    shutil.copytree(folder / "train", folder / "val")
+    assert f"{folder}/train has one class, cat; expected two or more" in error()
+    shutil.copytree(folder / "train" / "cat", folder / "val" / "dog")
+    assert f"{folder}/train lacks classes of {folder}/val: dog" in error()
+    (folder / "val" / "dog").rename(folder / "train" / "dog")
+    assert f"{folder}/val has no images of these classes: dog" in error()
+    assert not (tmp_path / "out").exists()
+    result = classify(folder, tmp_path / "out", *SHORT, "--on-error=skip")
+    assert "top5" not in result["last"]
+    assert f"; {folder}/val has no images of these classes: dog" in capsys.readouterr().out
+
+
+def test_labels_go_by_name_where_val_lacks_a_class(data: Path, tmp_path: Path) -> None:
+    """ImageFolder alone would call the 1 a 0."""
+    shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "val" / "0")
+    from setformer_ext.train.classify import Classify
+
+    parser = argparse.ArgumentParser()
+    Classify.add_options(parser)
+    given = parser.parse_args(["--data", str(tmp_path / "data"), *TINY[:-1]])
+    given.on_error = "skip"
+    samples = Classify(given).eval_dataset()
+    for index, (path, _) in enumerate(samples.samples):
+        assert samples[index][1] == int(Path(path).parent.name)
+
+
+def test_options_that_do_not_work(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def error(*more: str) -> str:
+        assert cli.main(arguments(data, tmp_path / "out", *SHORT, *more)) == 1
+        return capsys.readouterr().err
+
+    assert "timm knows no 'setformer_huge'" in error("--model=setformer_huge")
+    assert "setformer_tiny" in error("--model=tiny")
+    assert "num_classes comes from the folders" in error("--model-options", "num_classes=3")
+    assert "--model-options: setformer_mini: " in error("--model-options", "width=3")
+    assert "dims must be multiples of 32" in error("--model-options", "dims=(3,3,3,3)")
+    assert "--auto-augment: 'rend'" in error("--auto-augment=rend")
+    if not torch.cuda.is_available():
+        assert "fp16 needs a GPU" in error("--precision=fp16")
+    assert "--pretrained: cannot read weights from missing" in error("--pretrained=missing")
+    assert "the loss cross_entropy is nan by step " in error("--lr=1e30", "--steps=30")
+
+
+def test_pretrained_weights(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    classify(data, tmp_path / "ten", *SHORT)
+    weights = tmp_path / "ten" / "model.safetensors"
+    shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "val"):
+        shutil.rmtree(tmp_path / "data" / split / "9")
+    still = ("--steps=1", "--lr=0", f"--pretrained={weights}")
+    classify(tmp_path / "data", tmp_path / "nine", *still)
+    before, after = load_file(weights), load_file(tmp_path / "nine" / "model.safetensors")
+    assert after["head.fc.weight"].shape[0] == 9
+    for name in before.keys() - {"head.fc.weight", "head.fc.bias"}:
+        torch.testing.assert_close(after[name], before[name])
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    given = arguments(data, tmp_path / "out", f"--pretrained={tmp_path / 'other.safetensors'}")
+    assert cli.main(given) == 1
+    error = capsys.readouterr().err
+    assert "holds weights of another model: missing, unknown or of another shape are " in error
+    (tmp_path / "text.safetensors").write_text("text")
+    given[-1] = f"--pretrained={tmp_path / 'text.safetensors'}"
+    assert cli.main(given) == 1
+    assert "--pretrained: cannot read weights from" in capsys.readouterr().err
+
+
+def test_configuration_file(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The same as the options that it holds; the command line wins."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"data: {data}\nmodel: setformer_mini\nin_chans: 1\ninput-size: 16\nworkers: 0\n"
+        "model-options:\n  dims: (32, 32, 32, 32)\n  depths: (1, 1, 1, 1)\n"
+        "  num_references: (4, 4, 4, 4)\nprecision: no\nshard: false\nlr: 1e-1\nsteps: 4\n"
+        "batch_size: 8\neval-every: 2\n" + "".join(f"{o[2:].replace('=', ': ')}\n" for o in PLAIN)
+    )
+    output = tmp_path / "out"
+    given = ["train", "classify", f"--output={output}", "--lr=3e-3", "--config", str(config)]
+    assert cli.main(given) == 0
+    assert metrics(output) == classify(data, tmp_path / "same", *SHORT)
+    capsys.readouterr()
+    for line, expected in {
+        "batchsize: 8": "batchsize: no such option; did you mean batch-size",
+        "config: x": "config: no such option",
+        "steps: many": "steps: expected a whole number of at least 1, got 'many'",
+        "steps: [1, 2]": "steps: expected one value, got ['1', '2']",
+        "in-chans: 2": "in-chans: expected one of 1, 3, got '2'",
+        "in-chans: x": "in-chans: expected a valid int, got 'x'",
+        "precision: fp8": "precision: expected one of no, bf16, fp16, got 'fp8'",
+        "shard: 3": "shard: expected true or false, got '3'",
+        "- a": "expected lines of `option: value`, got ['- a']".replace("- ", ""),
+        "a: b: c": "not YAML: mapping values are not allowed here",
+    }.items():
+        config.write_text(f"{line}\n")
+        with pytest.raises(SystemExit) as error:
+            cli.main(given)
+        assert error.value.code == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        assert f"{config}: {expected}" in text
+    config.unlink()
+    with pytest.raises(SystemExit):
+        cli.main(given)
+    assert "--config: cannot read " in capsys.readouterr().err
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def error(*given: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            cli.main(["train", *given])
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    given = ["classify", "--data=x", f"--output={tmp_path}"]
+    assert "required: task" in error()
+    assert "required: --data, --output" in error("classify")
+    assert "unrecognized arguments: --stepz=3" in error(*given, "--stepz=3")
+    assert "--steps: expected a whole number of at least 1, got '0'" in error(*given, "--steps=0")
+    command = [sys.executable, "-m", "setformer_ext", "train", *given]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("setformer train classify: --data: there is no folder x/train")
+    assert result.stderr.count("\n") == 1
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
+    monkeypatch.delitem(sys.modules, "setformer_ext.train.classify")
+    with pytest.raises(SystemExit, match=r'needs the package torchmetrics.*install "\.\[train\]"'):
+        cli.main(["train", "classify", "--help"])
+
+
+class Recorder(torch.utils.data.Dataset):
+    """Ten samples, the fourth of which is broken."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[int, float, float]:
+        if index == 3:
+            raise DataError("the fourth")
+        return index, np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+
+def test_each_epoch_holds_each_sample_once_whatever_the_processes() -> None:
+    def places(passes: tuple[int, int], batch: int, processes: int) -> list[tuple[int, int]]:
+        streams = [
+            list(sampling.Stream(10, batch, 0, passes, rank, processes))
+            for rank in range(processes)
+        ]
+        return [place for batches in zip(*streams, strict=True) for b in batches for place in b]
+
+    whole = places((0, 10), 6, 1)
+    for epoch in range(6):
+        indices = [index for _, index in whole[10 * epoch : 10 * epoch + 10]]
+        assert sorted(indices) == list(range(10))
+    assert whole[:10] != [(p, i) for p, (_, i) in enumerate(whole[10:20])]
+    assert places((0, 10), 3, 2) == whole
+    assert places((4, 10), 3, 2) == whole[24:]
+    once = [list(sampling.Once(10, 2, rank, 3)) for rank in range(3)]
+    assert sorted(i for batches in once for b in batches for _, i in b) == list(range(10))
+    assert max(len(b) for batches in once for b in batches) == 2
+
+
+def test_samples_draw_by_their_place_and_broken_ones_are_told() -> None:
+    data = sampling.SeededDataset(Recorder(), 0, sampling.SAMPLE, replace=True)
+    sample, failures = data[(7, 2)]
+    torch.rand(5)
+    assert (sample, failures) == data[(7, 2)]
+    assert failures == []
+    assert data[(8, 2)].sample[1:] != sample[1:]
+    replaced = data[(7, 3)]
+    assert replaced.failures == ["the fourth"]
+    assert replaced.sample == (4, *sample[1:])
+    dropped = sampling.SeededDataset(Recorder(), 0, sampling.SAMPLE, replace=False)[(7, 3)]
+    assert dropped == (None, ["the fourth"])
+    batch, failures = sampling.Collate(list)([dropped, data[(7, 2)]])
+    assert (batch, failures) == ([sample], ["the fourth"])
+    assert sampling.Collate(list)([dropped]) == (None, ["the fourth"])
+
+
+def test_layer_decay_and_weight_decay() -> None:
+    options = {"dims": (32,) * 4, "depths": (1,) * 4, "num_references": (4,) * 4}
+    model = timm.create_model("setformer_mini", num_classes=10, **options)
+    groups = parameter_groups(model, weight_decay=0.1, layer_decay=0.5)
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len(of) == len(list(model.parameters()))
+    named = {name: of[id(p)] for name, p in model.named_parameters()}
+    assert named["head.fc.weight"]["lr_scale"] == 1
+    scales = [named[f"stages.{i}.blocks.0.mlp.0.weight"]["lr_scale"] for i in range(4)]
+    assert scales == sorted(scales)
+    assert len(set(scales)) == 4
+    assert named["stem.conv1.weight"]["lr_scale"] < scales[0]
+    assert named["head.fc.weight"]["weight_decay"] == 0.1
+    assert named["head.fc.bias"]["weight_decay"] == 0
+    assert named["stages.0.blocks.0.attention.reference"]["weight_decay"] == 0
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    schedule = make_schedule(optimizer, argparse.Namespace(lr=1.0, warmup=0.1), 100)
+    schedule.step_update(50)
+    for group in optimizer.param_groups:
+        expected = 0.5 * (1 + math.cos(math.pi * 0.5)) * group["lr_scale"]
+        assert group["lr"] == pytest.approx(expected)
+
+
+def test_layer_decay_of_a_backbone_inside_a_detector() -> None:
+    options = {"dims": (32,) * 4, "depths": (1,) * 4, "num_references": (4,) * 4}
+    backbone = timm.create_model("setformer_mini", num_classes=0, **options)
+    model = nn.Sequential()
+    model.add_module("backbone", backbone)
+    model.add_module("head", nn.Linear(32, 4))
+    groups = parameter_groups(model, weight_decay=0.1, layer_decay=0.5)
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len(of) == len(list(model.parameters()))
+    assert of[id(model.head.weight)]["lr_scale"] == 1
+    assert of[id(model.head.weight)]["weight_decay"] == 0.1
+    assert of[id(model.head.bias)]["weight_decay"] == 0
+    assert of[id(backbone.stem.conv1.weight)]["lr_scale"] < 0.1
