@@ -9,6 +9,7 @@ from typing import Any
 import timm
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
@@ -37,7 +38,7 @@ class Pyramid(nn.Module):
     """
 
     def __init__(
-        self, body: nn.Module, extra_blocks: nn.Module, first: int = 0, out_channels: int = 256
+        self, body: Any, extra_blocks: nn.Module, first: int = 0, out_channels: int = 256
     ) -> None:
         super().__init__()
         channels = body.feature_info.channels()[first:]
@@ -61,9 +62,8 @@ def make_body(backbone: str | nn.Module, **options: Any) -> nn.Module:
     Raises:
         ValueError: if its feature maps are at other strides.
     """
-    if isinstance(backbone, nn.Module):
-        body = backbone
-    else:
+    body: Any = backbone
+    if isinstance(backbone, str):
         # The getter keeps the model whole, with its layers' names and depths; its final norm and
         # classifier are cut off.
         options = {"feature_cls": "getter", "out_indices": (-4, -3, -2, -1), **options}
@@ -132,12 +132,14 @@ def retinanet(
     sizes = [[round(size * 2 ** (i / 3)) for i in range(3)] for size in _five(anchor_sizes)]
     body = make_body(backbone, **(backbone_options or {}))
     pyramid = Pyramid(body, LastLevelP6P7(256, 256), first=1)
-    return RetinaNet(
+    model = RetinaNet(
         pyramid,
-        num_classes + 1,  # torchvision's labels start at 1 in all detectors; class 0 stays empty
+        num_classes + 1,  # labels start at 1 in all these detectors; class 0 stays empty
         anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
         **{**_normalisation(body), **options},
     )
+    model.head.register_forward_hook(_to_float32)
+    return model
 
 
 DETECTORS: dict[str, Callable[..., nn.Module]] = {
@@ -145,6 +147,20 @@ DETECTORS: dict[str, Callable[..., nn.Module]] = {
     "faster_rcnn": faster_rcnn,
     "retinanet": retinanet,
 }
+
+
+def from_card(card: Mapping[str, Any]) -> nn.Module:
+    """The detector that a card of ``setformer train detect`` describes, without its weights.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: if no model can be made of the card.
+    """
+    return DETECTORS[card["detector"]](
+        card["model"],
+        len(card["classes"]),
+        backbone_options=card["model_options"],
+        **card["detector_options"],
+    )
 
 
 def _rcnn(
@@ -157,12 +173,16 @@ def _rcnn(
 ) -> Any:
     sizes = [[size] for size in _five(anchor_sizes)]
     body = make_body(backbone, **(backbone_options or {}))
-    return kind(
+    model = kind(
         Pyramid(body, LastLevelMaxPool()),
         num_classes + 1,
         rpn_anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
         **{**_normalisation(body), **options},
     )
+    for head in (model.rpn.head, model.roi_heads.box_predictor, model.roi_heads.mask_predictor):
+        if head is not None:
+            head.register_forward_hook(_to_float32)
+    return model
 
 
 def _five(anchor_sizes: Sequence[int]) -> Sequence[int]:
@@ -177,3 +197,9 @@ def _normalisation(body: nn.Module) -> dict[str, Any]:
     """What the backbone's pretrained configuration says of its images' mean and deviation."""
     config = getattr(getattr(body, "model", body), "pretrained_cfg", {})
     return {f"image_{key}": config[key] for key in ("mean", "std") if key in config}
+
+
+def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """A forward hook: torchvision keeps boxes in the type of these outputs, and with the 8 bits of
+    bfloat16 those at the far side of an image would be off by 4 pixels."""
+    return tree_map(lambda output: output.float(), outputs)
