@@ -48,8 +48,12 @@ def train(
     steps: int,
     seed: int,
     description: str,
+    tests: int = 20,
 ) -> tuple[Network, History]:
-    """Train for a number of steps; the seed fixes weights, order and augmentation."""
+    """Train for a number of steps, testing in between and at the end.
+
+    The seed fixes weights, order and augmentation.
+    """
     from tqdm import tqdm
 
     torch.manual_seed(seed)
@@ -70,7 +74,7 @@ def train(
     )
     order = _batches(len(images.train), generator)
     history = History()
-    test_every = max(1, steps // 20)
+    test_every = max(1, steps // tests)
     with tqdm(total=steps, desc=description, unit="step") as bar:
         for step in range(1, steps + 1):
             chosen = next(order)

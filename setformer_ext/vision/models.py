@@ -12,10 +12,10 @@ from .backbone import Setformer
 # Our reading. Base has the parameters and FLOPs that the paper's abstract gives for Mask R-CNN and
 # UPerNet on it; small is of the size of Swin-T, tiny and mini have half of that and a quarter.
 SIZES: dict[str, dict[str, Any]] = {
-    "setformer_mini": {"dims": (32, 96, 192, 288), "depths": (2, 3, 8, 2)},
+    "setformer_mini": {"dims": (32, 96, 192, 288), "depths": (2, 2, 8, 2)},
     "setformer_tiny": {"dims": (64, 128, 256, 512), "depths": (2, 3, 8, 3)},
-    "setformer_small": {"dims": (64, 128, 320, 512), "depths": (3, 5, 14, 4)},
-    "setformer_base": {"dims": (96, 192, 384, 768), "depths": (3, 6, 20, 3)},
+    "setformer_small": {"dims": (64, 128, 320, 512), "depths": (3, 4, 14, 4)},
+    "setformer_base": {"dims": (96, 192, 384, 768), "depths": (3, 6, 17, 3)},
 }
 
 

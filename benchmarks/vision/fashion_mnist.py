@@ -1,0 +1,172 @@
+"""SeT against softmax attention in the vision backbone, on Fashion-MNIST, over several seeds.
+
+    python benchmarks/vision/fashion_mnist.py [--study | --quick] [NAME ...]
+
+trains the same small backbone on the same images in the same order with either attention, and
+prints a line of Markdown for each: the accuracy of every seed, their mean and spread, the mean
+training loss of the last 50 steps, parameters and time. A plot goes to ``--output``.
+
+``--study`` takes every option below in turn, and is judged on 10,000 of the training images, so
+that what it chooses has not seen the test images. ``--quick`` takes one seed and a minute, and fails
+if either attention learns too little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from setformer_ext.demo.data import Images
+from setformer_ext.demo.train import History, train
+from setformer_ext.vision import Setformer
+
+CLASSES = "T-shirt trousers pullover dress coat sandal shirt sneaker bag boot".split()
+SIZE = 56  # twice the images' own: the four stages then have 196, 49, 16 and 4 tokens
+QUICK_STEPS = 250
+QUICK_ACCURACY = 0.7  # that --quick asks for; a guess has 0.1
+FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+
+
+def set_options(**options: Any) -> dict[str, Any]:
+    """SeT as in the backbone, but for these options of SetAttention."""
+    return {"attention_options": options}
+
+
+COMPARED: dict[str, dict[str, Any]] = {"SeT": {}, "softmax": {"attention": "softmax"}}
+STUDY = COMPARED | {
+    "separate query off": set_options(query_projection=False),
+}
+
+
+def load(folder: Path, validate: bool) -> Images:
+    """The images, [N, 1, 28, 28]; with ``validate`` the last 10,000 to train on become the test."""
+
+    def read(name: str, offset: int) -> np.ndarray:
+        return np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=offset)
+
+    def pair(name: str) -> tuple[Tensor, Tensor]:
+        images = torch.tensor(read(f"{name}-images-idx3-ubyte.gz", 16)).view(-1, 1, 28, 28)
+        return images.float() / 255, torch.tensor(read(f"{name}-labels-idx1-ubyte.gz", 8)).long()
+
+    images, labels = pair("train")
+    if validate:
+        return Images(
+            images[:-10000],
+            labels[:-10000],
+            images[-10000:],
+            labels[-10000:],
+            CLASSES,
+            "validation",
+        )
+    return Images(images, labels, *pair("t10k"), CLASSES, "test")
+
+
+class Network(nn.Module):
+    """The backbone on images in [0, 1], enlarged so that its four stages have something to do."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.backbone = Setformer(
+            in_chans=1, num_classes=10, dims=(32, 64, 128, 128), depths=(1, 2, 1, 1), **options
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 1, 28, 28] -> [B, 10]
+        return self.backbone(F.interpolate(4 * x - 2, (SIZE, SIZE), mode="bilinear"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(STUDY)}")
+    parser.add_argument("--study", action="store_true", help="every option, on a validation split")
+    parser.add_argument("--quick", action="store_true", help="one seed, a minute: do both learn?")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1000, help="of 64 images each")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="folder of the four .gz files")
+    parser.add_argument("--output", type=Path, default=Path("fashion_mnist.png"), help="the plot")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(STUDY)
+    if unknown:
+        parser.error(f"NAME must be of {', '.join(STUDY)}, got {', '.join(sorted(unknown))}")
+    if not options.data.is_dir():
+        parser.error(
+            f"--data: {options.data} is no folder; install Debian's package dataset-fashion-mnist, "
+            "or name a folder with the four gzipped files of the data set"
+        )
+    if options.quick:
+        options.seeds, options.steps = 1, QUICK_STEPS
+    names = options.names or list(STUDY if options.study else COMPARED)
+    images = load(options.data, validate=options.study)
+    print(
+        f"| attention | {images.source} accuracy per seed | mean | spread | loss | parameters "
+        "| ms per step |\n| --- | --- | --: | --: | --: | --: | --: |"
+    )
+    histories: dict[str, list[History]] = {}
+    for name in names:
+        histories[name] = []
+        for seed in range(options.seeds):
+            model, history = train(
+                partial(Network, **STUDY[name]),
+                images,
+                steps=options.steps,
+                seed=seed,
+                description=f"{name}, seed {seed}",
+                tests=5,
+            )
+            histories[name].append(history)
+        parameters = sum(p.numel() for p in model.parameters())
+        print(_row(name, histories[name], parameters), flush=True)
+    _plot(histories, images.source, options.output)
+    print(f"\nPlot: {options.output}")
+    if options.quick:
+        worst = min(history.accuracy for runs in histories.values() for history in runs)
+        if worst < QUICK_ACCURACY:
+            print(f"an accuracy of {worst:.3f} is below {QUICK_ACCURACY}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _row(name: str, runs: list[History], parameters: int) -> str:
+    accuracies = [history.accuracy for history in runs]
+    each = " ".join(f"{accuracy:.4f}" for accuracy in accuracies)
+    spread = stdev(accuracies) if len(accuracies) > 1 else float("nan")
+    loss = fmean(value for history in runs for value in history.losses[-50:])
+    time = fmean(history.milliseconds_per_step for history in runs)
+    return (
+        f"| {name} | {each} | {fmean(accuracies):.4f} | {spread:.4f} | {loss:.4f} | {parameters:,} "
+        f"| {time:.0f} |"
+    )
+
+
+def _plot(histories: dict[str, list[History]], source: str, path: Path) -> None:
+    """Each seed a dot, each mean a bar, in the order of the means."""
+    order = sorted(histories, key=lambda name: fmean(h.accuracy for h in histories[name]))
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    for row, name in enumerate(order):
+        accuracies = [history.accuracy for history in histories[name]]
+        colour = "#d1495b" if name == "softmax" else "#30638e"
+        axes.plot(accuracies, [row] * len(accuracies), "o", color=colour, alpha=0.6)
+        axes.plot([fmean(accuracies)] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=2)
+    axes.set(
+        yticks=range(len(order)),
+        yticklabels=order,
+        xlabel=f"{source} accuracy on Fashion-MNIST: each seed a dot, the mean a line",
+    )
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

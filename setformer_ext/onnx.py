@@ -1,0 +1,105 @@
+"""ONNX export: the operations written out by their definition in the operators of ONNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference as definition
+from .ops import Problem, Solution
+
+
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    file: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    **options: Any,
+) -> Any:
+    """Export a model with SeT attention to ONNX; otherwise as ``torch.onnx.export(dynamo=True)``.
+
+    ONNX has no SeT attention, so each becomes :mod:`setformer_ext.reference`'s equations with T
+    unrolled steps, in the storage type. Any runtime can run them, and gives the same answers to
+    rounding; but it stores N x M matrices, as the kernels here do not. ONNX lacks what Nystrom
+    anchors (eigenvectors) and pooled references of a masked sequence (a stable sort) need.
+
+    Args:
+        model: in eval mode, unless training mode is meant.
+        args: example inputs.
+        file: where the model goes; None to return it only.
+        dynamic_shapes: which sizes may change, as ``torch.export.export`` takes them.
+        options: of ``torch.onnx.export``.
+
+    Returns:
+        The ``torch.onnx.ONNXProgram``.
+
+    Raises:
+        ModuleNotFoundError: if the packages onnx and onnxscript are not installed.
+    """
+    program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
+    program = program.run_decompositions(
+        torch.export.default_decompositions()
+        | {
+            torch.ops.setformer_ext.set_attention.default: _set_attention,
+            torch.ops.setformer_ext.transport_plan.default: _transport_plan,
+        }
+    )
+    return torch.onnx.export(program, args, file, dynamo=True, **options)
+
+
+def _set_attention(*arguments: Any) -> Solution:
+    """The operation's results; those that only its backward reads stay empty."""
+    problem = Problem(*arguments)
+    shared = {
+        name: getattr(problem, name)
+        for name in (
+            "mask",
+            "token_mass",
+            "reference_mass",
+            "kernel",
+            "bandwidth",
+            "epsilon",
+            "iterations",
+            "token_positions",
+            "reference_positions",
+            "position_bandwidth",
+        )
+    }
+    unread = problem.key.new_empty(0)
+    key, value, reference = problem.key, problem.value, problem.reference
+    if problem.distribute:
+        pooled = unread
+        output = definition.set_attention(
+            problem.query,
+            key,
+            value,
+            reference,
+            query_mask=problem.query_mask,
+            query_positions=problem.query_positions,
+            **shared,
+        )
+    else:
+        output = unread
+        pooled = definition.set_pooling(key, value, reference, **shared)
+    return Solution(output, pooled, *(unread for _ in Solution._fields[2:]))
+
+
+def _transport_plan(
+    key: Tensor, reference: Tensor, bandwidth: Tensor, epsilon: Tensor, *rest: Any
+) -> Tensor:
+    names = (
+        "mask",
+        "token_mass",
+        "reference_mass",
+        "token_positions",
+        "reference_positions",
+        "kernel",
+        "position_bandwidth",
+        "iterations",
+    )
+    return definition.transport_plan(
+        key, reference, bandwidth=bandwidth, epsilon=epsilon, **dict(zip(names, rest, strict=True))
+    )

@@ -1,0 +1,269 @@
+"""The backbone, and all that timm asks of it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+
+from setformer_ext import SetAttention
+from setformer_ext.vision import Setformer
+from setformer_ext.vision.models import SIZES
+
+STATE_DICT = Path(__file__).parent / "data" / "setformer_tiny_state_dict.txt"
+SMALL = {
+    "dims": (32, 32, 64, 64),
+    "depths": (1, 1, 2, 1),
+    "num_references": (4, 4, 4, 4),
+    "num_classes": 7,
+}
+STRIDES = (4, 8, 16, 32)
+
+
+def make(seed: int = 0, **options: object) -> Setformer:
+    torch.manual_seed(seed)
+    return timm.create_model("setformer_mini", **{**SMALL, **options}).eval()
+
+
+def images(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_registered(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    config = model.pretrained_cfg
+    assert config["first_conv"] == "stem.conv1"
+    assert model.get_submodule(config["first_conv"]).in_channels == 3
+    assert model.get_submodule(config["classifier"]).out_features == config["num_classes"] == 1000
+    assert not config["fixed_input_size"]
+
+
+def test_state_dict_keys_are_stable() -> None:
+    """Weights that people have saved must load: change the keys only with a way to convert them."""
+    with torch.device("meta"):
+        state = timm.create_model("setformer_tiny").state_dict()
+    lines = [f"{name} {list(tensor.shape)}" for name, tensor in state.items()]
+    assert lines == STATE_DICT.read_text().splitlines()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 97), (224, 1), (64, 64), (65, 31)])
+def test_any_image_size(size: tuple[int, int]) -> None:
+    model = make()
+    features = model.forward_intermediates(images(2, 3, *size), intermediates_only=True)
+    for stride, dim, feature in zip(STRIDES, SMALL["dims"], features, strict=True):
+        assert feature.shape == (2, dim, *(math.ceil(side / stride) for side in size))
+        assert feature.isfinite().all()
+    assert model(images(2, 3, *size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("attention", ["set", "softmax"])
+def test_images_do_not_see_one_another(attention: str) -> None:
+    model, batch = make(attention=attention).double(), images(3, 3, 40, 56).double()
+    alone = torch.cat([model(image.unsqueeze(0)) for image in batch])
+    torch.testing.assert_close(model(batch), alone)
+
+
+def test_memory_format_does_not_matter() -> None:
+    model, batch = make().double(), images(2, 3, 64, 64).double()
+    channels_last = batch.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(channels_last), model(batch))
+
+
+def test_attention_is_a_choice() -> None:
+    attentions = {
+        kind: sum(isinstance(m, SetAttention) for m in make(attention=kind).modules())
+        for kind in ("set", "softmax")
+    }
+    assert attentions == {"set": 5, "softmax": 0}
+    options = {"iterations": 7, "position_bandwidth": None}
+    block = make(attention_options=options).stages[1].blocks[0]
+    assert (block.attention.iterations, block.attention.position_bandwidth) == (7, None)
+    assert block.attention.epsilon == 0.04  # the others stay
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels(channels: int) -> None:
+    assert make(in_chans=channels)(images(2, channels, 32, 32)).shape == (2, 7)
+
+
+def test_without_classifier() -> None:
+    model, whole, batch = make(num_classes=0), make(), images(2, 3, 64, 64)
+    features = model.forward_features(batch)
+    torch.testing.assert_close(model(batch), features.mean((2, 3)))
+    torch.testing.assert_close(whole.forward_head(features, pre_logits=True), model(batch))
+
+
+def test_new_classifier() -> None:
+    model = make()
+    model.reset_classifier(3)
+    assert model(images(2, 3, 32, 32)).shape == (2, 3)
+    assert model.get_classifier().weight.std() < 0.03
+    model.reset_classifier(0, "")
+    assert model(images(2, 3, 64, 64)).shape == (2, 64, 2, 2)
+
+
+@pytest.mark.parametrize("getter", [None, "getter"])
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (1, 3), (2,)])
+def test_features_only(getter: str | None, wanted: tuple[int, ...]) -> None:
+    options = {} if getter is None else {"feature_cls": getter}
+    model = make(features_only=True, out_indices=wanted, num_classes=0, **options)
+    whole = make()
+    renamed = {name.replace("stages.", "stages_"): x for name, x in whole.state_dict().items()}
+    state = {f"model.{name}": x for name, x in whole.state_dict().items()} if getter else renamed
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert not missing
+    features = model(images(1, 3, 97, 130))
+    expected = whole.forward_intermediates(images(1, 3, 97, 130), intermediates_only=True)
+    assert model.feature_info.channels() == [SMALL["dims"][i] for i in wanted]
+    assert model.feature_info.reduction() == [STRIDES[i] for i in wanted]
+    for feature, i in zip(features, wanted, strict=True):
+        torch.testing.assert_close(feature, expected[i])
+
+
+def test_intermediates() -> None:
+    model, batch = make(), images(1, 3, 64, 64)
+    final, all_of_them = model.forward_intermediates(batch)
+    torch.testing.assert_close(final, model.forward_features(batch))
+    last = model.forward_intermediates(batch, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(last, [final])
+    early, some = model.forward_intermediates(batch, indices=[0, 1], stop_early=True)
+    torch.testing.assert_close(some, all_of_them[:2])
+    torch.testing.assert_close(early, all_of_them[1])
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
+        model.forward_intermediates(batch, output_fmt="NLC")
+
+
+def test_pruning() -> None:
+    model, batch = make(), images(1, 3, 64, 64)
+    expected = model.forward_intermediates(batch, indices=[1], intermediates_only=True)
+    model.prune_intermediate_layers([1])
+    assert len(model.stages) == 2
+    assert model.num_features == 32
+    torch.testing.assert_close(model(batch), expected[0])
+
+
+def test_stochastic_depth_grows_with_depth() -> None:
+    model = make(drop_path_rate=0.4)
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    torch.testing.assert_close(rates, [0.0, 0.1, 0.2, 0.3, 0.4])
+    batch = images(2, 3, 32, 32)
+    assert not torch.equal(model.train()(batch), model(batch))
+    torch.testing.assert_close(model.eval()(batch), make()(batch))
+
+
+def test_layer_scale() -> None:
+    without, almost_none = make(), make(layer_scale=1e-12)
+    almost_none.load_state_dict(without.state_dict(), strict=False)
+    for stage in without.stages:
+        for block in stage.blocks:  # both branches off
+            nn.init.zeros_(block.attention.projection.weight)
+            nn.init.zeros_(block.mlp[-1].weight)
+    batch = images(2, 3, 32, 32)
+    torch.testing.assert_close(without(batch), almost_none(batch))
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient() -> None:
+    gradients, kept = [], []
+    for enable in (False, True):
+        model = make().train()
+        model.set_grad_checkpointing(enable)
+        sizes: list[int] = []
+
+        def keep(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(images(2, 3, 64, 64)).square().sum()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        kept.append(sum(sizes))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert 0 < kept[1] < 0.5 * kept[0]
+
+
+def test_layer_decay_groups() -> None:
+    model = make()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(
+        model, 0.05, model.no_weight_decay(), layer_decay=0.5, verbose=False
+    )
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(scales) == len(names)
+    assert scales["head.fc.weight"] == 1
+    assert scales["stem.conv1.weight"] == scales["stem.norm2.bias"] == min(scales.values())
+    blocks = [f"stages.{s}.blocks.{b}" for s, n in enumerate(SMALL["depths"]) for b in range(n)]
+    of_blocks = [scales[f"{block}.mlp.0.weight"] for block in blocks]
+    assert of_blocks == sorted(set(of_blocks))
+    for block, scale in zip(blocks, of_blocks, strict=True):
+        assert {v for name, v in scales.items() if name.startswith(block)} == {scale}
+
+
+def test_what_does_not_decay() -> None:
+    model = make(attention_options={"learned_epsilon": True})
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    free = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    block = "stages.2.blocks.1."
+    attention = f"{block}attention."
+    assert {
+        f"{attention}{name}" for name in ("reference", "reference_log_mass", "log_epsilon")
+    } < free
+    assert f"{attention}key.weight" not in free
+    assert f"{block}mlp.0.weight" not in free
+    assert {name for name in names.values() if name.endswith("bias")} < free
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_checkpoint_path(tmp_path: Path, suffix: str) -> None:
+    from safetensors.torch import save_file
+
+    model, path = make(seed=3), tmp_path / f"weights.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(model.state_dict(), path)
+    loaded = make(seed=4, checkpoint_path=str(path))
+    torch.testing.assert_close(loaded(images(1, 3, 32, 32)), model(images(1, 3, 32, 32)))
+
+
+def test_no_weights_are_published() -> None:
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for setformer_mini"):
+        timm.create_model("setformer_mini", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("dims", (32, 64, 96)),
+        ("dims", (32, 48, 64, 96)),
+        ("depths", (1, 0, 1, 1)),
+        ("num_references", (4, 4, 4)),
+        ("attention", "linear"),
+    ],
+)
+def test_bad_arguments_are_named(option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"Setformer: {option} must be .*, got "):
+        make(**{option: value})
+
+
+def test_learns_two_classes() -> None:
+    """Stripes along the one or the other side, which no mean of the image tells apart."""
+    model = make(num_classes=2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    generator = torch.Generator().manual_seed(0)
+    stripes = ((torch.arange(32) // 4) % 2).float().expand(3, 32, 32)
+    losses = []
+    for _ in range(30):
+        labels = torch.randint(2, (16,), generator=generator)
+        batch = torch.stack([stripes if label else stripes.mT for label in labels])
+        batch = batch + 0.5 * torch.randn(batch.shape, generator=generator)
+        loss = nn.functional.cross_entropy(model(batch), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.2 < math.log(2) < losses[0] + 0.3
