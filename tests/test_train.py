@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import setformer_ext.vision  # noqa: F401 (registers the models)
@@ -75,6 +76,10 @@ def test_it_learns_and_its_weights_give_the_figures_it_prints(
             within[k] += rank < k
     assert abs(within[1] / 200 - result["best"]["top1"]) < 0.006  # one image near a tie
     assert abs(within[5] / 200 - result["best"]["top5"]) < 0.006
+    logs = EventAccumulator(str(output / "logs")).Reload()
+    logged = {event.step: event.value for event in logs.Scalars("evaluation/top1")}
+    assert logged == {entry["step"]: pytest.approx(entry["top1"]) for entry in result["history"]}
+    assert [event.step for event in logs.Scalars("step/loss")] == list(range(10, 81, 10))
     table = capsys.readouterr().out
     assert f"{'top1':<24}{result['best']['top1']:>12.4f}{result['last']['top1']:>12.4f}" in table
 

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from setformer_ext import cli
+from setformer_ext.train import parallel
 from setformer_ext.train.checkpoints import CheckpointError, Checkpoints, write_atomically
 from training import arguments, classify, launch, metrics, write_digits
 
@@ -176,6 +178,31 @@ def test_a_full_disk_loses_nothing(data: Path, uninterrupted: Path, tmp_path: Pa
     assert {path: path.read_bytes() for path in kept} == kept
     assert launch(1, train, given) == [0]
     assert_same_numbers(tmp_path, uninterrupted)
+
+
+def test_parameters_without_gradients_so_far_resume_as_they_were() -> None:
+    """A detector may meet its first mask, say, after the checkpoint."""
+
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 1), "later": torch.nn.Linear(3, 1)})
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *names: str) -> None:
+        optimizer.zero_grad()
+        sum(model[name](torch.ones(1, 3)).square().sum() for name in names).backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    step(model, optimizer, "used")
+    resumed, resumed_optimizer = make()
+    parallel.load_whole_state(resumed, parallel.whole_state(model))
+    state = deepcopy(parallel.whole_optimizer_state(model, optimizer))  # as a file would be
+    parallel.load_whole_optimizer_state(resumed, resumed_optimizer, state)
+    for _ in range(2):
+        step(model, optimizer, "used", "later")
+        step(resumed, resumed_optimizer, "used", "later")
+    assert_equal(resumed.state_dict(), model.state_dict())
 
 
 def test_a_file_is_written_wholly_or_not_at_all(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit status."""
+    from torch import OutOfMemoryError
+
     from .loop import train
     from .options import task_class
     from .task import TrainingError
@@ -33,6 +35,9 @@ def run(options: argparse.Namespace) -> int:
         train(task_class(options.task), options)
     except KeyboardInterrupt:
         return _fail(options, "interrupted; --resume goes on from the last checkpoint", 130)
+    except OutOfMemoryError as error:
+        advice = "try a smaller --batch-size with --accumulate, --gradient-checkpointing or --shard"
+        return _fail(options, f"{str(error).split('. ')[0]}; {advice}", 1)
     except (TrainingError, OSError) as error:
         return _fail(options, str(error), 1)
     return 0

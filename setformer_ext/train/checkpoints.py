@@ -43,9 +43,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(folder)  # so that the new name outlives a power cut too
         finally:
             os.close(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch turns OSErrors into others
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason: BaseException = error
+        while reason.__context__ is not None:  # torch.save trips over what it left half written
+            reason = reason.__context__
         raise CheckpointError(
-            f"cannot write {path}: {error}; earlier checkpoints are untouched: "
+            f"cannot write {path}: {reason}; earlier checkpoints are untouched: "
             "make room, then go on with --resume"
         ) from error
     finally:

@@ -199,11 +199,12 @@ class Classify(Task):
 
     def _data_config(self) -> dict[str, Any]:
         """What the model says of its images, at this size and with this many channels."""
-        config = resolve_data_config(
-            pretrained_cfg=timm.get_pretrained_cfg(self.options.model).to_dict()
-        )
+        pretrained = timm.get_pretrained_cfg(self.options.model).to_dict()
+        config = resolve_data_config(pretrained_cfg=pretrained)
         channels = self.options.in_chans
         size = self.options.input_size
+        if size and pretrained.get("fixed_input_size"):
+            self.model_options.setdefault("img_size", size)
         config["input_size"] = (channels, *((size, size) if size else config["input_size"][1:]))
         if channels == 1:
             for name in ("mean", "std"):
