@@ -23,6 +23,7 @@ TINY = {
     "depths": (1, 1, 2, 1),
     "num_references": (4, 4, 6, 4),
     "num_classes": 3,
+    "attention_options": {"adaptive_reference_mass": False},
 }
 
 
@@ -121,13 +122,13 @@ def test_picture_shows_who_draws_from_where(
     monkeypatch.setattr(
         picture, "_show", lambda axes, *given: (shown.append(given[:2]), show(axes, *given))
     )
-    plan = torch.tensor([[0.1, 0.1, 0.8]] * 9 + [[0.6, 0.3, 0.1]] * 3)
+    plan = torch.tensor([[0.1, 0.1, 0.8]] * 9 + [[0.59, 0.31, 0.1]] * 3)
     image = torch.ones(3, 30, 40)
     picture.draw_references(image, plan, (3, 4), "layer", tmp_path / "p.png")
     titles = [title for _, title in shown]
     assert titles[1] == "where each token gives most"
     assert [title.split(":")[0] for title in titles[2:]] == [f"reference {j}" for j in (3, 1, 2)]
-    assert [title.split(": ")[1].split("%")[0] for title in titles[2:]] == ["75", "25", "0"]
+    assert [title.split(": ")[1].split("%")[0] for title in titles[2:]] == ["62", "22", "15"]
     first, second = torch.tensor(to_rgb(COLOURS[0])), torch.tensor(to_rgb(COLOURS[1]))
     assert shown[0][0].shape == (360, 480, 3)
     tint, of_third, of_first = (panel for panel, _ in shown[1:4])

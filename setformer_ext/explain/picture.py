@@ -31,10 +31,9 @@ def draw_references(
     layer: str,
     path: Path,
 ) -> None:
-    """The references that most tokens prefer, each over the tokens that it draws from.
+    """The references of largest mass, each over the tokens that it draws from.
 
     The panel before them shows every token in the colour of the reference that it gives most to.
-    (The mass of a reference is learned, much the same for all, and says nothing of the image.)
 
     Args:
         image: what the network saw.
@@ -46,12 +45,11 @@ def draw_references(
     longer = max(image.shape[1:])
     size = tuple(max(1, round(RESOLUTION * side / longer)) for side in image.shape[1:])
     image = _resize(image, size, "bicubic")
-    preferred = plan.argmax(1)  # [N]
-    preferring = preferred.bincount(minlength=plan.shape[1]) / len(preferred)  # [M]
-    shown = preferring.argsort(descending=True, stable=True)[: len(COLOURS)].tolist()
+    mass = plan.sum(0) / plan.sum()  # [M]
+    shown = mass.argsort(descending=True, stable=True)[: len(COLOURS)].tolist()
     colours = {j: torch.tensor(to_rgb(colour)) for j, colour in zip(shown, COLOURS, strict=False)}
     rest = torch.tensor(to_rgb(REST))
-    of_token = torch.stack([colours.get(j, rest) for j in preferred.tolist()])  # [N, 3]
+    of_token = torch.stack([colours.get(j, rest) for j in plan.argmax(1).tolist()])  # [N, 3]
 
     figure, panels = _panels(len(shown) + 2, size[0] / size[1])
     grey = image.mean(-1, keepdim=True)
@@ -61,15 +59,13 @@ def draw_references(
     for axes, j, name in zip(panels[2:], shown, COLOURS, strict=False):
         light = plan[:, j].unflatten(0, grid) / plan[:, j].max()
         glow = 0.85 * _resize(light.unsqueeze(0), size, "nearest") * colours[j]
-        title = f"reference {j + 1}: {preferring[j]:.0%} of the tokens"
+        title = f"reference {j + 1}: {mass[j]:.0%} of the mass"
         _show(axes, 0.25 * grey + glow, title, name)
-    note = (
-        "Bright: the reference draws much from there. "
-        "Percentage: of the tokens, those that give it most."
-    )
-    if len(shown) < plan.shape[1]:
-        note += " Dark grey: most to one not shown."
-    _head(figure, f"{layer}, {len(shown)} of its {plan.shape[1]} references", note)
+    note = "Bright: the reference draws much from there."
+    if len(shown) < len(mass):
+        note += " Dark grey: tokens that give most to a reference that is not shown."
+    which = f"{len(shown)} of {len(mass)} references, those of largest mass"
+    _head(figure, f"{layer}: {which}", note)
     figure.savefig(path, dpi=150)
 
 
