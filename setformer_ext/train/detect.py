@@ -1,0 +1,281 @@
+"""Detection of objects by boxes, and by masks, in images annotated in COCO's format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.transforms import v2
+
+from .. import vision  # noqa: F401 (registers the models)
+from ..vision.detection import ANCHOR_SIZES, DETECTORS, from_card
+from .coco import Coco, listed
+from .options import key_and_value, number
+from .task import Batch, Metrics, Task, TrainingError
+from .weights import load_pretrained
+
+
+class AveragePrecision(Metrics):
+    """COCO's average precision of boxes, and of masks: mean over IoU 0.5 to 0.95, at 0.5, 0.75."""
+
+    def __init__(self, masks: bool) -> None:
+        self.masks = masks
+        kinds = ("bbox", "segm") if masks else ("bbox",)
+        self.metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools")
+        self.metric.warn_on_many_detections = False
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        images, targets = batch
+        answers = model(images)
+        known = [
+            {"boxes": t["boxes"], "labels": t["labels"], "iscrowd": t["crowd"].long()}
+            for t in targets
+        ]
+        if self.masks:
+            for target, thing in zip(targets, known, strict=True):
+                thing["masks"] = target["masks"].bool()
+            for answer in answers:
+                answer["masks"] = answer["masks"][:, 0] > 0.5
+        self.metric.update(answers, known)
+
+    def compute(self) -> dict[str, float]:
+        result = self.metric.compute()
+        self.metric.reset()
+        prefixes = {"": "bbox_", "mask_": "segm_"} if self.masks else {"": ""}
+        return {
+            f"{own}{name}": result[f"{theirs}{key}"].item()
+            for own, theirs in prefixes.items()
+            for name, key in (("mAP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))
+        }
+
+
+class Detect(Task):
+    """``DATA/train2017``, ``DATA/val2017`` and ``DATA/annotations/instances_*2017.json``."""
+
+    name = "detect"
+    monitor = "mAP"
+    defaults = {"batch_size": 2, "epochs": 36, "lr": 1e-4}
+
+    @staticmethod
+    def add_options(parser: argparse._ArgumentGroup) -> None:
+        parser.add_argument(
+            "--data",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="holds train2017/, val2017/ and annotations/instances_{train,val}2017.json",
+        )
+        parser.add_argument(
+            "--detector",
+            choices=tuple(DETECTORS),
+            default="mask_rcnn",
+            help="the others find boxes only (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--model",
+            default="setformer_tiny",
+            help="backbone: a name that timm knows (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--model-options",
+            type=key_and_value,
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="for timm.create_model, such as drop_path_rate=0.1",
+        )
+        parser.add_argument(
+            "--pretrained",
+            type=Path,
+            metavar="FILE",
+            help="the backbone's weights to start from, of a classifier",
+        )
+        parser.add_argument(
+            "--min-size",
+            type=number(int, 32),
+            nargs="+",
+            default=[800],
+            metavar="S",
+            help="images are resized so that their shorter side is S; of several, a random one "
+            "while training and then the last (default: 800)",
+        )
+        parser.add_argument(
+            "--max-size",
+            type=number(int, 32),
+            default=1333,
+            metavar="S",
+            help="but their longer side no longer than S (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--anchor-sizes",
+            type=number(int, 1),
+            nargs=5,
+            default=list(ANCHOR_SIZES),
+            metavar="S",
+            help="about the objects' sizes in pixels once resized, for the five levels of the "
+            "pyramid (default: 32 64 128 256 512)",
+        )
+        parser.add_argument(
+            "--detections",
+            type=number(int, 1),
+            default=100,
+            metavar="N",
+            help="at most so many in an image (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--scale-jitter",
+            type=number(float, 0.01),
+            nargs=2,
+            metavar=("LOW", "HIGH"),
+            help="train on random squares of min-size, of images scaled by a random factor of "
+            "what would fit; 0.1 2 is usual where there is no pretraining (default: none)",
+        )
+        parser.add_argument(
+            "--flip",
+            type=number(float, 0, 1),
+            default=0.5,
+            metavar="PROBABILITY",
+            help="of mirroring left and right (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--vertical-flip",
+            type=number(float, 0, 1),
+            default=0.0,
+            metavar="PROBABILITY",
+            help="of mirroring up and down, as for aerial images (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--photometric",
+            action="store_true",
+            help="distort brightness, contrast, saturation and hue at random",
+        )
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.masks = options.detector == "mask_rcnn"
+        if min(options.min_size) > options.max_size:
+            raise TrainingError(
+                f"--min-size: expected at most --max-size, {options.max_size}, "
+                f"got {min(options.min_size)}"
+            )
+        if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
+            low, high = options.scale_jitter
+            raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")
+        if not timm.is_model(options.model):
+            raise TrainingError(
+                f"--model: timm knows no {options.model!r}; timm.list_models() has the names"
+            )
+        self.train = self._read("train2017", crowds=False)
+        self.eval = self._read("val2017", crowds=True, classes=self.train.classes)
+        self.train.transform = self._augmentation()
+        self.eval.transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
+
+    def _read(self, split: str, **more: Any) -> Coco:
+        data: Path = self.options.data
+        return Coco(
+            data / split,
+            data / "annotations" / f"instances_{split}.json",
+            masks=self.masks,
+            skip=self.options.on_error == "skip",
+            **more,
+        )
+
+    def _augmentation(self) -> v2.Transform:
+        """A random view of an image and of what is in it."""
+        options, steps = self.options, []
+        if options.photometric:
+            steps.append(v2.RandomPhotometricDistort())
+        if options.scale_jitter:
+            size = (options.min_size[-1],) * 2
+            steps.append(v2.ScaleJitter(size, tuple(options.scale_jitter)))
+            steps.append(v2.RandomCrop(size, pad_if_needed=True))
+        steps += [
+            v2.RandomHorizontalFlip(options.flip),
+            v2.RandomVerticalFlip(options.vertical_flip),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.SanitizeBoundingBoxes(labels_getter=_labels),
+            v2.ToPureTensor(),
+        ]
+        return v2.Compose(steps)
+
+    def describe(self) -> str:
+        counts = [sum(map(len, data.objects.values())) for data in (self.train, self.eval)]
+        used = {t["label"] for things in self.train.objects.values() for t in things}
+        unused = [n for label, n in enumerate(self.train.classes, start=1) if label not in used]
+        text = (
+            f"{len(self.train)} training and {len(self.eval)} evaluation images with {counts[0]} "
+            f"and {counts[1]} objects of {len(self.train.classes)} classes"
+        )
+        if unused:
+            text += f"; no object to train on of {', '.join(unused)}"
+        problems = self.train.problems + self.eval.problems
+        if problems:
+            text += f"; {len(problems)} records were left out: {listed(problems)}"
+        return text
+
+    def make_model(self) -> nn.Module:
+        options = self.options
+        try:
+            model: Any = from_card(self.card())
+        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+            raise TrainingError(f"--model: {options.model}: {error}") from error
+        if options.pretrained is not None:
+            whole = timm.create_model(options.model, **dict(options.model_options))
+            load_pretrained(whole, options.pretrained)
+            body = model.backbone.body.model
+            state = whole.state_dict()
+            body.load_state_dict({name: state[name] for name in body.state_dict()})
+        return model
+
+    def train_dataset(self) -> Dataset[Any]:
+        return self.train
+
+    def eval_dataset(self) -> Dataset[Any]:
+        return self.eval
+
+    def collate(self, samples: list[Any]) -> Batch:
+        images, targets = zip(*samples, strict=True)
+        return list(images), list(targets)  # of different sizes: a list of [3, H, W]
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        images, targets = batch
+        return model(images, targets)
+
+    def metrics(self) -> Metrics:
+        return AveragePrecision(self.masks)
+
+    def card(self) -> dict[str, Any]:
+        options = self.options
+        config = timm.get_pretrained_cfg(options.model).to_dict()
+        limit = (
+            "detections_per_img" if options.detector == "retinanet" else "box_detections_per_img"
+        )
+        return {
+            "task": self.name,
+            "detector": options.detector,
+            "model": options.model,
+            "model_options": dict(options.model_options),
+            "detector_options": {
+                "anchor_sizes": options.anchor_sizes,
+                "min_size": options.min_size,
+                "max_size": options.max_size,
+                "image_mean": config["mean"],
+                "image_std": config["std"],
+                limit: options.detections,
+            },
+            "classes": self.train.classes,
+            "mean": config["mean"],
+            "std": config["std"],
+        }
+
+
+def _labels(sample: Any) -> tuple[Tensor, Tensor]:
+    """What SanitizeBoundingBoxes cuts to the boxes that it keeps."""
+    target = sample[1]
+    return target["labels"], target["crowd"]
