@@ -254,6 +254,7 @@ def test_options_that_do_not_work(
     assert "--model-options: setformer_mini: " in error("--model-options", "width=3")
     assert "dims must be multiples of 32" in error("--model-options", "dims=(3,3,3,3)")
     assert "--auto-augment: 'rend'" in error("--auto-augment=rend")
+    assert "--shard: there is one process, expected several" in error("--shard")
     if not torch.cuda.is_available():
         assert "fp16 needs a GPU" in error("--precision=fp16")
     assert "--pretrained: cannot read weights from missing" in error("--pretrained=missing")

@@ -31,6 +31,11 @@ class Learner:
     def __init__(
         self, task: Task, options: argparse.Namespace, accelerator: Accelerator, steps: int
     ) -> None:
+        if options.shard and accelerator.num_processes == 1:
+            raise TrainingError(
+                "--shard: there is one process, expected several; "
+                "start them by torchrun --nproc-per-node N -m setformer_ext train ..."
+            )
         self.task, self.options, self.accelerator = task, options, accelerator
         seed_generators(options.seed, INITIALISATION)
         self.model = task.make_model()

@@ -235,7 +235,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="processes that load images, for each training process (default: %(default)s)",
     )
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="where it goes")
+    group.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a folder that all processes see"
+    )
     group.add_argument("--config", type=Path, metavar="FILE.yaml", help="options, one a line")
     group.add_argument(
         "--resume", action="store_true", help="go on with the training in --output, if there is one"
