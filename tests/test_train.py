@@ -23,7 +23,7 @@ import setformer_ext.vision  # noqa: F401 (registers the models)
 from setformer_ext import cli
 from setformer_ext.train import sampling
 from setformer_ext.train.optimization import make_schedule, parameter_groups
-from setformer_ext.train.task import DataError
+from setformer_ext.train.task import DataError, TrainingError
 from training import PLAIN, TINY, arguments, classify, launch, metrics, write_digits
 
 SHORT = ("--steps=4", "--batch-size=8", "--eval-every=2", "--lr=3e-3")
@@ -422,15 +422,29 @@ def test_layer_decay_and_weight_decay() -> None:
 
 
 def test_layer_decay_of_a_backbone_inside_a_detector() -> None:
+    """The rest learns at the full rate; what a module there exempts does not decay."""
+
+    class Head(nn.Linear):
+        def no_weight_decay(self) -> set[str]:
+            return {"sca*"}
+
     options = {"dims": (32,) * 4, "depths": (1,) * 4, "num_references": (4,) * 4}
     backbone = timm.create_model("setformer_mini", num_classes=0, **options)
     model = nn.Sequential()
     model.add_module("backbone", backbone)
-    model.add_module("head", nn.Linear(32, 4))
+    model.add_module("head", Head(32, 4))
+    model.head.scale = nn.Parameter(torch.ones(4, 4))
     groups = parameter_groups(model, weight_decay=0.1, layer_decay=0.5)
     of = {id(p): group for group in groups for p in group["params"]}
     assert len(of) == len(list(model.parameters()))
-    assert of[id(model.head.weight)]["lr_scale"] == 1
-    assert of[id(model.head.weight)]["weight_decay"] == 0.1
-    assert of[id(model.head.bias)]["weight_decay"] == 0
+    assert sum(len(group["params"]) for group in groups) == len(of)
+    for parameter, decay in (
+        (model.head.weight, 0.1),
+        (model.head.bias, 0),
+        (model.head.scale, 0),
+    ):
+        assert of[id(parameter)]["lr_scale"] == 1
+        assert of[id(parameter)]["weight_decay"] == decay
     assert of[id(backbone.stem.conv1.weight)]["lr_scale"] < 0.1
+    with pytest.raises(TrainingError, match="--layer-decay: Linear does not say what its layers"):
+        parameter_groups(nn.Linear(3, 3), weight_decay=0.1, layer_decay=0.5)

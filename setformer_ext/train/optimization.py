@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def make_schedule(
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer; what is one-dimensional, or says so itself, does not decay.
+    """Groups for an optimizer; what is one-dimensional does not decay, nor what modules exempt.
 
     With a layer decay below 1, ``lr_scale`` falls from the backbone's last layer to its first. The
     backbone is the outermost module with timm's ``group_matcher``: all of a classifier, a part of
@@ -50,21 +51,31 @@ def parameter_groups(
             f"--layer-decay: {type(model).__name__} does not say what its layers are "
             "(timm's group_matcher); leave the option out"
         )
+    exempt = {
+        id(parameter)
+        for module in model.modules()
+        for pattern in getattr(module, "no_weight_decay", tuple)()
+        for name, parameter in module.named_parameters()
+        if fnmatch(name, pattern)
+    }
     groups = []
-    inside: set[nn.Parameter] = set()
+    inside: set[int] = set()
     if backbone is not None:
-        exempt: set[str] = getattr(backbone, "no_weight_decay", set)()
+        named = dict(backbone.named_parameters())
         groups = param_groups_layer_decay(
-            backbone, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay
+            backbone,
+            weight_decay,
+            no_weight_decay_list={name for name, p in named.items() if id(p) in exempt},
+            layer_decay=layer_decay,
         )
-        inside = set(backbone.parameters())
+        inside = {id(p) for p in named.values()}
     for decays in (True, False):
         outside = [
             p
             for name, p in model.named_parameters()
             if p.requires_grad
-            and p not in inside
-            and decays == (p.ndim > 1 and not name.endswith(".bias"))
+            and id(p) not in inside
+            and decays == (p.ndim > 1 and not name.endswith(".bias") and id(p) not in exempt)
         ]
         if outside:
             groups.append(
