@@ -122,6 +122,13 @@ class Detect(Task):
             "pyramid (default: 32 64 128 256 512)",
         )
         parser.add_argument(
+            "--pyramid-channels",
+            type=number(int, 1),
+            default=256,
+            metavar="C",
+            help="width of the pyramid and of the heads on it (default: %(default)s)",
+        )
+        parser.add_argument(
             "--detections",
             type=number(int, 1),
             default=100,
@@ -263,6 +270,7 @@ class Detect(Task):
             "model_options": dict(options.model_options),
             "detector_options": {
                 "anchor_sizes": options.anchor_sizes,
+                "pyramid_channels": options.pyramid_channels,
                 "min_size": options.min_size,
                 "max_size": options.max_size,
                 "image_mean": config["mean"],

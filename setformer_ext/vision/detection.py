@@ -29,8 +29,8 @@ class Pyramid(nn.Module):
     Args:
         body: timm's model with ``features_only``, or any module with its ``feature_info``.
         extra_blocks: makes the levels above the last stage.
-        first: the first stage that the pyramid takes.
         out_channels: width of all levels.
+        first: the first stage that the pyramid takes.
 
     Shape:
         images [B, 3, H, W] to a dictionary of levels, [B, out_channels, H / stride, W / stride]
@@ -38,7 +38,7 @@ class Pyramid(nn.Module):
     """
 
     def __init__(
-        self, body: Any, extra_blocks: nn.Module, first: int = 0, out_channels: int = 256
+        self, body: Any, extra_blocks: nn.Module, out_channels: int, first: int = 0
     ) -> None:
         super().__init__()
         channels = body.feature_info.channels()[first:]
@@ -79,6 +79,7 @@ def mask_rcnn(
     num_classes: int,
     *,
     anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    pyramid_channels: int = 256,
     backbone_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> MaskRCNN:
@@ -90,6 +91,7 @@ def mask_rcnn(
         num_classes: without background; labels are 1 ... num_classes.
         anchor_sizes: side of the square anchors in pixels of the resized image, for strides 4, 8,
             16, 32 and 64; each comes with aspect ratios 0.5, 1 and 2.
+        pyramid_channels: width of the pyramid's levels, and so of the heads' convolutions.
         backbone_options: for ``timm.create_model``.
         options: of torchvision's MaskRCNN, such as min_size, max_size, box_detections_per_img;
             image_mean and image_std are by default the backbone's.
@@ -102,7 +104,8 @@ def mask_rcnn(
     Raises:
         ValueError: for feature maps at other strides, or another number of anchor sizes.
     """
-    return _rcnn(MaskRCNN, backbone, num_classes, anchor_sizes, backbone_options, options)
+    body = make_body(backbone, **(backbone_options or {}))
+    return _rcnn(MaskRCNN, body, num_classes, anchor_sizes, pyramid_channels, options)
 
 
 def faster_rcnn(
@@ -110,11 +113,13 @@ def faster_rcnn(
     num_classes: int,
     *,
     anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    pyramid_channels: int = 256,
     backbone_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FasterRCNN:
     """Faster R-CNN: :func:`mask_rcnn` without masks."""
-    return _rcnn(FasterRCNN, backbone, num_classes, anchor_sizes, backbone_options, options)
+    body = make_body(backbone, **(backbone_options or {}))
+    return _rcnn(FasterRCNN, body, num_classes, anchor_sizes, pyramid_channels, options)
 
 
 def retinanet(
@@ -122,6 +127,7 @@ def retinanet(
     num_classes: int,
     *,
     anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    pyramid_channels: int = 256,
     backbone_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> RetinaNet:
@@ -131,7 +137,8 @@ def retinanet(
     """
     sizes = [[round(size * 2 ** (i / 3)) for i in range(3)] for size in _five(anchor_sizes)]
     body = make_body(backbone, **(backbone_options or {}))
-    pyramid = Pyramid(body, LastLevelP6P7(256, 256), first=1)
+    top = LastLevelP6P7(pyramid_channels, pyramid_channels)
+    pyramid = Pyramid(body, top, pyramid_channels, first=1)
     model = RetinaNet(
         pyramid,
         num_classes + 1,  # labels start at 1 in all these detectors; class 0 stays empty
@@ -165,16 +172,15 @@ def from_card(card: Mapping[str, Any]) -> nn.Module:
 
 def _rcnn(
     kind: type[Any],
-    backbone: str | nn.Module,
+    body: nn.Module,
     num_classes: int,
     anchor_sizes: Sequence[int],
-    backbone_options: Mapping[str, Any] | None,
+    pyramid_channels: int,
     options: Mapping[str, Any],
 ) -> Any:
     sizes = [[size] for size in _five(anchor_sizes)]
-    body = make_body(backbone, **(backbone_options or {}))
     model = kind(
-        Pyramid(body, LastLevelMaxPool()),
+        Pyramid(body, LastLevelMaxPool(), pyramid_channels),
         num_classes + 1,
         rpn_anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
         **{**_normalisation(body), **options},
