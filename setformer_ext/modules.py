@@ -194,6 +194,11 @@ class SetAttention(nn.Module):
         if self.log_epsilon is not None:
             nn.init.constant_(self.log_epsilon, math.log(self.initial_epsilon))
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that live on a scale of their own, where 0 means nothing."""
+        own = {"reference", "reference_log_mass", "anchor", "log_bandwidth", "log_epsilon"}
+        return own & {name for name, _ in self.named_parameters()}
+
     @property
     def bandwidth(self) -> float | Tensor:
         """The bandwidth in use: a float, or the learned one per head, [H]."""

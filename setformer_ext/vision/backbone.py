@@ -144,9 +144,13 @@ class Setformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that live on a scale of their own: references, masses, epsilon, bandwidth."""
-        endings = ("reference", "reference_log_mass", "anchor", "log_epsilon", "log_bandwidth")
-        return {name for name, _ in self.named_parameters() if name.endswith(endings)}
+        """Names of parameters that should not decay: what SetAttention says of its own."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, SetAttention)
+            for name in module.no_weight_decay()
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
