@@ -4,18 +4,21 @@
 
 trains the same small backbone on the same images in the same order with either attention, and
 prints a line of Markdown for each: the accuracy of every seed, their mean and spread, the mean
-training loss of the last 50 steps, parameters and time. A plot goes to ``--output``.
+training loss of the last 50 steps, parameters and time. A plot goes to ``--output``, and every run
+to ``--results``, from where it is taken the next time.
 
 ``--study`` takes every option below in turn, and is judged on 10,000 of the training images, so
-that what it chooses has not seen the test images. ``--quick`` takes one seed and a minute, and fails
-if either attention learns too little.
+that what it chooses has not seen the test images. ``--quick`` takes one seed and a minute, and
+fails if either attention learns too little.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import sys
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -28,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setformer_ext.demo.data import Images
-from setformer_ext.demo.train import History, train
+from setformer_ext.demo.train import train
 from setformer_ext.vision import Setformer
 
-CLASSES = "T-shirt trousers pullover dress coat sandal shirt sneaker bag boot".split()
+CLASSES = [str(label) for label in range(10)]
 SIZE = 56  # twice the images' own: the four stages then have 196, 49, 16 and 4 tokens
 QUICK_STEPS = 250
 QUICK_ACCURACY = 0.7  # that --quick asks for; a guess has 0.1
@@ -43,10 +46,43 @@ def set_options(**options: Any) -> dict[str, Any]:
     return {"attention_options": options}
 
 
-COMPARED: dict[str, dict[str, Any]] = {"SeT": {}, "softmax": {"attention": "softmax"}}
-STUDY = COMPARED | {
-    "separate query off": set_options(query_projection=False),
+COMPARED: dict[str, dict[str, Any]] = {
+    "SeT": {},
+    "softmax": {"attention": "softmax"},  # 2 % more parameters
 }
+STUDY = COMPARED | {
+    "constant reference mass": set_options(adaptive_reference_mass=False),
+    "uniform masses": set_options(
+        adaptive_reference_mass=False, learned_reference_mass=False, learned_token_mass=False
+    ),
+    "T = 0": set_options(iterations=0),
+    "T = 2": set_options(iterations=2),
+    "T = 5": set_options(iterations=5),
+    "epsilon 0.1": set_options(epsilon=0.1),
+    "epsilon 0.02": set_options(epsilon=0.02),
+    "learned epsilon": set_options(learned_epsilon=True),
+    "learned bandwidth": set_options(learned_bandwidth=True),
+    "linear kernel": set_options(kernel="linear"),
+    "no penalty of positions": set_options(position_bandwidth=None),
+    "position bandwidth 0.5": set_options(position_bandwidth=0.5),
+    "pooled references": set_options(pooled_references=True),
+    "a quarter of the references": {"num_references": (9, 9, 4, 1)},
+    "separate query": set_options(query_projection=True),
+}
+
+
+@dataclass
+class Run:
+    """One training, and what came out."""
+
+    name: str
+    judged_on: str
+    steps: int
+    seed: int
+    accuracy: float
+    loss: float  # of the last 50 steps
+    parameters: int
+    milliseconds_per_step: float
 
 
 def load(folder: Path, validate: bool) -> Images:
@@ -78,7 +114,14 @@ class Network(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.backbone = Setformer(
-            in_chans=1, num_classes=10, dims=(32, 64, 128, 128), depths=(1, 2, 1, 1), **options
+            **{
+                "in_chans": 1,
+                "num_classes": 10,
+                "dims": (32, 64, 96, 128),
+                "depths": (1, 2, 1, 1),
+                "num_references": (36, 36, 16, 4),
+            }
+            | options
         )
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 1, 28, 28] -> [B, 10]
@@ -94,6 +137,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of 64 images each")
     parser.add_argument("--data", type=Path, default=FOLDER, help="folder of the four .gz files")
     parser.add_argument("--output", type=Path, default=Path("fashion_mnist.png"), help="the plot")
+    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="keep each run here")
     options = parser.parse_args()
     unknown = set(options.names) - set(STUDY)
     if unknown:
@@ -111,50 +155,72 @@ def main() -> int:
         f"| attention | {images.source} accuracy per seed | mean | spread | loss | parameters "
         "| ms per step |\n| --- | --- | --: | --: | --: | --: | --: |"
     )
-    histories: dict[str, list[History]] = {}
+    runs: dict[str, list[Run]] = {}
     for name in names:
-        histories[name] = []
-        for seed in range(options.seeds):
-            model, history = train(
-                partial(Network, **STUDY[name]),
-                images,
-                steps=options.steps,
-                seed=seed,
-                description=f"{name}, seed {seed}",
-                tests=5,
-            )
-            histories[name].append(history)
-        parameters = sum(p.numel() for p in model.parameters())
-        print(_row(name, histories[name], parameters), flush=True)
-    _plot(histories, images.source, options.output)
+        runs[name] = [
+            _run(name, images, options.steps, seed, options.results)
+            for seed in range(options.seeds)
+        ]
+        print(_row(name, runs[name]), flush=True)
+    _plot(runs, images.source, options.output)
     print(f"\nPlot: {options.output}")
     if options.quick:
-        worst = min(history.accuracy for runs in histories.values() for history in runs)
+        worst = min(run.accuracy for of_name in runs.values() for run in of_name)
         if worst < QUICK_ACCURACY:
             print(f"an accuracy of {worst:.3f} is below {QUICK_ACCURACY}", file=sys.stderr)
             return 1
     return 0
 
 
-def _row(name: str, runs: list[History], parameters: int) -> str:
-    accuracies = [history.accuracy for history in runs]
+def _run(name: str, images: Images, steps: int, seed: int, results: Path | None) -> Run:
+    """Train and test, or take what an earlier call has left in the file."""
+    made = [] if results is None or not results.exists() else results.read_text().splitlines()
+    for run in (Run(**json.loads(line)) for line in made):
+        if (run.name, run.judged_on, run.steps, run.seed) == (name, images.source, steps, seed):
+            return run
+    model, history = train(
+        partial(Network, **STUDY[name]),
+        images,
+        steps=steps,
+        seed=seed,
+        description=f"{name}, seed {seed}",
+        tests=1,
+    )
+    run = Run(
+        name,
+        images.source,
+        steps,
+        seed,
+        history.accuracy,
+        fmean(history.losses[-50:]),
+        sum(p.numel() for p in model.parameters()),
+        history.milliseconds_per_step,
+    )
+    if results is not None:
+        with results.open("a") as file:
+            file.write(json.dumps(asdict(run)) + "\n")
+    return run
+
+
+def _row(name: str, runs: list[Run]) -> str:
+    accuracies = [run.accuracy for run in runs]
     each = " ".join(f"{accuracy:.4f}" for accuracy in accuracies)
     spread = stdev(accuracies) if len(accuracies) > 1 else float("nan")
-    loss = fmean(value for history in runs for value in history.losses[-50:])
-    time = fmean(history.milliseconds_per_step for history in runs)
+    loss = fmean(run.loss for run in runs)
+    time = fmean(run.milliseconds_per_step for run in runs)
     return (
-        f"| {name} | {each} | {fmean(accuracies):.4f} | {spread:.4f} | {loss:.4f} | {parameters:,} "
-        f"| {time:.0f} |"
+        f"| {name} | {each} | {fmean(accuracies):.4f} | {spread:.4f} | {loss:.4f} "
+        f"| {runs[0].parameters:,} | {time:.0f} |"
     )
 
 
-def _plot(histories: dict[str, list[History]], source: str, path: Path) -> None:
-    """Each seed a dot, each mean a bar, in the order of the means."""
-    order = sorted(histories, key=lambda name: fmean(h.accuracy for h in histories[name]))
+def _plot(runs: dict[str, list[Run]], source: str, path: Path) -> None:
+    """Each seed a dot, each mean a line, in the order of the means."""
+    order = sorted(runs, key=lambda name: fmean(run.accuracy for run in runs[name]))
     figure = Figure(figsize=(8, 1.2 + 0.35 * len(order)), layout="constrained")
     axes = figure.subplots()
     for row, name in enumerate(order):
-        accuracies = [history.accuracy for history in histories[name]]
+        accuracies = [run.accuracy for run in runs[name]]
         colour = "#d1495b" if name == "softmax" else "#30638e"
         axes.plot(accuracies, [row] * len(accuracies), "o", color=colour, alpha=0.6)
         axes.plot([fmean(accuracies)] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=2)
