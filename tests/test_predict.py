@@ -164,7 +164,7 @@ def test_same_names_do_not_overwrite(
         (lambda run: edit(run, mean=None), "no model can be made of it"),
         (lambda run: edit(run, model="nothing"), "no model can be made of it"),
         (lambda run: edit(run, model_options={"depth": 1}), "no model can be made of it"),
-        (lambda run: edit(run, crop_pct=...), "lacks 'crop_pct'"),
+        (lambda run: edit(run, crop_pct=...), "lacks or does not know 'crop_pct'"),
         (
             lambda run: edit(run, model_options={"num_classes": 10}),
             "these weights are of another model",
@@ -304,3 +304,124 @@ def test_colours_are_the_classes_own_while_they_last() -> None:
     assert [many[label] for label in range(20, 36)] == PALETTE
     assert {many[label] for label in range(36, 60)} == {REST}
     assert len(set(PALETTE)) == len(PALETTE)
+
+
+BODY = {"dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "num_references": [4, 4, 4, 4]}
+COMMON = {
+    "model": "setformer_mini",
+    "model_options": BODY,
+    "classes": ["cat", "dog"],
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.3, 0.25],
+}
+DETECT = COMMON | {
+    "task": "detect",
+    "detector": "mask_rcnn",
+    "detector_options": {
+        "anchor_sizes": [16, 32, 64, 128, 256],
+        "min_size": [64],
+        "max_size": 96,
+        "image_mean": COMMON["mean"],
+        "image_std": COMMON["std"],
+    },
+}
+SEGMENT = COMMON | {
+    "task": "segment",
+    "decoder": "fpn",
+    "decoder_options": {},
+    "short_side": 0,
+    "window": 48,
+}
+
+
+def write_run(folder: Path, card: dict, model: torch.nn.Module) -> Path:
+    from safetensors.torch import save_model
+
+    folder.mkdir()
+    save_model(model, str(folder / "model.safetensors"))
+    (folder / "card.json").write_text(json.dumps(card))
+    return folder
+
+
+def pixels_of(path: Path) -> torch.Tensor:  # [3, H, W] in [0, 1]
+    return torch.tensor(np.asarray(Image.open(path)) / np.float32(255)).permute(2, 0, 1)
+
+
+def test_detections_are_the_models(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Those of torchvision's model called by hand, in pixels of the image, from a score on."""
+    from setformer_ext.vision.detection import from_card
+
+    torch.manual_seed(0)
+    model = from_card(DETECT).eval()
+    run = write_run(tmp_path / "run", DETECT, model)
+    with torch.no_grad():
+        found = model([pixels_of(photo)])[0]
+    threshold = float(found["scores"].sort(descending=True).values[5]) - 1e-6
+    report = tmp_path / "d.json"
+    given = (run, photo, "--output", tmp_path / "out", "--json", report)
+    status, out, _ = predict(capsys, *given, f"--threshold={threshold}")
+    assert status == 0
+    objects = json.loads(report.read_text())[0]["objects"]
+    assert len(objects) == 6
+    assert [thing["name"] for thing in objects] == [
+        DETECT["classes"][label - 1] for label in found["labels"][:6].tolist()
+    ]
+    for i, thing in enumerate(objects):
+        assert thing["score"] == pytest.approx(float(found["scores"][i]), abs=1e-5)
+        assert thing["box"] == pytest.approx(found["boxes"][i].tolist(), abs=1e-2)
+        mask = coco.decode(thing["segmentation"])
+        assert mask.shape == (60, 90)
+        assert (mask != (found["masks"][i, 0] > 0.5).numpy()).mean() < 0.01
+    assert is_png(tmp_path / "out" / "photo.png")
+    status, out, _ = predict(capsys, *given, "--threshold=1")
+    assert (status, "photo.png: nothing" in out) == (0, True)
+
+
+def test_segmentations_are_the_models(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from setformer_ext.vision.segmentation import from_card
+
+    torch.manual_seed(0)
+    model = from_card(SEGMENT).eval()
+    report = tmp_path / "s.json"
+    run = write_run(tmp_path / "whole", SEGMENT | {"window": 0}, model)
+    given = (photo, "--output", tmp_path / "out", "--json", report)
+    assert predict(capsys, run, *given)[0] == 0
+    mean, std = (torch.tensor(SEGMENT[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = model(((pixels_of(photo) - mean) / std)[None])[0].argmax(0).numpy()
+    assert 0 < expected.mean() < 1
+    for entry in json.loads(report.read_text())[0]["classes"]:
+        label = SEGMENT["classes"].index(entry["name"])
+        assert (coco.decode(entry["segmentation"]) != (expected == label)).mean() < 0.001
+    assert is_png(tmp_path / "out" / "photo.png")
+    run = write_run(tmp_path / "windows", SEGMENT, model)
+    assert predict(capsys, run, *given)[0] == 0
+
+
+@pytest.mark.parametrize("card", [DETECT, SEGMENT], ids=["detect", "segment"])
+def test_layers_of_other_tasks_are_explained(
+    card: dict, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The whole image comes to the backbone once, also where predictions take windows."""
+    from setformer_ext.explain.plans import find_attention, observe
+    from setformer_ext.images import read_image
+    from setformer_ext.predict.predictors import PREDICTORS
+
+    torch.manual_seed(0)
+    predictor = PREDICTORS[card["task"]](card)
+    run = write_run(tmp_path / "run", card, predictor.model)
+    output = tmp_path / "e.png"
+    assert cli.main(["explain", str(run), str(photo), "--stage=1", f"--output={output}"]) == 0
+    assert is_png(output)
+    predictor = load_run(run)
+    attention, _ = find_attention(predictor.model, 1, 1)
+    layer = observe(predictor.model, attention, lambda: predictor.look(read_image(photo)))
+    assert layer.seen.shape[1:] == (64, 96)
+    assert layer.grid == (16, 24)
+    if card is SEGMENT:  # what comes is the image itself, padded
+        seen = predictor.as_seen(layer.seen)[:, :60, :90]
+        torch.testing.assert_close(seen, pixels_of(photo), rtol=0, atol=1e-5)

@@ -77,7 +77,7 @@ def _explain(options: argparse.Namespace) -> None:
     if options.head is not None and not 1 <= options.head <= heads:
         raise ExplainError(f"--head must be from 1 to {heads} in this layer, got {options.head}")
     image = read_image(options.image)
-    layer = observe(predictor.model, attention, lambda: predictor(image))
+    layer = observe(predictor.model, attention, lambda: predictor.look(image))
     head = options.head or 1 + int(mutual_information(layer.plans).argmax())
     name = f"{name}, head {head} of {heads}"
     seen = predictor.as_seen(layer.seen)

@@ -35,8 +35,10 @@ def load_run(folder: Path) -> Predictor:
     try:
         predictor = PREDICTORS[card["task"]](card)
     except KeyError as error:
-        raise RunError(f"{folder / CARD}: lacks {error}; was it edited by hand?") from error
-    except (TypeError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"{folder / CARD}: lacks or does not know {error}; was it edited by hand?"
+        ) from error
+    except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"{folder / CARD}: no model can be made of it: {error}") from error
     load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     predictor.model.eval()

@@ -9,9 +9,10 @@ import timm
 import torch
 from timm.data import create_transform
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_tensor
 
-from .. import vision  # noqa: F401  registers the backbone with timm
-from .answers import Answer, Classification
+from ..vision import detection, segmentation  # registers the backbone with timm, too
+from .answers import Answer, Classification, Detection, Segmentation
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +41,10 @@ class Predictor(ABC):
     def __call__(self, image: Image.Image, threshold: float = 0.5) -> Answer:
         """The answer about an RGB image; only detection has a use for the threshold."""
 
+    def look(self, image: Image.Image) -> None:
+        """Run the backbone once over the whole of an RGB image, for its layers to be looked at."""
+        self(image)
+
     def as_seen(self, pixels: Tensor) -> Tensor:  # [1 or 3, H, W], normalised -> [3, H, W]
         """What the network saw, in [0, 1]."""
         return (pixels * self.std + self.mean).clamp(0, 1).expand(3, -1, -1)
@@ -66,4 +71,45 @@ class Classifier(Predictor):
         return Classification([self.classes[i] for i in top.indices.tolist()], top.values)
 
 
-PREDICTORS: dict[str, type[Predictor]] = {"classify": Classifier}
+class Detector(Predictor):
+    """torchvision's detectors; they resize and normalise images themselves."""
+
+    def __init__(self, card: dict[str, Any]) -> None:
+        super().__init__(card)
+        self.model = detection.from_card(card)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, threshold: float = 0.5) -> Detection:
+        # Before the non-maximum suppression, to which boxes of lower scores make no difference.
+        getattr(self.model, "roi_heads", self.model).score_thresh = threshold
+        found = self.model([to_tensor(image)])[0]
+        masks = found["masks"][:, 0] > 0.5 if "masks" in found else None
+        return Detection(self.classes, found["boxes"], found["labels"] - 1, found["scores"], masks)
+
+
+class Segmenter(Predictor):
+    """A backbone and a decoder, over the whole image or over windows of it."""
+
+    def __init__(self, card: dict[str, Any]) -> None:
+        super().__init__(card)
+        self.model = segmentation.from_card(card)
+        self.short_side, self.window = card["short_side"], card["window"]
+
+    def __call__(self, image: Image.Image, threshold: float = 0.5) -> Segmentation:
+        return self._segment(image, self.window)
+
+    def look(self, image: Image.Image) -> None:
+        self._segment(image, window=0)
+
+    @torch.no_grad()
+    def _segment(self, image: Image.Image, window: int) -> Segmentation:
+        pixels = (to_tensor(image) - self.mean) / self.std
+        labels = segmentation.segment(self.model, pixels, self.short_side, window)
+        return Segmentation(self.classes, labels)
+
+
+PREDICTORS: dict[str, type[Predictor]] = {
+    "classify": Classifier,
+    "detect": Detector,
+    "segment": Segmenter,
+}
