@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = re.findall(
-    r"setformer (profile|selftest)((?: +--?[^\s`]+(?: +[^\s`-][^\s`]*)?)+)",
+    r"setformer (profile|selftest|train|predict|explain)((?: +[^\s`#]+)+)",
     re.sub(r"\\\n\s*", " ", TEXT),
 )
 
@@ -43,7 +43,7 @@ def test_commands_have_these_options(name: str, options: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    assert {name for name, _ in COMMANDS} == {"profile", "selftest"}
+    assert {name for name, _ in COMMANDS} == {"profile", "selftest", "train", "predict", "explain"}
     assert len(COMMANDS) >= 5
 
 
