@@ -57,7 +57,7 @@ def draw_references(
     _show(panels[0], image, "what the network sees")
     _show(panels[1], tint * (0.5 + 0.5 * grey), "where each token gives most")
     for axes, j, name in zip(panels[2:], shown, COLOURS, strict=False):
-        light = plan[:, j].unflatten(0, grid) / plan[:, j].max()
+        light = _light(plan[:, j]).unflatten(0, grid)
         glow = 0.85 * _resize(light.unsqueeze(0), size, "nearest") * colours[j]
         title = f"reference {j + 1}: {mass[j]:.0%} of the mass"
         _show(axes, 0.25 * grey + glow, title, name)
@@ -67,6 +67,12 @@ def draw_references(
     which = f"{len(shown)} of {len(mass)} references, those of largest mass"
     _head(figure, f"{layer}: {which}", note)
     figure.savefig(path, dpi=150)
+
+
+def _light(drawn: Tensor) -> Tensor:  # [N] -> [N]
+    """In [0, 1]; a few tokens that give many times what others do shall not leave those dark."""
+    brightest = torch.maximum(drawn.quantile(0.99), drawn.max() / 4)
+    return (drawn / brightest).clamp(max=1)
 
 
 def _panels(count: int, aspect: float) -> tuple[Figure, list[Axes]]:
