@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
@@ -105,7 +106,7 @@ class Ade20k(Dataset[Any]):
     def count(self) -> list[tuple[np.ndarray, str]]:
         """How many pixels have each label, [L] int64, and what is wrong, of each sample.
 
-        Images are not decoded, so it takes a small part of the time of an epoch.
+        JPEGs are not decoded, so it takes a small part of the time of an epoch.
         """
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
             return list(pool.map(_count, self.samples))
@@ -161,10 +162,14 @@ def check_pair(image: Path, label: Path) -> None:
         raise DataError(f"{label}: is without an image; expected {image.parent / label.stem}.jpg")
     if not label.exists():
         raise DataError(f"{image}: is without labels; expected {label}")
-    sizes = _size(image), _size(label)
-    if sizes[0] != sizes[1]:
-        written = ["{} x {}".format(*size) for size in sizes]
-        raise DataError(f"{label}: is {written[1]}, but its image {image} is {written[0]}")
+    with _opened(label) as labels:
+        size = labels.size
+    expected = _size(image)
+    if size != expected:
+        raise DataError(
+            f"{label}: is {size[0]} x {size[1]}, "
+            f"but its image {image} is {expected[0]} x {expected[1]}"
+        )
 
 
 def read_labels(path: Path) -> np.ndarray:  # [H, W] integers
@@ -181,10 +186,7 @@ def read_labels(path: Path) -> np.ndarray:  # [H, W] integers
                 f"{path}: is of Pillow's mode {image.mode}; expected grey whose values are the "
                 f"labels{remedy if image.mode == 'P' else ''}"
             )
-        try:
-            labels = np.asarray(image)
-        except Exception as error:  # decoders raise what they like
-            raise OSError(f"{path}: a broken image ({error})") from error
+        labels = np.asarray(image)
     if labels.min(initial=0) < 0 or labels.max(initial=0) > LARGEST_LABEL:
         raise DataError(f"{path}: expected labels from 0 to {LARGEST_LABEL}")
     return labels
@@ -253,15 +255,22 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _opened(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image to look into; what Pillow raises meanwhile becomes an OSError naming the file."""
     try:
-        return Image.open(path)
-    except Exception as error:
+        with Image.open(path) as image:
+            yield image
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
         raise OSError(f"{path}: not an image of a kind that Pillow reads") from error
+    except Exception as error:  # decoders raise what they like
+        raise OSError(f"{path}: a broken image ({error})") from error
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height as read_image gives them, from the file's head alone."""
+    """Width and height as read_image gives them; only PNGs have to be decoded for it."""
     with _opened(path) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else image.size
