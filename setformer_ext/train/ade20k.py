@@ -145,8 +145,8 @@ def look_over(
                 except DataError as error:
                     failure = str(error)
             failures += [failure] if failure else []
-    seen = {*(np.flatnonzero(totals[train]) - first).tolist()}
-    unseen = [name for i, name in enumerate(names) if i not in seen]
+    seen = {*np.flatnonzero(totals[train]).tolist()} - {ignored}
+    unseen = [name for label, name in enumerate(names, start=first) if label not in seen]
     if unseen:
         failures.append(f"{train.folder}: no pixel is of the classes {_listed(unseen)}")
     return labels, failures
