@@ -90,7 +90,8 @@ def test_two_processes_are_one_with_the_whole_batch(
     """Under torchrun, DDP; 31 evaluation images are no multiple of 2, and none counts twice."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "setformer_ext"]
     two = arguments(data, tmp_path / "two", *SHORT, "--batch-size=8")
-    subprocess.run([sys.executable, *command, *two], check=True, timeout=100)
+    # elsewhere: in a checkout its own folder would come before the installed package
+    subprocess.run([sys.executable, *command, *two], check=True, timeout=100, cwd=tmp_path)
     assert_close(metrics(tmp_path / "two"), metrics(one_process))
 
 
@@ -336,7 +337,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "unrecognized arguments: --stepz=3" in error(*given, "--stepz=3")
     assert "--steps: expected a whole number of at least 1, got '0'" in error(*given, "--steps=0")
     command = [sys.executable, "-m", "setformer_ext", "train", *given]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("setformer train classify: --data: there is no folder x/train")
     assert result.stderr.count("\n") == 1

@@ -130,7 +130,8 @@ def test_two_processes_measure_what_one_does(data: Path, tmp_path: Path) -> None
     one = train(data, tmp_path / "one", "--steps=2", "--eval-every=1")
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "setformer_ext"]
     two = arguments(data, tmp_path / "two", "--steps=2", "--eval-every=1", "--batch-size=2")
-    subprocess.run([sys.executable, *command, *two], check=True, timeout=100)
+    # elsewhere: in a checkout its own folder would come before the installed package
+    subprocess.run([sys.executable, *command, *two], check=True, timeout=100, cwd=tmp_path)
     for entry, other in zip(metrics(tmp_path / "two")["history"], one["history"], strict=True):
         assert entry == pytest.approx(other, rel=0.02, abs=0.005)
 
