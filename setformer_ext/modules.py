@@ -50,8 +50,8 @@ class SetAttention(nn.Module):
         learned_epsilon: learn one epsilon per head, as its logarithm.
         learned_token_mass: a_i proportional to exp(<u_h, x_i>), instead of uniform.
         learned_reference_mass: b_j proportional to exp(c_hj), instead of uniform.
-        adaptive_reference_mass: add <m_hj, mean_i x_i>, over the valid tokens, to c_hj: an input may
-            need some references more than others, which fixed masses make it use alike.
+        adaptive_reference_mass: add <m_hj, mean_i x_i>, over the valid tokens, to c_hj: an input
+            may need some references more than others, which fixed masses make it use alike.
         num_anchors: if given, replace the gaussian kernel by its Nystrom approximation
             <psi(k), psi(y)> on that many learned anchors per head; see
             :func:`setformer_ext.nystrom.nystrom_features`.
