@@ -341,12 +341,13 @@ class SetAttention(nn.Module):
         fits = x.dim() == 3 and x.shape[-1] == self.dim
         _require(fits, "x", shape, f"{x.dtype} {list(x.shape)}")
         self._check_against_parameters(x)
+        # Sizes are put into words only for an error: torch.compile would fix them to what they are.
         if mask is not None:
-            shape = f"bool [B={x.shape[0]}, N={x.shape[1]}]"
             _require_type(isinstance(mask, Tensor), "mask", "a bool tensor or None", mask)
-            if mask.dtype != torch.bool:
-                raise TypeError(_message("mask", shape, f"{mask.dtype} {list(mask.shape)}"))
-            _require(mask.shape == x.shape[:2], "mask", shape, f"{mask.dtype} {list(mask.shape)}")
+            if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+                shape = f"bool [B={x.shape[0]}, N={x.shape[1]}]"
+                error = TypeError if mask.dtype != torch.bool else ValueError
+                raise error(_message("mask", shape, f"{mask.dtype} {list(mask.shape)}"))
             on = f"on x's device, {x.device}"
             _require(mask.device == x.device, "mask", on, mask.device)
         if grid is not None:
@@ -354,12 +355,9 @@ class SetAttention(nn.Module):
             _require_type(isinstance(grid, (tuple, list)), "grid", pair, grid)
             if not all(_is_integer(size) for size in grid):
                 raise TypeError(_message("grid", pair, grid))
-            _require(
-                len(grid) == 2 and min(grid) >= 1 and grid[0] * grid[1] == x.shape[1],
-                "grid",
-                f"(H, W) with H * W = N = {x.shape[1]}",
-                grid,
-            )
+            if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != x.shape[1]:
+                expected = f"(H, W) with H * W = N = {x.shape[1]}"
+                raise ValueError(_message("grid", expected, grid))
 
     def _check_against_parameters(self, x: Tensor) -> None:
         """On the device and of the dtype of the key's weight, where that has the usual form."""
