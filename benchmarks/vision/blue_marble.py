@@ -60,7 +60,7 @@ OPTIONS = (
     "--ema-decay=0.98",
     "--workers=0",
 )
-STEPS, QUICK_STEPS = 200, 100
+STEPS, QUICK_STEPS = 200, 140
 
 
 def main() -> int:

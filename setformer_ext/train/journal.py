@@ -47,7 +47,9 @@ class Journal:
         """Print and log an evaluation: its step, mean losses and metrics."""
         figures = {name: value for name, value in entry.items() if name != "step"}
         step = int(entry["step"])
-        self.say(f"step {step}/{steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        # Figures of single classes, "IoU/sky", may be hundreds: they go to the table at the end.
+        short = (f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
+        self.say(f"step {step}/{steps}  " + "  ".join(short))
         if self.writer is not None:
             for name, value in figures.items():
                 self.writer.add_scalar(f"evaluation/{name}", value, step)
