@@ -1,13 +1,15 @@
 """The backbone, and all that timm asks of it."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from setformer_ext import SetAttention
 from setformer_ext.vision import Setformer
@@ -44,6 +46,17 @@ def test_sizes_are_registered(name: str) -> None:
     assert not config["fixed_input_size"]
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_what_their_docstrings_say(name: str) -> None:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = timm.create_model(name)
+        model(torch.empty(1, 3, 224, 224))
+    parameters = sum(p.numel() for p in model.parameters())
+    counted = f"{parameters / 1e6:.1f}", f"{counter.get_total_flops() / 2e9:.1f}"
+    said = re.findall(r"[\d.]+(?= million| billion)", timm.model_entrypoint(name).__doc__)
+    assert tuple(said) == counted
+
+
 def test_state_dict_keys_are_stable() -> None:
     """Weights that people have saved must load: change the keys only with a way to convert them."""
     with torch.device("meta"):
@@ -52,7 +65,7 @@ def test_state_dict_keys_are_stable() -> None:
     assert lines == STATE_DICT.read_text().splitlines()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (33, 97), (224, 1), (64, 64), (65, 31)])
+@pytest.mark.parametrize("size", [(1, 1), (33, 97), (224, 1), (64, 64), (511, 300)])
 def test_any_image_size(size: tuple[int, int]) -> None:
     model = make()
     features = model.forward_intermediates(images(2, 3, *size), intermediates_only=True)
@@ -188,12 +201,32 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient() -> None:
     assert 0 < kept[1] < 0.5 * kept[0]
 
 
-def test_layer_decay_groups() -> None:
+@pytest.mark.parametrize("getter", [None, "getter"])
+def test_gradient_checkpointing_of_features(getter: str | None) -> None:
+    options = {} if getter is None else {"feature_cls": getter}
+    gradients = []
+    for enable in (False, True):
+        model = make(features_only=True, num_classes=0, **options).train()
+        (model.model if getter else model).set_grad_checkpointing(enable)
+        sum(feature.square().sum() for feature in model(images(1, 3, 64, 64))).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("through_factory", [False, True])
+def test_layer_decay_groups(through_factory: bool) -> None:
     model = make()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = param_groups_layer_decay(
-        model, 0.05, model.no_weight_decay(), layer_decay=0.5, verbose=False
-    )
+    if through_factory:
+        optimizer = create_optimizer_v2(model, "adamw", 1e-3, 0.05, layer_decay=0.5)
+        groups = optimizer.param_groups
+    else:
+        groups = param_groups_layer_decay(
+            model, 0.05, model.no_weight_decay(), layer_decay=0.5, verbose=False
+        )
+    free = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert {name for name in names.values() if name.endswith(".reference")} < free
+    assert not any(name.endswith("mlp.0.weight") for name in free)
     scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(scales) == len(names)
     assert scales["head.fc.weight"] == 1
@@ -201,6 +234,10 @@ def test_layer_decay_groups() -> None:
     blocks = [f"stages.{s}.blocks.{b}" for s, n in enumerate(SMALL["depths"]) for b in range(n)]
     of_blocks = [scales[f"{block}.mlp.0.weight"] for block in blocks]
     assert of_blocks == sorted(set(of_blocks))
+    assert scales["stem.conv1.weight"] < of_blocks[0]
+    assert of_blocks[-1] < 1
+    assert scales["norm.weight"] == of_blocks[-1]
+    assert scales["stages.2.downsample.conv.weight"] == of_blocks[blocks.index("stages.2.blocks.0")]
     for block, scale in zip(blocks, of_blocks, strict=True):
         assert {v for name, v in scales.items() if name.startswith(block)} == {scale}
 
@@ -230,6 +267,19 @@ def test_checkpoint_path(tmp_path: Path, suffix: str) -> None:
     torch.testing.assert_close(loaded(images(1, 3, 32, 32)), model(images(1, 3, 32, 32)))
 
 
+def test_fine_tuning_from_a_file(tmp_path: Path) -> None:
+    """timm drops the classifier and sums the first convolution over colours, as the config says."""
+    model, path = make(seed=3), tmp_path / "weights.pth"
+    torch.save(model.state_dict(), path)
+    overlay = {"file": str(path), "num_classes": 7}
+    tuned = make(seed=4, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, in_chans=1)
+    grey = images(1, 1, 32, 32)
+    assert tuned(grey).shape == (1, 3)
+    torch.testing.assert_close(
+        tuned.forward_features(grey), model.forward_features(grey.expand(-1, 3, -1, -1))
+    )
+
+
 def test_no_weights_are_published() -> None:
     with pytest.raises(RuntimeError, match="No pretrained weights exist for setformer_mini"):
         timm.create_model("setformer_mini", pretrained=True)
@@ -243,11 +293,22 @@ def test_no_weights_are_published() -> None:
         ("depths", (1, 0, 1, 1)),
         ("num_references", (4, 4, 4)),
         ("attention", "linear"),
+        ("in_chans", 0),
+        ("num_classes", -1),
+        ("mlp_ratio", 0),
+        ("drop_rate", 1.5),
+        ("drop_path_rate", 1.5),
     ],
 )
 def test_bad_arguments_are_named(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"Setformer: {option} must be .*, got "):
         make(**{option: value})
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3, 0, 32)])
+def test_bad_images_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\] with H, W >= 1, got \["):
+        make()(images(*shape))
 
 
 def test_learns_two_classes() -> None:

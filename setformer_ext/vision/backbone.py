@@ -78,6 +78,8 @@ class Setformer(nn.Module):
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
+        _require(in_chans >= 1, "in_chans", "at least 1", in_chans)
+        _require(num_classes >= 0, "num_classes", "at least 0", num_classes)
         _require(len(dims) == 4, "dims", "four widths", dims)
         _require(all(d >= 1 and d % HEAD_DIM == 0 for d in dims), "dims", "multiples of 32", dims)
         _require(len(depths) == 4 and min(depths) >= 1, "depths", "four counts >= 1", depths)
@@ -90,6 +92,9 @@ class Setformer(nn.Module):
         _require(
             attention in ("set", "softmax"), "attention", "'set' or 'softmax'", repr(attention)
         )
+        _require(mlp_ratio > 0, "mlp_ratio", "positive", mlp_ratio)
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            _require(0 <= rate < 1, name, "in [0, 1)", rate)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]

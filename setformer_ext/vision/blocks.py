@@ -23,6 +23,9 @@ class TokenEmbedding(nn.Module):
 
     Shape:
         [B, channels, H, W] to [B, dim, ceil(H / 4), ceil(W / 4)].
+
+    Raises:
+        ValueError: for images that have not four dimensions, or no pixels.
     """
 
     def __init__(self, channels: int, dim: int) -> None:
@@ -34,6 +37,9 @@ class TokenEmbedding(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[2] < 1 or x.shape[3] < 1:
+            expected = f"[B, {self.conv1.in_channels}, H, W] with H, W >= 1"
+            raise ValueError(f"Setformer: images must be {expected}, got {list(x.shape)}")
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         x = self.conv2(self.activation(_over_channels(self.norm1, x)))
         return _over_channels(self.norm2, x)
