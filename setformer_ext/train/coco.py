@@ -19,6 +19,7 @@ from ..images import read_image
 from .task import DataError
 
 Record = dict[str, Any]
+LARGEST = 2**31  # above any coordinate; an integer of JSON may be too large for a float
 NAMED = 3  # problems that a message lists; it counts the others
 
 
@@ -91,8 +92,8 @@ class Coco(Dataset[Any]):
 
     def _image_problem(self, image: Record) -> str:
         for key in ("width", "height"):
-            if not (type(image.get(key)) is int and image[key] > 0):
-                return f"{key} must be a whole number above 0, got {image.get(key)!r}"
+            if not (type(image.get(key)) is int and 0 < image[key] < LARGEST):
+                return f"{key} must be a whole number above 0, got {_short(image.get(key))}"
         name = image.get("file_name")
         if not (isinstance(name, str) and name):
             return f"file_name must be a name, got {name!r}"
@@ -248,7 +249,9 @@ def _pixels(counts: str) -> int:
 
 
 def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return isinstance(values, list) and all(
+        type(value) in (int, float) and abs(value) < LARGEST for value in values
+    )
 
 
 def listed(problems: list[str]) -> str:

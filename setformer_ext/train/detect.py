@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics.detection import MeanAveragePrecision
@@ -27,12 +28,16 @@ class AveragePrecision(Metrics):
     def __init__(self, masks: bool) -> None:
         self.masks = masks
         kinds = ("bbox", "segm") if masks else ("bbox",)
-        self.metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools")
+        self.metric = MeanAveragePrecision(
+            iou_type=kinds, backend="pycocotools", sync_on_compute=False
+        )
         self.metric.warn_on_many_detections = False
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         images, targets = batch
-        answers = model(images)
+        # One by one: in a batch they are padded to one size, and attention is over all of it, so
+        # that answers would depend on the other images.
+        answers = [model([image])[0] for image in images]
         known = [
             {"boxes": t["boxes"], "labels": t["labels"], "iscrowd": t["crowd"].long()}
             for t in targets
@@ -42,9 +47,12 @@ class AveragePrecision(Metrics):
                 thing["masks"] = target["masks"].bool()
             for answer in answers:
                 answer["masks"] = answer["masks"][:, 0] > 0.5
-        self.metric.update(answers, known)
+        self.metric.update(*send_to_device((answers, known), "cpu"))
 
     def compute(self) -> dict[str, float]:
+        # torchmetrics gathers image by image, and fails where processes have not equally many.
+        for name, images in self.metric.metric_state.items():
+            setattr(self.metric, name, gather_object(images))
         result = self.metric.compute()
         self.metric.reset()
         prefixes = {"": "bbox_", "mask_": "segm_"} if self.masks else {"": ""}
@@ -129,11 +137,12 @@ class Detect(Task):
             help="width of the pyramid and of the heads on it (default: %(default)s)",
         )
         parser.add_argument(
-            "--detections",
-            type=number(int, 1),
-            default=100,
-            metavar="N",
-            help="at most so many in an image (default: %(default)s)",
+            "--detector-options",
+            type=key_and_value,
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="for torchvision's detector, such as box_detections_per_img=300",
         )
         parser.add_argument(
             "--scale-jitter",
@@ -260,9 +269,6 @@ class Detect(Task):
     def card(self) -> dict[str, Any]:
         options = self.options
         config = timm.get_pretrained_cfg(options.model).to_dict()
-        limit = (
-            "detections_per_img" if options.detector == "retinanet" else "box_detections_per_img"
-        )
         return {
             "task": self.name,
             "detector": options.detector,
@@ -275,7 +281,7 @@ class Detect(Task):
                 "max_size": options.max_size,
                 "image_mean": config["mean"],
                 "image_std": config["std"],
-                limit: options.detections,
+                **dict(options.detector_options),
             },
             "classes": self.train.classes,
             "mean": config["mean"],

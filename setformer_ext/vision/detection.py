@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -102,6 +103,7 @@ def mask_rcnn(
     [K, 1, H, W] in [0, 1].
 
     Raises:
+        TypeError: for an option that torchvision does not have.
         ValueError: for feature maps at other strides, or another number of anchor sizes.
     """
     body = make_body(backbone, **(backbone_options or {}))
@@ -135,6 +137,7 @@ def retinanet(
 
     The anchors of a level have the size given for it, times 1, 2^(1/3) and 2^(2/3).
     """
+    _require_known(RetinaNet, options)
     sizes = [[round(size * 2 ** (i / 3)) for i in range(3)] for size in _five(anchor_sizes)]
     body = make_body(backbone, **(backbone_options or {}))
     top = LastLevelP6P7(pyramid_channels, pyramid_channels)
@@ -178,6 +181,7 @@ def _rcnn(
     pyramid_channels: int,
     options: Mapping[str, Any],
 ) -> Any:
+    _require_known(kind, options)
     sizes = [[size] for size in _five(anchor_sizes)]
     model = kind(
         Pyramid(body, LastLevelMaxPool(), pyramid_channels),
@@ -189,6 +193,12 @@ def _rcnn(
         if head is not None:
             head.register_forward_hook(_to_float32)
     return model
+
+
+def _require_known(kind: type[Any], options: Mapping[str, Any]) -> None:
+    """torchvision's constructors take any keyword and ignore those they do not know."""
+    for name in options.keys() - inspect.signature(kind).parameters.keys():
+        raise TypeError(f"{kind.__name__}: unexpected keyword argument {name!r}")
 
 
 def _five(anchor_sizes: Sequence[int]) -> Sequence[int]:
