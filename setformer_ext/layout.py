@@ -54,8 +54,9 @@ def average_parts(
         index = _members(total, length, count, x.device)
     sample = torch.arange(batch, device=x.device)[:, None, None]
     if mask is not None:
-        if grid is None:  # the i-th valid token
-            token = 1 + (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        if grid is None:  # the i-th valid token, by a sort without ties: ONNX has no stable one
+            place = torch.arange(length, device=x.device)
+            token = 1 + torch.where(mask, place, place + length).argsort(dim=1)
         else:
             token = mask * torch.arange(1, length + 1, device=x.device)
         index = F.pad(token, (1, 0))[sample, index]

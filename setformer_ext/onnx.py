@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference as definition
-from .ops import Problem, Solution
+from .ops import Problem, Solution, accumulate_dtype
 
 
 def export(
@@ -22,9 +23,9 @@ def export(
     """Export a model with SeT attention to ONNX; otherwise as ``torch.onnx.export(dynamo=True)``.
 
     ONNX has no SeT attention, so each becomes :mod:`setformer_ext.reference`'s equations with T
-    unrolled steps, in the storage type. Any runtime can run them, and gives the same answers to
-    rounding; but it stores N x M matrices, as the kernels here do not. ONNX lacks what Nystrom
-    anchors (eigenvectors) and pooled references of a masked sequence (a stable sort) need.
+    unrolled steps, in float32 at least. Any runtime can run them, and gives the same answers to
+    rounding; but it stores N x M matrices, as the kernels here do not. ONNX lacks the eigenvectors
+    that Nystrom anchors need.
 
     Args:
         model: in eval mode, unless training mode is meant.
@@ -39,6 +40,13 @@ def export(
     Raises:
         ModuleNotFoundError: if the packages onnx and onnxscript are not installed.
     """
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"setformer_ext.onnx.export: needs the packages onnx and onnxscript, but {package} "
+                "is not installed: pip install onnx onnxscript",
+                name=package,
+            )
     program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
     program = program.run_decompositions(
         torch.export.default_decompositions()
@@ -53,6 +61,8 @@ def export(
 def _set_attention(*arguments: Any) -> Solution:
     """The operation's results; those that only its backward reads stay empty."""
     problem = Problem(*arguments)
+    storage = problem.key.dtype
+    problem = problem.in_storage_type(accumulate_dtype(storage))
     shared = {
         name: getattr(problem, name)
         for name in (
@@ -80,7 +90,7 @@ def _set_attention(*arguments: Any) -> Solution:
             query_mask=problem.query_mask,
             query_positions=problem.query_positions,
             **shared,
-        )
+        ).to(storage)
     else:
         output = unread
         pooled = definition.set_pooling(key, value, reference, **shared)
@@ -100,6 +110,11 @@ def _transport_plan(
         "position_bandwidth",
         "iterations",
     )
+    accumulate = accumulate_dtype(key.dtype)
     return definition.transport_plan(
-        key, reference, bandwidth=bandwidth, epsilon=epsilon, **dict(zip(names, rest, strict=True))
-    )
+        key.to(accumulate),
+        reference.to(accumulate),
+        bandwidth=bandwidth,
+        epsilon=epsilon,
+        **dict(zip(names, rest, strict=True)),
+    ).to(key.dtype)
