@@ -3,10 +3,10 @@
     python benchmarks/vision/tree_crowns.py [--quick] [--output FOLDER]
 
 cuts the four annotated images of the package deepforest (pip install --no-deps deepforest==2.1.0)
-into tiles in COCO's layout, trains a small backbone with RetinaNet on them by ``setformer train
+into tiles in COCO's layout, trains a small backbone with Faster R-CNN on them by ``setformer train
 detect``, and measures it on tiles of parts of the images that no training tile has a pixel of. It
-prints COCO's AP at IoU 0.5 there, beside that of boxes of the usual size on a grid, which is a guess
-without looking, and writes a picture of what was found beside what is there.
+prints COCO's AP at IoU 0.5 there, beside that of boxes of the usual size on a grid, a guess without
+looking, and writes a picture of what was found beside what is there.
 
 ``--quick`` takes a minute, and fails if it learns too little.
 """
@@ -44,7 +44,11 @@ HELD_OUT = {  # pixels at the right of each image
     "SOAP_061": 144,
 }
 TRAINING = (
-    "--detector=retinanet",
+    "--detector=faster_rcnn",
+    "--detector-options",
+    "box_batch_size_per_image=64",
+    "rpn_post_nms_top_n_train=500",
+    "rpn_post_nms_top_n_test=300",
     "--model=setformer_mini",
     "--model-options",
     "dims=(32,64,128,160)",
@@ -64,7 +68,7 @@ TRAINING = (
     "--ema-decay=0.99",
     "--workers=1",
 )
-QUICK_FLOOR = 0.1  # AP50 that --quick asks for
+QUICK_FLOOR = 0.05  # AP50 that --quick asks for; boxes on a grid have 0.008
 
 
 def main() -> int:
@@ -88,7 +92,8 @@ def main() -> int:
     run = options.output / "run"
     given = ["train", "detect", f"--data={data}", f"--output={run}", *TRAINING]
     given += [f"--steps={options.steps}", f"--seed={options.seed}"]
-    status = cli.main([*given, f"--eval-every={-(-options.steps // 5)}"])
+    # A single evaluation at the end: the best of several would be chosen by the held-out tiles.
+    status = cli.main([*given, f"--eval-every={options.steps}"])
     if status:
         return status
     known = held_out(data)
@@ -196,7 +201,7 @@ def blind_precision(data: Path, known: Coco) -> float:
     content = json.loads((data / "annotations" / "instances_train2017.json").read_text())
     size = np.mean([thing["bbox"][2:] for thing in content["annotations"]])
     metric = MeanAveragePrecision(backend="pycocotools")
-    for image, target in known:
+    for image, target in (known[i] for i in range(len(known))):
         height, width = image.shape[-2:]
         y, x = torch.meshgrid(
             torch.arange(size / 2, height, size), torch.arange(size / 2, width, size), indexing="ij"
