@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ RANDOM = (
     "--flip=0.5",
 )
 LENGTH = ("--steps=7", "--batch-size=8", "--eval-every=3", "--save-every=2", "--lr=3e-3")
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_launched_processes_have() -> Iterator[None]:
+    """Convolutions sum in another order with each number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
