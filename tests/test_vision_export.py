@@ -25,8 +25,9 @@ OPTIONS = {
     "the backbone's": {"iterations": 1, "adaptive_reference_mass": True},
     "many steps, positions": {"iterations": 7, "position_bandwidth": 0.5},
     "no steps": {"iterations": 0},
-    "own query, learned scales": {
+    "own query, positions, learned scales": {
         "query_projection": True,
+        "position_bandwidth": 0.5,
         "learned_epsilon": True,
         "learned_bandwidth": True,
     },
