@@ -60,9 +60,12 @@ def targets() -> list[dict[str, Tensor]]:
     ]
 
 
+@pytest.mark.parametrize("group_norm", [False, True])
 @pytest.mark.parametrize("make", [mask_rcnn, faster_rcnn, retinanet])
-def test_images_of_any_sizes_and_without_objects(make: Callable[..., nn.Module]) -> None:
-    model = make("setformer_mini", 3, **SMALL)
+def test_images_of_any_sizes_and_without_objects(
+    make: Callable[..., nn.Module], group_norm: bool
+) -> None:
+    model = make("setformer_mini", 3, group_norm=group_norm, **SMALL)
     losses = model(images(), targets())
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
@@ -116,6 +119,18 @@ def test_levels_are_torchvisions_pyramid_of_the_normed_stages() -> None:
     inner = pyramid.fpn.inner_blocks[3](top)
     torch.testing.assert_close(levels[3], pyramid.fpn.layer_blocks[3](inner))
     torch.testing.assert_close(levels[4], levels[3][..., ::2, ::2])
+
+
+def test_group_norm_follows_every_convolution_before_the_predictors() -> None:
+    for make, normed in ((faster_rcnn, 8 + 4), (mask_rcnn, 8 + 4 + 4), (retinanet, 6 + 4 + 4)):
+        model = make("setformer_mini", 3, group_norm=True, **SMALL)
+        norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+        assert len(norms) == normed
+        assert all(norm.num_channels == 8 * norm.num_groups for norm in norms)
+        assert not any(
+            isinstance(module, nn.GroupNorm)
+            for module in make("setformer_mini", 3, **SMALL).modules()
+        )
 
 
 def test_retinanet_takes_strides_from_8_to_128() -> None:

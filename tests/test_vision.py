@@ -290,6 +290,7 @@ def test_no_weights_are_published() -> None:
     [
         ("dims", (32, 64, 96)),
         ("dims", (32, 48, 64, 96)),
+        ("dims", 64),
         ("depths", (1, 0, 1, 1)),
         ("num_references", (4, 4, 4)),
         ("attention", "linear"),
@@ -303,6 +304,11 @@ def test_no_weights_are_published() -> None:
 def test_bad_arguments_are_named(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"Setformer: {option} must be .*, got "):
         make(**{option: value})
+
+
+def test_softmax_attention_takes_no_options_of_set_attention() -> None:
+    with pytest.raises(ValueError, match=r"attention_options must be None, got \{'epsilon': 0.1\}"):
+        make(attention="softmax", attention_options={"epsilon": 0.1})
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3, 0, 32)])

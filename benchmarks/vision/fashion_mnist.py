@@ -18,6 +18,7 @@ import argparse
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from setformer_ext import SetAttention
 from setformer_ext.demo.data import Images
 from setformer_ext.demo.train import train
 from setformer_ext.vision import Setformer
@@ -50,6 +52,42 @@ COMPARED: dict[str, dict[str, Any]] = {
     "SeT": {},
     "softmax": {"attention": "softmax"},  # 2 % more parameters
 }
+
+
+class ValueConvolution(nn.Module):
+    """Attention whose values also go through a depthwise convolution: W (O + conv(v)), as CSWin."""
+
+    def __init__(self, attention: SetAttention, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.attention, self.convolution = attention, convolution
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, N, C]
+        value = self.attention.value(x).transpose(1, 2).unflatten(2, grid)
+        convolved = self.convolution(value).flatten(2).transpose(1, 2)
+        return self.attention(x, grid=grid) + F.linear(convolved, self.attention.projection.weight)
+
+
+class Nothing(nn.Module):
+    """A branch that adds 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def convolve_values(backbone: Setformer) -> None:
+    """Take each block's depthwise convolution from the tokens to the values."""
+    for block in (block for stage in backbone.stages for block in stage.blocks):
+        block.attention = ValueConvolution(block.attention, block.position)
+        block.position = Nothing()
+
+
+def draw_small(backbone: Setformer) -> None:
+    """Draw the attention's projections as the other layers, with a deviation of 0.02."""
+    for attention in (module for module in backbone.modules() if isinstance(module, SetAttention)):
+        for linear in (attention.key, attention.value, attention.projection):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+
+
 STUDY = COMPARED | {
     "constant reference mass": set_options(adaptive_reference_mass=False),
     "uniform masses": set_options(
@@ -59,15 +97,16 @@ STUDY = COMPARED | {
     "T = 2": set_options(iterations=2),
     "T = 5": set_options(iterations=5),
     "epsilon 0.1": set_options(epsilon=0.1),
-    "epsilon 0.02": set_options(epsilon=0.02),
     "learned epsilon": set_options(learned_epsilon=True),
     "learned bandwidth": set_options(learned_bandwidth=True),
     "linear kernel": set_options(kernel="linear"),
     "no penalty of positions": set_options(position_bandwidth=None),
-    "position bandwidth 0.5": set_options(position_bandwidth=0.5),
     "pooled references": set_options(pooled_references=True),
     "a quarter of the references": {"num_references": (9, 9, 4, 1)},
     "separate query": set_options(query_projection=True),
+    "convolution on the values": {"change": convolve_values},
+    "layer scale 0.1": {"layer_scale": 0.1},
+    "projections drawn small": {"change": draw_small},
 }
 
 
@@ -111,7 +150,7 @@ def load(folder: Path, validate: bool) -> Images:
 class Network(nn.Module):
     """The backbone on images in [0, 1], enlarged so that its four stages have something to do."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, change: Callable[[Setformer], None] | None = None, **options: Any) -> None:
         super().__init__()
         self.backbone = Setformer(
             **{
@@ -123,6 +162,8 @@ class Network(nn.Module):
             }
             | options
         )
+        if change is not None:
+            change(self.backbone)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 1, 28, 28] -> [B, 10]
         return self.backbone(F.interpolate(4 * x - 2, (SIZE, SIZE), mode="bilinear"))

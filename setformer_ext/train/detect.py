@@ -137,6 +137,12 @@ class Detect(Task):
             help="width of the pyramid and of the heads on it (default: %(default)s)",
         )
         parser.add_argument(
+            "--group-norm",
+            action="store_true",
+            help="norm the convolutions of pyramid and heads in groups, and give the box head "
+            "four: for training without --pretrained",
+        )
+        parser.add_argument(
             "--detector-options",
             type=key_and_value,
             nargs="+",
@@ -277,6 +283,7 @@ class Detect(Task):
             "detector_options": {
                 "anchor_sizes": options.anchor_sizes,
                 "pyramid_channels": options.pyramid_channels,
+                "group_norm": options.group_norm,
                 "min_size": options.min_size,
                 "max_size": options.max_size,
                 "image_mean": config["mean"],

@@ -45,11 +45,11 @@ class Setformer(nn.Module):
         global_pool: how the classifier pools, as in timm ("avg", "max", ...; "" for not at all).
         dims: widths of the stages, multiples of 32, which is the depth of a head.
         depths: blocks of the stages.
-        num_references: references M per head, in each stage.
+        num_references: references M per head, in each stage; softmax attention has none.
         mlp_ratio: hidden width of the MLPs / width.
         attention: "set", or "softmax" for the same network with dot-product attention, O(N^2).
         attention_options: options of :class:`setformer_ext.SetAttention` that differ from
-            ``ATTENTION_OPTIONS``.
+            ``ATTENTION_OPTIONS``; None with softmax attention.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         layer_scale: initial scale of each branch's channels, None for no scale.
@@ -80,18 +80,16 @@ class Setformer(nn.Module):
         super().__init__()
         _require(in_chans >= 1, "in_chans", "at least 1", in_chans)
         _require(num_classes >= 0, "num_classes", "at least 0", num_classes)
-        _require(len(dims) == 4, "dims", "four widths", dims)
-        _require(all(d >= 1 and d % HEAD_DIM == 0 for d in dims), "dims", "multiples of 32", dims)
-        _require(len(depths) == 4 and min(depths) >= 1, "depths", "four counts >= 1", depths)
-        _require(
-            len(num_references) == 4 and min(num_references) >= 1,
-            "num_references",
-            "four counts >= 1",
-            num_references,
-        )
+        counts = {"dims": dims, "depths": depths, "num_references": num_references}
+        for name, four in counts.items():
+            known = isinstance(four, Sequence) and len(four) == 4 and min(four) >= 1
+            _require(known, name, "four counts >= 1, one for each stage", four)
+        _require(all(dim % HEAD_DIM == 0 for dim in dims), "dims", "multiples of 32", dims)
         _require(
             attention in ("set", "softmax"), "attention", "'set' or 'softmax'", repr(attention)
         )
+        if attention == "softmax":
+            _require(not attention_options, "attention_options", "None", attention_options)
         _require(mlp_ratio > 0, "mlp_ratio", "positive", mlp_ratio)
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             _require(0 <= rate < 1, name, "in [0, 1)", rate)

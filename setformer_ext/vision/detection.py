@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -32,6 +36,7 @@ class Pyramid(nn.Module):
         extra_blocks: makes the levels above the last stage.
         out_channels: width of all levels.
         first: the first stage that the pyramid takes.
+        norm_layer: makes a norm after each of the pyramid's convolutions; by default there is none.
 
     Shape:
         images [B, 3, H, W] to a dictionary of levels, [B, out_channels, H / stride, W / stride]
@@ -39,13 +44,18 @@ class Pyramid(nn.Module):
     """
 
     def __init__(
-        self, body: Any, extra_blocks: nn.Module, out_channels: int, first: int = 0
+        self,
+        body: Any,
+        extra_blocks: nn.Module,
+        out_channels: int,
+        first: int = 0,
+        norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         channels = body.feature_info.channels()[first:]
         self.body, self.first, self.out_channels = body, first, out_channels
         self.norms = nn.ModuleList(LayerNorm2d(width) for width in channels)
-        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra_blocks)
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra_blocks, norm_layer)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         stages = self.body(x)[self.first :]
@@ -81,6 +91,7 @@ def mask_rcnn(
     *,
     anchor_sizes: Sequence[int] = ANCHOR_SIZES,
     pyramid_channels: int = 256,
+    group_norm: bool = False,
     backbone_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> MaskRCNN:
@@ -93,6 +104,9 @@ def mask_rcnn(
         anchor_sizes: side of the square anchors in pixels of the resized image, for strides 4, 8,
             16, 32 and 64; each comes with aspect ratios 0.5, 1 and 2.
         pyramid_channels: width of the pyramid's levels, and so of the heads' convolutions.
+        group_norm: norm the convolutions of pyramid and heads in groups of channels, and give the
+            box head four convolutions: for training from nothing, where these parts have no
+            pretrained backbone to lean on (He et al., Rethinking ImageNet Pre-training, 2019).
         backbone_options: for ``timm.create_model``.
         options: of torchvision's MaskRCNN, such as min_size, max_size, box_detections_per_img;
             image_mean and image_std are by default the backbone's.
@@ -100,14 +114,19 @@ def mask_rcnn(
     The model takes a list of images [3, H, W] in [0, 1], of any sizes, and in training a list of
     targets: boxes [N, 4] (x0, y0, x1, y1), labels [N] int64, masks [N, H, W] uint8. It returns
     losses by name, or in eval mode for each image boxes [K, 4], labels [K], scores [K] and masks
-    [K, 1, H, W] in [0, 1].
+    [K, 1, H, W] in [0, 1]. Images of one call are padded to one size, and a backbone that looks
+    over the whole image sees the padding: for answers that do not depend on the other images,
+    call it with images of one size, or one by one.
 
     Raises:
         TypeError: for an option that torchvision does not have.
         ValueError: for feature maps at other strides, or another number of anchor sizes.
     """
     body = make_body(backbone, **(backbone_options or {}))
-    return _rcnn(MaskRCNN, body, num_classes, anchor_sizes, pyramid_channels, options)
+    if group_norm:
+        head = MaskRCNNHeads(pyramid_channels, [256] * 4, dilation=1, norm_layer=_group_norm)
+        options = {"mask_head": head, **options}
+    return _rcnn(MaskRCNN, body, num_classes, anchor_sizes, pyramid_channels, group_norm, options)
 
 
 def faster_rcnn(
@@ -116,12 +135,13 @@ def faster_rcnn(
     *,
     anchor_sizes: Sequence[int] = ANCHOR_SIZES,
     pyramid_channels: int = 256,
+    group_norm: bool = False,
     backbone_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FasterRCNN:
     """Faster R-CNN: :func:`mask_rcnn` without masks."""
     body = make_body(backbone, **(backbone_options or {}))
-    return _rcnn(FasterRCNN, body, num_classes, anchor_sizes, pyramid_channels, options)
+    return _rcnn(FasterRCNN, body, num_classes, anchor_sizes, pyramid_channels, group_norm, options)
 
 
 def retinanet(
@@ -130,6 +150,7 @@ def retinanet(
     *,
     anchor_sizes: Sequence[int] = ANCHOR_SIZES,
     pyramid_channels: int = 256,
+    group_norm: bool = False,
     backbone_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> RetinaNet:
@@ -141,13 +162,17 @@ def retinanet(
     sizes = [[round(size * 2 ** (i / 3)) for i in range(3)] for size in _five(anchor_sizes)]
     body = make_body(backbone, **(backbone_options or {}))
     top = LastLevelP6P7(pyramid_channels, pyramid_channels)
-    pyramid = Pyramid(body, top, pyramid_channels, first=1)
+    norm_layer = _group_norm if group_norm else None
+    pyramid = Pyramid(body, top, pyramid_channels, 1, norm_layer)
     model = RetinaNet(
         pyramid,
         num_classes + 1,  # labels start at 1 in all these detectors; class 0 stays empty
         anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
         **{**_normalisation(body), **options},
     )
+    if group_norm:
+        anchors = model.anchor_generator.num_anchors_per_location()[0]
+        model.head = RetinaNetHead(pyramid_channels, anchors, num_classes + 1, _group_norm)
     model.head.register_forward_hook(_to_float32)
     return model
 
@@ -179,12 +204,16 @@ def _rcnn(
     num_classes: int,
     anchor_sizes: Sequence[int],
     pyramid_channels: int,
+    group_norm: bool,
     options: Mapping[str, Any],
 ) -> Any:
     _require_known(kind, options)
+    if group_norm:
+        options = {"box_head": _box_head(pyramid_channels), **options}
+    norm_layer = _group_norm if group_norm else None
     sizes = [[size] for size in _five(anchor_sizes)]
     model = kind(
-        Pyramid(body, LastLevelMaxPool(), pyramid_channels),
+        Pyramid(body, LastLevelMaxPool(), pyramid_channels, norm_layer=norm_layer),
         num_classes + 1,
         rpn_anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
         **{**_normalisation(body), **options},
@@ -193,6 +222,16 @@ def _rcnn(
         if head is not None:
             head.register_forward_hook(_to_float32)
     return model
+
+
+def _box_head(channels: int) -> nn.Module:
+    """As in torchvision's second version, but for the kind of norm and as wide as the pyramid."""
+    return FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024], _group_norm)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """In groups of 8 channels, as 32 groups of 256 are."""
+    return nn.GroupNorm(channels // math.gcd(channels, 8), channels)
 
 
 def _require_known(kind: type[Any], options: Mapping[str, Any]) -> None:
