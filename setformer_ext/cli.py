@@ -11,9 +11,9 @@ from . import __version__
 COMMANDS = {
     "info": "print versions, processor, threads and CUDA: what a bug report needs",
     "demo": "train a small vision classifier with SeT attention, then with softmax, on real images",
-    "train": "train a network with SeT attention on your own data: classify, detect or segment",
+    "train": "train a network with SeT attention on your own images or texts",
     "predict": "ask a trained network about your images: classes, boxes and masks, or regions",
-    "explain": "draw where the references of a layer take their mass from in your image",
+    "explain": "draw where the references of a layer take their mass from in your image or text",
     "profile": "run one shape in a loop, for Nsight Systems and Nsight Compute to look at",
     "selftest": "check every result on this machine and measure its speed: report for bug reports",
 }

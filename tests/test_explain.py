@@ -25,6 +25,7 @@ TINY = {
     "num_classes": 3,
     "attention_options": {"adaptive_reference_mass": False},
 }
+SOFTMAX = {"attention": "softmax", "attention_options": None}
 
 
 def make_model(**options: object) -> Setformer:
@@ -97,7 +98,7 @@ def test_other_layers_are_refused() -> None:
         with pytest.raises(ExplainError, match=rf"--block must be from 1 to 2.* -2, got {block}"):
             find_attention(model, 3, block)
     with pytest.raises(ExplainError, match=r"only SeT attention has references .*SoftmaxAttention"):
-        find_attention(make_model(attention="softmax"), 3, 1)
+        find_attention(make_model(**SOFTMAX), 3, 1)
     with pytest.raises(ExplainError, match="Linear holds no Setformer"):
         find_attention(nn.Linear(1, 1), 3, 1)
     shortened = Detector(out_indices=(0, 1))
@@ -234,8 +235,8 @@ def test_bad_input_is_explained(tmp_path: Path, photo: Path, capsys: pytest.Capt
         assert err.count("\n") == 1
         return err
 
-    model = make_model(attention="softmax")
-    softmax = write_run(tmp_path / "softmax", "setformer_mini", model, **TINY, attention="softmax")
+    model = make_model(**SOFTMAX)
+    softmax = write_run(tmp_path / "softmax", "setformer_mini", model, **(TINY | SOFTMAX))
     assert "only SeT attention has references to explain" in message(softmax, photo)
     other = timm.create_model("test_resnet", num_classes=3)
     resnet = write_run(tmp_path / "resnet", "test_resnet", other, num_classes=3)

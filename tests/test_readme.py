@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_example(example: str) -> None:
 def test_commands_have_these_options(name: str, options: str) -> None:
     parser = argparse.ArgumentParser()
     importlib.import_module(f"setformer_ext.{name}").add_arguments(parser)
-    parser.parse_args(options.split())
+    parser.parse_args(shlex.split(options))
 
 
 def test_commands_are_found() -> None:

@@ -1,4 +1,4 @@
-"""``setformer explain``: where the references of a layer draw their mass in your image."""
+"""``setformer explain``: where a layer's references draw their mass in your image or text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="the --output folder of a `setformer train`; or give --model and --checkpoint",
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("image", type=Path, nargs="?", metavar="IMAGE")
+    parser.add_argument("--text", metavar="TEXT", help="in place of IMAGE, for a language encoder")
     parser.add_argument("--model", metavar="NAME", help="timm's name, as setformer_tiny")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="weights of --model, as timm writes them"
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=-1,
         help="of the stage, from 1; -1 is the last (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=-1,
+        help="of a language encoder, from 1; -1 is the last (default: %(default)s)",
     )
     parser.add_argument(
         "--head",
@@ -54,7 +61,10 @@ def run(options: argparse.Namespace) -> int:
     from .plans import ExplainError
 
     try:
-        _explain(options)
+        if options.text is None:
+            _explain(options)
+        else:
+            _explain_text(options)
     except (ExplainError, RunError, OSError) as error:
         print(f"setformer explain: {error}", file=sys.stderr)
         return 1
@@ -64,11 +74,14 @@ def run(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> None:
     from ..images import read_image
     from ..pictures import mutual_information
-    from .picture import SUFFIXES, draw_references
+    from .picture import draw_references
     from .plans import ExplainError, find_attention, observe
 
-    if options.output.suffix[1:] not in SUFFIXES:
-        raise ExplainError(f"{options.output}: pictures can be written as {', '.join(SUFFIXES)}")
+    if options.image is None:  # the only positional argument given was taken for RUN
+        options.training, options.image = None, options.training
+    if options.image is None:
+        raise ExplainError("expected an IMAGE, or --text for a language encoder")
+    _prepare_output(options)
     if options.output.resolve() == options.image.resolve():
         raise ExplainError(f"--output: {options.output} is the image itself")
     predictor = _predictor(options)
@@ -81,9 +94,30 @@ def _explain(options: argparse.Namespace) -> None:
     head = options.head or 1 + int(mutual_information(layer.plans).argmax())
     name = f"{name}, head {head} of {heads}"
     seen = predictor.as_seen(layer.seen)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     draw_references(seen, layer.plans[head - 1], layer.grid, name, options.output)
     print(f"{options.image}: {name}\n  {options.output}")
+
+
+def _explain_text(options: argparse.Namespace) -> None:
+    from .plans import ExplainError
+    from .sentence import explain_sentence
+
+    if options.training is None or options.image is not None or options.model is not None:
+        raise ExplainError("--text: expected the RUN of a train mlm or glue, and no image or model")
+    _prepare_output(options)
+    name = explain_sentence(
+        options.training, options.text, options.layer, options.head, options.output
+    )
+    print(f"{name}\n  {options.output}")
+
+
+def _prepare_output(options: argparse.Namespace) -> None:
+    from .picture import SUFFIXES
+    from .plans import ExplainError
+
+    if options.output.suffix[1:] not in SUFFIXES:
+        raise ExplainError(f"{options.output}: pictures can be written as {', '.join(SUFFIXES)}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _predictor(options: argparse.Namespace) -> Predictor:

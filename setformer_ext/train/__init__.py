@@ -1,9 +1,11 @@
-"""``setformer train classify|detect|segment``: training on your own data."""
+"""``setformer train classify|detect|segment|mlm|glue``: training on your own data."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from statistics import fmean
 
 from .options import TaskParser
 
@@ -11,6 +13,8 @@ TASKS = {
     "classify": "images in one folder per class",
     "detect": "boxes and masks, in COCO's format",
     "segment": "a class for each pixel, in ADE20K's layout",
+    "mlm": "text files, from which masked words are predicted",
+    "glue": "the tasks of GLUE, from its own download",
 }
 
 
@@ -32,7 +36,12 @@ def run(options: argparse.Namespace) -> int:
     from .task import TrainingError
 
     try:
-        train(task_class(options.task), options)
+        kind = task_class(options.task)
+        scores = {}
+        for single in kind.split(options):
+            scores[single.output.name] = train(kind, single).best
+        if len(scores) > 1:
+            _print_average(kind.monitor, scores)
     except KeyboardInterrupt:
         return _fail(options, "interrupted; --resume goes on from the last checkpoint", 130)
     except OutOfMemoryError as error:
@@ -41,6 +50,16 @@ def run(options: argparse.Namespace) -> int:
     except (TrainingError, OSError) as error:
         return _fail(options, str(error), 1)
     return 0
+
+
+def _print_average(monitor: str, scores: dict[str, float | None]) -> None:
+    """The best figure of each of several trainings, and their mean."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(f"\n{monitor} of each, the best on its evaluation data:")
+    for name, score in scores.items():
+        print(f"{name:<24}{score:>12.4f}")
+    print(f"{'average':<24}{fmean(s for s in scores.values() if s is not None):>12.4f}")
 
 
 def _fail(options: argparse.Namespace, message: str, status: int) -> int:

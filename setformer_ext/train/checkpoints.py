@@ -62,8 +62,11 @@ def clear_partial(folder: Path) -> None:
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a state_dict as safetensors."""
-    data = save({name: tensor.contiguous() for name, tensor in state.items()})
+    """Write a state_dict as safetensors; of names that share a tensor, only the first."""
+    kept: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in state.items():
+        kept.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), name)
+    data = save({name: state[name].contiguous() for name in kept.values()}, {"format": "pt"})
     write_atomically(path, lambda file: file.write(data))
 
 

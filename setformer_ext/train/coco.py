@@ -16,11 +16,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..images import read_image
-from .task import DataError
+from .task import DataError, listed
 
 Record = dict[str, Any]
 LARGEST = 2**31  # above any coordinate; an integer of JSON may be too large for a float
-NAMED = 3  # problems that a message lists; it counts the others
 
 
 class Coco(Dataset[Any]):
@@ -252,12 +251,6 @@ def _numbers(values: Any) -> bool:
     return isinstance(values, list) and all(
         type(value) in (int, float) and abs(value) < LARGEST for value in values
     )
-
-
-def listed(problems: list[str]) -> str:
-    """The first problems, and how many more there are."""
-    rest = len(problems) - NAMED
-    return "; ".join(problems[:NAMED]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def _short(value: Any) -> str:

@@ -16,9 +16,9 @@ from torchvision.transforms import v2
 
 from .. import vision  # noqa: F401 (registers the models)
 from ..vision.detection import ANCHOR_SIZES, DETECTORS, from_card
-from .coco import Coco, listed
+from .coco import Coco
 from .options import key_and_value, number
-from .task import Batch, Metrics, Task, TrainingError
+from .task import Batch, Metrics, Task, TrainingError, listed
 from .weights import load_pretrained
 
 

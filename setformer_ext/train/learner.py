@@ -130,9 +130,14 @@ def make_accelerator(precision: str) -> Accelerator:
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
-    able: Any = next((m for m in model.modules() if hasattr(m, "set_grad_checkpointing")), None)
-    if able is None:
-        raise TrainingError(
-            f"--gradient-checkpointing: {type(model).__name__} cannot; leave the option out"
-        )
-    able.set_grad_checkpointing(True)
+    for module in model.modules():
+        for switch in (
+            "set_grad_checkpointing",
+            "gradient_checkpointing_enable",
+        ):  # timm's, transformers'
+            if hasattr(module, switch):
+                getattr(module, switch)()
+                return
+    raise TrainingError(
+        f"--gradient-checkpointing: {type(model).__name__} cannot; leave the option out"
+    )

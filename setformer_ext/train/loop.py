@@ -107,6 +107,8 @@ class Training:
             f"{self.processes} x {self.accelerator.device.type}"
             + (f", going on after step {progress.step}" if progress.step else "")
         )
+        if self.accelerator.is_main_process:
+            self.task.prepare(self.options.output)
         batches = iter(self._train_loader())
         while progress.step < self.steps:
             self._step(batches)

@@ -22,7 +22,8 @@ def comparable(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: json.loads(json.dumps(value))
         for name, value in vars(options).items()
-        if name not in MAY_DIFFER and not isinstance(value, Path)
+        if name not in MAY_DIFFER
+        and not any(isinstance(v, Path) for v in (value if isinstance(value, list) else [value]))
     }
 
 

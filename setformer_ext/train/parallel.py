@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,7 +22,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 SHARD_PARAMETERS = 1_000_000  # what is gathered at once should be worth a message
+T = TypeVar("T")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # mostly without a forward of their own
+
+
+def from_main_process(make: Callable[[], T]) -> T:
+    """What ``make`` gives in the main process, in all of them."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    made: list[Any] = [make() if state.is_main_process else None]
+    return broadcast_object_list(made)[0]
 
 
 def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -> nn.Module:
@@ -35,18 +47,23 @@ def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -
 def shard(model: nn.Module) -> None:
     """Split the parameters among all processes, gathered for a few blocks at a time (FSDP2).
 
-    The smallest modules of at least SHARD_PARAMETERS are gathered as one, the rest with the root.
+    The smallest modules of at least SHARD_PARAMETERS are gathered as one, the rest with the root,
+    and what several modules share as well: it has to be there for all of them.
     """
-    _shard_inside(model)
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    _shard_inside(model, {parameter for parameter, count in owners.items() if count > 1})
     fully_shard(model)
 
 
-def _shard_inside(module: nn.Module) -> int:
+def _shard_inside(module: nn.Module, common: set[int]) -> int:
     """Shard what is big enough among the descendants; returns the number of parameters left."""
     left = sum(p.numel() for p in module.parameters(recurse=False))
     for child in module.children():
-        rest = _shard_inside(child)
-        if rest >= SHARD_PARAMETERS and not isinstance(child, CONTAINERS):
+        rest = _shard_inside(child, common)
+        apart = not isinstance(child, CONTAINERS) and not any(
+            id(p) in common for p in child.parameters()
+        )
+        if rest >= SHARD_PARAMETERS and apart:
             fully_shard(child)
             rest = 0
         left += rest

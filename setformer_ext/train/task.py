@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+NAMED = 3  # problems that a message lists; it counts the others
 Batch = Any  # whatever Task.collate gives; moved to the device by the loop
 
 
@@ -19,6 +21,12 @@ class TrainingError(Exception):
 
 class DataError(TrainingError):
     """Data that cannot be trained on; the message names the file, what was expected and got."""
+
+
+def listed(problems: list[str]) -> str:
+    """The first problems, and how many more there are."""
+    rest = len(problems) - NAMED
+    return "; ".join(problems[:NAMED]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 class Metrics(ABC):
@@ -70,6 +78,14 @@ class Task(ABC):
     @abstractmethod
     def make_model(self) -> nn.Module:
         """The model with fresh (or ``--pretrained FILE``) weights."""
+
+    @staticmethod
+    def split(options: argparse.Namespace) -> list[argparse.Namespace]:
+        """The trainings that the options ask for, one after the other; mostly one."""
+        return [options]
+
+    def prepare(self, output: Path) -> None:  # noqa: B027 (most have nothing to write)
+        """Write what the weights in ``output`` need beside the card; before the first step."""
 
     @abstractmethod
     def train_dataset(self) -> Dataset[Any]: ...

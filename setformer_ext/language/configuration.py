@@ -1,0 +1,152 @@
+"""What a SeTformer language encoder is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Widths and depths of BERT's own sizes; base has about the 110 million parameters of BERT-base.
+SIZES: dict[str, dict[str, int]] = {
+    "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+
+# What did best on validation reviews: benchmarks/language/sentiment.py --study.
+ATTENTION_OPTIONS: dict[str, Any] = {
+    "epsilon": 0.04,
+    "iterations": 1,
+    "adaptive_reference_mass": True,
+}
+
+
+class SetformerConfig(PreTrainedConfig):
+    """The configuration of a SeTformer encoder; names are BERT's where it has the same thing.
+
+    Args:
+        vocab_size: tokens known.
+        hidden_size: width C of the tokens, a multiple of ``num_attention_heads``.
+        num_hidden_layers: layers, each of a convolution, attention and an MLP.
+        num_attention_heads: heads H.
+        intermediate_size: hidden width of the MLPs; by default 4 C.
+        num_references: references M per head, of SeT attention.
+        attention: "set", or "softmax" for the same encoder with dot-product attention, O(N^2).
+        attention_options: options of :class:`setformer_ext.SetAttention` that differ from
+            ``ATTENTION_OPTIONS``; none with softmax attention.
+        conv_kernel_size: width of the depthwise convolution over neighbouring tokens that tells
+            the order of words, odd; 0 for none.
+        max_position_embeddings: learned embeddings of so many absolute positions, which is then
+            the longest sequence; None for none, and sequences of any length.
+        type_vocab_size: segments, as of sentence pairs.
+        hidden_act: activation of the MLPs, by its name in transformers.
+        hidden_dropout_prob: dropout of embeddings and of every branch, in [0, 1).
+        classifier_dropout: dropout before the classifiers; None for hidden_dropout_prob.
+        classifier_pooling: what a sequence is classified by: the "mean" of its tokens, or "cls",
+            the first of them.
+        sparse_prediction: compute the logits of masked words only where labels are given.
+        initializer_range: deviation of the weights of embeddings, MLPs and heads at the start.
+        layer_norm_eps: of all norms.
+        pad_token_id: the token whose embedding is 0.
+        tie_word_embeddings: predict words by the embeddings' own weights.
+        options: those of every configuration, such as ``num_labels``.
+
+    Raises:
+        ValueError: for an argument outside these ranges.
+    """
+
+    model_type = "setformer"
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int | None = None,
+        num_references: int = 32,
+        attention: str = "set",
+        attention_options: dict[str, Any] | None = None,
+        conv_kernel_size: int = 5,
+        max_position_embeddings: int | None = None,
+        type_vocab_size: int = 2,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.1,
+        classifier_dropout: float | None = None,
+        classifier_pooling: str = "mean",
+        sparse_prediction: bool = False,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-5,
+        pad_token_id: int | None = 0,
+        tie_word_embeddings: bool = True,
+        **options: Any,
+    ) -> None:
+        counts = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_references": num_references,
+            "type_vocab_size": type_vocab_size,
+        }
+        for name, count in counts.items():
+            _require(isinstance(count, int) and count >= 1, name, "an int >= 1", count)
+        _require(
+            hidden_size % num_attention_heads == 0,
+            "hidden_size",
+            f"a multiple of num_attention_heads={num_attention_heads}",
+            hidden_size,
+        )
+        _require(attention in ("set", "softmax"), "attention", "'set' or 'softmax'", attention)
+        if attention == "softmax":
+            _require(not attention_options, "attention_options", "None", attention_options)
+        _require(
+            conv_kernel_size == 0 or (conv_kernel_size > 0 and conv_kernel_size % 2 == 1),
+            "conv_kernel_size",
+            "odd, or 0",
+            conv_kernel_size,
+        )
+        _require(
+            max_position_embeddings is None or max_position_embeddings >= 1,
+            "max_position_embeddings",
+            "at least 1, or None",
+            max_position_embeddings,
+        )
+        rates = {
+            "hidden_dropout_prob": hidden_dropout_prob,
+            "classifier_dropout": classifier_dropout,
+        }
+        for name, rate in rates.items():
+            _require(rate is None or 0 <= rate < 1, name, "in [0, 1)", rate)
+        _require(
+            classifier_pooling in ("mean", "cls"),
+            "classifier_pooling",
+            "'mean' or 'cls'",
+            classifier_pooling,
+        )
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size or 4 * hidden_size
+        self.num_references = num_references
+        self.attention = attention
+        self.attention_options = attention_options
+        self.conv_kernel_size = conv_kernel_size
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.classifier_dropout = classifier_dropout
+        self.classifier_pooling = classifier_pooling
+        self.sparse_prediction = sparse_prediction
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.pad_token_id = pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**options)
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"SetformerConfig: {name} must be {expected}, got {got!r}")

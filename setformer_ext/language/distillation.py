@@ -1,0 +1,199 @@
+"""Fit SeT attention inside a trained model to the softmax attention that it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .references import References
+
+Batch = Mapping[str, Tensor]
+# Called with a module's References, their arguments and the outputs of softmax attention.
+Observer = Callable[[References, tuple[Any, ...], Tensor], None]
+
+_QUERIES_PER_REFERENCE = 32  # that are clustered
+_CLUSTERING_STEPS = 8
+
+
+def distill_attention(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    steps: int = 200,
+    lr: float = 0.1,
+    initialize: bool = True,
+) -> list[float]:
+    """Train the references of a model to answer as softmax attention does, and nothing else.
+
+    Every attention module sees what it sees in the original model: softmax attention goes on
+    through the layers, and beside it SeT attention learns its outputs from the same queries, keys
+    and values. This is how to start from a pretrained model, before all of it is trained on a task.
+    Dropout is off meanwhile.
+
+    Args:
+        model: a model of transformers with ``attn_implementation="set_attention"``.
+        batches: arguments of the model's forward, such as input_ids and attention_mask, on its
+            device. Gone through again until there were enough steps.
+        steps: of Adam, >= 1, one batch each.
+        lr: its learning rate at the start, which falls to 0 along a cosine.
+        initialize: start from the centres of clusters of the first batches' queries, instead of
+            the references that there are.
+
+    Returns:
+        Of every step the error sum |O - softmax's O|^2 / sum |softmax's O|^2 over the batch's valid
+        tokens, the mean of all attention modules.
+
+    Raises:
+        ValueError: fewer than one step, a model without SeT attention, no batches, or fewer valid
+            tokens than references in all of them.
+    """
+    if steps < 1:
+        raise ValueError(f"distill_attention: steps must be at least 1, got {steps}")
+    parameters = [p for layer in _layers(model) for p in layer.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses = []
+    with _evaluating(model):
+        if initialize:
+            _start_from_queries(model, batches)
+        optimizer.zero_grad()
+        for batch in islice(_endlessly(batches), steps):
+            loss = _error(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def _error(model: nn.Module, batch: Batch) -> Tensor:
+    errors = []
+
+    def compare(references: References, arguments: tuple[Any, ...], target: Tensor) -> None:
+        target = target.float()
+        norm = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
+        with torch.enable_grad():
+            output = references.forward(*arguments).float()
+            errors.append((output - target).square().sum() / norm)
+
+    _observe_softmax(model, batch, compare)
+    return torch.stack(errors).mean()
+
+
+def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """References become centres of clusters: each stands for queries that are like it."""
+    layers = _layers(model)
+    queries: dict[References, list[Tensor]] = {layer: [] for layer in layers}
+    wanted = {layer: _QUERIES_PER_REFERENCE * layer.reference.shape[1] for layer in layers}
+
+    def collect(references: References, arguments: tuple[Any, ...], _: Tensor) -> None:
+        query, mask = arguments[0].transpose(1, 2), arguments[3]  # [B, N, H, D], [B, N]
+        valid = query.flatten(0, 1) if mask is None else query[mask]
+        missing = wanted[references] - sum(map(len, queries[references]))
+        queries[references].append(valid[torch.randperm(len(valid))[:missing]])
+
+    for batch in batches:
+        _observe_softmax(model, batch, collect)
+        if all(sum(map(len, queries[layer])) == wanted[layer] for layer in layers):
+            break
+    for layer, points in queries.items():
+        count = layer.reference.shape[1]
+        found = sum(map(len, points))
+        if found < count:
+            raise ValueError(
+                f"distill_attention: batches must hold at least num_references={count} valid "
+                f"tokens, got {found}; give more, or initialize=False"
+            )
+        layer.reset_parameters()
+        with torch.no_grad():
+            layer.reference.copy_(_centres(torch.cat(points).transpose(0, 1).float(), count))
+
+
+def _centres(points: Tensor, count: int) -> Tensor:  # [H, P, D] -> [H, M, D]
+    """k-means of each head, from ``count`` of its points; empty clusters stay where they are."""
+    centres = points[:, torch.randperm(points.shape[1])[:count]]
+    for _ in range(_CLUSTERING_STEPS):
+        members = F.one_hot(torch.cdist(points, centres).argmin(-1), count).to(points.dtype)
+        sizes = members.sum(1).unsqueeze(-1)  # [H, M, 1]
+        means = members.mT @ points / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+    return centres
+
+
+def _observe_softmax(model: nn.Module, batch: Batch, observe: Observer) -> None:
+    """Run the model with softmax attention, and show an observer every attention module's."""
+    calls = 0
+
+    def replace(references: References, arguments: tuple[Any, ...], _: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        softmax = _softmax_attention(*arguments)
+        observe(references, arguments, softmax)
+        return softmax
+
+    handles = [layer.register_forward_hook(replace) for layer in _layers(model)]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not calls:
+        raise ValueError(
+            "distill_attention: the model must have attn_implementation='set_attention', but its "
+            "references were not called; switch it by model.set_attn_implementation"
+        )
+
+
+def _softmax_attention(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, Dv]
+    mask: Tensor | None,  # [B, N] bool
+    scaling: float,
+) -> Tensor:  # [B, H, N, Dv], 0 where not valid
+    allowed = None if mask is None else mask[:, None, None]
+    output = F.scaled_dot_product_attention(query, key, value, allowed, scale=scaling)
+    return output if mask is None else torch.where(mask[:, None, :, None], output, 0)
+
+
+def _layers(model: nn.Module) -> list[References]:
+    layers = [module for module in model.modules() if isinstance(module, References)]
+    if not layers:
+        raise ValueError(
+            f"distill_attention: model must have SeT attention, got {type(model).__name__} without "
+            'references; switch it by model.set_attn_implementation("set_attention")'
+        )
+    return layers
+
+
+def _endlessly(batches: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(
+                "distill_attention: batches must hold at least one, and be an iterable that can be "
+                "gone through again (a list or a DataLoader, no generator)"
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and afterwards every module in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

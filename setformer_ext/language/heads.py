@@ -1,0 +1,210 @@
+"""The encoder with a head: masked words, classes or a number for a sequence, classes of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration import SetformerConfig
+from .encoder import SetformerModel, SetformerPreTrainedModel
+
+IGNORED = -100  # the label of what has no part in a loss, as all of transformers has it
+
+
+class PredictionHead(nn.Module):
+    """Linear, activation and norm, before the last layer of a task.
+
+    Shape:
+        [..., C] to [..., C].
+    """
+
+    def __init__(self, config: SetformerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(x)))
+
+
+class SetformerForMaskedLM(SetformerPreTrainedModel):
+    """Predicts the words that were masked, by the word embeddings' own weights."""
+
+    _tied_weights_keys = {"decoder.weight": "setformer.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: SetformerConfig) -> None:
+        super().__init__(config)
+        self.setformer = SetformerModel(config)
+        self.head = PredictionHead(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [B, N]
+        attention_mask: Tensor | None = None,  # [B, N]
+        token_type_ids: Tensor | None = None,  # [B, N]
+        position_ids: Tensor | None = None,  # [B, N]
+        inputs_embeds: Tensor | None = None,  # [B, N, C]
+        labels: Tensor | None = None,  # [B, N]
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Logits of every word at every place.
+
+        Args:
+            labels: the words [B, N] that should be predicted, -100 where none should; the others
+                are arguments of :class:`SetformerModel`.
+
+        Returns:
+            ``logits`` [B, N, vocab_size], or with sparse_prediction and labels those of the K
+            labelled places, [K, vocab_size]; ``loss``, the mean cross entropy there, 0 of none.
+        """
+        encoded = self.setformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+        )
+        x, loss = encoded.last_hidden_state, None
+        if labels is not None and self.config.sparse_prediction:
+            wanted = labels != IGNORED
+            x, labels = x[wanted], labels[wanted]
+        logits = self.decoder(self.head(x))
+        if labels is not None:
+            loss = _cross_entropy(logits, labels)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+
+
+class SetformerForSequenceClassification(SetformerPreTrainedModel):
+    """A class for a text or a pair of texts, or with ``num_labels=1`` a number."""
+
+    def __init__(self, config: SetformerConfig) -> None:
+        super().__init__(config)
+        self.num_labels: int = config.num_labels or 2
+        self.setformer = SetformerModel(config)
+        self.head = PredictionHead(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [B, N]
+        attention_mask: Tensor | None = None,  # [B, N]
+        token_type_ids: Tensor | None = None,  # [B, N]
+        position_ids: Tensor | None = None,  # [B, N]
+        inputs_embeds: Tensor | None = None,  # [B, N, C]
+        labels: Tensor | None = None,  # [B]
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits of the classes, or the number.
+
+        Args:
+            labels: [B], int64 classes; numbers for regression; or [B, num_labels] of 0 and 1 where
+                several classes may hold. ``config.problem_type`` says which ("regression",
+                "single_label_classification", "multi_label_classification"), else num_labels and
+                the labels' dtype do. The others are arguments of :class:`SetformerModel`.
+
+        Returns:
+            ``logits`` [B, num_labels]; ``loss``: squared error, cross entropy, or binary cross
+            entropy.
+        """
+        encoded = self.setformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+        )
+        pooled = self._pool(encoded.last_hidden_state, attention_mask)
+        logits = self.classifier(self.dropout(self.head(pooled)))
+        loss = None if labels is None else self._loss(logits, labels)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states
+        )
+
+    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C] -> [B, C]
+        if self.config.classifier_pooling == "cls":
+            # The first valid token: texts may be padded at the left.
+            first = 0 if mask is None else mask.bool().int().argmax(1)
+            return x[torch.arange(len(x), device=x.device), first]
+        if mask is None:
+            return x.mean(1)
+        weights = mask.bool().unsqueeze(-1).to(x.dtype)
+        return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        kind: str | None = self.config.problem_type
+        if kind is None:
+            several = "multi_label" if labels.is_floating_point() else "single_label"
+            kind = "regression" if self.num_labels == 1 else f"{several}_classification"
+        if kind == "regression":
+            return F.mse_loss(logits.float().view_as(labels), labels.float())
+        if kind == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        return F.cross_entropy(logits.float(), labels.view(-1))
+
+
+class SetformerForTokenClassification(SetformerPreTrainedModel):
+    """A class for each token."""
+
+    def __init__(self, config: SetformerConfig) -> None:
+        super().__init__(config)
+        self.num_labels: int = config.num_labels or 2
+        self.setformer = SetformerModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [B, N]
+        attention_mask: Tensor | None = None,  # [B, N]
+        token_type_ids: Tensor | None = None,  # [B, N]
+        position_ids: Tensor | None = None,  # [B, N]
+        inputs_embeds: Tensor | None = None,  # [B, N, C]
+        labels: Tensor | None = None,  # [B, N]
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Logits of the classes of every token.
+
+        Args:
+            labels: classes [B, N], -100 where there is none; the others are arguments of
+                :class:`SetformerModel`.
+
+        Returns:
+            ``logits`` [B, N, num_labels]; ``loss``, the mean cross entropy, 0 of no labels.
+        """
+        encoded = self.setformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+        )
+        logits = self.classifier(self.dropout(encoded.last_hidden_state))
+        loss = None if labels is None else _cross_entropy(logits, labels)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+
+
+def _classifier_dropout(config: SetformerConfig) -> nn.Dropout:
+    rate = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled places; of none 0, where torch's mean would be NaN."""
+    labels = labels.flatten()
+    total = F.cross_entropy(
+        logits.float().flatten(0, -2), labels, ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (labels != IGNORED).sum().clamp(min=1)

@@ -1,0 +1,283 @@
+"""SeT attention inside other models of transformers: ``attn_implementation="set_attention"``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import bidirectional_mask_function
+
+from .references import DEFAULT_OPTIONS, References
+
+NAME = "set_attention"
+
+# What changes the result of other attentions, and has no counterpart here.
+_REFUSED = (
+    "is_causal",
+    "output_attentions",
+    "position_bias",
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "cu_seq_lens_q",
+)
+
+
+def register() -> None:
+    """Make ``attn_implementation="set_attention"`` known to transformers; once is enough.
+
+    Call it before models are built or loaded with that implementation::
+
+        setformer_ext.language.register()
+        model = AutoModel.from_pretrained(path, attn_implementation="set_attention")
+
+    or switched to it, by ``model.set_attn_implementation("set_attention")``. Every attention module
+    then has a submodule ``set_attention``, its :class:`References`, whose parameters are trained,
+    saved and loaded with the model. Those that a checkpoint lacks are drawn at random;
+    :func:`setformer_ext.language.distill_attention` fits them to the softmax attention that they
+    replace. As always with transformers, the name of the implementation is not saved: loading asks
+    for it again. Switched back to "sdpa", a model gives its original answers and keeps the
+    references.
+
+    Options are a dict ``config.set_attention``, saved with the configuration:
+    ``num_references`` (64), ``epsilon`` (None) and ``iterations`` (0) of :class:`References`.
+
+    Encoders can have it whose attention goes through transformers' interface and masks padding
+    only, such as BERT, RoBERTa, ViT and DINOv2; several heads of queries may share one of keys.
+    Causal models, cross attention, sliding windows, packed sequences, prepared masks and biases of
+    the scores raise a ValueError: when the model is built or switched if its modules tell, else
+    when it is called. There is no N x N matrix: ``output_attentions`` is refused, and dropout of
+    attention weights is left out.
+    """
+    if NAME in AttentionInterface().valid_keys():
+        return
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, padding_mask)
+    # transformers has no hook for an attention implementation with parameters of its own.
+    for method, wrap in (
+        ("post_init", _attach_before),
+        ("set_attn_implementation", _attach_after),
+        ("_initialize_weights", _initialize_references),
+    ):
+        setattr(PreTrainedModel, method, wrap(getattr(PreTrainedModel, method)))
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, G, N, D], G divides H
+    value: Tensor,  # [B, G, N, Dv]
+    attention_mask: Tensor | None,  # [B, N] bool
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:  # [B, N, H, Dv]
+    """What transformers calls in place of softmax attention.
+
+    Args:
+        module: the attention module, with :class:`References` as ``module.set_attention``.
+        query: [B, H, N, D].
+        key: [B, G, N, D], each for H / G consecutive heads of queries.
+        value: [B, G, N, Dv].
+        attention_mask: bool [B, N], True = valid, as :func:`padding_mask` makes it.
+        scaling: factor of softmax attention's scores, 1 / sqrt(D) if None.
+        dropout: of attention weights, of which there are none: ignored.
+        options: what else the model passes on.
+
+    Returns:
+        [B, N, H, Dv], 0 where not valid, and None for the attention weights.
+
+    Raises:
+        RuntimeError: the module has no references.
+        ValueError: attention that is not of all tokens to all valid tokens.
+    """
+    references = getattr(module, NAME, None)
+    if not isinstance(references, References):
+        raise RuntimeError(
+            f"set_attention: {type(module).__name__} must have references, got none; call "
+            "setformer_ext.language.register() and then "
+            'model.set_attn_implementation("set_attention")'
+        )
+    for name in _REFUSED:
+        option = options.get(name)
+        if option is not None and option is not False:
+            got = list(option.shape) if isinstance(option, Tensor) else option
+            raise _refusal(name, "None or False", got)
+    batch, heads, tokens, depth = query.shape
+    if key.shape[2] != tokens:
+        expected = f"N={tokens} tokens as the query has (no cross attention, no cache)"
+        raise _refusal("key", expected, list(key.shape))
+    if attention_mask is not None and (
+        attention_mask.dtype != torch.bool or attention_mask.shape != (batch, tokens)
+    ):
+        expected = "bool [B, N] or None, which masks padding and nothing else"
+        raise _refusal(
+            "attention_mask", expected, f"{attention_mask.dtype} {list(attention_mask.shape)}"
+        )
+    groups = heads // key.shape[1]
+    output = references(
+        query,
+        repeat_kv(key, groups),
+        repeat_kv(value, groups),
+        attention_mask,
+        depth**-0.5 if scaling is None else scaling,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def padding_mask(
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable,
+    attention_mask: Tensor | None = None,  # [B, N] bool
+    **_: Any,
+) -> Tensor | None:  # [B, N] bool
+    """What transformers calls to prepare the mask: that of the padding as it is.
+
+    Raises:
+        ValueError: for anything but attention of all tokens to all valid tokens.
+    """
+    if mask_function is not bidirectional_mask_function:
+        name = getattr(mask_function, "__qualname__", repr(mask_function))
+        raise _refusal("the model", "of full bidirectional attention", name)
+    if q_length != kv_length:
+        expected = f"N={q_length} tokens as the query has (no cross attention, no cache)"
+        raise _refusal("key", expected, kv_length)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise _refusal("attention_mask", "[B, N] or None", list(attention_mask.shape))
+    return attention_mask
+
+
+def _attach_before(post_init: Callable) -> Callable:
+    """References exist before weights are initialised or, by from_pretrained, loaded."""
+
+    @functools.wraps(post_init)
+    def wrapped(self: PreTrainedModel) -> None:
+        _attach(self)
+        post_init(self)
+
+    return wrapped
+
+
+def _attach_after(set_attn_implementation: Callable) -> Callable:
+    """A model that is switched gets references where it has none yet; a refused one stays."""
+
+    @functools.wraps(set_attn_implementation)
+    def wrapped(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        before = [(model.config, model.config._attn_implementation) for model in models]
+        set_attn_implementation(self, attn_implementation, *args, **kwargs)
+        try:
+            if attn_implementation == NAME != self.config._attn_implementation:
+                raise _not_recognised(self)
+            _attach(self)
+        except ValueError:
+            for config, implementation in before:
+                config._attn_implementation_internal = implementation
+            raise
+
+    return wrapped
+
+
+def _initialize_references(initialize_weights: Callable) -> Callable:
+    """Models know how to initialise their own modules only."""
+
+    @functools.wraps(initialize_weights)
+    def wrapped(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        done = getattr(module, "_is_hf_initialized", False)
+        initialize_weights(self, module, *args, **kwargs)
+        if isinstance(module, References) and not done:
+            # transformers guards torch.nn.init while it initialises: what was loaded stays.
+            module.reset_parameters()
+
+    return wrapped
+
+
+def _attach(model: PreTrainedModel) -> None:
+    """Give every attention module that should have references its own, or refuse the model."""
+    modules = [
+        (f"{name} of {type(model).__name__}", module)
+        for name, module in model.named_modules()
+        if _is_attention(module) and module.config._attn_implementation == NAME
+    ]
+    if not modules and model.config._attn_implementation == NAME:
+        raise _not_recognised(model)
+    for name, module in modules:
+        _require_bidirectional(name, module)
+    made = [
+        (module, _references(name, module)) for name, module in modules if not hasattr(module, NAME)
+    ]
+    for module, references in made:  # all or, where one is refused, none
+        module.set_attention = references
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module calls the attention interface, as far as its attributes tell."""
+    marked = hasattr(module, "is_causal") or hasattr(module, "scaling")
+    return marked and isinstance(getattr(module, "config", None), PreTrainedConfig)
+
+
+def _require_bidirectional(name: str, module: nn.Module) -> None:
+    if getattr(module, "is_causal", False):
+        raise _refusal(name, "bidirectional (is_causal False)", "is_causal True")
+    if "CrossAttention" in type(module).__name__ or getattr(module, "is_cross_attention", False):
+        raise _refusal(name, "self attention", f"cross attention, {type(module).__name__}")
+    if getattr(module, "sliding_window", None) is not None:
+        raise _refusal(name, "of full attention", f"sliding_window {module.sliding_window}")
+
+
+def _references(name: str, module: nn.Module) -> References:
+    """With the module's heads, device and dtype, and its configuration's options."""
+    heads = _size(name, module, "num_attention_heads", "num_heads")
+    depth = _size(name, module, "head_dim", "attention_head_size")
+    config: Any = module.config
+    given = getattr(config, NAME, None) or {}
+    unknown = set(given) - set(DEFAULT_OPTIONS)
+    if unknown:
+        raise ValueError(
+            f"config.set_attention: options must be of {sorted(DEFAULT_OPTIONS)}, "
+            f"got {sorted(unknown)}"
+        )
+    options = DEFAULT_OPTIONS | given
+    floating = (p for p in module.parameters() if p.is_floating_point())
+    like = next(floating, torch.empty(0))
+    references = References(heads, depth, **options, device=like.device, dtype=like.dtype)
+    # What has been drawn is not drawn again when the model becomes part of another one.
+    references._is_hf_initialized = like.device.type != "meta"  # type: ignore[assignment]
+    # Defaults may change, but not those of a model that was trained with them.
+    config.set_attention = options
+    return references
+
+
+def _size(name: str, module: nn.Module, *attributes: str) -> int:
+    for owner in (module, module.config):
+        for attribute in attributes:
+            size = getattr(owner, attribute, None)
+            if isinstance(size, int):
+                return size
+    raise _refusal(name, f"a module with an int as {' or '.join(attributes)}", "neither")
+
+
+def _not_recognised(model: PreTrainedModel) -> ValueError:
+    return _refusal(
+        type(model).__name__,
+        "a model whose attention goes through transformers' AttentionInterface",
+        "none that is recognised",
+    )
+
+
+def _refusal(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(
+        f"set_attention: {name} must be {expected}, got {got}; for other models choose "
+        'attn_implementation="sdpa" (for parts of a model: a dict by sub-config)'
+    )

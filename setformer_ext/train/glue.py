@@ -1,0 +1,222 @@
+"""Fine-tuning of a language encoder on the tasks of GLUE."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics.functional.classification import (
+    binary_f1_score,
+    binary_matthews_corrcoef,
+)
+from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from .. import language
+from .glue_data import TASKS, Example, GlueTask, read_examples
+from .options import key_and_value, number
+from .task import Batch, Metrics, Task, TrainingError, listed
+
+
+def _accuracy(answers: Tensor, labels: Tensor) -> Tensor:
+    return (answers == labels).float().mean()
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # answers and labels [K]
+    "accuracy": _accuracy,
+    "f1": binary_f1_score,
+    "matthews": binary_matthews_corrcoef,
+    "pearson": pearson_corrcoef,
+    "spearman": spearman_corrcoef,
+}
+
+
+class Scores(Metrics):
+    """The task's own metrics on each of its files, and their mean, the task's score in GLUE."""
+
+    def __init__(self, task: GlueTask) -> None:
+        self.task = task
+        self.rows: list[tuple[str, float, float]] = []  # file, answer, label
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        inputs, labels, parts = batch
+        logits = model(**inputs).logits.float()
+        answers = logits.argmax(-1) if self.task.classes else logits[:, 0]
+        self.rows += zip(parts, answers.tolist(), labels.tolist(), strict=True)
+
+    def compute(self) -> dict[str, float]:
+        figures = {}
+        rows = gather_object(self.rows)
+        self.rows = []
+        for part in self.task.dev:
+            pairs = [(answer, label) for where, answer, label in rows if where == part]
+            answers, labels = torch.tensor(pairs, dtype=torch.float32).T
+            for name in self.task.metrics:
+                kind = labels.dtype if not self.task.classes else torch.int64
+                value = METRICS[name](answers.to(kind), labels.to(kind)).item()
+                figures[f"{name}_{part}" if part else name] = value
+        return {"score": sum(figures.values()) / len(figures), **figures}
+
+
+class Glue(Task):
+    """``DATA/CoLA/train.tsv`` and so on, as GLUE is downloaded."""
+
+    name = "glue"
+    monitor = "score"
+    defaults = {"batch_size": 32, "epochs": 3, "lr": 2e-5, "ema_decay": 0.0, "weight_decay": 0.01}
+
+    @staticmethod
+    def add_options(parser: argparse._ArgumentGroup) -> None:
+        parser.add_argument(
+            "--task",
+            dest="glue_task",
+            nargs="+",
+            choices=(*TASKS, "all"),
+            required=True,
+            help="which of GLUE's tasks; of several, or all, each is trained into a folder of its "
+            "own in --output, and the average printed",
+        )
+        parser.add_argument(
+            "--data",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="GLUE's download: holds CoLA/, SST-2/, MRPC/ and so on",
+        )
+        parser.add_argument(
+            "--model",
+            required=True,
+            metavar="DIR",
+            help="pretrained encoder: what train mlm wrote, or any model of transformers that "
+            "classifies sequences, with its tokenizer",
+        )
+        parser.add_argument(
+            "--model-options",
+            type=key_and_value,
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="of the model's configuration, such as hidden_dropout_prob=0.2",
+        )
+        parser.add_argument(
+            "--attention-implementation",
+            metavar="NAME",
+            help="set_attention puts SeT attention into a model of transformers",
+        )
+        parser.add_argument(
+            "--sequence-length",
+            type=number(int, 8),
+            default=128,
+            metavar="N",
+            help="longer texts are cut (default: %(default)s)",
+        )
+
+    @staticmethod
+    def split(options: argparse.Namespace) -> list[argparse.Namespace]:
+        chosen = (
+            list(TASKS) if "all" in options.glue_task else list(dict.fromkeys(options.glue_task))
+        )
+        if len(chosen) == 1:
+            return [argparse.Namespace(**{**vars(options), "glue_task": chosen[0]})]
+        return [
+            argparse.Namespace(
+                **{**vars(options), "glue_task": name, "output": options.output / name}
+            )
+            for name in chosen
+        ]
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.glue = TASKS[options.glue_task]
+        self.problems: list[str] = []
+        notes = self.problems if options.on_error == "skip" else None
+        folder = options.data / self.glue.folder
+        self.train = read_examples(folder / "train.tsv", self.glue, problems=notes)
+        self.eval = [
+            example
+            for part, name in self.glue.dev.items()
+            for example in read_examples(folder / name, self.glue, part, notes)
+        ]
+        language.register()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+            self.config = AutoConfig.from_pretrained(
+                options.model,
+                num_labels=max(1, len(self.glue.classes)),
+                problem_type=None if self.glue.classes else "regression",
+                **dict(options.model_options),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"--model: expected a folder with a model and a tokenizer of transformers, such as "
+                f"the --output of train mlm, got {options.model}: {_first_line(error)}"
+            ) from error
+
+    def describe(self) -> str:
+        what = f"{len(self.glue.classes)} classes" if self.glue.classes else "a number"
+        text = (
+            f"{self.glue.folder}: {len(self.train)} rows to train on, {len(self.eval)} to "
+            f"evaluate on; {what} for {'two texts' if len(self.glue.texts) > 1 else 'a text'}"
+        )
+        if self.problems:
+            text += f"; {len(self.problems)} rows were left out: {listed(self.problems)}"
+        return text
+
+    def make_model(self) -> nn.Module:
+        try:
+            return AutoModelForSequenceClassification.from_pretrained(
+                self.options.model,
+                config=self.config,
+                attn_implementation=self.options.attention_implementation,
+                ignore_mismatched_sizes=True,  # the classifier of another task
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise TrainingError(f"--model: {self.options.model}: {_first_line(error)}") from error
+
+    def prepare(self, output: Path) -> None:
+        self.config.save_pretrained(output)
+        self.tokenizer.save_pretrained(output)
+
+    def train_dataset(self) -> Dataset[Any]:
+        return self.train  # type: ignore[return-value]
+
+    def eval_dataset(self) -> Dataset[Any]:
+        return self.eval  # type: ignore[return-value]
+
+    def collate(self, samples: list[Example]) -> Batch:
+        """The model's inputs, [B, N] each, labels [B] and the names of the files."""
+        inputs = self.tokenizer(
+            *([s.texts[i] for s in samples] for i in range(len(self.glue.texts))),
+            truncation=True,
+            max_length=self.options.sequence_length,
+            padding=True,
+            return_tensors="pt",
+        )
+        kind = torch.int64 if self.glue.classes else torch.float32
+        labels = torch.tensor([s.label for s in samples], dtype=kind)
+        return dict(inputs), labels, [s.part for s in samples]
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        inputs, labels, _ = batch
+        return {"loss": model(**inputs, labels=labels).loss}
+
+    def metrics(self) -> Metrics:
+        return Scores(self.glue)
+
+    def card(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "glue_task": self.options.glue_task,
+            "classes": list(self.glue.classes),
+            "sequence_length": self.options.sequence_length,
+        }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

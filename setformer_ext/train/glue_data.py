@@ -1,0 +1,143 @@
+"""The nine tasks of GLUE and the tab-separated files of its download.
+
+Wang et al., GLUE, ICLR 2019. Every task has a folder of its own, with quotes that mean nothing and
+the texts and labels in columns that differ between the tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from .task import DataError
+from .texts import numbered_lines, refuse
+
+COLA_COLUMNS = ("source", "label", "star", "sentence")  # its files have no header
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """What a task's files hold, and what is measured.
+
+    Args:
+        folder: its name in the download.
+        texts: columns of the sentence, or of the two.
+        label: column of the label.
+        classes: what the label may be; none for a number, from 0 to 5.
+        metrics: names in ``glue.METRICS``; the task's score is their mean.
+        columns: of files without a header.
+        dev: files to evaluate on, by what sets them apart.
+    """
+
+    folder: str
+    texts: tuple[str, ...]
+    label: str = "label"
+    classes: tuple[str, ...] = ("0", "1")
+    metrics: tuple[str, ...] = ("accuracy",)
+    columns: tuple[str, ...] | None = None
+    dev: dict[str, str] = field(default_factory=lambda: {"": "dev.tsv"})
+
+
+ENTAILMENT = ("not_entailment", "entailment")
+TASKS: dict[str, GlueTask] = {
+    "cola": GlueTask("CoLA", ("sentence",), metrics=("matthews",), columns=COLA_COLUMNS),
+    "sst2": GlueTask("SST-2", ("sentence",)),
+    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", metrics=("accuracy", "f1")),
+    "stsb": GlueTask(
+        "STS-B", ("sentence1", "sentence2"), "score", (), metrics=("pearson", "spearman")
+    ),
+    "qqp": GlueTask("QQP", ("question1", "question2"), "is_duplicate", metrics=("accuracy", "f1")),
+    "mnli": GlueTask(
+        "MNLI",
+        ("sentence1", "sentence2"),
+        "gold_label",
+        ("contradiction", "neutral", "entailment"),
+        dev={"matched": "dev_matched.tsv", "mismatched": "dev_mismatched.tsv"},
+    ),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), classes=ENTAILMENT),
+    "rte": GlueTask("RTE", ("sentence1", "sentence2"), classes=ENTAILMENT),
+    "wnli": GlueTask("WNLI", ("sentence1", "sentence2")),
+}
+
+
+class Example(NamedTuple):
+    """A sentence or two, with the class or the number, and which file it is of."""
+
+    texts: tuple[str, ...]
+    label: float
+    part: str = ""
+
+
+def read_examples(
+    path: Path, task: GlueTask, part: str = "", problems: list[str] | None = None
+) -> list[Example]:
+    """The rows of one of a task's files.
+
+    Args:
+        path: the file.
+        task: says what is in it.
+        part: kept with every example.
+        problems: takes what is wrong with the rows that are left out; None to raise it.
+
+    Raises:
+        DataError: for a file that cannot be read or is none of the task's, and for malformed rows,
+            with file, line, what was expected and what came.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"--data: there is no {path}; expected GLUE's own download, with {task.folder}/"
+            f"train.tsv and {', '.join(f'{task.folder}/{name}' for name in task.dev.values())}"
+        )
+    lines = iter(numbered_lines(path, problems))
+    columns = task.columns
+    if columns is None:
+        columns = tuple(next(lines, (0, ""))[1].split("\t"))
+        missing = [name for name in (*task.texts, task.label) if name not in columns]
+        if missing:
+            raise DataError(
+                f"{path}, line 1: expected the columns {', '.join((*task.texts, task.label))}, "
+                f"got {', '.join(columns)[:120] or 'nothing'}"
+            )
+    places = [columns.index(name) for name in task.texts]
+    label_place = columns.index(task.label)
+    examples = []
+    for number, line in lines:
+        if not line:
+            continue
+        cells = line.split("\t")
+        problem = _problem(cells, columns, places, task, label_place)
+        if problem:
+            refuse(f"{path}, line {number}: {problem}", problems)
+            continue
+        label = cells[label_place]
+        value = float(task.classes.index(label) if task.classes else label)
+        examples.append(Example(tuple(cells[place] for place in places), value, part))
+    if not examples:
+        raise DataError(f"{path}: no row that can be used, expected at least one")
+    return examples
+
+
+def _problem(
+    cells: Sequence[str],
+    columns: Sequence[str],
+    places: Sequence[int],
+    task: GlueTask,
+    label_place: int,
+) -> str:
+    """What is wrong with a row, or nothing."""
+    if len(cells) != len(columns):
+        return f"expected {len(columns)} tab-separated columns, got {len(cells)}"
+    for place in places:
+        if not cells[place].strip():
+            return f"{columns[place]}: expected a text, got nothing"
+    label, name = cells[label_place], columns[label_place]
+    if task.classes:
+        known = ", ".join(task.classes)
+        return "" if label in task.classes else f"{name}: expected one of {known}, got {label!r}"
+    try:
+        fits = 0 <= float(label) <= 5
+    except ValueError:
+        fits = False
+    return "" if fits else f"{name}: expected a number from 0 to 5, got {label!r}"

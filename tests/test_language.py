@@ -1,0 +1,260 @@
+"""The language encoder: padding changes nothing, heads and losses are right, it saves and loads."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from setformer_ext.language import (
+    SIZES,
+    SetformerConfig,
+    SetformerForMaskedLM,
+    SetformerForSequenceClassification,
+    SetformerForTokenClassification,
+    SetformerModel,
+)
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_references": 5,
+}
+HEADS = [
+    SetformerForMaskedLM,
+    SetformerForSequenceClassification,
+    SetformerForTokenClassification,
+]
+AUTO = [
+    (AutoModelForMaskedLM, SetformerForMaskedLM),
+    (AutoModelForSequenceClassification, SetformerForSequenceClassification),
+    (AutoModelForTokenClassification, SetformerForTokenClassification),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def config(**options: Any) -> SetformerConfig:
+    return SetformerConfig(**{**TINY, **options})
+
+
+def make(kind: type[nn.Module] = SetformerModel, **options: Any) -> Any:
+    """In eval mode, with masses and convolutions that do something."""
+    model = kind(config(**options)).eval()
+    for name, parameter in model.named_parameters():
+        if "mass" in name or ".conv." in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(1, 50, shape)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"attention": "softmax"}, {"classifier_pooling": "cls"}])
+def test_padding_changes_no_answer(side: str, options: dict[str, Any]) -> None:
+    model = make(SetformerForSequenceClassification, num_labels=3, **options)
+    texts = [tokens(7), tokens(12), tokens(1)]
+    padded = torch.zeros(3, 12, dtype=torch.int64)
+    mask = torch.zeros(3, 12, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        place = slice(0, len(text)) if side == "right" else slice(12 - len(text), 12)
+        padded[row, place], mask[row, place] = text, 1
+    padded[mask == 0] = 17  # what stands there does not matter
+    together = model(padded, mask, output_hidden_states=True)
+    for row, text in enumerate(texts):
+        alone = model(text[None], output_hidden_states=True)
+        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=2e-6, rtol=1e-5)
+        inside = together.hidden_states[-1][row][mask[row] == 1]
+        torch.testing.assert_close(inside, alone.hidden_states[-1][0], atol=5e-6, rtol=1e-5)
+
+
+def test_a_sequence_of_padding_alone_is_finite_and_learns_nothing() -> None:
+    for attention in ("set", "softmax"):
+        model = make(SetformerForSequenceClassification, attention=attention)
+        model(tokens(2, 6), torch.tensor([[1] * 6, [0] * 6])).logits.sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_order_of_words_matters_by_convolution_or_by_position() -> None:
+    text = tokens(1, 9)
+    for options, matters in (
+        ({}, True),
+        ({"conv_kernel_size": 0}, False),
+        ({"conv_kernel_size": 0, "max_position_embeddings": 9}, True),
+    ):
+        model = make(SetformerForSequenceClassification, **options)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        difference = (model(text).logits - model(text.flip(1)).logits).abs().max()
+        assert (difference > 1e-4) == matters, options
+
+
+def test_segments_and_embeddings_in_place_of_tokens() -> None:
+    model = make()
+    text = tokens(2, 6)
+    plain = model(text).last_hidden_state
+    embedded = model(inputs_embeds=model.get_input_embeddings()(text)).last_hidden_state
+    assert torch.equal(plain, embedded)
+    assert torch.equal(plain, model(text, token_type_ids=torch.zeros_like(text))[0])
+    second = torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)
+    assert not torch.allclose(plain, model(text, token_type_ids=second)[0])
+
+
+def test_losses_are_torchs() -> None:
+    text, mask = tokens(3, 8), torch.ones(3, 8)
+    words = torch.where(torch.rand(3, 8) < 0.4, tokens(3, 8), -100)
+    masked = make(SetformerForMaskedLM)
+    whole = masked(text, mask, labels=words)
+    known = F.cross_entropy(whole.logits.view(-1, 50), words.view(-1))
+    torch.testing.assert_close(whole.loss, known)
+    masked.config.sparse_prediction = True
+    sparse = masked(text, mask, labels=words)
+    torch.testing.assert_close(sparse.loss, known)
+    torch.testing.assert_close(sparse.logits, whole.logits[words != -100])
+    assert masked(text, mask, labels=torch.full_like(text, -100)).loss == 0
+    tagger = make(SetformerForTokenClassification, num_labels=4)
+    tags = torch.randint(0, 4, (3, 8))
+    answer = tagger(text, mask, labels=tags)
+    torch.testing.assert_close(
+        answer.loss, F.cross_entropy(answer.logits.view(-1, 4), tags.view(-1))
+    )
+    for labels, size, known_loss in (
+        (torch.tensor([0, 2, 1]), 3, F.cross_entropy),
+        (torch.tensor([0.5, 2.0, 4.5]), 1, lambda x, y: F.mse_loss(x.squeeze(1), y)),
+        (torch.tensor([[0.0, 1], [1, 1], [0, 0]]), 2, F.binary_cross_entropy_with_logits),
+    ):
+        model = make(SetformerForSequenceClassification, num_labels=size)
+        answer = model(text, mask, labels=labels)
+        assert answer.logits.shape == (3, size)
+        torch.testing.assert_close(answer.loss, known_loss(answer.logits, labels))
+
+
+@pytest.mark.parametrize(("auto", "kind"), AUTO)
+def test_it_saves_and_loads_by_the_auto_classes(
+    auto: Any, kind: type[nn.Module], tmp_path: Path
+) -> None:
+    model = make(kind, attention_options={"epsilon": 0.2}, num_labels=3)
+    model.save_pretrained(tmp_path)
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is kind
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    text = tokens(2, 7)
+    assert torch.equal(loaded(text).logits, model(text).logits)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
+    body = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(body(text)[0], model.setformer(text)[0])
+
+
+def test_the_parts_that_a_checkpoint_lacks_are_drawn_anew(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_references=7, ignore_mismatched_sizes=True
+    )
+    reference = loaded.setformer.layers[0].attention.reference
+    assert reference.shape == (4, 7, 8)
+    assert 0.1 < reference.std() < 1
+    assert 0.01 < loaded.classifier.weight.std() < 0.04
+
+
+def test_words_are_predicted_by_their_embeddings() -> None:
+    model = make(SetformerForMaskedLM)
+    assert model.decoder.weight is model.get_input_embeddings().weight
+    untied = make(SetformerForMaskedLM, tie_word_embeddings=False)
+    assert untied.decoder.weight is not untied.get_input_embeddings().weight
+    model.resize_token_embeddings(60)
+    assert model(torch.tensor([[55, 3]])).logits.shape == (1, 2, 60)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_checkpointed_gradients_are_the_same(kind: type[nn.Module]) -> None:
+    model = make(kind, hidden_dropout_prob=0.0).train()
+    other = copy.deepcopy(model)
+    other.gradient_checkpointing_enable()
+    text = tokens(2, 9)
+    for each in (model, other):
+        each(text).logits.square().mean().backward()
+    for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(twin.grad, parameter.grad)
+
+
+def test_it_compiles_to_one_graph() -> None:
+    model = make(SetformerForSequenceClassification)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 8):
+        text, mask = tokens(2, length), torch.ones(2, length, dtype=torch.int64)
+        mask[1, 3:] = 0
+        torch.testing.assert_close(compiled(text, mask).logits, model(text, mask).logits)
+
+
+def test_long_texts_in_memory_that_grows_with_their_length() -> None:
+    """An N x N matrix of 16,384 tokens would be 4 GiB for these four heads."""
+    model = make(num_hidden_layers=1)
+    with torch.no_grad():
+        assert model(tokens(1, 16384)).last_hidden_state.isfinite().all()
+
+
+def test_sizes() -> None:
+    """BERT-base has 110 million parameters."""
+    counts = {}
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            counts[name] = SetformerForMaskedLM(SetformerConfig(**size)).num_parameters()
+    assert counts["base"] == pytest.approx(110e6, rel=0.05)
+    assert counts["mini"] < counts["small"] < counts["base"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("vocab_size", 0),
+        ("hidden_size", 33),
+        ("attention", "linear"),
+        ("conv_kernel_size", 4),
+        ("max_position_embeddings", 0),
+        ("hidden_dropout_prob", 1.0),
+        ("classifier_pooling", "max"),
+    ],
+)
+def test_bad_options_are_named(option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"SetformerConfig: {option} must be .*, got "):
+        config(**{option: value})
+
+
+def test_softmax_attention_has_no_options() -> None:
+    with pytest.raises(ValueError, match="attention_options must be None"):
+        config(attention="softmax", attention_options={"epsilon": 0.1})
+
+
+def test_bad_inputs_are_named() -> None:
+    model = make(max_position_embeddings=6)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be \[B, N\] = \[2, 5\], got \[2, 4\]"
+    ):
+        model(tokens(2, 5), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="at most max_position_embeddings=6 tokens, got 7"):
+        model(tokens(2, 7))
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model(tokens(2, 5), output_attentions=True)
