@@ -83,7 +83,7 @@ class References(nn.Module):
 
         self.reference = parameter(num_heads, num_references, head_dim)
         self.query_log_scale = parameter(num_heads)  # log c
-        # Without a Sinkhorn step the marginals change nothing, or nothing that references cannot.
+        # Without a Sinkhorn step masses of references change nothing, and of tokens gained nothing.
         transport = iterations > 0
         self.token_mass = parameter(num_heads, head_dim) if transport else None
         self.reference_log_mass = parameter(num_heads, num_references) if transport else None
