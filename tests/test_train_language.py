@@ -417,6 +417,7 @@ def test_several_tasks_and_their_average(
     ("change", "message"),
     [
         (["--model=/nowhere"], "--model: expected a folder with a model and a tokenizer"),
+        (["--model-options", "hidden_droput=0.2"], "SetformerConfig has no hidden_droput"),
         (["--data=/nowhere"], "there is no /nowhere/SST-2/train.tsv"),
         (["--attention-implementation=set_attention"], "set_attention"),
     ],

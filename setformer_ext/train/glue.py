@@ -146,10 +146,11 @@ class Glue(Task):
         language.register()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-            self.config = AutoConfig.from_pretrained(
+            self.config, unknown = AutoConfig.from_pretrained(
                 options.model,
                 num_labels=max(1, len(self.glue.classes)),
                 problem_type=None if self.glue.classes else "regression",
+                return_unused_kwargs=True,
                 **dict(options.model_options),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -157,6 +158,12 @@ class Glue(Task):
                 f"--model: expected a folder with a model and a tokenizer of transformers, such as "
                 f"the --output of train mlm, got {options.model}: {_first_line(error)}"
             ) from error
+        if "set_attention" in unknown:  # configurations do not know it
+            self.config.set_attention = unknown.pop("set_attention")
+        if unknown:
+            raise TrainingError(
+                f"--model-options: {type(self.config).__name__} has no {', '.join(unknown)}"
+            )
 
     def describe(self) -> str:
         what = f"{len(self.glue.classes)} classes" if self.glue.classes else "a number"

@@ -1,0 +1,29 @@
+"""Trainings by the command line, each of them once, and their figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+from setformer_ext import cli
+
+
+def train(folder: Path, *given: str) -> None:
+    """``setformer train`` with these arguments into a folder, unless it has been there before."""
+    if (folder / "metrics.json").exists():
+        return
+    if cli.main(["train", *given, f"--output={folder}"]):
+        sys.exit(1)
+
+
+def best(folder: Path, metric: str) -> float:
+    """A figure of the best evaluation."""
+    return json.loads((folder / "metrics.json").read_text())["best"][metric]
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{fmean(values):.4f}{spread}"
