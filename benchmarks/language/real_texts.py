@@ -21,7 +21,7 @@ DATA = {
     "rotten_tomatoes": GlueTask("RottenTomatoes", ("sentence",)),
     "r8": GlueTask("R8", ("sentence",), classes=TOPICS),
 }
-LENGTHS = {"imdb": 256, "rotten_tomatoes": 48, "r8": 128}  # tokens that a text is cut to
+LENGTHS = {"imdb": 128, "rotten_tomatoes": 48, "r8": 128}  # tokens that a text is cut to
 HELD_OUT = {"imdb": 5000, "rotten_tomatoes": 1000}
 
 

@@ -124,6 +124,11 @@ class SetformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SetAttention | SoftmaxAttention):
             # transformers guards torch.nn.init while it initialises: what was loaded stays.
             module.reset_parameters()
+            # Branches that start large drown the words for hundreds of steps.
+            for name in ("key", "query", "value", "query_key_value", "projection"):
+                linear = getattr(module, name, None)
+                if linear is not None:
+                    super()._init_weights(linear)
         else:
             super()._init_weights(module)
 
