@@ -85,7 +85,7 @@ def main() -> int:
     options = parser.parse_args()
     images = options.images or _package_images(parser)
     if options.quick:
-        options.steps = 200
+        options.steps = 150
     data = options.output / "coco"
     for split in ("train", "val"):
         write_coco(images, data, split)

@@ -96,6 +96,11 @@ class References(nn.Module):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that live on a scale of their own, where 0 means nothing."""
+        own = {"reference", "query_log_scale", "reference_log_mass"}
+        return own & {name for name, _ in self.named_parameters()}
+
     def forward(
         self,
         query: Tensor,  # [B, H, N, D]
