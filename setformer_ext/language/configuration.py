@@ -13,7 +13,7 @@ SIZES: dict[str, dict[str, int]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
 
-# What did best on validation reviews: benchmarks/language/sentiment.py --study.
+# Those of the vision backbone; benchmarks/language/texts.py --study compares others.
 ATTENTION_OPTIONS: dict[str, Any] = {
     "epsilon": 0.04,
     "iterations": 1,
