@@ -140,7 +140,7 @@ class SetformerModel(SetformerPreTrainedModel):
 
     From the paper (Shamsolmoali et al., SeTformer, AAAI 2024): SeT attention in a language encoder
     that is evaluated on GLUE. Widths, depths, references, the convolution that tells the order of
-    words and every option of the attention are our reading, chosen on real data.
+    words and every option of the attention are our reading.
     """
 
     def __init__(self, config: SetformerConfig) -> None:

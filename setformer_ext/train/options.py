@@ -167,7 +167,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=number(int, 1),
         default=64,
-        help="images per process and pass (default: %(default)s)",
+        help="samples per process and pass (default: %(default)s)",
     )
     group.add_argument(
         "--accumulate",
@@ -233,7 +233,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=number(int, 0),
         default=4,
-        help="processes that load images, for each training process (default: %(default)s)",
+        help="processes that load samples, for each training process (default: %(default)s)",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
