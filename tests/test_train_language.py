@@ -12,7 +12,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+)
 
 from setformer_ext import cli
 from setformer_ext.train.glue import Scores
@@ -138,6 +144,7 @@ def train(given: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def pretrained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("pretrained")
     assert cli.main(pretraining(text, output, "--steps=250", "--eval-every=125", "--lr=1e-2")) == 0
@@ -349,7 +356,7 @@ def glue(data: Path, model: Path, output: Path, *more: object) -> list[str]:
 
 def test_fine_tuning_learns_the_telling_words(pretrained: Path, tmp_path: Path) -> None:
     data, output = write_reviews(tmp_path / "glue"), tmp_path / "run"
-    assert cli.main(glue(data, pretrained, output, "--epochs=6", "--lr=5e-3")) == 0
+    assert cli.main(glue(data, pretrained, output, "--epochs=12", "--lr=2e-3")) == 0
     assert metrics(output)["best"]["score"] > 0.95
     model = AutoModelForSequenceClassification.from_pretrained(output).eval()
     tokens = AutoTokenizer.from_pretrained(output)(
@@ -378,6 +385,28 @@ def train_in_small_shards(given: list[str]) -> None:
 
     parallel.SHARD_PARAMETERS = 500
     train(given)
+
+
+def test_set_attention_in_another_model_keeps_its_options(tmp_path: Path) -> None:
+    tokenizer = wrap_tokenizer(train_tokenizer([t for t, _ in reviews(50)], 100, lowercase=True))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert = BertModel(BertConfig(vocab_size=len(tokenizer), intermediate_size=64, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    data, output = write_reviews(tmp_path / "glue"), tmp_path / "run"
+    given = glue(data, tmp_path / "bert", output, "--epochs=12", "--lr=2e-3")
+    given += ["--attention-implementation=set_attention"]
+    given += ["--model-options", "set_attention={'num_references': 5}"]
+    assert cli.main(given) == 0
+    assert metrics(output)["best"]["score"] > 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(
+        output, attn_implementation="set_attention"
+    )
+    assert model.config.set_attention == {"num_references": 5, "epsilon": None, "iterations": 0}
+    assert model.config.architectures == ["BertForSequenceClassification"]
+    trained = load_file(output / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.set_attention.reference"
+    assert torch.equal(model.state_dict()[name], trained[name])
 
 
 def test_rows_left_out_are_counted(
@@ -418,6 +447,7 @@ def test_several_tasks_and_their_average(
     [
         (["--model=/nowhere"], "--model: expected a folder with a model and a tokenizer"),
         (["--model-options", "hidden_droput=0.2"], "SetformerConfig has no hidden_droput"),
+        (["--model-options", "hidden_size=64"], "weights of"),
         (["--data=/nowhere"], "there is no /nowhere/SST-2/train.tsv"),
         (["--attention-implementation=set_attention"], "set_attention"),
     ],
@@ -441,6 +471,8 @@ def test_too_little_text(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "expected at least one sequence of 16" in capsys.readouterr().err
     assert cli.main(pretraining(tmp_path / "none", tmp_path / "run")) == 1
     assert "there is no" in capsys.readouterr().err
+    assert cli.main([*pretraining(text, tmp_path / "run"), "--model-options", "num_refs=3"]) == 1
+    assert "SetformerConfig has no num_refs" in capsys.readouterr().err
     few.write_bytes(b"good\nb\xffd\n")
     assert cli.main(pretraining(few, tmp_path / "run")) == 1
     assert (

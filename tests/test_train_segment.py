@@ -22,7 +22,7 @@ from setformer_ext.train.ade20k import IGNORED, Labels, read_names
 from setformer_ext.train.segment import IntersectionOverUnion, Segment
 from setformer_ext.train.task import DataError
 from setformer_ext.vision.segmentation import from_card
-from training import metrics
+from training import launch, metrics
 
 COLOURS = np.array([[0, 0, 0], [220, 40, 40], [40, 200, 60], [50, 70, 230]], np.uint8)
 TINY = (
@@ -434,3 +434,23 @@ def test_pretrained_backbone(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     save_file({"other": torch.zeros(1)}, tmp_path / "classifier.safetensors")
     assert cli.main(arguments(data, tmp_path / "out", "--steps=1", path)) == 1
     assert "holds weights of another model" in capsys.readouterr().err
+
+
+def test_a_sharded_segmenter_gathers_its_backbone() -> None:
+    """timm's feature getters call the backbone's forward_intermediates, which FSDP does not see."""
+    assert launch(2, run_sharded) == [0, 0]
+
+
+def run_sharded() -> None:
+    from torch import distributed
+
+    from setformer_ext.train import parallel
+    from setformer_ext.vision.segmentation import Segmenter
+
+    distributed.init_process_group("gloo")
+    sizes = {"dims": (32,) * 4, "depths": (1,) * 4, "num_references": (4,) * 4}
+    model = Segmenter("setformer_mini", 3, backbone_options=sizes)
+    parallel.SHARD_PARAMETERS = sum(p.numel() for p in model.encoder.model.model.parameters())
+    parallel.shard(model)
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    distributed.destroy_process_group()

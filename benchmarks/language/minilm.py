@@ -79,7 +79,8 @@ def tune(
     options: argparse.Namespace,
 ) -> float:
     """The accuracy after fine-tuning."""
-    folder = options.output / f"{name.replace(', ', '-').replace(' ', '-')}-{options.steps}-{seed}"
+    sizes = f"{options.references}-{options.distillation_steps}-{options.steps}-{seed}"
+    folder = options.output / f"{name.replace(', ', '-').replace(' ', '-')}-{sizes}"
     train(
         folder,
         *("glue", f"--task={TASK}", f"--data={data}", f"--model={model}", f"--seed={seed}"),

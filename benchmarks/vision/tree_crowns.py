@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -90,6 +91,7 @@ def main() -> int:
     for split in ("train", "val"):
         write_coco(images, data, split)
     run = options.output / "run"
+    shutil.rmtree(run, ignore_errors=True)
     given = ["train", "detect", f"--data={data}", f"--output={run}", *TRAINING]
     given += [f"--steps={options.steps}", f"--seed={options.seed}"]
     # A single evaluation at the end: the best of several would be chosen by the held-out tiles.

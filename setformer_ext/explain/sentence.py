@@ -60,10 +60,13 @@ def explain_sentence(run: Path, text: str, layer: int, head: int | None, path: P
             f"--head must be from 1 to {attention.num_heads} in this layer, got {head}"
         )
     encoding = tokenizer(text, return_tensors="pt")
-    plans = _plans(model, attention, dict(encoding))
     words, of_word = _words(text, encoding)
     if len(words) > LONGEST:
         raise ExplainError(f"--text: expected at most {LONGEST} words, got {len(words)}")
+    try:
+        plans = _plans(model, attention, dict(encoding))
+    except ValueError as error:  # longer than the model's positions
+        raise ExplainError(f"--text: {error}") from error
     plans = torch.zeros(len(plans), len(words), plans.shape[2]).index_add(1, of_word, plans)
     head = head or 1 + int(mutual_information(plans).argmax())
     name = f"layer {number} of {len(layers)}, head {head} of {attention.num_heads}"

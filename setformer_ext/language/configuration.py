@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
-# Widths and depths of BERT's own sizes; base has about the 110 million parameters of BERT-base.
+# Widths and depths of BERT-mini and BERT-base, whose 110 million parameters base about has.
 SIZES: dict[str, dict[str, int]] = {
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
     "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
@@ -112,6 +113,7 @@ class SetformerConfig(PreTrainedConfig):
             "at least 1, or None",
             max_position_embeddings,
         )
+        _require(hidden_act in ACT2FN, "hidden_act", "a name that transformers knows", hidden_act)
         rates = {
             "hidden_dropout_prob": hidden_dropout_prob,
             "classifier_dropout": classifier_dropout,

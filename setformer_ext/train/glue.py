@@ -122,6 +122,10 @@ class Glue(Task):
         chosen = (
             list(TASKS) if "all" in options.glue_task else list(dict.fromkeys(options.glue_task))
         )
+        folders = [options.data / TASKS[name].folder for name in chosen]
+        missing = [str(folder) for folder in folders if not folder.is_dir()]
+        if len(chosen) > 1 and missing:  # before hours of training on the others
+            raise TrainingError(f"--data: there is no {', '.join(missing)}")
         if len(chosen) == 1:
             return [argparse.Namespace(**{**vars(options), "glue_task": chosen[0]})]
         return [
@@ -160,6 +164,9 @@ class Glue(Task):
             ) from error
         if "set_attention" in unknown:  # configurations do not know it
             self.config.set_attention = unknown.pop("set_attention")
+        if self.glue.classes:
+            self.config.id2label = dict(enumerate(self.glue.classes))
+            self.config.label2id = {name: i for i, name in enumerate(self.glue.classes)}
         if unknown:
             raise TrainingError(
                 f"--model-options: {type(self.config).__name__} has no {', '.join(unknown)}"
@@ -177,14 +184,24 @@ class Glue(Task):
 
     def make_model(self) -> nn.Module:
         try:
-            return AutoModelForSequenceClassification.from_pretrained(
+            model, found = AutoModelForSequenceClassification.from_pretrained(
                 self.options.model,
                 config=self.config,
                 attn_implementation=self.options.attention_implementation,
                 ignore_mismatched_sizes=True,  # the classifier of another task
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, TypeError, ValueError, RuntimeError, KeyError) as error:
             raise TrainingError(f"--model: {self.options.model}: {_first_line(error)}") from error
+        redrawn = [key[0] for key in found["mismatched_keys"] if "classifier" not in key[0]]
+        if redrawn:
+            raise TrainingError(
+                f"--model-options: {redrawn[0]} and {len(redrawn) - 1} more weights of "
+                f"{self.options.model} are of another shape; leave out what changes sizes"
+            )
+        self.config = model.config  # with the options of references, where it has them
+        self.config.architectures = [type(model).__name__]
+        return model
 
     def prepare(self, output: Path) -> None:
         self.config.save_pretrained(output)

@@ -180,6 +180,12 @@ class Mlm(Task):
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
+        unknown = self.model_options.keys() - SetformerConfig().to_dict().keys()
+        if unknown:
+            raise TrainingError(
+                f"--model-options: SetformerConfig has no {', '.join(sorted(unknown))}"
+            )
+
     def _make_tokenizer(self, documents: list[str]) -> PreTrainedTokenizerFast:
         """The one that a training had which is resumed, or a new one, the same in all processes."""
         path = self.options.output / "tokenizer.json"

@@ -60,9 +60,9 @@ def _shard_inside(module: nn.Module, common: set[int]) -> int:
     left = sum(p.numel() for p in module.parameters(recurse=False))
     for child in module.children():
         rest = _shard_inside(child, common)
-        apart = not isinstance(child, CONTAINERS) and not any(
-            id(p) in common for p in child.parameters()
-        )
+        # timm's feature getters call another method of a backbone than the one that gathers it.
+        called = not isinstance(child, CONTAINERS) and not hasattr(child, "forward_intermediates")
+        apart = called and not any(id(p) in common for p in child.parameters())
         if rest >= SHARD_PARAMETERS and apart:
             fully_shard(child)
             rest = 0
