@@ -300,6 +300,18 @@ def test_categories_that_training_lacks(shapes: Path, tmp_path: Path) -> None:
     assert f"{rings} records were left out: {file}: annotation" in task.describe()
 
 
+def test_a_class_without_objects_to_train_on(broken: Callable[[Change], Path]) -> None:
+    def add(content: dict[str, Any]) -> None:
+        content["categories"].append({"id": 95, "name": "star"})
+
+    data = broken(add)
+    with pytest.raises(DataError, match=r"has no object of star \(--on-error skip: go on without"):
+        Detect(parsed(data))
+    options = parsed(data)
+    options.on_error = "skip"
+    assert "no object to train on of star" in Detect(options).describe()
+
+
 def test_augmented_boxes_are_those_of_the_augmented_masks(shapes: Path) -> None:
     more = ("--scale-jitter", "0.5", "2", "--flip=0.5", "--vertical-flip=0.5", "--photometric")
     data = Detect(parsed(shapes, *more)).train_dataset()

@@ -18,7 +18,7 @@ from .. import vision  # noqa: F401 (registers the models)
 from ..vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from .coco import Coco
 from .options import key_and_value, number
-from .task import Batch, Metrics, Task, TrainingError, listed
+from .task import Batch, DataError, Metrics, Task, TrainingError, listed
 from .weights import load_pretrained
 
 
@@ -194,6 +194,14 @@ class Detect(Task):
                 f"--model: timm knows no {options.model!r}; timm.list_models() has the names"
             )
         self.train = self._read("train2017", crowds=False)
+        used = {t["label"] for things in self.train.objects.values() for t in things}
+        names = enumerate(self.train.classes, start=1)
+        self.unused = [name for label, name in names if label not in used]
+        if self.unused and options.on_error == "stop":
+            raise DataError(
+                f"--data: instances_train2017.json has no object of {', '.join(self.unused)} "
+                "(--on-error skip: go on without)"
+            )
         self.eval = self._read("val2017", crowds=True, classes=self.train.classes)
         self.train.transform = self._augmentation()
         self.eval.transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
@@ -228,14 +236,12 @@ class Detect(Task):
 
     def describe(self) -> str:
         counts = [sum(map(len, data.objects.values())) for data in (self.train, self.eval)]
-        used = {t["label"] for things in self.train.objects.values() for t in things}
-        unused = [n for label, n in enumerate(self.train.classes, start=1) if label not in used]
         text = (
             f"{len(self.train)} training and {len(self.eval)} evaluation images with {counts[0]} "
             f"and {counts[1]} objects of {len(self.train.classes)} classes"
         )
-        if unused:
-            text += f"; no object to train on of {', '.join(unused)}"
+        if self.unused:
+            text += f"; no object to train on of {', '.join(self.unused)}"
         problems = self.train.problems + self.eval.problems
         if problems:
             text += f"; {len(problems)} records were left out: {listed(problems)}"
