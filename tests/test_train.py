@@ -23,6 +23,7 @@ import setformer_ext.vision  # noqa: F401 (registers the models)
 from setformer_ext import cli
 from setformer_ext.train import sampling
 from setformer_ext.train.optimization import make_schedule, parameter_groups
+from setformer_ext.train.options import TaskParser
 from setformer_ext.train.task import DataError, TrainingError
 from training import PLAIN, TINY, arguments, classify, launch, metrics, write_digits
 
@@ -449,3 +450,17 @@ def test_layer_decay_of_a_backbone_inside_a_detector() -> None:
     assert of[id(backbone.stem.conv1.weight)]["lr_scale"] < 0.1
     with pytest.raises(TrainingError, match="--layer-decay: Linear does not say what its layers"):
         parameter_groups(nn.Linear(3, 3), weight_decay=0.1, layer_decay=0.5)
+
+
+def test_lists_and_mappings_of_a_configuration_file_hold_numbers(tmp_path: Path) -> None:
+    parser = TaskParser(prog="setformer train classify")
+    parser.task = "classify"
+    (tmp_path / "c.yaml").write_text(
+        "data: d\noutput: o\nmodel_options:\n"
+        "  dims: [32, 64]\n  attention_options: {epsilon: 0.1}\n"
+    )
+    options = parser.parse_args([f"--config={tmp_path / 'c.yaml'}"])
+    assert dict(options.model_options) == {
+        "dims": [32, 64],
+        "attention_options": {"epsilon": 0.1},
+    }

@@ -103,7 +103,7 @@ class TaskParser(argparse.ArgumentParser):
                 return [option if value.lower() == "true" else f"--no-{option[2:]}"]
             return [option] if value.lower() == "true" else []
         if isinstance(value, dict):
-            value = [f"{name}={part}" for name, part in value.items()]
+            value = [f"{name}={_inside(part)}" for name, part in value.items()]
         values = value if isinstance(value, list) else [value]
         if action.nargs is None and isinstance(value, list):
             self.error(f"{where}: expected one value, got {value!r}")
@@ -124,6 +124,22 @@ class TaskParser(argparse.ArgumentParser):
         if action.choices is not None and parsed not in action.choices:
             choices = ", ".join(map(str, action.choices))
             self.error(f"{where}: expected one of {choices}, got {value!r}")
+
+
+def _inside(part: Any) -> Any:
+    """A list or mapping with the numbers in it as numbers; words alone stay as they are written."""
+
+    def literal(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: literal(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [literal(inner) for inner in value]
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+
+    return part if isinstance(part, str) else literal(part)
 
 
 def number(
