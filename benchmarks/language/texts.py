@@ -17,6 +17,7 @@ little. What is in the folder already is not trained again.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -141,16 +142,9 @@ def measure(
         figures[task] = best(tuned, "accuracy")
     with safe_open(folder / "model.safetensors", "pt") as file:
         sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
-    figures["parameters"] = sum(_product(size) for size in sizes)
+    figures["parameters"] = sum(math.prod(size) for size in sizes)
     figures["minutes"] = (time.perf_counter() - start) / 60
     return figures
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def baseline(data: Path, task: GlueTask) -> float:

@@ -75,7 +75,7 @@ def _explain(options: argparse.Namespace) -> None:
     from ..images import read_image
     from ..pictures import mutual_information
     from .picture import draw_references
-    from .plans import ExplainError, find_attention, observe
+    from .plans import ExplainError, find_attention, observe, require_head
 
     if options.image is None:  # the only positional argument given was taken for RUN
         options.training, options.image = None, options.training
@@ -86,13 +86,11 @@ def _explain(options: argparse.Namespace) -> None:
         raise ExplainError(f"--output: {options.output} is the image itself")
     predictor = _predictor(options)
     attention, name = find_attention(predictor.model, options.stage, options.block)
-    heads = attention.num_heads
-    if options.head is not None and not 1 <= options.head <= heads:
-        raise ExplainError(f"--head must be from 1 to {heads} in this layer, got {options.head}")
+    require_head(attention, options.head)
     image = read_image(options.image)
     layer = observe(predictor.model, attention, lambda: predictor.look(image))
     head = options.head or 1 + int(mutual_information(layer.plans).argmax())
-    name = f"{name}, head {head} of {heads}"
+    name = f"{name}, head {head} of {attention.num_heads}"
     seen = predictor.as_seen(layer.seen)
     draw_references(seen, layer.plans[head - 1], layer.grid, name, options.output)
     print(f"{options.image}: {name}\n  {options.output}")

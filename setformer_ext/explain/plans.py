@@ -50,12 +50,28 @@ def find_attention(model: nn.Module, stage: int, block: int) -> tuple[SetAttenti
         )
     block = block if block > 0 else len(blocks) + 1 + block
     attention = blocks[block - 1].attention
+    return require_set_attention(attention), f"stage {stage}, block {block} of {len(blocks)}"
+
+
+def require_set_attention(attention: object) -> SetAttention:
+    """The module, if it has references.
+
+    Raises:
+        ExplainError: if it is another kind of attention.
+    """
     if not isinstance(attention, SetAttention):
         raise ExplainError(
             f"only SeT attention has references to explain, and this model was made with "
             f"{type(attention).__name__}; train one with attention='set'"
         )
-    return attention, f"stage {stage}, block {block} of {len(blocks)}"
+    return attention
+
+
+def require_head(attention: SetAttention, head: int | None) -> None:
+    """Raises ExplainError for a head, from 1, that the attention does not have."""
+    heads = attention.num_heads
+    if head is not None and not 1 <= head <= heads:
+        raise ExplainError(f"--head must be from 1 to {heads} in this layer, got {head}")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..language.encoder import SetformerLayer
 from ..modules import SetAttention
 from ..pictures import COLOURS, mutual_information
-from .plans import ExplainError
+from .plans import ExplainError, require_head, require_set_attention
 
 LONGEST = 60  # words in a picture
 
@@ -50,15 +50,8 @@ def explain_sentence(run: Path, text: str, layer: int, head: int | None, path: P
             f"-{len(layers)}, got {layer}"
         )
     number = layer if layer > 0 else len(layers) + 1 + layer
-    attention = layers[number - 1].attention
-    if not isinstance(attention, SetAttention):
-        raise ExplainError(
-            "only SeT attention has references to explain; this is softmax attention"
-        )
-    if head is not None and not 1 <= head <= attention.num_heads:
-        raise ExplainError(
-            f"--head must be from 1 to {attention.num_heads} in this layer, got {head}"
-        )
+    attention = require_set_attention(layers[number - 1].attention)
+    require_head(attention, head)
     encoding = tokenizer(text, return_tensors="pt")
     words, of_word = _words(text, encoding)
     if len(words) > LONGEST:
