@@ -74,7 +74,8 @@ def test_the_picture_has_a_bright_place_for_each_reference(encoder: Path, tmp_pa
         (["--layer=3"], "--layer must be from 1 to 2, or from -1 for the last to -2, got 3"),
         (["--head=5"], "--head must be from 1 to 4 in this layer, got 5"),
         (["--output=a.txt"], "pictures can be written as"),
-        (["--model=bert"], "expected the RUN of a train mlm or glue, and no image or model"),
+        (["--model=bert"], "expected the RUN of a train mlm or glue, and no IMAGE, --model"),
+        (["--block=1"], "--stage or --block; --layer chooses the layer"),
         (["--text", "word " * 61], "expected at most 60 words, got 63"),
     ],
 )

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from fresh import fresh
 from setformer_ext.language import (
     SIZES,
     SetformerConfig,
@@ -89,9 +90,13 @@ def test_padding_changes_no_answer(side: str, options: dict[str, Any]) -> None:
 def test_a_sequence_of_padding_alone_is_finite_and_learns_nothing() -> None:
     for attention in ("set", "softmax"):
         model = make(SetformerForSequenceClassification, attention=attention)
-        model(tokens(2, 6), torch.tensor([[1] * 6, [0] * 6])).logits.sum().backward()
+        embeddings = torch.randn(2, 6, 32, requires_grad=True)
+        mask = torch.tensor([[1] * 6, [0] * 6])
+        model(attention_mask=mask, inputs_embeds=embeddings).logits.square().sum().backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(gradient.isfinite().all() for gradient in gradients)
+        assert embeddings.grad[0].abs().min() > 0
+        assert (embeddings.grad[1] == 0).all()
 
 
 def test_the_order_of_words_matters_by_convolution_or_by_position() -> None:
@@ -207,11 +212,37 @@ def test_it_compiles_to_one_graph() -> None:
         torch.testing.assert_close(compiled(text, mask).logits, model(text, mask).logits)
 
 
+LONG = """
+import re
+import resource
+import torch
+from setformer_ext.language import SetformerConfig, SetformerModel
+
+torch.set_num_threads(1)
+model = SetformerModel(SetformerConfig(**{options}))
+
+def encode(length):
+    model(torch.randint(1, 50, (1, length))).last_hidden_state.square().sum().backward()
+
+encode(1000)  # what is allocated once and for all
+resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+encode({length})
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
+result = int(peak[1]) * 1024 - resident
+"""
+
+
 def test_long_texts_in_memory_that_grows_with_their_length() -> None:
-    """An N x N matrix of 16,384 tokens would be 4 GiB for these four heads."""
-    model = make(num_hidden_layers=1)
-    with torch.no_grad():
-        assert model(tokens(1, 16384)).last_hidden_state.isfinite().all()
+    """Forward and backward of 16,384 tokens, with no N x N matrix."""
+    length, width, heads, references = 16384, 32, 4, 5
+    array = 4 * length * width
+    # The layer keeps some fifteen arrays of the width for backward, and its MLP three of four
+    # times the width; the gradients of two at a time; then the plan's states, N x M for each head.
+    most = (15 + 3 * 4 + 2 * 4) * array + 4 * 4 * heads * length * references + 32 * 2**20
+    assert most < 4 * length**2, "the bound would not notice one head's N x N matrix"
+    used = fresh(LONG.format(options={**TINY, "num_hidden_layers": 1}, length=length))
+    assert used > 10 * array, "the measurement misses the activations"
+    assert used < most, f"{used / 2**20:.0f} MiB > {most / 2**20:.0f} MiB"
 
 
 def test_sizes() -> None:

@@ -160,6 +160,7 @@ def test_same_names_do_not_overwrite(
         (lambda run: (run / "card.json").write_text("{"), "card.json: not JSON"),
         (lambda run: (run / "card.json").write_text("[]"), "expected an object"),
         (lambda run: edit(run, task="dream"), "task must be one of classify"),
+        (lambda run: edit(run, task="glue"), "a training of glue, expected one on images"),
         (lambda run: edit(run, classes="ab"), "a list under 'classes'"),
         (lambda run: edit(run, mean=None), "no model can be made of it"),
         (lambda run: edit(run, model="nothing"), "no model can be made of it"),

@@ -238,7 +238,7 @@ def test_labels_go_by_name_where_val_lacks_a_class(data: Path, tmp_path: Path) -
     Classify.add_options(parser)
     given = parser.parse_args(["--data", str(tmp_path / "data"), *TINY[:-1]])
     given.on_error = "skip"
-    samples = Classify(given).eval_dataset()
+    samples = Classify(given).eval
     for index, (path, _) in enumerate(samples.samples):
         assert samples[index][1] == int(Path(path).parent.name)
 
@@ -255,6 +255,8 @@ def test_options_that_do_not_work(
     assert "num_classes comes from the folders" in error("--model-options", "num_classes=3")
     assert "--model-options: setformer_mini: " in error("--model-options", "width=3")
     assert "dims must be multiples of 32" in error("--model-options", "dims=(3,3,3,3)")
+    pairs = ("--cutmix=1", "--batch-size=3")
+    assert "--batch-size: expected an even number, got 3" in error(*pairs)
     assert "--auto-augment: 'rend'" in error("--auto-augment=rend")
     assert "--shard: there is one process, expected several" in error("--shard")
     if not torch.cuda.is_available():

@@ -314,7 +314,7 @@ def test_a_class_without_objects_to_train_on(broken: Callable[[Change], Path]) -
 
 def test_augmented_boxes_are_those_of_the_augmented_masks(shapes: Path) -> None:
     more = ("--scale-jitter", "0.5", "2", "--flip=0.5", "--vertical-flip=0.5", "--photometric")
-    data = Detect(parsed(shapes, *more)).train_dataset()
+    data = Detect(parsed(shapes, *more)).train
     torch.manual_seed(0)
     boxes = 0
     for index in range(40):
@@ -465,7 +465,7 @@ def test_answers_do_not_depend_on_the_other_images_of_a_batch(shapes: Path) -> N
     task = Detect(parsed(shapes, "--detector=retinanet", "--detector-options", "score_thresh=0.0"))
     torch.manual_seed(0)
     model = task.make_model().eval()
-    samples = [task.eval_dataset()[index] for index in range(5)]
+    samples = [task.eval[index] for index in range(5)]
     seen: list[list[Tensor]] = []
     for size in (1, 5):
         metrics = task.metrics()

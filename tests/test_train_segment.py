@@ -243,7 +243,7 @@ def test_labels_from_0_with_another_one_ignored(data: Path, tmp_path: Path) -> N
     assert labels.to_classes(given, Path("x")).tolist() == [[0, 1, IGNORED]]
     with pytest.raises(DataError, match=r"x: has the labels 2, 7; expected 0 to 1, and 255 for no"):
         labels.to_classes(np.array([[7, 2, 0]]), Path("x"))
-    with pytest.raises(DataError, match=r"has the labels 0; expected 1 to 2, and 9 for no|0 to 1"):
+    with pytest.raises(DataError, match=r"x: has the labels 255; expected 0 to 1$"):
         Labels(("a", "b"), None).to_classes(np.array([[255]]), Path("x"))
     root = write_shapes(tmp_path / "data", train=4, val=2)
     task = make_task(root, "--ignore-label=none")

@@ -11,10 +11,11 @@ from setformer_ext import cli
 
 
 def train(folder: Path, *given: str) -> None:
-    """``setformer train`` with these arguments into a folder, unless it has been there before."""
+    """``setformer train`` with these arguments into a folder, or the rest of it."""
     if (folder / "metrics.json").exists():
+        print(f"{folder}: trained before, not again", file=sys.stderr)
         return
-    if cli.main(["train", *given, f"--output={folder}"]):
+    if cli.main(["train", *given, f"--output={folder}", "--resume"]):
         sys.exit(1)
 
 

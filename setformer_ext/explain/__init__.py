@@ -26,20 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="weights of --model, as timm writes them"
     )
+    parser.add_argument("--stage", type=int, help="1 is the finest, 4 the coarsest (default: 3)")
     parser.add_argument(
-        "--stage", type=int, default=3, help="1 is the finest, 4 the coarsest (default: 3)"
+        "--block", type=int, help="of the stage, from 1; -1 is the last (default: -1)"
     )
     parser.add_argument(
-        "--block",
-        type=int,
-        default=-1,
-        help="of the stage, from 1; -1 is the last (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--layer",
-        type=int,
-        default=-1,
-        help="of a language encoder, from 1; -1 is the last (default: %(default)s)",
+        "--layer", type=int, help="of a language encoder, from 1; -1 is the last (default: -1)"
     )
     parser.add_argument(
         "--head",
@@ -81,11 +73,17 @@ def _explain(options: argparse.Namespace) -> None:
         options.training, options.image = None, options.training
     if options.image is None:
         raise ExplainError("expected an IMAGE, or --text for a language encoder")
+    if options.layer is not None:
+        raise ExplainError("--layer: of a language encoder; expected --stage and --block for IMAGE")
     _prepare_output(options)
     if options.output.resolve() == options.image.resolve():
         raise ExplainError(f"--output: {options.output} is the image itself")
     predictor = _predictor(options)
-    attention, name = find_attention(predictor.model, options.stage, options.block)
+    attention, name = find_attention(
+        predictor.model,
+        3 if options.stage is None else options.stage,
+        -1 if options.block is None else options.block,
+    )
     require_head(attention, options.head)
     image = read_image(options.image)
     layer = observe(predictor.model, attention, lambda: predictor.look(image))
@@ -100,12 +98,15 @@ def _explain_text(options: argparse.Namespace) -> None:
     from .plans import ExplainError
     from .sentence import explain_sentence
 
-    if options.training is None or options.image is not None or options.model is not None:
-        raise ExplainError("--text: expected the RUN of a train mlm or glue, and no image or model")
+    of_images = ("image", "model", "checkpoint", "stage", "block")
+    if options.training is None or any(getattr(options, name) is not None for name in of_images):
+        raise ExplainError(
+            "--text: expected the RUN of a train mlm or glue, and no IMAGE, --model, --checkpoint, "
+            "--stage or --block; --layer chooses the layer"
+        )
     _prepare_output(options)
-    name = explain_sentence(
-        options.training, options.text, options.layer, options.head, options.output
-    )
+    layer = -1 if options.layer is None else options.layer
+    name = explain_sentence(options.training, options.text, layer, options.head, options.output)
     print(f"{name}\n  {options.output}")
 
 

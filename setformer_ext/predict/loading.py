@@ -12,6 +12,7 @@ from .predictors import PREDICTORS, Predictor
 
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
+LANGUAGE = ("mlm", "glue")
 COMMON_KEYS = {"task": str, "model": str, "model_options": dict, "classes": list}
 
 
@@ -91,6 +92,11 @@ def _read_card(path: Path) -> dict[str, Any]:
         card = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: not JSON ({error})") from error
+    if isinstance(card, dict) and card.get("task") in LANGUAGE:
+        raise RunError(
+            f"{path.parent}: a training of {card['task']}, expected one on images; load it by "
+            "transformers' from_pretrained, or see setformer explain RUN --text"
+        )
     for key, kind in COMMON_KEYS.items():
         if not isinstance(card, dict) or not isinstance(card.get(key), kind):
             raise RunError(f"{path}: expected an object with a {kind.__name__} under {key!r}")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from .task import TrainingError
+from .task import TrainingError, first_line
 
 KEPT = 2  # the newest, and the one before should that prove broken
 PARTIAL = ".partial"  # how the names end of files that are not yet whole
@@ -121,5 +121,5 @@ def _read(path: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True)
         reason = f"{broken} does not have the checksum that was written"
     except Exception as error:  # a broken file can raise anything
-        reason = str(error).split("\n")[0]
+        reason = first_line(error)
     raise CheckpointError(f"{path}: a broken checkpoint ({reason})")

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 
 from .. import vision  # noqa: F401 (registers the models)
 from ..images import read_image
-from .options import key_and_value, number
+from .options import add_model_options, number
 from .task import Batch, DataError, Metrics, Task, TrainingError
 from .weights import load_pretrained
 
@@ -52,6 +51,8 @@ class Classify(Task):
 
     name = "classify"
     monitor = "top1"
+    train: ImageFolder
+    eval: ImageFolder
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -67,14 +68,7 @@ class Classify(Task):
             default="setformer_tiny",
             help="any classifier that timm knows (default: %(default)s)",
         )
-        parser.add_argument(
-            "--model-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="for timm.create_model, such as drop_path_rate=0.1",
-        )
+        add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
         parser.add_argument(
             "--pretrained",
             type=Path,
@@ -157,6 +151,11 @@ class Classify(Task):
         # ImageFolder counts the classes that it finds; those of val may be fewer.
         indices = [self.train.class_to_idx[name] for name in self.eval.classes]
         self.eval.target_transform = indices.__getitem__
+        if options.batch_size % 2 and (options.mixup or options.cutmix):
+            raise TrainingError(
+                f"--batch-size: expected an even number, got {options.batch_size}: --mixup and "
+                "--cutmix pair the images; give them as 0, or another size"
+            )
         if not timm.is_model(options.model):
             pattern = f"*{options.model}*"
             close = [*timm.list_models(f"setformer{pattern}"), *timm.list_models(pattern)][:5]
@@ -226,12 +225,6 @@ class Classify(Task):
         if self.options.pretrained is not None:
             load_pretrained(model, self.options.pretrained)
         return model
-
-    def train_dataset(self) -> Dataset[Any]:
-        return self.train
-
-    def eval_dataset(self) -> Dataset[Any]:
-        return self.eval
 
     def collate(self, samples: list[Any]) -> Batch:
         images, labels = zip(*samples, strict=True)

@@ -10,14 +10,13 @@ import timm
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms import v2
 
 from .. import vision  # noqa: F401 (registers the models)
 from ..vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from .coco import Coco
-from .options import key_and_value, number
+from .options import add_model_options, key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError, listed
 from .weights import load_pretrained
 
@@ -69,6 +68,8 @@ class Detect(Task):
     name = "detect"
     monitor = "mAP"
     defaults = {"batch_size": 2, "epochs": 36, "lr": 1e-4}
+    train: Coco
+    eval: Coco
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -90,14 +91,7 @@ class Detect(Task):
             default="setformer_tiny",
             help="backbone: a name that timm knows (default: %(default)s)",
         )
-        parser.add_argument(
-            "--model-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="for timm.create_model, such as drop_path_rate=0.1",
-        )
+        add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
         parser.add_argument(
             "--pretrained",
             type=Path,
@@ -260,12 +254,6 @@ class Detect(Task):
             state = whole.state_dict()
             body.load_state_dict({name: state[name] for name in body.state_dict()})
         return model
-
-    def train_dataset(self) -> Dataset[Any]:
-        return self.train
-
-    def eval_dataset(self) -> Dataset[Any]:
-        return self.eval
 
     def collate(self, samples: list[Any]) -> Batch:
         images, targets = zip(*samples, strict=True)

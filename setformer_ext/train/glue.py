@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchmetrics.functional.classification import (
     binary_f1_score,
     binary_matthews_corrcoef,
@@ -20,8 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from .. import language
 from .glue_data import TASKS, Example, GlueTask, read_examples
-from .options import key_and_value, number
-from .task import Batch, Metrics, Task, TrainingError, listed
+from .options import add_model_options, number
+from .task import Batch, Metrics, Task, TrainingError, first_line, listed
 
 
 def _accuracy(answers: Tensor, labels: Tensor) -> Tensor:
@@ -70,6 +69,8 @@ class Glue(Task):
     name = "glue"
     monitor = "score"
     defaults = {"batch_size": 32, "epochs": 3, "lr": 2e-5, "ema_decay": 0.0, "weight_decay": 0.01}
+    train: list[Example]
+    eval: list[Example]
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -96,14 +97,7 @@ class Glue(Task):
             help="pretrained encoder: what train mlm wrote, or any model of transformers that "
             "classifies sequences, with its tokenizer",
         )
-        parser.add_argument(
-            "--model-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="of the model's configuration, such as hidden_dropout_prob=0.2",
-        )
+        add_model_options(parser, "of the model's configuration, such as hidden_dropout_prob=0.2")
         parser.add_argument(
             "--attention-implementation",
             metavar="NAME",
@@ -160,7 +154,7 @@ class Glue(Task):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(
                 f"--model: expected a folder with a model and a tokenizer of transformers, such as "
-                f"the --output of train mlm, got {options.model}: {_first_line(error)}"
+                f"the --output of train mlm, got {options.model}: {first_line(error)}"
             ) from error
         if "set_attention" in unknown:  # configurations do not know it
             self.config.set_attention = unknown.pop("set_attention")
@@ -192,7 +186,7 @@ class Glue(Task):
                 output_loading_info=True,
             )
         except (OSError, TypeError, ValueError, RuntimeError, KeyError) as error:
-            raise TrainingError(f"--model: {self.options.model}: {_first_line(error)}") from error
+            raise TrainingError(f"--model: {self.options.model}: {first_line(error)}") from error
         redrawn = [key[0] for key in found["mismatched_keys"] if "classifier" not in key[0]]
         if redrawn:
             raise TrainingError(
@@ -206,12 +200,6 @@ class Glue(Task):
     def prepare(self, output: Path) -> None:
         self.config.save_pretrained(output)
         self.tokenizer.save_pretrained(output)
-
-    def train_dataset(self) -> Dataset[Any]:
-        return self.train  # type: ignore[return-value]
-
-    def eval_dataset(self) -> Dataset[Any]:
-        return self.eval  # type: ignore[return-value]
 
     def collate(self, samples: list[Example]) -> Batch:
         """The model's inputs, [B, N] each, labels [B] and the names of the files."""
@@ -240,7 +228,3 @@ class Glue(Task):
             "classes": list(self.glue.classes),
             "sequence_length": self.options.sequence_length,
         }
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

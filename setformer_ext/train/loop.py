@@ -28,7 +28,7 @@ from .sampling import (
     Stream,
     seed_generators,
 )
-from .task import DataError, Task, TrainingError
+from .task import DataError, Task, TrainingError, first_line
 
 LOSS_EVERY = 10  # steps between looks at the loss, each of which waits for the device
 
@@ -66,8 +66,8 @@ class Training:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        self.train_data = SeededDataset(task.train_dataset(), options.seed, SAMPLE, replace=True)
-        self.eval_data = SeededDataset(task.eval_dataset(), options.seed, EVALUATION, replace=False)
+        self.train_data = SeededDataset(task.train, options.seed, SAMPLE, replace=True)
+        self.eval_data = SeededDataset(task.eval, options.seed, EVALUATION, replace=False)
         if self.eval_data.size < self.processes:
             raise DataError(
                 f"{self.eval_data.size} evaluation samples for {self.processes} processes; "
@@ -213,7 +213,7 @@ class Training:
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.checkpoints.folder}: of another version of the model or of a package: "
-                + str(error).split("\n")[0]
+                + first_line(error)
             ) from error
         self.progress = Progress(**checkpoint["progress"])
         share = float(self.rank == 0)  # the sums were those of all processes

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..language import SIZES, SetformerConfig, SetformerForMaskedLM
 from ..language.heads import IGNORED
-from .options import key_and_value, number
+from .options import add_model_options, number
 from .parallel import from_main_process
 from .task import Batch, DataError, Metrics, Task, TrainingError, listed
 from .texts import SPECIAL, read_documents, text_files, train_tokenizer, wrap_tokenizer
@@ -100,6 +100,8 @@ class Mlm(Task):
     name = "mlm"
     monitor = "accuracy"
     defaults = {"batch_size": 64, "epochs": 10, "lr": 5e-4, "ema_decay": 0.0, "weight_decay": 0.01}
+    train: Packed
+    eval: Packed
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -121,13 +123,8 @@ class Mlm(Task):
         parser.add_argument(
             "--model", choices=tuple(SIZES), default="base", help="size (default: %(default)s)"
         )
-        parser.add_argument(
-            "--model-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="of SetformerConfig, such as num_references=64 or attention=softmax",
+        add_model_options(
+            parser, "of SetformerConfig, such as num_references=64 or attention=softmax"
         )
         parser.add_argument(
             "--vocab-size",
@@ -227,12 +224,6 @@ class Mlm(Task):
             **self.model_options, architectures=["SetformerForMaskedLM"]
         ).save_pretrained(output)
         self.tokenizer.save_pretrained(output)
-
-    def train_dataset(self) -> Dataset[Any]:
-        return self.train
-
-    def eval_dataset(self) -> Dataset[Any]:
-        return self.eval
 
     def collate(self, samples: list[Any]) -> Batch:
         tokens, labels = zip(*samples, strict=True)

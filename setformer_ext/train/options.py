@@ -174,6 +174,18 @@ def key_and_value(text: str) -> tuple[str, Any]:
     return key, literal
 
 
+def add_model_options(parser: argparse._ArgumentGroup, purpose: str) -> None:
+    """Declare ``--model-options KEY=VALUE ...``, which several tasks have."""
+    parser.add_argument(
+        "--model-options",
+        type=key_and_value,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=purpose,
+    )
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Declare what every training has: length, optimizer, processes, precision, checkpoints."""
     group = parser.add_argument_group("training")

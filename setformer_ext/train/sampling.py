@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .task import DataError
+from .task import DataError, Samples
 
 INITIALISATION, ORDER, SAMPLE, STEP, EVALUATION = range(5)  # what random numbers are drawn for
 Place = tuple[int, int]  # position in the stream, index in the dataset
@@ -106,9 +106,9 @@ class SeededDataset(Dataset[Loaded]):
         replace: give the next readable sample in place of a broken one, rather than none.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int, purpose: int, replace: bool) -> None:
+    def __init__(self, dataset: Samples, seed: int, purpose: int, replace: bool) -> None:
         self.dataset, self.seed, self.purpose, self.replace = dataset, seed, purpose, replace
-        self.size: int = len(dataset)  # type: ignore[arg-type]
+        self.size: int = len(dataset)
 
     def __getitem__(self, place: Place) -> Loaded:
         position, index = place

@@ -14,7 +14,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
@@ -22,7 +21,7 @@ from torchvision.tv_tensors import Image, Mask
 from .. import vision  # noqa: F401 (registers the models)
 from ..vision.segmentation import DECODERS, from_card, segment
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
-from .options import key_and_value, number
+from .options import add_model_options, key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError
 from .weights import load_pretrained
 
@@ -68,6 +67,8 @@ class Segment(Task):
     name = "segment"
     monitor = "mIoU"
     defaults = {"batch_size": 16}
+    train: Ade20k
+    eval: Ade20k
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -92,14 +93,7 @@ class Segment(Task):
             default="setformer_tiny",
             help="backbone: a name that timm knows (default: %(default)s)",
         )
-        parser.add_argument(
-            "--model-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="for timm.create_model, such as drop_path_rate=0.1",
-        )
+        add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
         parser.add_argument(
             "--pretrained",
             type=Path,
@@ -234,12 +228,6 @@ class Segment(Task):
             own = model.backbone.state_dict()
             model.backbone.load_state_dict({name: state[name] for name in own})
         return model
-
-    def train_dataset(self) -> Dataset[Any]:
-        return self.train
-
-    def eval_dataset(self) -> Dataset[Any]:
-        return self.eval
 
     def collate(self, samples: list[Any]) -> Batch:
         images, classes = zip(*samples, strict=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 NAMED = 3  # problems that a message lists; it counts the others
 Batch = Any  # whatever Task.collate gives; moved to the device by the loop
@@ -21,6 +20,11 @@ class TrainingError(Exception):
 
 class DataError(TrainingError):
     """Data that cannot be trained on; the message names the file, what was expected and got."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first: torch and transformers go on for pages."""
+    return str(error).strip().partition("\n")[0]
 
 
 def listed(problems: list[str]) -> str:
@@ -47,6 +51,14 @@ class Metrics(ABC):
                 value.to(device)
 
 
+class Samples(Protocol):
+    """A list, or one of torch's datasets that know their length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class Task(ABC):
     """One kind of training: its data, model, losses and metrics.
 
@@ -60,6 +72,8 @@ class Task(ABC):
     name: str
     monitor: str  # the metric, larger is better, that decides which weights are the best
     defaults: dict[str, Any] = {}  # of the loop's options, where this task's customs differ
+    train: Samples  # what __init__ finds to train on
+    eval: Samples  # and to evaluate on
     unused_parameters = False  # whether some parameters may have no part in a step's losses
 
     @staticmethod
@@ -86,12 +100,6 @@ class Task(ABC):
 
     def prepare(self, output: Path) -> None:  # noqa: B027 (most have nothing to write)
         """Write what the weights in ``output`` need beside the card; before the first step."""
-
-    @abstractmethod
-    def train_dataset(self) -> Dataset[Any]: ...
-
-    @abstractmethod
-    def eval_dataset(self) -> Dataset[Any]: ...
 
     @abstractmethod
     def collate(self, samples: list[Any]) -> Batch: ...

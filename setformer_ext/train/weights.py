@@ -7,7 +7,7 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from .task import TrainingError
+from .task import TrainingError, first_line
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:
@@ -19,7 +19,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     try:
         state = timm.models.load_state_dict(str(path))
     except Exception as error:  # each format has errors of its own
-        reason = str(error).split("\n")[0]
+        reason = first_line(error)
         raise TrainingError(f"--pretrained: cannot read weights from {path}: {reason}") from error
     own = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()

@@ -1,4 +1,5 @@
-"""Builds CUDA sources, or PTX, for the emulator. Objects are cached by the hash of what goes in.
+"""Builds CUDA sources, or PTX, for the emulator. Objects are cached by the hash of what goes in,
+not of where it lies: checkouts share them.
 
 python -m emulator.build        # the extension module; prints its path
 """
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -132,14 +134,14 @@ def part_of(target: Path) -> Path:
 def compile_cpp(
     source: Path, flags: Sequence[str], folders: Sequence[Path], compiler: str = ""
 ) -> Path:
-    """An object of a C++ source."""
-    compiler = compiler or host_compiler()
-    command = [compiler, "-fPIC", *flags, *(f"-I{folder}" for folder in folders)]
-    target = cache() / "objects" / f"{source_digest(source, folders, command)}.o"
+    """An object of a C++ source; of others' headers (-isystem) a flag has to tell the release."""
+    command = [compiler or host_compiler(), "-fPIC", *flags]
+    known = [word for word in command if not word.startswith("-isystem")]
+    target = cache() / "objects" / f"{source_digest(source, folders, known)}.o"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(target)
-        run([*command, "-c", source, "-o", part])
+        run([*command, *(f"-I{folder}" for folder in folders), "-c", source, "-o", part])
         part.replace(target)
     return target
 
@@ -178,7 +180,8 @@ def runtime_objects(architecture: int, with_cudart: bool) -> list[Path]:
         if source.name == "cudart.cpp":
             if not with_cudart:
                 continue
-            flags = (*flags, f"-DEMULATED_CAPABILITY={architecture}", f"-isystem{cuda_include()}")
+            flags += (f"-DEMULATED_CAPABILITY={architecture}", f"-isystem{cuda_include()}")
+            flags += (f'-DEMULATED_HEADERS="{cuda_include()}"',)
         objects.append(compile_cpp(source, flags, folders))
     return objects
 
@@ -194,9 +197,9 @@ def cuda_include() -> Path:
     raise BuildError(f"{' '.join(command)} names no folder with cuda_runtime_api.h")
 
 
-def translate_and_compile(ptx: Path, prefix: str = "") -> list[Path]:
-    """Objects of the kernels of a PTX file; `prefix` is taken off the names of their sources."""
-    translated = translate_module(ptx, prefix)
+def translate_and_compile(ptx: Path) -> list[Path]:
+    """Objects of the kernels of a PTX file."""
+    translated = translate_module(ptx)
     folder = cache() / "translated"
     jobs = []
     for name, text in translated.sources.items():
@@ -220,7 +223,7 @@ def parallel(function: Callable[[Input], Output], inputs: Iterable[Input]) -> li
 
 
 def compile_cuda(source: Path, architecture: int, folders: Sequence[Path]) -> tuple[Path, Path]:
-    """nvcc's host object and PTX of a CUDA source."""
+    """nvcc's host object and PTX of a CUDA source; the PTX names sources as they lie in folders."""
     flags = [
         "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr",
         f"-arch=compute_{architecture}", "-cudart", "none",
@@ -236,7 +239,10 @@ def compile_cuda(source: Path, architecture: int, folders: Sequence[Path]) -> tu
         kept.mkdir()
         command: list[str | Path] = [nvcc(), *flags, *includes, "--keep", "--keep-dir", kept]
         run([*command, "-c", source, "-o", part / "host.o"])
-        shutil.copy(next(kept.glob("*.ptx")), part / f"{source.stem}.ptx")
+        text = next(kept.glob("*.ptx")).read_text()
+        for folder in (*folders, source.parent):
+            text = text.replace(f'"{folder}/', '"')
+        (part / f"{source.stem}.ptx").write_text(text)
         shutil.rmtree(kept)
         try:
             part.rename(target)
@@ -268,7 +274,7 @@ def build_cuda(text: str, architecture: int = 80) -> Path:
     default visibility, which launch them."""
     source = write(cache() / "sources" / digest(text) / "source.cu", text)
     host, ptx = compile_cuda(source, architecture, [SOURCES])
-    objects = [host, *translate_and_compile(ptx, f"{source.parent}/")]
+    objects = [host, *translate_and_compile(ptx)]
     return link([*objects, *runtime_objects(architecture, with_cudart=True)], "libcuda_source.so")
 
 
@@ -290,6 +296,7 @@ def extension_objects(sources: Path) -> list[Path]:
         "-std=c++17", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-DSETFORMER_NVTX=0",
         "-DSETFORMER_HAVE_BASELINE", "-DSETFORMER_EMULATED_DEVICE", "-DNDEBUG",
         f"-isystem{pybind11.get_include()}", f"-isystem{python}",
+        f'-DEMULATED_HEADERS="pybind11 {pybind11.__version__}, Python {platform.python_version()}"',
     )  # fmt: skip
     jobs = [
         (sources / "bindings.cpp", ("-O1",)),
@@ -308,7 +315,7 @@ def build_extension(architecture: int = 80, sources: Path = SOURCES) -> Path:
     objects = extension_objects(sources)
     cuda = sorted((sources / "cuda").glob("*.cu"))
     for host, ptx in parallel(lambda path: compile_cuda(path, architecture, [sources]), cuda):
-        objects += [host, *translate_and_compile(ptx, f"{sources}/")]
+        objects += [host, *translate_and_compile(ptx)]
     objects += runtime_objects(architecture, with_cudart=True)
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     return link(objects, name, ["-fopenmp", "-ldl", "-Wl,-z,undefs"])

@@ -141,6 +141,8 @@ class Emitter:
                 return name
             if is_integer(type_) and declared not in FLOATS:
                 return f"{cpp}({name})"
+            if SIZES[declared] == SIZES[type_]:
+                return f"__builtin_bit_cast({cpp}, {name})"  # a template would compile for longer
             return f"as<{cpp}>({name})"
         if operand in SPECIAL_REGISTERS:
             return f"{cpp}({SPECIAL_REGISTERS[operand]})"
@@ -168,6 +170,8 @@ class Emitter:
             raise self.error(f"unknown register {operand}")
         name, declared = register_name(operand), self.names.registers[operand]
         if declared in FLOATS and type_ != declared:
+            if type_ and SIZES[type_] == SIZES[declared]:
+                return f"{name} = __builtin_bit_cast({register_type(declared)}, {expression});"
             return f"{name} = as<{register_type(declared)}>(bits({expression}));"
         if declared in (*FLOATS, "pred") or (type_ and is_integer(type_)):
             return f"{name} = {expression};"

@@ -145,7 +145,7 @@ def register_names(text: str) -> Iterator[str]:
 
 
 class Parser:
-    def __init__(self, text: str, path: str, prefix: str) -> None:
+    def __init__(self, text: str, path: str) -> None:
         # Comments become blanks, so that positions keep telling the line.
         blank: Callable[[re.Match[str]], str] = lambda match: re.sub(r"[^\n]", " ", match[0])  # noqa: E731
         self.text = re.sub(r"//[^\n]*|/\*.*?\*/", blank, text, flags=re.DOTALL)
@@ -154,7 +154,7 @@ class Parser:
         self.callers: dict[tuple[int, ...], tuple[int, ...]] = {}  # of inlined places
         self.line_ends = [match.start() for match in re.finditer("\n", self.text)]
         self.files = {
-            int(number): name.removeprefix(prefix)
+            int(number): name
             for number, name in re.findall(
                 r'^\s*\.file\s+(\d+)\s+"([^"]*)"', self.text, re.MULTILINE
             )
@@ -320,9 +320,9 @@ class Parser:
         raise self.error("a function has no end")
 
 
-def parse(path: Path, prefix: str = "") -> Module:
-    """The module in a file; `prefix` is taken off the names of the CUDA sources it came from.
+def parse(path: Path) -> Module:
+    """The module in a file.
 
     Raises: PtxError for what it does not know.
     """
-    return Parser(path.read_text(), str(path), prefix).module()
+    return Parser(path.read_text(), str(path)).module()

@@ -337,12 +337,12 @@ def variable_size(translation: FunctionTranslation, module: Module, name: str) -
 LARGE = 200_000  # characters of C++
 
 
-def translate_module(path: Path, prefix: str = "") -> Translated:
-    """The kernels of a PTX file; `prefix` is taken off the names of their CUDA sources.
+def translate_module(path: Path) -> Translated:
+    """The kernels of a PTX file.
 
     Raises: PtxError that lists every instruction it does not know.
     """
-    module = parse(path, prefix)
+    module = parse(path)
     errors: list[str] = []
     kernels = [function for function in module.functions.values() if function.is_entry]
     # Small kernels share a file: reading the headers takes longer than they do.

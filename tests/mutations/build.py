@@ -56,16 +56,16 @@ def build_module(
     for direction in directions:
         source = sources / "cuda" / f"{direction}_{storage}.cu"
         host, ptx = build.compile_cuda(source, architecture, [sources])
-        objects += [host, *translated_kernels(ptx, f"{sources}/", resident)]
+        objects += [host, *translated_kernels(ptx, resident)]
     objects.append(absent_kernels(storage, directions))
     objects += build.runtime_objects(architecture, with_cudart=True)
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     return build.link(objects, name, ["-fopenmp", "-ldl", "-Wl,-z,undefs"])
 
 
-def translated_kernels(ptx: Path, prefix: str, resident: bool) -> list[Path]:
+def translated_kernels(ptx: Path, resident: bool) -> list[Path]:
     """Objects of one regime's kernels: a launch of another fails."""
-    translated = translate_module(ptx, prefix)
+    translated = translate_module(ptx)
     flags = (*build.KERNEL_FLAGS, *build.processor_flags())
     objects = []
     for kernel, (name, text) in zip(
