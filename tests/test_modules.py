@@ -398,9 +398,8 @@ def test_reset_parameters_draws_again_from_the_seed() -> None:
         assert torch.equal(module.state_dict()[name], parameter), name
 
 
-@pytest.mark.parametrize("name", ["default", "everything"])
-def test_compiles_to_one_graph(name: str) -> None:
-    module, x = make(name).float(), tokens(2, 35, 24).float().requires_grad_()
+def test_compiles_to_one_graph() -> None:
+    module, x = make("everything").float(), tokens(2, 35, 24).float().requires_grad_()
     mask = torch.rand(2, 35, generator=torch.Generator().manual_seed(0)) > 0.3
     expected = module(x, mask, (5, 7))
     expected.square().sum().backward()

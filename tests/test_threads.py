@@ -46,7 +46,7 @@ def ways_to_run(backend: Backend) -> Iterator[str]:
     """Sets in turn what must not change a bit, and names it."""
     if backend.emulated:
         device = Emulator(str(backend.module.__file__))
-        for seed, order in enumerate(("forward", "reverse", "random")):
+        for seed, order in enumerate(("reverse", "random")):  # without it they run forward
             with device.configured(order, seed):
                 yield f"threads and blocks in {order} order, seed {seed}"
     elif backend.on_cuda:
@@ -63,6 +63,8 @@ def test_bitwise_the_same(backend: Backend, options: str, dtype: torch.dtype) ->
     """Forward and backward, from run to run, for any number of threads, in any order of them."""
     sizes = PROBLEMS[options]
     if backend.emulated:
+        if dtype in (torch.float64, torch.float16) and options != "cross":
+            pytest.skip("one problem will do of what is float32's and bfloat16's code, emulated")
         sizes = sizes | SHORT.get(options, {})
     arguments = random_problem(1, dtype=dtype, device=backend.device, **sizes)
     torch.set_num_threads(1)
@@ -79,10 +81,11 @@ def test_calls_from_several_python_threads(backend: Backend) -> None:
     torch.set_num_threads(2)
     expected = [results(backend, arguments) for arguments in problems]
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda i: results(backend, problems[i % 4]), range(16))
-        for i, result in enumerate(found):
+        calls = [*range(4)] * (2 if backend.emulated else 4)
+        found = pool.map(lambda i: results(backend, problems[i]), calls)
+        for i, result in zip(calls, found, strict=True):
             for name, x in result.items():
-                assert torch.equal(x, expected[i % 4][name]), name
+                assert torch.equal(x, expected[i][name]), name
 
 
 COUNT = """
