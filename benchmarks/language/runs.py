@@ -24,7 +24,7 @@ def best(folder: Path, metric: str) -> float:
     return json.loads((folder / "metrics.json").read_text())["best"][metric]
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float], digits: int = 4) -> str:
     """Mean and standard deviation."""
-    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{fmean(values):.4f}{spread}"
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"

