@@ -1,0 +1,73 @@
+"""Whether a kernel has become slower than it was, relative to the eager definition.
+
+Ratios of times of one run stand in ratios.json for each instruction set; times themselves would
+tell more about the machine than about the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from cases import OURS, Case, measure
+
+from setformer_ext import _C
+from setformer_ext.timing import Shape
+
+FILE = Path(__file__).with_name("ratios.json")
+EAGER = "eager, log domain"
+SLOWER = 1.3  # times, relative to eager: then the check fails
+ATTEMPTS = 3  # what else a shared machine does spoils one, but hardly all
+SHAPES = {  # small ones of both depths, with few and with many heads
+    "deep": Shape(2, 4, 1024, 64, 64, 64),
+    "shallow": Shape(8, 6, 196, 32, 32, 49),
+}
+CASES = {
+    f"{name}, {dtype}, {'forward + backward' if gradient else 'forward'}": Case(
+        "attention", shape, dtype, gradient, 2
+    )
+    for name, shape in SHAPES.items()
+    for dtype in ("float32", "bfloat16")
+    for gradient in (False, True)
+}
+
+
+def ratio(case: Case, rounds: int = 9) -> float:
+    """How many times as long the eager definition takes, in float32, as its fastest."""
+    plain = replace(case, dtype="float32")
+    fastest = [float("inf")] * 2
+    for _ in range(rounds):
+        found = [*measure(case, [OURS], 2), *measure(plain, [EAGER], 1)]
+        fastest = [min(t, *r.milliseconds) for t, r in zip(fastest, found, strict=True)]
+    return fastest[1] / fastest[0]
+
+
+def check() -> list[str]:
+    """What has become slower, in words."""
+    known = json.loads(FILE.read_text()).get(_C.cpu_isa())
+    if known is None:
+        print(f"{FILE.name} has no ratios for {_C.cpu_isa()}: nothing to check")
+        return []
+    problems = []
+    for name, case in CASES.items():
+        found = 0.0
+        for _ in range(ATTEMPTS):
+            found = max(found, ratio(case))
+            if found * SLOWER >= known[name]:
+                break
+        print(
+            f"{name}: {found:.2f} times as fast as eager, {known[name]:.2f} on record", flush=True
+        )
+        if found * SLOWER < known[name]:
+            problems.append(
+                f"{name}: {found:.2f} times as fast as eager, expected {known[name]:.2f}"
+            )
+    return problems
+
+
+def record() -> None:
+    """Write this machine's ratios for its instruction set."""
+    ratios = json.loads(FILE.read_text()) if FILE.exists() else {}
+    ratios[_C.cpu_isa()] = {name: round(ratio(case), 2) for name, case in CASES.items()}
+    FILE.write_text(json.dumps(ratios, indent=2) + "\n")

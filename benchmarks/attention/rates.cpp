@@ -1,0 +1,96 @@
+// What this processor can do, for limits.py: rates of the best loops that the kernels' own vectors
+// allow. Compiled when the benchmark starts, for the processor that it runs on.
+#include <omp.h>
+
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu/simd.h"
+
+namespace {
+
+using namespace setformer::cpu::SETFORMER_ISA;
+using Lanes = Vector<float>;
+
+// Best rate of `work`, operations per second of all threads, over slices of a few milliseconds:
+// what else a shared machine does only ever slows a slice down.
+template <class Work>
+double best_rate(int threads, double seconds, Work work) {
+  using Clock = std::chrono::steady_clock;
+  double best = 0;
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  while (Clock::now() < end) {
+    const auto start = Clock::now();
+    double operations = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : operations)
+    operations += work(omp_get_thread_num());
+    const std::chrono::duration<double> taken = Clock::now() - start;
+    if (operations / taken.count() > best) best = operations / taken.count();
+  }
+  return best;
+}
+
+volatile float sink;
+
+// Independent chains of multiply-adds, more than latency times units.
+double multiply_adds(int) {
+  constexpr int chains = 12, steps = 200000;
+  Lanes sum[chains];
+  for (int i = 0; i < chains; ++i) sum[i] = splat(float(i));
+  const Lanes factor = splat(0.999f), term = splat(0.001f);
+  for (int step = 0; step < steps; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < chains; ++i) sum[i] = sum[i] * factor + term;
+  }
+  Lanes total{};
+  for (int i = 0; i < chains; ++i) total += sum[i];
+  sink = total[0];
+  return 2.0 * chains * kLanes<float> * steps;
+}
+
+// 2^x of an array that stays in the first-level cache.
+double exponentials(int) {
+  constexpr int count = 2048, repeats = 1000;
+  alignas(64) float x[count], y[count];
+  for (int i = 0; i < count; ++i) x[i] = -20.0f * float(i) / count;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    constexpr int unrolled = 4 * kLanes<float>;
+    for (int i = 0; i < count; i += unrolled) {
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; ++part) {
+        const int at = i + part * kLanes<float>;
+        store<float>(y + at, exp2_bounded<float>(load(x + at)));
+      }
+    }
+    asm volatile("" : : "r"(y) : "memory");
+  }
+  sink = y[count / 2];
+  return double(count) * repeats;
+}
+
+}  // namespace
+
+extern "C" double multiply_add_rate(int threads, double seconds) {
+  return best_rate(threads, seconds, multiply_adds);
+}
+
+extern "C" double exponential_rate(int threads, double seconds) {
+  return best_rate(threads, seconds, exponentials);
+}
+
+// Bytes read and written per second by copies that no cache holds.
+extern "C" double copy_rate(int threads, double seconds) {
+  constexpr int64_t bytes = 64 << 20;
+  std::vector<std::vector<char>> from(threads), to(threads);
+#pragma omp parallel num_threads(threads)
+  {
+    from[omp_get_thread_num()].assign(bytes, 1);
+    to[omp_get_thread_num()].assign(bytes, 0);
+  }
+  return best_rate(threads, seconds, [&](int thread) {
+    std::memcpy(to[thread].data(), from[thread].data(), bytes);
+    return 2.0 * bytes;
+  });
+}
