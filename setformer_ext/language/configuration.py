@@ -14,7 +14,7 @@ SIZES: dict[str, dict[str, int]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
 
-# Those of the vision backbone; benchmarks/language/texts.py --study compares others.
+# Chosen by benchmarks/language/texts.py --study, whose table is in README.md.
 ATTENTION_OPTIONS: dict[str, Any] = {
     "epsilon": 0.04,
     "iterations": 1,
