@@ -125,7 +125,7 @@ void forward(const std::string& kernel, double position_bandwidth, int64_t itera
   call.read_problem(p, kernel, position_bandwidth, iterations);
   call.read_query(p);
   call.read_value(p);
-  call.read_forward_results(p);
+  call.read_forward_results(p, true);
   call.finish();
   const nvtx::Range range(call.function(), p);
   if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_forward, p);
@@ -142,7 +142,7 @@ void backward(const std::string& kernel, double position_bandwidth, int64_t iter
   call.read_problem(p, kernel, position_bandwidth, iterations);
   call.read_query(p);
   call.read_value(p);
-  call.read_forward_results(p);
+  call.read_forward_results(p, false);
   call.read_gradients(p);
   call.finish();
   require(!p.distribute == (p.grad_output.data == nullptr), call.function(),
@@ -186,14 +186,16 @@ PYBIND11_MODULE(_C, m) {
       "Inputs: key [B, H, N, D], value [B, H, N, Dv], reference [H, M, D] or [B, H, M, D], query\n"
       "[B, H, Nq, D] (optional: cross attention), all storage; mask [B, N] and query_mask [B, Nq]\n"
       "bool, optional; token_mass [B, H, N] and reference_mass [H, M] or [B, H, M] accumulate,\n"
-      "optional; bandwidth and epsilon [H] accumulate; token_positions [N, P], query_positions "
+      "optional; bandwidth and epsilon [H] accumulate, or on the CPU a float for all heads;\n"
+      "token_positions [N, P], query_positions "
       "[Nq, P],\n"
       "reference_positions [M, P] accumulate, optional.\n"
       "Results of the forward call: output [B, H, Nq or N, Dv] storage (optional: without it only\n"
       "pooled is computed), pooled [B, H, M, Dv], rows [B, H, T + 1, N], columns\n"
       "[B, H, max(T, 1) + 1, M], query_rows [B, H, T + 1, Nq], query_columns [B, H, max(T, 1), "
       "M]:\n"
-      "accumulate, contiguous.\n\n"
+      "accumulate, contiguous. On the CPU output alone will do, where nothing is to be\n"
+      "differentiated.\n\n"
       "All arrays lie in the memory of the CPU or of one CUDA device, whose kernels run. For CUDA\n"
       "two more arguments count: `stream`, a cudaStream_t as an integer (0: the default stream), "
       "that all\n"

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -93,8 +94,9 @@ class Call {
     p.reference_mass =
         optional("reference_mass", accumulate(),
                  {{{"H", p.heads}, {"M", p.references}}, heads_of(p, {"M", p.references})}, 3);
-    p.bandwidth = optional("bandwidth", accumulate(), {{{"H", p.heads}}}, 1);
-    p.epsilon = needed("epsilon", accumulate(), {{{"H", p.heads}}}, 1);
+    p.bandwidth = per_head("bandwidth", p.heads, bandwidth_);
+    p.epsilon = per_head("epsilon", p.heads, epsilon_);
+    if (p.epsilon.data == nullptr) required("epsilon");
     const Array positions = array("reference_positions");
     if (positions.given()) {
       positions.expect_device(device_)
@@ -123,11 +125,15 @@ class Call {
     p.query_mask = optional("query_mask", kBoolType, {{{"B", p.batch}, {"Nq", p.queries}}}, 2);
     p.query_positions = optional("query_positions", accumulate(),
                                  {{{"Nq", p.queries}, {"P", p.position_depth}}}, 2);
+  }
+
+  void read_query_normalizers(ForwardParams& p) {
+    if (!p.cross) return;
     p.query_rows =
-        contiguous("query_rows", {heads_of(p, {"T+1", p.iterations + 1}, {"Nq", p.queries})});
+        contiguous("query_rows", heads_of(p, {"T+1", p.iterations + 1}, {"Nq", p.queries}));
     p.query_columns = contiguous(
         "query_columns",
-        {heads_of(p, {"max(T,1)", std::max<int64_t>(p.iterations, 1)}, {"M", p.references})});
+        heads_of(p, {"max(T,1)", std::max<int64_t>(p.iterations, 1)}, {"M", p.references}));
   }
 
   void read_value(ForwardParams& p) {
@@ -141,9 +147,13 @@ class Call {
     p.value = keep(value).view(4);
   }
 
-  void read_forward_results(ForwardParams& p) {
+  // Where forward is asked for the output alone, the rest is scratch, on the CPU the call's own.
+  void read_forward_results(ForwardParams& p, bool to_be_written) {
+    own_scratch_ = to_be_written && !on_cuda() && array("output").given() &&
+                   !array("pooled").given() && !array("rows").given() && !array("columns").given();
     read_normalizers(p);
-    p.pooled = contiguous("pooled", {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})});
+    read_query_normalizers(p);
+    p.pooled = contiguous("pooled", heads_of(p, {"M", p.references}, {"Dv", p.value_depth}));
     p.output = written_if_given("output", storage_, {output_shape(p)}, 4);
     p.distribute = p.output.data != nullptr;
     require(array("output").given() || !array("query").given(), function_,
@@ -151,10 +161,10 @@ class Call {
   }
 
   void read_normalizers(ForwardParams& p) {
-    p.rows = contiguous("rows", {heads_of(p, {"T+1", p.iterations + 1}, {"N", p.tokens})});
+    p.rows = contiguous("rows", heads_of(p, {"T+1", p.iterations + 1}, {"N", p.tokens}));
     p.columns = contiguous(
         "columns",
-        {heads_of(p, {"max(T,1)+1", std::max<int64_t>(p.iterations, 1) + 1}, {"M", p.references})});
+        heads_of(p, {"max(T,1)+1", std::max<int64_t>(p.iterations, 1) + 1}, {"M", p.references}));
   }
 
   void read_gradients(BackwardParams& p) {
@@ -169,18 +179,18 @@ class Call {
           written("grad_query", storage_, {heads_of(p, {"Nq", p.queries}, {"D", p.depth})}, 4);
     }
     p.grad_reference =
-        contiguous("grad_reference", {heads_of(p, {"M", p.references}, {"D", p.depth})});
+        contiguous("grad_reference", heads_of(p, {"M", p.references}, {"D", p.depth}));
     if (array("grad_bandwidth").given()) {
       required("bandwidth");
-      p.grad_bandwidth = contiguous("grad_bandwidth", {{{"B", p.batch}, {"H", p.heads}}});
+      p.grad_bandwidth = contiguous("grad_bandwidth", {{"B", p.batch}, {"H", p.heads}});
     }
-    p.grad_epsilon = contiguous("grad_epsilon", {{{"B", p.batch}, {"H", p.heads}}});
+    p.grad_epsilon = contiguous("grad_epsilon", {{"B", p.batch}, {"H", p.heads}});
     if (array("grad_token_mass").given()) {
-      p.grad_token_mass = contiguous("grad_token_mass", {heads_of(p, {"N", p.tokens})});
+      p.grad_token_mass = contiguous("grad_token_mass", heads_of(p, {"N", p.tokens}));
     }
     if (array("grad_reference_mass").given()) {
       required("reference_mass");
-      p.grad_reference_mass = contiguous("grad_reference_mass", {heads_of(p, {"M", p.references})});
+      p.grad_reference_mass = contiguous("grad_reference_mass", heads_of(p, {"M", p.references}));
     }
   }
 
@@ -199,6 +209,11 @@ class Call {
   }
 
  private:
+  struct Number {
+    double wide = 0;
+    float narrow = 0;
+  };
+
   dlpack::DataType accumulate() const { return accumulate_type(storage_); }
   static Shape heads_of(const ForwardParams& p, Dimension third) {
     return {{"B", p.batch}, {"H", p.heads}, third};
@@ -249,10 +264,6 @@ class Call {
                   int dimensions) {
     return checked(array(name), type, shapes, dimensions);
   }
-  Tensor needed(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
-                int dimensions) {
-    return checked(required(name), type, shapes, dimensions);
-  }
   // Results: like inputs, but in memory that may be written.
   Tensor written_if_given(const char* name, dlpack::DataType type, const std::vector<Shape>& shapes,
                           int dimensions) {
@@ -265,10 +276,40 @@ class Call {
     required(name);
     return written_if_given(name, type, shapes, dimensions);
   }
-  Tensor contiguous(const char* name, const std::vector<Shape>& shapes) {
+  Tensor contiguous(const char* name, const Shape& shape) {
+    if (own_scratch_) return scratch(shape);
     const Array found = required(name);
-    const Tensor view = checked(found, accumulate(), shapes, found.rank());
+    const Tensor view = checked(found, accumulate(), {shape}, found.rank());
     found.expect_contiguous().expect_writable();
+    return view;
+  }
+  Tensor scratch(const Shape& shape) {
+    Tensor view;
+    double most = 8;  // bytes; a float64 does not overflow
+    for (const Dimension& dimension : shape) most *= double(dimension.size);
+    if (most > double(int64_t{1} << 60)) throw std::bad_alloc();
+    int64_t elements = 1;
+    for (int i = int(shape.size()) - 1; i >= 0; --i) {
+      view.stride[i] = elements;
+      elements *= shape[i].size;
+    }
+    const int64_t bytes = std::max<int64_t>(elements, 1) * accumulate().bits / 8;
+    scratch_.emplace_back(new char[bytes]);
+    view.data = scratch_.back().get();
+    return view;
+  }
+  // An array [H], or on the CPU a number for all heads.
+  Tensor per_head(const char* name, int64_t heads, Number& number) {
+    const py::object given = arrays_.contains(name) ? py::object(arrays_[name]) : py::none();
+    if (!PyFloat_Check(given.ptr()) || on_cuda()) {
+      return optional(name, accumulate(), {{{"H", heads}}}, 1);
+    }
+    known_.push_back(name);
+    const double value = py::cast<double>(given);
+    require(std::isfinite(value), function_, std::string(name) + " must be finite");
+    number = {value, float(value)};
+    Tensor view;  // stride 0: the same for every head
+    view.data = accumulate().bits == 64 ? static_cast<void*>(&number.wide) : &number.narrow;
     return view;
   }
 
@@ -277,6 +318,9 @@ class Call {
   uintptr_t stream_;
   dlpack::Device device_{};
   dlpack::DataType storage_{};
+  bool own_scratch_ = false;
+  Number bandwidth_, epsilon_;
+  std::vector<std::unique_ptr<char[]>> scratch_;
   std::vector<Array> kept_;
   std::vector<std::string> known_;
 };

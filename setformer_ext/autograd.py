@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import BEFORE_PROBLEM, KERNELS, RANKS, Gradients, Problem, Solution, accumulate_dtype
-from .plain import is_plain
+from .ops import BEFORE_PROBLEM, RANKS, Gradients, Problem, Solution, accumulate_dtype
 
 # Positions of the differentiable tensors in Problem, which name those of Gradients too.
 DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in Gradients._fields)
@@ -238,8 +237,6 @@ def differentiable_call(name: str, *arguments: Any) -> Any:
     Formulas registered with an operation are unknown to torch.func (grad, jacrev, vmap of them);
     those of an autograd.Function it knows.
     """
-    if is_plain(arguments):
-        return KERNELS[name](*arguments)
     if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*arguments)
     return getattr(torch.ops.setformer_ext, name)(*arguments)

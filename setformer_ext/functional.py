@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import transforms  # noqa: F401  (registers vmap, autocast and FLOP counts)
+from . import (
+    plain,
+    transforms,  # noqa: F401  (registers vmap, autocast and FLOP counts)
+)
 from .arguments import Arguments
 from .autograd import differentiable_call
 from .ops import Problem, accumulate_dtype
@@ -86,6 +89,15 @@ def set_attention(
     """
     if query is key:
         query = None
+    if token_positions is query_positions is reference_positions is None:
+        masks = {"mask": mask, "token_mass": token_mass, "reference_mass": reference_mass}
+        if query is not None or query_mask is not None:
+            masks["query_mask"] = query_mask
+        found = plain.set_attention(
+            query, key, value, reference, masks, kernel, bandwidth, epsilon, iterations
+        )
+        if found is not None:
+            return found
     arguments = Arguments("set_attention", key)
     batch, heads, tokens, depth = key.shape
     if query is not None:

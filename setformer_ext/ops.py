@@ -225,6 +225,7 @@ def _run(function: Callable[..., None], arrays: dict[str, Any]) -> None:
         function(**capsules, stream=stream, workspace=workspace)
 
 
+@torch.library.impl("setformer_ext::set_attention", DISPATCH_KEYS)
 def _set_attention(*arguments: Any) -> Solution:
     problem = Problem(*arguments)
     solution = empty_solution(problem)
@@ -232,6 +233,7 @@ def _set_attention(*arguments: Any) -> Solution:
     return solution
 
 
+@torch.library.impl("setformer_ext::set_attention_backward", DISPATCH_KEYS)
 def _set_attention_backward(
     grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
 ) -> Gradients:
@@ -252,6 +254,7 @@ def _set_attention_backward(
     return gradients
 
 
+@torch.library.impl("setformer_ext::transport_plan", DISPATCH_KEYS)
 def _transport_plan(
     key: Tensor,
     reference: Tensor,
@@ -288,15 +291,6 @@ def _transport_plan(
     arrays |= {"rows": solution.rows, "columns": solution.columns, "plan": plan}
     _run(_C.transport_plan, arrays)
     return plan
-
-
-KERNELS: dict[str, Callable[..., Any]] = {
-    "set_attention": _set_attention,
-    "set_attention_backward": _set_attention_backward,
-    "transport_plan": _transport_plan,
-}
-for _name, _kernel in KERNELS.items():
-    torch.library.impl(f"setformer_ext::{_name}", DISPATCH_KEYS)(_kernel)
 
 
 @torch.library.register_fake("setformer_ext::set_attention")

@@ -2,49 +2,92 @@
 
 What comes between a function of torch and its kernel (derivatives, vmap, autocast, tracing, modes,
 subclasses of tensors) costs tens of microseconds also where there is none of it: as much as a small
-problem takes.
+problem takes. So do the checks of arguments; here the kernel's own have to do, and whoever finds a
+fault calls again by the way that names it.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
+
+from . import ops
+
+# Who wants to see calls with a tensor on the CPU, and who all calls of a thread, where nobody but
+# the kernels and autograd does: without and with inference mode.
+_keys = torch._C._dispatch_keys
+_included = torch._C._dispatch_tls_local_include_set
+_excluded = torch._C._dispatch_tls_local_exclude_set
+_KEYS, _STATES = [], []
+for _inference in (False, True):
+    with torch.inference_mode(_inference), torch.autocast("cpu", enabled=False):
+        _KEYS.append(_keys(torch.empty(0)))
+        _STATES.append((_included(), _excluded()))
 
 
-def _dispatch_keys(x: Tensor) -> int:
-    """Who wants to see calls with this tensor: its device's kernels, autograd, wrappers."""
-    return int(torch._C._dispatch_keys(x).raw_repr())
-
-
-def _thread_state() -> tuple[int, int]:
-    """Who wants to see all calls of this thread, and who does not: modes, tracers, transforms."""
-    included = torch._C._dispatch_tls_local_include_set().raw_repr()
-    return int(included), int(torch._C._dispatch_tls_local_exclude_set().raw_repr())
-
-
-_STATES, _KEYS = set(), set()  # of threads that nobody watches, and of tensors on the CPU
-for inference in (False, True):
-    with torch.inference_mode(inference), torch.autocast("cpu", enabled=False):
-        _STATES.add(_thread_state())
-        _KEYS.add(_dispatch_keys(torch.empty(0)))
-
-
-def is_plain(arguments: Iterable[object]) -> bool:
-    """Whether an operation with these arguments is no more than its kernel on the CPU."""
+def is_plain(tensors: Iterable[object]) -> bool:
+    """Whether an operation on these is no more than its kernel on the CPU."""
+    if torch.compiler.is_compiling():
+        return False
     if (
-        torch.compiler.is_compiling()
-        or _thread_state() not in _STATES
+        (_included(), _excluded()) not in _STATES
         or torch._C._len_torch_function_stack() > 0
         or forward_ad._current_level >= 0
         or torch._C._autograd._profiler_enabled()
     ):
         return False
     gradient = torch.is_grad_enabled()
-    for x in arguments:
-        if isinstance(x, Tensor):
-            if type(x) is not Tensor and type(x) is not nn.Parameter:
-                return False
-            if _dispatch_keys(x) not in _KEYS or (gradient and x.requires_grad):
-                return False
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return False
+        if _keys(x) not in _KEYS or (gradient and x.requires_grad):
+            return False
     return True
+
+
+def set_attention(
+    query: Tensor | None,  # [B, H, Nq, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, Dv]
+    reference: Tensor,  # [H, M, D] or [B, H, M, D]
+    masks: dict[str, Tensor | None],  # mask [B, N], query_mask [B, Nq]; the masses
+    kernel: str,
+    bandwidth: float | Tensor,
+    epsilon: float | Tensor,
+    iterations: int,
+) -> Tensor | None:  # [B, H, Nq, Dv]
+    """The output of :func:`setformer_ext.set_attention` without positions; None where the call is
+    not plain, or has a fault."""
+    given = {"key": key, "value": value, "reference": reference}
+    if query is not None:
+        given["query"] = query
+    for name, x in masks.items():
+        if x is not None:
+            given[name] = x
+    if not (_is_positive(bandwidth) and _is_positive(epsilon) and type(iterations) is int):
+        return None
+    if not is_plain(given.values()):
+        return None
+    try:
+        rows = key if query is None else query
+        output = key.new_empty((*rows.shape[:3], value.shape[3]))
+        capsules = {name: to_dlpack(x) for name, x in given.items()}
+        torch.get_num_threads()  # see ops._run
+        ops._C.set_attention_forward(  # type: ignore[attr-defined]
+            kernel=kernel,
+            bandwidth=float(bandwidth),
+            epsilon=float(epsilon),
+            iterations=iterations,
+            output=to_dlpack(output),
+            **capsules,
+        )
+    except (IndexError, TypeError, ValueError):
+        return None
+    return output
+
+
+def _is_positive(x: object) -> bool:
+    return (type(x) is float or type(x) is int) and 0 < x < math.inf

@@ -216,6 +216,31 @@ def test_refused(host_module: ModuleType, name: str, spoil: Any, error: type, me
     assert caught.type is error
 
 
+@pytest.mark.parametrize("options", [{}, {"Nq": 9, "masked": True}, {"iterations": 0}])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_output_alone_and_numbers_for_all_heads(dtype: str, options: Arrays) -> None:
+    arrays = problem(dtype, **options)
+    H, accumulate = arrays["key"].shape[1], arrays["epsilon"].dtype
+    by_head = {"epsilon": np.full(H, 0.7, accumulate), "bandwidth": np.full(H, 1.3, accumulate)}
+    whole = results(arrays)
+    call(_C.set_attention_forward, arrays | by_head, whole)
+    alone = results(arrays)["output"]
+    numbers = {"epsilon": 0.7, "bandwidth": 1.3}
+    call(_C.set_attention_forward, arrays | numbers, {"output": alone})
+    assert np.array_equal(alone, whole["output"])
+
+
+def test_numbers_that_are_none(host_module: ModuleType) -> None:
+    arrays = problem()
+    output = {"output": results(arrays)["output"]}
+    on_cpu = host_module is _C
+    for number, message in ((0.0, "must be > 0"), (np.nan, "finite"), (np.inf, "finite")):
+        with pytest.raises(
+            ValueError if on_cpu else TypeError, match=message if on_cpu else "arra"
+        ):
+            call(host_module.set_attention_forward, arrays | {"epsilon": float(number)}, output)
+
+
 def test_query_without_output_is_refused(host_module: ModuleType) -> None:
     arrays = problem(Nq=9)
     written = results(arrays)
