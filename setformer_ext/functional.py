@@ -89,12 +89,10 @@ def set_attention(
     """
     if query is key:
         query = None
-    if token_positions is query_positions is reference_positions is None:
-        masks = {"mask": mask, "token_mass": token_mass, "reference_mass": reference_mass}
-        if query is not None or query_mask is not None:
-            masks["query_mask"] = query_mask
+    if token_positions is query_positions is reference_positions is position_bandwidth is None:
+        masks = (mask, query_mask, token_mass, reference_mass)
         found = plain.set_attention(
-            query, key, value, reference, masks, kernel, bandwidth, epsilon, iterations
+            query, key, value, reference, *masks, kernel, bandwidth, epsilon, iterations
         )
         if found is not None:
             return found

@@ -6,7 +6,7 @@ problem takes. So do the checks of arguments; here the kernel's own have to do, 
 fault calls again by the way that names it.
 """
 
-import math
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -21,11 +21,21 @@ from . import ops
 _keys = torch._C._dispatch_keys
 _included = torch._C._dispatch_tls_local_include_set
 _excluded = torch._C._dispatch_tls_local_exclude_set
-_KEYS, _STATES = [], []
-for _inference in (False, True):
-    with torch.inference_mode(_inference), torch.autocast("cpu", enabled=False):
-        _KEYS.append(_keys(torch.empty(0)))
-        _STATES.append((_included(), _excluded()))
+_KEYS: list[object] = []
+_STATES: list[tuple[object, object]] = []
+
+
+def _look_at_unwatched_calls() -> None:
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _KEYS.append(_keys(torch.empty(0, device="cpu")))
+            _STATES.append((_included(), _excluded()))
+
+
+# In a thread of its own: whoever imports this may do so within any mode.
+_thread = threading.Thread(target=_look_at_unwatched_calls)
+_thread.start()
+_thread.join()
 
 
 def is_plain(tensors: Iterable[object]) -> bool:
@@ -53,7 +63,10 @@ def set_attention(
     key: Tensor,  # [B, H, N, D]
     value: Tensor,  # [B, H, N, Dv]
     reference: Tensor,  # [H, M, D] or [B, H, M, D]
-    masks: dict[str, Tensor | None],  # mask [B, N], query_mask [B, Nq]; the masses
+    mask: Tensor | None,  # [B, N]
+    query_mask: Tensor | None,  # [B, Nq]
+    token_mass: Tensor | None,  # [B, H, N]
+    reference_mass: Tensor | None,  # [H, M] or [B, H, M]
     kernel: str,
     bandwidth: float | Tensor,
     epsilon: float | Tensor,
@@ -62,14 +75,24 @@ def set_attention(
     """The output of :func:`setformer_ext.set_attention` without positions; None where the call is
     not plain, or has a fault."""
     given = {"key": key, "value": value, "reference": reference}
-    if query is not None:
-        given["query"] = query
-    for name, x in masks.items():
+    for name, x in (
+        ("query", query),
+        ("mask", mask),
+        ("query_mask", query_mask),
+        ("token_mass", token_mass),
+        ("reference_mass", reference_mass),
+    ):
         if x is not None:
             given[name] = x
-    if not (_is_positive(bandwidth) and _is_positive(epsilon) and type(iterations) is int):
-        return None
-    if not is_plain(given.values()):
+    if not (
+        is_plain(given.values())
+        and _is_moderate(bandwidth)
+        and _is_moderate(epsilon)
+        and type(iterations) is int
+        and kernel in ("gaussian", "linear")
+        and key.numel() > 0
+        and not (mask is not None and token_mass is not None)  # of which the kernel sees a part
+    ):
         return None
     try:
         rows = key if query is None else query
@@ -84,10 +107,11 @@ def set_attention(
             output=to_dlpack(output),
             **capsules,
         )
-    except (IndexError, TypeError, ValueError):
+    except Exception:  # whatever it is, the usual way tells
         return None
     return output
 
 
-def _is_positive(x: object) -> bool:
-    return (type(x) is float or type(x) is int) and 0 < x < math.inf
+def _is_moderate(x: object) -> bool:
+    """A positive number that float32 holds."""
+    return (type(x) is float or type(x) is int) and 1e-30 < x < 1e30

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fresh import fresh
 from problems import random_problem
 from setformer_ext import set_attention
 from setformer_ext.plain import is_plain
@@ -111,3 +112,50 @@ def test_the_answers_are_the_operation_s() -> None:
     with watched:
         assert torch.equal(set_attention(**arguments), plain)
     assert OPERATION in watched.seen
+
+
+ONES = torch.ones(2, 9, dtype=torch.bool)
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "position_bandwidth": ({"position_bandwidth": -1.0}, "position_bandwidth must be > 0"),
+    "masked token": (
+        {"mask": ONES & (torch.arange(9) < 8), "token_mass": 7.5 - torch.arange(9).expand(2, 3, 9)},
+        "token_mass must be >= 0",
+    ),
+    "kernel": ({"kernel": b"gaussian"}, "kernel must be"),
+    "epsilon": ({"epsilon": 0}, "epsilon must be > 0"),
+    "iterations": ({"iterations": True}, "iterations must be an int"),
+    "value": ({"value": torch.ones(2, 3, 8, 5)}, r"value must be .*N=9"),
+    "type": ({"value": torch.zeros(2, 3, 9, 5, dtype=torch.int64)}, "value must be float32"),
+    "query_mask": ({"query_mask": ONES}, "query_mask must be None in self attention"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_faults_are_named_as_elsewhere(name: str) -> None:
+    options, message = BAD[name]
+    arguments = problem() | options
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"set_attention: {message}"):
+        set_attention(**arguments)
+
+
+def test_nothing_to_attend_to_is_checked_as_well() -> None:
+    arguments = problem(reference_mass="learned")
+    empty = {"key": arguments["key"][:0], "value": arguments["value"][:0]}
+    with pytest.raises(ValueError, match="reference_mass must be > 0"):
+        set_attention(**arguments | empty | {"reference_mass": torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize("context", ['torch.device("meta")', "FlopCounterMode(display=False)"])
+def test_imported_within_a_mode(context: str) -> None:
+    code = f"""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    with {context}:
+        import setformer_ext
+    from setformer_ext.plain import is_plain
+    key, reference = torch.ones(1, 1, 5, 4), torch.ones(1, 2, 4)
+    with FlopCounterMode(display=False) as counter:
+        setformer_ext.set_attention(None, key, key, reference)
+    result = [is_plain([key, reference]), counter.get_total_flops() > 0]
+    """
+    assert fresh(code) == [True, True]
