@@ -89,7 +89,8 @@ def set_attention(
     """
     if query is key:
         query = None
-    if token_positions is query_positions is reference_positions is position_bandwidth is None:
+    positions = (token_positions, query_positions, reference_positions, position_bandwidth)
+    if all(x is None for x in positions):
         masks = (mask, query_mask, token_mass, reference_mass)
         found = plain.set_attention(
             query, key, value, reference, *masks, kernel, bandwidth, epsilon, iterations
