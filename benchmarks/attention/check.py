@@ -45,7 +45,7 @@ def ratio(case: Case, rounds: int = 9) -> float:
 
 def check() -> list[str]:
     """What has become slower, in words."""
-    known = json.loads(FILE.read_text()).get(_C.cpu_isa())
+    known = _recorded().get(_C.cpu_isa())
     if known is None:
         print(f"{FILE.name} has no ratios for {_C.cpu_isa()}: nothing to check")
         return []
@@ -68,6 +68,9 @@ def check() -> list[str]:
 
 def record() -> None:
     """Write this machine's ratios for its instruction set."""
-    ratios = json.loads(FILE.read_text()) if FILE.exists() else {}
-    ratios[_C.cpu_isa()] = {name: round(ratio(case), 2) for name, case in CASES.items()}
-    FILE.write_text(json.dumps(ratios, indent=2) + "\n")
+    ratios = {name: round(ratio(case), 2) for name, case in CASES.items()}
+    FILE.write_text(json.dumps(_recorded() | {_C.cpu_isa(): ratios}, indent=2) + "\n")
+
+
+def _recorded() -> dict[str, dict[str, float]]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
