@@ -237,7 +237,7 @@ def test_labels_go_by_name_where_val_lacks_a_class(data: Path, tmp_path: Path) -
     parser = argparse.ArgumentParser()
     Classify.add_options(parser)
     given = parser.parse_args(["--data", str(tmp_path / "data"), *TINY[:-1]])
-    given.on_error = "skip"
+    given.on_error, given.batch_size = "skip", 4
     samples = Classify(given).eval
     for index, (path, _) in enumerate(samples.samples):
         assert samples[index][1] == int(Path(path).parent.name)

@@ -1,9 +1,10 @@
 """The problems that faults are looked for with, and what objects to a result.
 
-    python -m mutations.checks LIBRARY PROBLEM
+    python -m mutations.checks LIBRARY PROBLEM [ORDER ...]
 
-prints each objection as a line of JSON, and null after the last: a process of its own, for a fault
-may write anywhere.
+runs the threads in those orders (by default in all), then under the race detector, and prints each
+objection as a line of JSON, and null after the last: a process of its own, for a fault may write
+anywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,15 +124,16 @@ def kind(message: str) -> str:
     return next((name for words, name in KINDS.items() if words in message), "launch")
 
 
-def objections(library: Path, problem: Problem) -> Iterator[Objection]:
-    """What is wrong, in each order and mode."""
+def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterator[Objection]:
+    """What is wrong, in each of the orders and in the other modes."""
     torch.set_num_threads(1)
     ops._C = load(library)
     emulator = Emulator(library)
     arguments = random_problem(dtype=getattr(torch, problem.storage), **problem.options)
     if problem.arranged is not None:
         arguments["key"] = problem.arranged(arguments["key"])
-    for order, mode in MODES + ADDRESS_MODES * sanitizer_is_loaded():
+    modes = [(order, mode) for order, mode in MODES if mode != "plain" or order in orders]
+    for order, mode in modes + ADDRESS_MODES * sanitizer_is_loaded():
         emulator.clear_errors()
         failed: list[str] = []
         with emulator.configured(order=order, mode=mode):
@@ -149,8 +151,9 @@ def objections(library: Path, problem: Problem) -> Iterator[Objection]:
 
 
 def main() -> None:
-    library, name = sys.argv[1:]
-    for objection in objections(Path(library), PROBLEMS[name]):
+    library, name, *orders = sys.argv[1:]
+    orders = orders or [order for order, _ in MODES]
+    for objection in objections(Path(library), PROBLEMS[name], orders):
         print(json.dumps(asdict(objection)), flush=True)
     print(json.dumps(None), flush=True)
 

@@ -78,9 +78,9 @@ def sanitizer() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0"}
 
 
-def check(library: Path, problem: str) -> tuple[str, str]:
-    """What kinds of objections there are, and the first one's words."""
-    command = [sys.executable, "-m", "mutations.checks", str(library), problem]
+def check(library: Path, problem: str, orders: Sequence[str] = ()) -> tuple[str, str]:
+    """What kinds of objections there are, and the first one's words; `orders`: see checks.py."""
+    command = [sys.executable, "-m", "mutations.checks", str(library), problem, *orders]
     paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | sanitizer() | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
