@@ -9,7 +9,6 @@ Arguments arrive checked (``functional.py``): storage type is that of key, and "
 float64 for float64 keys and float32 otherwise.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -200,7 +199,7 @@ def empty_plan(key: Tensor, reference: Tensor) -> Tensor:  # [B, H, N, M]
     return key.new_empty((*key.shape[:3], reference.shape[-2]))
 
 
-def _run(function: Callable[..., None], arrays: dict[str, Any]) -> None:
+def run(function: str, arrays: dict[str, Any]) -> None:
     """Call a function of the compiled module, on CUDA on the current stream of the key's device."""
     # OpenMP keeps the number of threads per calling thread, and torch sets it there when first
     # asked: without this, torch.set_num_threads would not hold in other threads than the main one.
@@ -222,14 +221,14 @@ def _run(function: Callable[..., None], arrays: dict[str, Any]) -> None:
     # stream wait: all that torch does with these tensors is on the current stream already.
     capsules = {n: to_dlpack(x) if isinstance(x, Tensor) else x for n, x in arrays.items()}
     with on_device:
-        function(**capsules, stream=stream, workspace=workspace)
+        getattr(_C, function)(**capsules, stream=stream, workspace=workspace)
 
 
 @torch.library.impl("setformer_ext::set_attention", DISPATCH_KEYS)
 def _set_attention(*arguments: Any) -> Solution:
     problem = Problem(*arguments)
     solution = empty_solution(problem)
-    _run(_C.set_attention_forward, problem.arrays() | solution.arrays(problem))
+    run("set_attention_forward", problem.arrays() | solution.arrays(problem))
     return solution
 
 
@@ -250,7 +249,7 @@ def _set_attention_backward(
         for name, grad in gradients._asdict().items()
         if getattr(problem, name) is not None
     }
-    _run(_C.set_attention_backward, arrays)
+    run("set_attention_backward", arrays)
     return gradients
 
 
@@ -285,11 +284,11 @@ def _transport_plan(
     )
     solution = empty_solution(problem)
     arrays = problem.arrays()
-    _run(_C.set_attention_forward, arrays | solution.arrays(problem))
+    run("set_attention_forward", arrays | solution.arrays(problem))
     plan = empty_plan(key, reference)
     del arrays["value"]
     arrays |= {"rows": solution.rows, "columns": solution.columns, "plan": plan}
-    _run(_C.transport_plan, arrays)
+    run("transport_plan", arrays)
     return plan
 
 

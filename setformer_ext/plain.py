@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from . import ops
 
@@ -97,16 +96,9 @@ def set_attention(
     try:
         rows = key if query is None else query
         output = key.new_empty((*rows.shape[:3], value.shape[3]))
-        capsules = {name: to_dlpack(x) for name, x in given.items()}
-        torch.get_num_threads()  # see ops._run
-        ops._C.set_attention_forward(  # type: ignore[attr-defined]
-            kernel=kernel,
-            bandwidth=float(bandwidth),
-            epsilon=float(epsilon),
-            iterations=iterations,
-            output=to_dlpack(output),
-            **capsules,
-        )
+        options = {"kernel": kernel, "iterations": iterations}
+        numbers = {"bandwidth": float(bandwidth), "epsilon": float(epsilon)}
+        ops.run("set_attention_forward", {**given, **options, **numbers, "output": output})
     except Exception:  # whatever it is, the usual way tells
         return None
     return output

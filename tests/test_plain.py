@@ -1,14 +1,13 @@
 """Calls that go to the kernels directly: only those that nobody else wants to see."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fresh import fresh
@@ -33,32 +32,16 @@ class Watcher(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class FunctionWatcher(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen.append(function)
-        return function(*args, **(kwargs or {}))
-
-
 class Wrapped(Tensor):
     """A subclass that may do what it likes with calls."""
 
 
-@contextmanager
-def dual() -> Iterator[None]:
-    with forward_ad.dual_level():
-        yield
-
-
 CONTEXTS: dict[str, Callable[[], Any]] = {
     "a dispatch mode": Watcher,
-    "a function mode": FunctionWatcher,
+    "a function mode": BaseTorchFunctionMode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "the profiler": torch.profiler.profile,
-    "forward mode": dual,
+    "forward mode": forward_ad.dual_level,
 }
 
 

@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import peers
@@ -137,7 +137,7 @@ def _write(options: argparse.Namespace, results: list[Result], rates: dict[int, 
     content = {
         "isa": _C.cpu_isa(),
         "torch": torch.__version__,
-        "rates": [rate.as_json() for rate in rates.values()],
+        "rates": [asdict(rate) for rate in rates.values()],
         "results": [result.as_json() for result in results],
     }
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -10,18 +10,20 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from limits import Work, count_work
 from peers import EPSILON, ITERATIONS, Attention, peer
 
 from setformer_ext import set_attention, set_pooling
 from setformer_ext.timing import DTYPES, Shape, inputs, milliseconds, step
 
 OURS = "setformer_ext"
-OPERATIONS = {"attention": set_attention, "pooling": set_pooling}
+OPERATIONS = {"attention": partial(set_attention, None), "pooling": set_pooling}
 DIRECTIONS = {"forward": False, "forward + backward": True}
 MIB = 2**20
 
@@ -40,6 +42,12 @@ class Case:
     @property
     def direction(self) -> str:
         return "forward + backward" if self.gradient else "forward"
+
+    @property
+    def work(self) -> Work:
+        """What the operation cannot do without."""
+        element_bytes = DTYPES[self.dtype].itemsize
+        return count_work(self.shape, ITERATIONS, self.gradient, element_bytes)
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,7 @@ def competitor(case: Case, name: str) -> Attention:
     """Ours or a peer, as a function of key, value and references."""
     if name != OURS:
         return peer(name)
-    options = {"epsilon": EPSILON, "iterations": ITERATIONS}
-    if case.operation == "pooling":
-        return lambda key, value, references: set_pooling(key, value, references, **options)
-    return lambda key, value, references: set_attention(None, key, value, references, **options)
+    return partial(OPERATIONS[case.operation], epsilon=EPSILON, iterations=ITERATIONS)
 
 
 def prepared(case: Case, name: str) -> Callable[[], object]:
@@ -120,7 +125,7 @@ def _measure_own_peak(request: str) -> float:
     given["case"]["shape"] = Shape(**given["case"]["shape"])
     case = Case(**given["case"])
     torch.set_num_threads(case.threads)
-    small = Case(**{**vars(case), "shape": Shape(1, 1, 64, case.shape.depth, 8, 8)})
+    small = replace(case, shape=Shape(1, 1, 64, case.shape.depth, 8, 8))
     prepared(small, given["competitor"])()
     if case.device != "cpu":
         torch.cuda.reset_peak_memory_stats(case.device)

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,9 +38,6 @@ class Rates:
     sgemm: float  # operations of torch's product of large matrices
     exponential: float
     copy: float  # bytes, read and written
-
-    def as_json(self) -> dict[str, float]:
-        return asdict(self)
 
     def __str__(self) -> str:
         return (
@@ -64,7 +61,7 @@ class Work:
         return max(computing, self.bytes / rates.copy)
 
 
-def work(shape: Shape, iterations: int, gradient: bool, element_bytes: int) -> Work:
+def count_work(shape: Shape, iterations: int, gradient: bool, element_bytes: int) -> Work:
     """Of set_attention on this shape, forward or forward and backward."""
     heads = shape.batch * shape.heads
     pairs = heads * shape.tokens * shape.references

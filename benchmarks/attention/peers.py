@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -154,4 +153,4 @@ def peer(name: str) -> Attention:
     if name.startswith("torch.compile"):
         torch._dynamo.config.cache_size_limit = 64
         return torch.compile(PEERS[name], dynamic=False)
-    return partial(PEERS[name])
+    return PEERS[name]

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cases import OURS, Result
-from limits import Rates, work
+from limits import Rates
 from matplotlib.figure import Figure
-from peers import ITERATIONS
-
-from setformer_ext.timing import DTYPES
 
 
 def draw_lengths(results: Sequence[Result], path: Path) -> None:
@@ -42,7 +39,7 @@ def draw_roofline(results: Sequence[Result], rates: Rates, path: Path) -> None:
         if result.competitor != OURS or result.case.operation != "attention":
             continue
         case = result.case
-        needed = work(case.shape, ITERATIONS, case.gradient, DTYPES[case.dtype].itemsize)
+        needed = case.work
         operations = needed.operations + weight * needed.exponentials
         intensity = operations / needed.bytes
         intensities.append(intensity)

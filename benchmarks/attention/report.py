@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cases import OURS, Result
-from limits import Rates, work
-from peers import ITERATIONS
-
-from setformer_ext.timing import DTYPES
+from limits import Rates
 
 HEADER = (
     "| operation | B, H, N, D, M | dtype | direction | threads | competitor | ms, median "
@@ -47,5 +44,4 @@ def share_of_limit(result: Result, rates: dict[int, Rates]) -> float | None:
     case = result.case
     if result.competitor != OURS or case.operation != "attention" or case.threads not in rates:
         return None
-    needed = work(case.shape, ITERATIONS, case.gradient, DTYPES[case.dtype].itemsize)
-    return 1e3 * needed.seconds(rates[case.threads]) / result.median
+    return 1e3 * case.work.seconds(rates[case.threads]) / result.median

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from limits import work
+from limits import count_work
 from peers import ITERATIONS
 
 from setformer_ext import ops, set_attention
@@ -68,7 +68,7 @@ def _one_product() -> Callable[[], object]:
     """A product with as many operations as the window's forward pass."""
     rows = WINDOW.batch * WINDOW.heads * WINDOW.tokens
     columns = WINDOW.references
-    depth = round(work(WINDOW, ITERATIONS, False, 4).operations / (2 * rows * columns))
+    depth = round(count_work(WINDOW, ITERATIONS, False, 4).operations / (2 * rows * columns))
     left, right = torch.randn(rows, depth), torch.randn(depth, columns)
     return lambda: torch.matmul(left, right)
 
