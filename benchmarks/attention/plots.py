@@ -51,9 +51,9 @@ def draw_roofline(results: Sequence[Result], rates: Rates, path: Path) -> None:
             label, (intensity, reached), fontsize=7, xytext=(4, -8), textcoords="offset points"
         )
     span = [min(intensities) / 4, max(intensities) * 2]
-    ridge = rates.sgemm / rates.copy
-    roof = sorted([*span, min(max(ridge, span[0]), span[1])])
     for rate, name in ((rates.sgemm, "sgemm"), (rates.multiply_add, "multiply-adds")):
+        ridge = min(max(rate / rates.copy, span[0]), span[1])
+        roof = [span[0], ridge, span[1]]
         axes.plot(roof, [min(rate, x * rates.copy) / 1e9 for x in roof], label=name)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="Gflop/s")
     axes.set_title("squares: forward, discs: forward + backward (B, H, N)", fontsize=9)
