@@ -84,7 +84,7 @@ def test_work_goes_onto_the_current_stream_of_the_keys_device(
 
     with FakeTensorMode():
         key = torch.empty(1, 1, 9, 4, device="cuda:1")
-        ops._run(function, {"key": key, "iterations": 3})
+        ops.run(function, {"key": key, "iterations": 3})
         memory = passed["workspace"](1000)
     assert passed["stream"] == 0x51
     assert passed["current"] == key.device

@@ -128,13 +128,13 @@ def no_gradient_of_references(arrays: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_wrong_kernel_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil, check = FAULTS[name]
-    original = ops._run
+    original = ops.run
 
     def run(function: Callable[..., None], arrays: dict[str, Any]) -> None:
         original(function, arrays)
         spoil(arrays)
 
-    monkeypatch.setattr(ops, "_run", run)
+    monkeypatch.setattr(ops, "run", run)
     tasks = [task for task in runner.all_tasks(CPU, quick=True) if task.name == check]
     monkeypatch.setattr(runner, "all_tasks", lambda device, quick: tasks)
     result = selftest(CPU, quick=True)
