@@ -101,7 +101,8 @@ class ForwardHead {
                                keys_.similarity().valid(), worker.values, depth);
           scale_rows(worker.values, count, depth, worker.row_factors);
           multiply(p_.references, depth, count, matrix, int64_t{1}, widths_.references,
-                   worker.values, depth, pooled_.of(span), depth, true);
+                   worker.values, depth, pooled_.of(span), depth, true,
+                   next_tile<Storage>(p_.value, b, h, begin, p_.value_depth));
         });
     T* total = pooled_.total(keys_.spans());
     keys_.collection_columns(p_.iterations, column_factors_);

@@ -5,6 +5,7 @@
 // templates so that every accumulator is a named register (indexed arrays spill).
 #pragma once
 
+#include "prefetch.h"
 #include "simd.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
@@ -65,11 +66,13 @@ TileProduct<T> tile_of(int rows, std::integer_sequence<int, R...>) {
 
 template <class T, int Vectors>
 void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
-                    const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate) {
+                    const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate,
+                    Upcoming& upcoming, int64_t upcoming_rows) {
   // Blocks of nearly equal height: 49 rows are 7 x 7, not 6 x 8 + 1.
   const int64_t blocks = (rows + most_rows(Vectors) - 1) / most_rows(Vectors);
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
     const int height = int((rows - i + blocks - block - 1) / (blocks - block));
+    upcoming.ask_for(upcoming_rows);
     tile_of<T, Vectors>(height, std::make_integer_sequence<int, most_rows(Vectors)>{})(
         a + i * a_row, a_row, a_depth, b, b_depth, c + i * c_row, c_row, depth, accumulate);
     i += height;
@@ -78,25 +81,29 @@ void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row, int6
 
 // C[i][0 .. columns) (+)= sum_k a[i * a_row + k * a_depth] * b[k * b_depth + (0 .. columns)] for
 // i < rows, k < depth. `columns` is a multiple of the lanes; the strides of A are free, so that
-// the same product serves A and its transpose.
+// the same product serves A and its transpose. Asks for the `upcoming` rows by the way.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
-              int64_t a_depth, const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate) {
-  constexpr int64_t lanes = kLanes<T>;
+              int64_t a_depth, const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate,
+              Upcoming upcoming = {}) {
+  constexpr int64_t lanes = kLanes<T>, tile = kAccumulators * lanes;
+  const int64_t tiles =
+      (rows * columns + tile - 1) / tile;  // or a few more, where not all are full
+  const int64_t share = (upcoming.rows() + tiles - 1) / tiles;
   int64_t column = 0;
   if constexpr (kWidestTile >= 4) {
     for (; column + 4 * lanes <= columns; column += 4 * lanes) {
       multiply_panel<T, 4>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
-                           accumulate);
+                           accumulate, upcoming, share);
     }
   }
   for (; column + 2 * lanes <= columns; column += 2 * lanes) {
     multiply_panel<T, 2>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
-                         accumulate);
+                         accumulate, upcoming, share);
   }
   if (column < columns) {
     multiply_panel<T, 1>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
-                         accumulate);
+                         accumulate, upcoming, share);
   }
 }
 

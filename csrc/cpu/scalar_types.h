@@ -118,17 +118,6 @@ void fill(T* x, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) x[i] = value;
 }
 
-// Asks for `count` elements from `offset` elements on. Nothing is read: the address may lie outside
-// the array, so it is computed as a number.
-template <class Storage>
-SETFORMER_INLINE void prefetch_row(const Storage* from, int64_t offset, int64_t count) {
-  const int64_t size = int64_t{sizeof(Storage)};
-  const uintptr_t first = reinterpret_cast<uintptr_t>(from) + uintptr_t(offset * size);
-  for (int64_t byte = 0; byte < count * size; byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(first + uintptr_t(byte)));
-  }
-}
-
 // row[0 .. width) = `count` elements `stride` apart, then zeros.
 template <class Storage, class T>
 SETFORMER_INLINE void load_row(const Storage* from, int64_t stride, int64_t count, T* row,

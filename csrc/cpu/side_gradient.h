@@ -131,13 +131,16 @@ class SideGradient {
           transport_.distribution_rows(steps, begin, count, worker.row_factors);
           load(p_.grad_output, begin, count, worker.values);
           load(p_.output, begin, count, worker.outputs);
+          Upcoming outputs = next(p_.output, begin);
           for (int64_t i = 0; i < count; ++i) {
+            outputs.ask_for(1);
             delta_[begin + i] = dot(worker.values + i * depth, worker.outputs + i * depth, depth);
             worker.row_terms[i] = delta_[begin + i] * worker.row_factors[i];
           }
           scale_rows(worker.values, count, depth, worker.row_factors);
           multiply(p_.references, depth, count, matrix, int64_t{1}, widths_.references,
-                   worker.values, depth, matrix_sums_.of(span), depth, true);
+                   worker.values, depth, matrix_sums_.of(span), depth, true,
+                   next(p_.grad_output, begin));
           add_transposed_product(matrix, count, widths_.references, worker.row_terms,
                                  sums_.of(span));
         });
@@ -205,9 +208,10 @@ class SideGradient {
           score_gradient(begin, count, scores, worker);
           const Similarity<Storage>& similarity = transport_.similarity();
           if (!transport_.keys_loaded(begin)) similarity.load_keys(begin, count, worker.tile);
-          similarity.add_gradient(count, worker.tile, worker.gradient, worker.row_terms,
+          similarity.add_gradient(begin, count, worker.tile, worker.gradient, worker.row_terms,
                                   worker.grad_keys,
-                                  {matrix_sums_.of(span), sums_.of(span), scalar_sums_.of(span)});
+                                  {matrix_sums_.of(span), sums_.of(span), scalar_sums_.of(span)},
+                                  next(p_.grad_output, begin));
           store_tokens<Storage>(worker.grad_keys, widths_.depth, grad_tokens_, b_, head_, begin,
                                 count, p_.depth);
         });
@@ -243,6 +247,9 @@ class SideGradient {
   void load(const Tensor& tensor, int64_t begin, int64_t count, T* rows) const {
     load_tokens<Storage>(tensor, b_, head_, begin, count, p_.value_depth,
                          transport_.similarity().valid(), rows, widths_.value_depth);
+  }
+  Upcoming next(const Tensor& tensor, int64_t begin) const {
+    return next_tile<Storage>(tensor, b_, head_, begin, p_.value_depth);
   }
   static T dot(const T* x, const T* y, int64_t width) {
     Vector<T> sum{};
@@ -280,7 +287,7 @@ class SideGradient {
     if (collects) {
       load(p_.value, begin, count, worker.values);
       multiply(count, depth, p_.references, matrix, widths_.references, int64_t{1}, pooled.gradient,
-               depth, worker.outputs, depth, false);
+               depth, worker.outputs, depth, false, next(p_.value, begin));
       for (int64_t i = 0; i < count; ++i) {
         fhat[i] -= dot(worker.values + i * depth, worker.outputs + i * depth, depth);
       }
@@ -343,7 +350,7 @@ class SideGradient {
     const int64_t size = count * widths_.references, steps = p_.iterations;
     const T* ds = worker.gradient;
     if (!transport_.log_domain()) {
-      multiply_group(count, {0, columns_.total()}, worker);
+      multiply_group(count, {0, columns_.total()}, worker, next(p_.value, begin));
       ds = scores;
     } else {
       fill(worker.gradient, size, T(0));
@@ -367,10 +374,11 @@ class SideGradient {
   }
 
   // worker.product = left right over the group's columns.
-  void multiply_group(int64_t count, const Group& group, const Worker<T>& worker) const {
+  void multiply_group(int64_t count, const Group& group, const Worker<T>& worker,
+                      const Upcoming& upcoming = {}) const {
     const int64_t width = widths_.references;
     multiply(count, width, group.depth, worker.left + group.offset, columns_.total(), int64_t{1},
-             right(group.offset), width, worker.product, width, false);
+             right(group.offset), width, worker.product, width, false, upcoming);
   }
 
   // worker.gradient += matrix * (left right) over the group's columns, if it has any.

@@ -100,46 +100,68 @@ constexpr N larger(N a, N b) {
   return a < b ? b : a;
 }
 
-// Minimax polynomials of 2^r on [-1/2, 1/2] (relative error 2.6e-9 and 1.8e-17), by Horner.
-SETFORMER_INLINE Vector<float> exp2_polynomial(Vector<float> r) {
-  auto p = 1.559467816132662e-4f * r + 1.3406643902351759e-3f;
-  p = p * r + 9.617692972993062e-3f;
-  p = p * r + 5.550310551013797e-2f;
-  p = p * r + 2.4022652782887738e-1f;
-  p = p * r + 6.931472149680279e-1f;
-  return p * r + 1.0f;
-}
-SETFORMER_INLINE Vector<double> exp2_polynomial(Vector<double> r) {
-  auto p = 4.078071929588337e-10 * r + 7.072570412814423e-09;
-  p = p * r + 1.0180647659234139e-07;
-  p = p * r + 1.3215442675329823e-06;
-  p = p * r + 1.5252727385193868e-05;
-  p = p * r + 1.540353044157213e-04;
-  p = p * r + 1.3333558153439966e-03;
-  p = p * r + 9.618129107607003e-03;
-  p = p * r + 5.550410866479039e-02;
-  p = p * r + 2.4022650695910097e-01;
-  p = p * r + 6.931471805599457e-01;
-  return p * r + 1.0;
-}
-
-// 2^x for x within the exponents of normal numbers. Adding 1.5 * 2^mantissa_bits rounds to the
-// nearest integer and leaves it, biased, in the low bits: the exponent field of the scale.
+// Minimax polynomials of 2^r on [-1/2, 1/2] (relative error 2.6e-9 and 1.8e-17), highest power
+// first.
 template <class T>
-SETFORMER_INLINE Vector<T> exp2_in_range(Vector<T> x) {
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr float kCoefficients[] = {1.559467816132662e-4f,
+                                            1.3406643902351759e-3f,
+                                            9.617692972993062e-3f,
+                                            5.550310551013797e-2f,
+                                            2.4022652782887738e-1f,
+                                            6.931472149680279e-1f,
+                                            1.0f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr double kCoefficients[] = {
+      4.078071929588337e-10,  7.072570412814423e-09,  1.0180647659234139e-07,
+      1.3215442675329823e-06, 1.5252727385193868e-05, 1.540353044157213e-04,
+      1.3333558153439966e-03, 9.618129107607003e-03,  5.550410866479039e-02,
+      2.4022650695910097e-01, 6.931471805599457e-01,  1.0};
+};
+
+// What follows is done to several vectors at a time, one operation of all of them after another:
+// the chain of operations on one takes so long that a processor, which looks ahead some tens of
+// floating-point operations, would find too little else to do.
+inline constexpr int kPack = 4;
+#define SETFORMER_EACH _Pragma("GCC unroll 8") for (int i = 0; i < Count; ++i)
+
+// x = 2^x for x within the exponents of normal numbers. Adding 1.5 * 2^mantissa_bits rounds to the
+// nearest integer and leaves it, biased, in the low bits: the exponent field of the scale.
+template <class T, int Count>
+SETFORMER_INLINE void exp2_in_range(Vector<T> (&x)[Count]) {
   using S = Simd<T>;
+  constexpr auto& coefficients = Exp2<T>::kCoefficients;
   constexpr T magic = T(3) * T(int64_t{1} << (S::kMantissaBits - 1)) + T(S::kExponentBias);
-  const Vector<T> shifted = x + magic;
-  const Vector<T> r = x - (shifted - magic);
-  const auto scale = reinterpret_cast<typename S::Bits>(shifted) << S::kMantissaBits;
-  return exp2_polynomial(r) * reinterpret_cast<Vector<T>>(scale);
+  Vector<T> shifted[Count], sum[Count];
+  SETFORMER_EACH shifted[i] = x[i] + magic;
+  SETFORMER_EACH x[i] -= shifted[i] - magic;
+  SETFORMER_EACH sum[i] = coefficients[0] * x[i] + coefficients[1];
+#pragma GCC unroll 16
+  for (int power = 2; power < int(sizeof(coefficients) / sizeof(T)); ++power) {
+    SETFORMER_EACH sum[i] = sum[i] * x[i] + coefficients[power];
+  }
+  SETFORMER_EACH {
+    const auto scale = reinterpret_cast<typename S::Bits>(shifted[i]) << S::kMantissaBits;
+    x[i] = sum[i] * reinterpret_cast<Vector<T>>(scale);
+  }
 }
 
-// 2^x for x below the largest exponent and for NaN; exactly 0 below the smallest normal number,
+// x = 2^x for x below the largest exponent and for NaN; exactly 0 below the smallest normal number,
 // -inf included.
+template <class T, int Count>
+SETFORMER_INLINE void exp2_bounded(Vector<T> (&x)[Count]) {
+  SETFORMER_EACH x[i] = at_least<T>(x[i], splat<T>(-T(Simd<T>::kExponentBias)));
+  exp2_in_range<T>(x);
+}
 template <class T>
 SETFORMER_INLINE Vector<T> exp2_bounded(Vector<T> x) {
-  return exp2_in_range<T>(at_least<T>(x, splat<T>(-T(Simd<T>::kExponentBias))));
+  Vector<T> result[] = {x};
+  exp2_bounded<T>(result);
+  return result[0];
 }
 
 // log2 x for x >= 0; -inf at 0 and below the smallest normal number; keeps inf and NaN. With
@@ -167,40 +189,62 @@ SETFORMER_INLINE Vector<T> log2(Vector<T> x) {
   return x < smallest_normal ? -infinity : (x < infinity ? result : x);
 }
 
-// The sums of neighbouring pairs of lanes, of a in the lower half and of b in the upper.
-template <class T, int... I>
+// Vectors have been added up to `Size` of them in one, and two such, a and b, become one: lane
+// `lane` of it is the sum of lane first_of_pair of the two end to end, and of the lane that lies
+// pair_distance further. The pairs are those for which processors have a shuffle: within 16 bytes
+// interleaved halves, beyond them whole blocks of 16 bytes.
+template <class T>
+inline constexpr int kBlockLanes = 16 / sizeof(T);
+template <class T, int Size>
+inline constexpr int kPairDistance = Size < kBlockLanes<T> ? kBlockLanes<T> / 2 : kBlockLanes<T>;
+template <class T, int Size>
+constexpr int first_of_pair(int lane) {
+  constexpr int lanes = kLanes<T>, block_lanes = kBlockLanes<T>;
+  const int block = lane / block_lanes, rest = lane % block_lanes;
+  if (Size >= block_lanes) return 2 * block * block_lanes + rest;
+  const int piece = rest / Size;
+  return (piece % 2) * lanes + block * block_lanes + piece / 2 * Size + rest % Size;
+}
+
+template <class T, int Size, int... I>
 SETFORMER_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  constexpr int distance = kPairDistance<T, Size>;
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+  return __builtin_shufflevector(a, b, first_of_pair<T, Size>(I)...) +
+         __builtin_shufflevector(a, b, (first_of_pair<T, Size>(I) + distance)...);
 #else
   using Bits = typename Simd<T>::Bits;
-  return __builtin_shuffle(a, b, Bits{2 * I...}) + __builtin_shuffle(a, b, Bits{(2 * I + 1)...});
+  return __builtin_shuffle(a, b, Bits{first_of_pair<T, Size>(I)...}) +
+         __builtin_shuffle(a, b, Bits{(first_of_pair<T, Size>(I) + distance)...});
 #endif
 }
-template <class T>
+template <class T, int Size>
 SETFORMER_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b) {
-  return pair_sums<T>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+  return pair_sums<T, Size>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
 // The sum of each of kLanes vectors, in the lane of its number. A fixed tree: the order of the
 // additions depends on nothing.
-template <class T, int Count = kLanes<T>>
+template <class T, int Size = 1>
 SETFORMER_INLINE Vector<T> sums_of(const Vector<T>* x) {
-  if constexpr (Count == 1) {
+  if constexpr (Size == kLanes<T>) {
     return x[0];
   } else {
-    Vector<T> half[Count / 2];
+    constexpr int count = kLanes<T> / Size / 2;
+    Vector<T> half[count];
 #pragma GCC unroll 8
-    for (int i = 0; i < Count / 2; ++i) half[i] = pair_sums<T>(x[2 * i], x[2 * i + 1]);
-    return sums_of<T, Count / 2>(half);
+    for (int i = 0; i < count; ++i) half[i] = pair_sums<T, Size>(x[2 * i], x[2 * i + 1]);
+    return sums_of<T, 2 * Size>(half);
   }
 }
 
-template <class T>
+template <class T, int Size = 1>
 SETFORMER_INLINE T sum_of(Vector<T> x) {
-#pragma GCC unroll 4
-  for (int width = 1; width < kLanes<T>; width *= 2) x = pair_sums<T>(x, x);
-  return x[0];
+  if constexpr (Size == kLanes<T>) {
+    return x[0];
+  } else {
+    return sum_of<T, 2 * Size>(pair_sums<T, Size>(x, x));
+  }
 }
 
 // The largest lane; NaN if any lane is NaN.

@@ -58,16 +58,21 @@ template <class Storage, class T = Accumulate<Storage>>
 void load_tokens(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int64_t count,
                  int64_t depth, const Validity& valid, T* rows, int64_t width) {
   const Storage* from = at<const Storage>(tensor, b, h) + begin * tensor.stride[2];
-  const int64_t tile_ahead = kTileTokens * tensor.stride[2];
   for (int64_t i = 0; i < count; ++i, from += tensor.stride[2], rows += width) {
     if (valid[begin + i]) {
-      // The next tile's rows will be wanted when this tile's arithmetic is done.
-      prefetch_row(from, tile_ahead, depth);
       load_row(from, tensor.stride[3], depth, rows, width);
     } else {
       fill(rows, width, T(0));
     }
   }
+}
+
+// The tile after the one that begins at `begin`.
+template <class Storage>
+Upcoming next_tile(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int64_t depth) {
+  if (tensor.stride[3] != 1) return {};
+  return {at<const Storage>(tensor, b, h), begin + kTileTokens, kTileTokens, tensor.stride[2],
+          depth};
 }
 
 template <class Storage, class T = Accumulate<Storage>>
@@ -101,7 +106,7 @@ class Similarity {
 
  public:
   void place(Arena& arena, const ForwardParams& p, const Widths<T>& widths) {
-    references_ = arena.take<T>(p.references * widths.depth);
+    references_ = arena.take<T>(widths.references * widths.depth);  // row_sums reads whole vectors
     center_ = arena.take<T>(widths.depth);
     square_weights_ = arena.take<T>(widths.depth);
     right_ = arena.take<T>(p.depth * widths.references);
@@ -150,6 +155,10 @@ class Similarity {
     }
   }
 
+  Upcoming next_keys(int64_t begin) const {
+    return next_tile<Storage>(tokens_->rows, b_, h_, begin, p_->depth);
+  }
+
   // scores[i][j] = 2^(s_ij - shift) for scaling, s_ij log2(e) for the log domain; factors[i][j]
   // (optional) = what dS_ij must be multiplied by, see add_gradient.
   void compute(int64_t begin, int64_t count, const TileBuffers<T>& buffers, T* scores,
@@ -157,24 +166,13 @@ class Similarity {
     load_keys(begin, count, buffers);
     const int64_t columns = widths_.references;
     multiply(count, columns, p_->depth, buffers.keys, widths_.depth, int64_t{1}, right_, columns,
-             scores, columns, false);
+             scores, columns, false, next_keys(begin));
     if (gaussian_) {
       weighted_squares(buffers.keys, count, widths_.depth, square_weights_, buffers.norms);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      T* score = scores + i * columns;
-      T* factor = factors == nullptr ? nullptr : factors + i * columns;
-      const T* position = at<const T>(tokens_->positions, begin + i);
-      if (gaussian_) {
-        if (has_positions_) {
-          gaussian_row<true>(score, factor, buffers.norms[i], position);
-        } else {
-          gaussian_row<false>(score, factor, buffers.norms[i], position);
-        }
-      } else {
-        linear_row(score, factor, position);
-      }
-    }
+    int64_t i = 0;
+    for (; i + kPack <= count; i += kPack) finish_rows<kPack>(begin, i, buffers, scores, factors);
+    for (; i < count; ++i) finish_rows<1>(begin, i, buffers, scores, factors);
   }
 
   // With E_ij = ds_ij factors_ij gradient_scale():
@@ -193,13 +191,14 @@ class Similarity {
 
   // Adds the tile's share to `gradient` and writes dk to `grad_keys` [tile, depth]; buffers.keys
   // must hold the tile's keys. `row_totals` [tile] is scratch.
-  void add_gradient(int64_t count, const TileBuffers<T>& buffers, const T* e, T* row_totals,
-                    T* grad_keys, const Gradient& gradient) const {
+  void add_gradient(int64_t begin, int64_t count, const TileBuffers<T>& buffers, const T* e,
+                    T* row_totals, T* grad_keys, const Gradient& gradient,
+                    const Upcoming& upcoming) const {
     const int64_t columns = widths_.references, depth = widths_.depth;
     multiply(count, depth, p_->references, e, columns, int64_t{1}, references_, depth, grad_keys,
-             depth, false);
+             depth, false, next_keys(begin));
     multiply(p_->references, depth, count, e, int64_t{1}, columns, buffers.keys, depth,
-             gradient.references, depth, true);
+             gradient.references, depth, true, upcoming);
     if (gaussian_) {
       T ones[kTileTokens];
       fill(ones, kTileTokens, T(1));
@@ -334,8 +333,10 @@ class Similarity {
     return largest;
   }
 
-  // log2 w_ij for the references from j on: -|p_i - r_j|^2 log2(e) / position_bandwidth^2.
-  SETFORMER_INLINE Vector<T> position_exponent(const T* position, int64_t j) const {
+  // log2 w_ij of a token for the references from j on: -|p_i - r_j|^2 log2(e) /
+  // position_bandwidth^2.
+  SETFORMER_INLINE Vector<T> position_exponent(int64_t token, int64_t j) const {
+    const T* position = at<const T>(tokens_->positions, token);
     Vector<T> squares{};
     for (int64_t axis = 0; axis < p_->position_depth; ++axis) {
       const Vector<T> difference = splat(position[axis * tokens_->positions.stride[1]]) -
@@ -345,32 +346,47 @@ class Similarity {
     return squares * position_scale_;
   }
 
-  // score holds the products k.(2 c y) and receives the scores.
-  template <bool HasPositions>
-  void gaussian_row(T* score, T* factor, T key_norm, const T* position) const {
-    for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
-      Vector<T> exponent = load(score + j) + (load(reference_norms_ + j) + splat(key_norm));
-      // Rounding may leave a distance just below 0, but S <= 1 is what makes scaling safe.
-      exponent = at_most<T>(exponent, Vector<T>{});
-      if constexpr (HasPositions) exponent += position_exponent(position, j);
-      const Vector<T> similarity = exp2_bounded<T>(exponent);
-      if (factor != nullptr) store<T>(factor + j, similarity);
-      const Vector<T> scaled = similarity * scale_ - shift_;
-      store<T>(score + j, log_domain_ ? scaled : exp2_in_range<T>(scaled));
-    }
-  }
-
-  void linear_row(T* score, T* factor, const T* position) const {
-    for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
-      Vector<T> similarity = load(score + j);
-      Vector<T> weight = splat(T(1));
-      if (has_positions_) {
-        weight = exp2_bounded<T>(position_exponent(position, j));
-        similarity *= weight;
+  // From the products k.(2 c y) (gaussian) or k.y (linear) to the scores of `Count` of a tile's
+  // rows.
+  template <int Count>
+  SETFORMER_INLINE void finish_rows(int64_t begin, int64_t row, const TileBuffers<T>& buffers,
+                                    T* scores, T* factors) const {
+    // Copies, which no store to `score` can change.
+    const int64_t columns = widths_.references;
+    const bool gaussian = gaussian_, has_positions = has_positions_, log_domain = log_domain_;
+    const Vector<T> scale = splat(scale_), shift = splat(shift_);
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      T* score = scores + row * columns + j;
+      T* factor = factors == nullptr ? nullptr : factors + row * columns + j;
+      Vector<T> x[Count];
+      SETFORMER_EACH x[i] = load(score + i * columns);
+      if (gaussian) {
+        const Vector<T> reference_norm = load(reference_norms_ + j);
+        SETFORMER_EACH x[i] += reference_norm + splat(buffers.norms[row + i]);
+        // Rounding may leave a distance just below 0, but S <= 1 is what makes scaling safe.
+        SETFORMER_EACH x[i] = at_most<T>(x[i], Vector<T>{});
+        if (has_positions) {
+          SETFORMER_EACH x[i] += position_exponent(begin + row + i, j);
+        }
+        exp2_bounded<T>(x);
+        if (factor != nullptr) {
+          SETFORMER_EACH store<T>(factor + i * columns, x[i]);
+        }
+      } else {
+        Vector<T> weight[Count];
+        SETFORMER_EACH weight[i] = splat(T(1));
+        if (has_positions) {
+          SETFORMER_EACH weight[i] = position_exponent(begin + row + i, j);
+          exp2_bounded<T>(weight);
+          SETFORMER_EACH x[i] *= weight[i];
+        }
+        if (factor != nullptr) {
+          SETFORMER_EACH store<T>(factor + i * columns, weight[i]);
+        }
       }
-      if (factor != nullptr) store<T>(factor + j, weight);
-      const Vector<T> scaled = similarity * scale_;
-      store<T>(score + j, log_domain_ ? scaled : exp2_in_range<T>(scaled));
+      SETFORMER_EACH x[i] = x[i] * scale - shift;
+      if (!log_domain) exp2_in_range<T>(x);
+      SETFORMER_EACH store<T>(score + i * columns, x[i]);
     }
   }
 

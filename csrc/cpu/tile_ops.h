@@ -14,24 +14,24 @@ namespace setformer::cpu::SETFORMER_ISA {
 inline constexpr int64_t kTileTokens = 48;
 
 template <class T, class Term, int... R>
-SETFORMER_INLINE void row_block_sums(const T* const* row, int64_t columns, const T* weights,
-                                     T* sums, Term term, std::integer_sequence<int, R...>) {
+SETFORMER_INLINE void row_block_sums(const T* matrix, int64_t columns, const T* weights, T* sums,
+                                     Term term, std::integer_sequence<int, R...>) {
   Vector<T> sum[] = {((void)R, Vector<T>{})...};
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
     const Vector<T> weight = load(weights + j);
-    ((sum[R] += term(load(row[R] + j), weight)), ...);
+    const T* row = matrix + j;
+    ((sum[R] += term(load(row), weight), row += columns), ...);
   }
   store<T>(sums, sums_of<T>(sum));
 }
 
-// sums[i] = sum_j term(matrix[i][j], weights[j]).
+// sums[i] = sum_j term(matrix[i][j], weights[j]); after the last of `count` rows, up to a whole
+// vector, `sums` receives numbers without meaning.
 template <class T, class Term>
 SETFORMER_INLINE void row_sums(const T* matrix, int64_t count, int64_t columns, const T* weights,
                                T* sums, Term term) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const T* row[kLanes<T>];
-    for (int r = 0; r < kLanes<T>; ++r) row[r] = matrix + smaller(i + r, count - 1) * columns;
-    row_block_sums(row, columns, weights, sums + i, term,
+    row_block_sums(matrix + i * columns, columns, weights, sums + i, term,
                    std::make_integer_sequence<int, kLanes<T>>{});
   }
 }
