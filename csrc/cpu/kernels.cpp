@@ -69,6 +69,18 @@ class PlanHead {
   T* column_factors_ = nullptr;  // [references]
 };
 
+// As many threads as have enough to do to be worth waking; over the spans of a head they are woken
+// for every pass over its tokens.
+inline int worthwhile_threads(const ForwardParams& p, bool over_heads) {
+  constexpr double least_work = 2e6;  // operations, some tens of microseconds
+  const double rows = double(p.batch) * double(p.heads) * double(p.tokens + p.queries);
+  const double operations = double(2 * p.depth + 4 * p.value_depth + 4 * p.iterations);
+  const double work = rows * double(p.references) * operations;
+  const double wakes = over_heads ? 1 : double(p.batch * p.heads * (p.iterations + 2));
+  const int threads = omp_get_max_threads();
+  return int(larger(1.0, smaller(double(threads), work / (wakes * least_work))));
+}
+
 // Runs a Head for every (batch item, head): whole heads in parallel where there are enough of
 // them, else the spans of one head after another.
 template <class Storage, template <class> class Head, class Params>
@@ -76,10 +88,11 @@ Status run(const Params& p) {
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
   if (heads == 0) return Status::kOk;
-  const int most_threads = omp_get_max_threads();
+  const int available = omp_get_max_threads();
   Head<Storage> sample(p);
-  const bool over_heads = sample.spans() == 1 || heads >= 4 * int64_t{most_threads};
-  const int threads = int(smaller<int64_t>(most_threads, over_heads ? heads : sample.spans()));
+  const bool over_heads = sample.spans() == 1 || heads >= 4 * int64_t{available};
+  const int most = worthwhile_threads(p, over_heads);
+  const int threads = int(smaller<int64_t>(most, over_heads ? heads : sample.spans()));
   const int heads_at_once = over_heads ? threads : 1;
 
   Arena head_size, worker_size;

@@ -8,6 +8,9 @@
 
 #include <cstdint>
 #include <utility>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #ifndef SETFORMER_ISA
 #define SETFORMER_ISA baseline
@@ -78,14 +81,31 @@ SETFORMER_INLINE Vector<T> splat(T x) {
          Vector<T>{};  // x - 0 is x for every x, -0 and NaN included: a broadcast, no arithmetic
 }
 
-// min(x, bound) and max(x, bound) that keep a NaN in x.
+// min(x, bound) and max(x, bound) that keep a NaN in x. On x86 that is one instruction with the
+// operands in this order, which compilers do not find by themselves.
 template <class T>
 SETFORMER_INLINE Vector<T> at_most(Vector<T> x, Vector<T> bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_min_ps(x, __mmask16(-1), bound, x);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_min_pd(x, __mmask8(-1), bound, x);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return _mm256_min_ps(bound, x);
+  if constexpr (sizeof(T) == 8) return _mm256_min_pd(bound, x);
+#else
   return x > bound ? bound : x;
+#endif
 }
 template <class T>
 SETFORMER_INLINE Vector<T> at_least(Vector<T> x, Vector<T> bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_max_ps(x, __mmask16(-1), bound, x);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_max_pd(x, __mmask8(-1), bound, x);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return _mm256_max_ps(bound, x);
+  if constexpr (sizeof(T) == 8) return _mm256_max_pd(bound, x);
+#else
   return x < bound ? bound : x;
+#endif
 }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {

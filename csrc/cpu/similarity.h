@@ -93,10 +93,10 @@ struct TileBuffers {
   T* factors;  // [tile, references]
 
   void place(Arena& arena, const Widths<T>& widths) {
-    keys = arena.take<T>(kTileTokens * widths.depth);
-    norms = arena.take<T>(kTileTokens);
-    scores = arena.take<T>(kTileTokens * widths.references);
-    factors = arena.take<T>(kTileTokens * widths.references);
+    keys = arena.take<T>(kMostTileTokens * widths.depth);
+    norms = arena.take<T>(kMostTileTokens);
+    scores = arena.take<T>(kMostTileTokens * widths.references);
+    factors = arena.take<T>(kMostTileTokens * widths.references);
   }
 };
 
@@ -106,7 +106,7 @@ class Similarity {
 
  public:
   void place(Arena& arena, const ForwardParams& p, const Widths<T>& widths) {
-    references_ = arena.take<T>(widths.references * widths.depth);  // row_sums reads whole vectors
+    references_ = arena.take<T>(p.references * widths.depth);
     center_ = arena.take<T>(widths.depth);
     square_weights_ = arena.take<T>(widths.depth);
     right_ = arena.take<T>(p.depth * widths.references);
@@ -200,8 +200,8 @@ class Similarity {
     multiply(p_->references, depth, count, e, int64_t{1}, columns, buffers.keys, depth,
              gradient.references, depth, true, upcoming);
     if (gaussian_) {
-      T ones[kTileTokens];
-      fill(ones, kTileTokens, T(1));
+      T ones[kMostTileTokens];
+      fill(ones, kMostTileTokens, T(1));
       add_transposed_product(e, count, columns, ones, gradient.columns);
       row_sums(e, count, columns, row_totals);
       for (int64_t i = 0; i < count; ++i) {
@@ -268,9 +268,9 @@ class Similarity {
       factor = 2 * c;
       fill(square_weights_, width, -c);
       center_references();
-      for (int64_t j = 0; j < count; j += kTileTokens) {
-        T norms[kTileTokens];
-        const int64_t rows = smaller(kTileTokens, count - j);
+      for (int64_t j = 0; j < count; j += kMostTileTokens) {
+        T norms[kMostTileTokens];
+        const int64_t rows = smaller(kMostTileTokens, count - j);
         weighted_squares(references_ + j * width, rows, width, square_weights_, norms);
         for (int64_t i = 0; i < rows; ++i) reference_norms_[j + i] = norms[i];
       }
@@ -306,11 +306,11 @@ class Similarity {
 
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.
   T largest_product(const TileBuffers<T>& buffers) const {
-    T ones[kTileTokens];
-    fill(ones, kTileTokens, T(1));
+    T ones[kMostTileTokens];
+    fill(ones, kMostTileTokens, T(1));
     T key_square = 0, reference_square = 0;
-    for (int64_t begin = 0; begin < tokens_->count; begin += kTileTokens) {
-      const int64_t count = smaller(kTileTokens, tokens_->count - begin);
+    for (int64_t begin = 0, count; begin < tokens_->count; begin += count) {
+      count = tokens_of_tile(tokens_->count - begin);
       load_keys(begin, count, buffers);
       key_square = largest_square(buffers.keys, count, key_square);
     }

@@ -54,8 +54,9 @@ struct Team {
                        Body& body) {
     begin_span(span);
     const int64_t end = smaller((span + 1) * spans.length, spans.tokens);
-    for (int64_t begin = span * spans.length; begin < end; begin += kTileTokens) {
-      body(span, begin, smaller(kTileTokens, end - begin), worker);
+    for (int64_t begin = span * spans.length, count; begin < end; begin += count) {
+      count = tokens_of_tile(end - begin);
+      body(span, begin, count, worker);
     }
   }
 };

@@ -8,31 +8,49 @@ namespace setformer::cpu::SETFORMER_ISA {
 
 // Tokens of a tile. With 64 references and depths of 64 in float32, a tile of scores, of keys and
 // of values is 12 KiB each: together they fit a first-level cache of 48 KiB, two at a time one
-// of 32. (From 32 to 96 tokens make no difference that could be measured.) A multiple of every
-// vector's lanes: buffers of one number per token have this length, so whole vectors may be stored
-// to them.
+// of 32. (From 32 to 96 tokens make no difference that could be measured.) The last tile takes in
+// what would be a small one after it: a window of 7 x 7 is one tile.
 inline constexpr int64_t kTileTokens = 48;
+// A multiple of every vector's lanes: buffers of one number per token have this length, so whole
+// vectors may be stored to them.
+inline constexpr int64_t kMostTileTokens = 64;
+inline int64_t tokens_of_tile(int64_t left) { return left > kMostTileTokens ? kTileTokens : left; }
 
 template <class T, class Term, int... R>
-SETFORMER_INLINE void row_block_sums(const T* matrix, int64_t columns, const T* weights, T* sums,
-                                     Term term, std::integer_sequence<int, R...>) {
+SETFORMER_INLINE Vector<T> row_block_sums(const T* matrix, int64_t rows, int64_t columns,
+                                          const T* weights, Term term,
+                                          std::integer_sequence<int, R...>) {
   Vector<T> sum[] = {((void)R, Vector<T>{})...};
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
     const Vector<T> weight = load(weights + j);
     const T* row = matrix + j;
-    ((sum[R] += term(load(row), weight), row += columns), ...);
+    // Past the last row it is added up again.
+    ((sum[R] += term(load(row), weight), row += R + 1 < rows ? columns : 0), ...);
   }
-  store<T>(sums, sums_of<T>(sum));
+  return sums_of<T>(sum);
 }
 
-// sums[i] = sum_j term(matrix[i][j], weights[j]); after the last of `count` rows, up to a whole
-// vector, `sums` receives numbers without meaning.
+// sums[i] = sum_j term(matrix[i][j], weights[j]); whole vectors are stored to `sums`.
 template <class T, class Term>
 SETFORMER_INLINE void row_sums(const T* matrix, int64_t count, int64_t columns, const T* weights,
                                T* sums, Term term) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    row_block_sums(matrix + i * columns, columns, weights, sums + i, term,
-                   std::make_integer_sequence<int, kLanes<T>>{});
+  constexpr int64_t lanes = kLanes<T>;
+  constexpr auto rows = std::make_integer_sequence<int, lanes>{};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    store<T>(sums + i, row_block_sums(matrix + i * columns, lanes, columns, weights, term, rows));
+  }
+  if (count - i > lanes / 4) {
+    store<T>(sums + i,
+             row_block_sums(matrix + i * columns, count - i, columns, weights, term, rows));
+    return;
+  }
+  for (; i < count; ++i) {
+    Vector<T> sum{};
+    for (int64_t j = 0; j < columns; j += lanes) {
+      sum += term(load(matrix + i * columns + j), load(weights + j));
+    }
+    sums[i] = sum_of<T>(sum);
   }
 }
 
@@ -111,8 +129,8 @@ void scale_rows(T* matrix, int64_t count, int64_t width, const T* factors) {
 template <class T>
 void row_log_sums(const T* scores, int64_t count, int64_t columns, const T* potential, T* logs) {
   constexpr int64_t lanes = kLanes<T>;
-  T maxima[kTileTokens], sums[kTileTokens];
-  for (int64_t i = 0; i < kTileTokens; ++i) maxima[i] = sums[i] = T(0);
+  T maxima[kMostTileTokens], sums[kMostTileTokens];
+  for (int64_t i = 0; i < kMostTileTokens; ++i) maxima[i] = sums[i] = T(0);
   for (int64_t i = 0; i < count; ++i) {
     const T* row = scores + i * columns;
     Vector<T> largest = load(row) + load(potential);
@@ -130,7 +148,7 @@ void row_log_sums(const T* scores, int64_t count, int64_t columns, const T* pote
     maxima[i] = shift;
     sums[i] = sum_of<T>(sum);
   }
-  for (int64_t i = 0; i < kTileTokens; i += lanes) {
+  for (int64_t i = 0; i < kMostTileTokens; i += lanes) {
     store<T>(logs + i, log2<T>(load(sums + i)) + load(maxima + i));
   }
 }

@@ -47,16 +47,16 @@ struct Worker {
 
   void place(Arena& arena, const Widths<T>& widths, bool backward, int64_t left_width) {
     tile.place(arena, widths);
-    matrix = arena.take<T>(kTileTokens * widths.references);
-    values = arena.take<T>(kTileTokens * widths.value_depth);
-    outputs = arena.take<T>(kTileTokens * widths.value_depth);
-    row_factors = arena.take<T>(kTileTokens);
-    row_terms = arena.take<T>(kTileTokens);
+    matrix = arena.take<T>(kMostTileTokens * widths.references);
+    values = arena.take<T>(kMostTileTokens * widths.value_depth);
+    outputs = arena.take<T>(kMostTileTokens * widths.value_depth);
+    row_factors = arena.take<T>(kMostTileTokens);
+    row_terms = arena.take<T>(kMostTileTokens);
     if (!backward) return;
-    gradient = arena.take<T>(kTileTokens * widths.references);
-    product = arena.take<T>(kTileTokens * widths.references);
-    grad_keys = arena.take<T>(kTileTokens * widths.depth);
-    left = arena.take<T>(kTileTokens * left_width);
+    gradient = arena.take<T>(kMostTileTokens * widths.references);
+    product = arena.take<T>(kMostTileTokens * widths.references);
+    grad_keys = arena.take<T>(kMostTileTokens * widths.depth);
+    left = arena.take<T>(kMostTileTokens * left_width);
   }
 };
 
@@ -89,8 +89,9 @@ class Transport {
     const int64_t row = widths_.references * (backward_ ? 2 : 1);
     const int64_t tiles = kCacheBytes / (kTileTokens * row * int64_t{sizeof(T)});
     cached_ = smaller(tiles * kTileTokens, round_up(tokens_.count, kTileTokens));
-    score_cache_ = arena.take<T>(cached_ * widths_.references);
-    if (backward_) factor_cache_ = arena.take<T>(cached_ * widths_.references);
+    const int64_t rows = cached_ + kMostTileTokens - kTileTokens;  // the last tile may be longer
+    score_cache_ = arena.take<T>(rows * widths_.references);
+    if (backward_) factor_cache_ = arena.take<T>(rows * widths_.references);
   }
 
   // Makes ready for head (b, h). token_mass (optional) [B, H, N]; rows [T + 1, N] and columns
@@ -190,7 +191,7 @@ class Transport {
 
   // rows^t = sum_j exp(s_ij + g^t_j).
   void normalize_rows(int64_t t, int64_t begin, int64_t count, const T* scores) const {
-    T normalizers[kTileTokens];
+    T normalizers[kMostTileTokens];
     if (log_domain()) {
       row_log_sums(scores, count, widths_.references, potential(t), normalizers);
     } else {
@@ -301,8 +302,8 @@ class Transport {
       for (int64_t i = 0; i < count; ++i) potentials[i] *= a_[begin + i];
       return;
     }
-    for (int64_t i = 0; i < kTileTokens; ++i) potentials[i] = i < count ? a_[begin + i] : T(0);
-    for (int64_t i = 0; i < kTileTokens; i += kLanes<T>) {
+    for (int64_t i = 0; i < kMostTileTokens; ++i) potentials[i] = i < count ? a_[begin + i] : T(0);
+    for (int64_t i = 0; i < kMostTileTokens; i += kLanes<T>) {
       store<T>(potentials + i, log2<T>(load(potentials + i)));
     }
     for (int64_t i = 0; i < count && rows != nullptr; ++i) potentials[i] -= rows[i];
@@ -383,7 +384,7 @@ class Transport {
   ReferenceMarginal<T> marginal_{};
   double total_mass_ = 0;
   bool fresh_ = true;   // no pass over the tokens is complete yet: the cache is not filled
-  int64_t cached_ = 0;  // tokens whose scores are kept
+  int64_t cached_ = 0;  // tokens whose scores are kept: those of tiles that begin before it
   T* rows_ = nullptr;
   T* columns_ = nullptr;
 
