@@ -24,17 +24,17 @@ from pathlib import Path
 
 import peers
 import torch
-from cases import DIRECTIONS, OPERATIONS, OURS, Case, Result, measure, peak_memory
+from cases import DIRECTIONS, OPERATIONS, OURS, Case, Result, keep_memory, measure, peak_memory
 from check import check, record
 from limits import Rates, measure_rates
-from report import HEADER, rows
+from report import HEADER, rows, slopes
 from small import small_problems
 
 from setformer_ext import _C
 from setformer_ext.timing import DTYPES, SHAPES, Shape, describe, find_device
 
 POOLING_PEERS = ["OTKE"]
-LENGTHS = [2**power for power in range(8, 18)]
+LENGTHS = [2**power for power in (8, 10, 12, 14, 16, 17, 18, 19, 20)]
 LONGEST = 5.0  # seconds; who takes longer is left out of longer problems
 
 
@@ -57,6 +57,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="give none back to the operating system"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write JSON, table and plots")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -77,6 +80,8 @@ def main() -> int:
     if options.small:
         print(small_problems(options.threads))
         return 0
+    if options.keep_memory:
+        keep_memory()
     device = find_device(options.device)
     names = options.competitors or [OURS, *peers.available()]
     torch.set_num_threads(options.threads)
@@ -100,6 +105,8 @@ def main() -> int:
             found = [replace(r, peak=peak_memory(case, r.competitor)) for r in found]
         print("\n".join(rows(found, rates)), flush=True)
         results += found
+    if options.lengths:
+        print("\n" + "\n".join(slopes(results)))
     if options.output is not None:
         _write(options, results, rates)
     return 0
@@ -108,7 +115,7 @@ def main() -> int:
 def _cases(options: argparse.Namespace, device: str) -> Iterator[Case]:
     shapes = [SHAPES[name] for name in options.shapes]
     if options.lengths:
-        shapes = [Shape(1, 8, tokens, 64, 64, 128) for tokens in LENGTHS]
+        shapes = [Shape(1, 2, tokens, 64, 64, 128) for tokens in LENGTHS]
     counts = [options.threads]
     if options.scaling:
         counts = sorted({*range(1, options.threads + 1)})

@@ -81,8 +81,8 @@ inline int worthwhile_threads(const ForwardParams& p, bool over_heads) {
   return int(larger(1.0, smaller(double(threads), work / (wakes * least_work))));
 }
 
-// Runs a Head for every (batch item, head): whole heads in parallel where there are enough of
-// them, else the spans of one head after another.
+// Runs a Head for every (batch item, head): whole heads in parallel where all threads get as many or
+// nearly so, else the spans of one head after another.
 template <class Storage, template <class> class Head, class Params>
 Status run(const Params& p) {
   using T = Accumulate<Storage>;
@@ -90,7 +90,7 @@ Status run(const Params& p) {
   if (heads == 0) return Status::kOk;
   const int available = omp_get_max_threads();
   Head<Storage> sample(p);
-  const bool over_heads = sample.spans() == 1 || heads >= 4 * int64_t{available};
+  const bool over_heads = sample.spans() == 1 || heads % available == 0 || heads >= 4 * int64_t{available};
   const int most = worthwhile_threads(p, over_heads);
   const int threads = int(smaller<int64_t>(most, over_heads ? heads : sample.spans()));
   const int heads_at_once = over_heads ? threads : 1;

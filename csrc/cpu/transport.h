@@ -255,7 +255,7 @@ class Transport {
 
  private:
   // 4 MiB a matrix or so: what a core may claim of the last cache.
-  static constexpr int64_t kCacheBytes = int64_t{8} << 20;
+  static constexpr int64_t kCacheBytes = int64_t{16} << 20;
 
   // w^t or log2 g^t, [references]; t in 0..T. The padding transports nothing: 0 or -inf.
   T* potential(int64_t t) const { return potentials_ + t * widths_.references; }
