@@ -145,6 +145,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty_rows(like: Tensor, depth: int) -> Tensor:  # [B, H, N, *] -> [B, H, N, depth]
+    """Unwritten rows in the layout of the given ones: with the heads of a token side by side, where
+    they came of one projection, what joins them again need not copy."""
+    batch, heads, tokens = like.shape[:3]
+    if like.stride(1) < like.stride(2):
+        return like.new_empty((batch, tokens, heads, depth)).transpose(1, 2)
+    return like.new_empty((batch, heads, tokens, depth))
+
+
 def empty_solution(problem: Problem) -> Solution:
     """Unwritten results of the right shapes and types, on the problem's device."""
     key, query = problem.key, problem.query
@@ -153,13 +162,13 @@ def empty_solution(problem: Problem) -> Solution:
     steps = problem.iterations
     accumulate = accumulate_dtype(key.dtype)
 
-    def empty(*sizes: int, dtype: torch.dtype = accumulate) -> Tensor:
-        return key.new_empty(sizes, dtype=dtype)
+    def empty(*sizes: int) -> Tensor:
+        return key.new_empty(sizes, dtype=accumulate)
 
     queries = tokens if query is None else query.shape[2]
-    output = (batch, heads, queries, depth) if problem.distribute else (0,)
+    rows = key if query is None else query
     return Solution(
-        output=empty(*output, dtype=key.dtype),
+        output=empty_rows(rows, depth) if problem.distribute else key.new_empty(0),
         pooled=empty(batch, heads, references, depth),
         rows=empty(batch, heads, steps + 1, tokens),
         columns=empty(batch, heads, max(steps, 1) + 1, references),
@@ -172,21 +181,21 @@ def empty_solution(problem: Problem) -> Solution:
 
 def empty_gradients(problem: Problem) -> Gradients:
     """Unwritten gradients of the right shapes and types, on the problem's device."""
-    key = problem.key
+    key, value, query = problem.key, problem.value, problem.query
     batch, heads, tokens, depth = key.shape
     references = problem.reference.shape[-2]
     accumulate = accumulate_dtype(key.dtype)
 
-    def empty(*sizes: int, dtype: torch.dtype = accumulate) -> Tensor:
-        return key.new_empty(sizes, dtype=dtype)
+    def empty(*sizes: int) -> Tensor:
+        return key.new_empty(sizes, dtype=accumulate)
 
     return Gradients(
-        key=empty(*key.shape, dtype=key.dtype),
-        value=empty(*problem.value.shape, dtype=key.dtype),
+        key=empty_rows(key, depth),
+        value=empty_rows(value, value.shape[-1]),
         reference=empty(batch, heads, references, depth),
         bandwidth=empty(batch, heads),
         epsilon=empty(batch, heads),
-        query=empty(*(problem.query.shape if problem.query is not None else (0,)), dtype=key.dtype),
+        query=key.new_empty(0) if query is None else empty_rows(query, depth),
         token_mass=empty(0) if problem.token_mass is None else empty(batch, heads, tokens),
         reference_mass=(
             empty(0) if problem.reference_mass is None else empty(batch, heads, references)
@@ -236,8 +245,11 @@ def _set_attention(*arguments: Any) -> Solution:
 def _set_attention_backward(
     grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
 ) -> Gradients:
-    # The kernels fix the layout of what forward wrote; vmap may have changed it since.
-    solution = Solution(*(x.contiguous() for x in arguments[: len(Solution._fields)]))
+    # The kernels fix the layout of what forward wrote for them, and want no output whose elements
+    # share memory; vmap may have changed that since.
+    output, *others = arguments[: len(Solution._fields)]
+    output = output.contiguous() if 0 in output.stride() else output
+    solution = Solution(output, *(x.contiguous() for x in others))
     problem = Problem(*arguments[len(Solution._fields) :])
     gradients = empty_gradients(problem)
     arrays = problem.arrays() | solution.arrays(problem)

@@ -95,7 +95,7 @@ def set_attention(
         return None
     try:
         rows = key if query is None else query
-        output = key.new_empty((*rows.shape[:3], value.shape[3]))
+        output = ops.empty_rows(rows, value.shape[3])
         options = {"kernel": kernel, "iterations": iterations}
         numbers = {"bandwidth": float(bandwidth), "epsilon": float(epsilon)}
         ops.run("set_attention_forward", {**given, **options, **numbers, "output": output})

@@ -1,6 +1,8 @@
 """What ``profile``, ``selftest`` and the benchmarks run: device, shapes, inputs, milliseconds."""
 
+import ctypes
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,6 +85,16 @@ def find_device(name: str | None) -> torch.device:
             f"cuda:0 and so on, got {name}"
         )
     return torch.device("cuda", index)
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed. To give it back to the operating system and to fetch it
+    again, page by page, takes long, and whether it happens depends on what was allocated before.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
+        print("this C library does not keep memory when told to", file=sys.stderr)
 
 
 def describe(device: torch.device) -> str:

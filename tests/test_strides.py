@@ -118,3 +118,22 @@ def test_query_key_and_value_in_one_tensor(backend: Backend) -> None:
         name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()
     }
     assert_same(backend.set_attention, contiguous, arguments)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+def test_results_lie_in_memory_as_their_inputs(
+    backend: Backend, gradient: bool, cross: bool
+) -> None:
+    """Heads of a token side by side stay so: what joins them for a linear layer copies nothing."""
+    arguments = random_problem(0, dtype=torch.float32, Nq=5 if cross else None)
+    tokens = ("query", "key", "value") if cross else ("key", "value")
+    for name in tokens:
+        laid_out = heads_last(arguments[name]).to(backend.device)
+        arguments[name] = laid_out.requires_grad_(gradient)
+    arguments["reference"] = arguments["reference"].to(backend.device)
+    output = backend.set_attention(**arguments)
+    assert output.transpose(1, 2).is_contiguous()
+    if gradient:
+        for grad in torch.autograd.grad(output.sum(), [arguments[name] for name in tokens]):
+            assert grad.transpose(1, 2).is_contiguous()

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import peers
 import torch
-from cases import DIRECTIONS, OPERATIONS, OURS, Case, Result, keep_memory, measure, peak_memory
+from cases import DIRECTIONS, OPERATIONS, OURS, Case, Result, measure, peak_memory
 from check import check, record
 from limits import Rates, measure_rates
 from report import HEADER, rows, slopes
 from small import small_problems
 
 from setformer_ext import _C
-from setformer_ext.timing import DTYPES, SHAPES, Shape, describe, find_device
+from setformer_ext.timing import DTYPES, SHAPES, Shape, describe, find_device, keep_memory
 
 POOLING_PEERS = ["OTKE"]
 LENGTHS = [2**power for power in (8, 10, 12, 14, 16, 17, 18, 19, 20)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import re
 import resource
@@ -74,16 +73,6 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"median": self.median, "spread": self.spread}
-
-
-def keep_memory() -> None:
-    """Have the C library keep what is freed. To give it back to the operating system and to fetch it
-    again, page by page, takes long, and whether it happens depends on what was allocated before.
-    """
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
-        print("this C library does not keep memory when told to", file=sys.stderr)
 
 
 def competitor(case: Case, name: str) -> Attention:

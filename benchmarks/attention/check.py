@@ -10,10 +10,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from cases import OURS, Case, keep_memory, measure
+from cases import OURS, Case, measure
 
 from setformer_ext import _C
-from setformer_ext.timing import Shape
+from setformer_ext.timing import Shape, keep_memory
 
 FILE = Path(__file__).with_name("ratios.json")
 EAGER = "eager, log domain"
