@@ -88,9 +88,8 @@ def find_device(name: str | None) -> torch.device:
 
 
 def keep_memory() -> None:
-    """Have the C library keep what is freed. To give it back to the operating system and to fetch it
-    again, page by page, takes long, and whether it happens depends on what was allocated before.
-    """
+    """Have the C library keep what is freed: to give it back to the operating system and fetch it
+    again, page by page, takes long, and whether it happens depends on what was allocated before."""
     mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
