@@ -118,6 +118,14 @@ class Array {
     return *this;
   }
 
+  const Array& expect_host_memory() const {
+    if (tensor_->device.type != dlpack::kCpu) {
+      throw py::value_error(label_ + " must be in the memory of the CPU, got " +
+                            device_name(tensor_->device));
+    }
+    return *this;
+  }
+
   const Array& expect_writable() const {
     if (read_only_) throw py::value_error(label_ + " must be writable, got a read-only array");
     for (int i = 0; tensor_->strides != nullptr && i < rank(); ++i) {

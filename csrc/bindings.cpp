@@ -160,6 +160,8 @@ void plan(const std::string& kernel, double position_bandwidth, int64_t iteratio
   Call call("transport_plan", arrays, stream);
   PlanParams p;
   call.read_problem(p, kernel, position_bandwidth, iterations);
+  require(p.offsets == nullptr, call.function(),
+          "offsets must not be given: each packed sequence has a plan of its own");
   call.read_normalizers(p);
   call.read_plan(p);
   call.finish();
@@ -189,7 +191,13 @@ PYBIND11_MODULE(_C, m) {
       "optional; bandwidth and epsilon [H] accumulate, or on the CPU a float for all heads;\n"
       "token_positions [N, P], query_positions "
       "[Nq, P],\n"
-      "reference_positions [M, P] accumulate, optional.\n"
+      "reference_positions [M, P] accumulate, optional. Sequences of different lengths may be "
+      "packed\n"
+      "one after another: offsets and query_offsets [S + 1], int64, in the memory of the CPU, "
+      "tell\n"
+      "where each begins and how many tokens there are. Then B is S, but 1 for arrays with a row "
+      "for\n"
+      "each token, and rows, query_rows and grad_token_mass hold sequence after sequence.\n"
       "Results of the forward call: output [B, H, Nq or N, Dv] storage (optional: without it only\n"
       "pooled is computed), pooled [B, H, M, Dv], rows [B, H, T + 1, N], columns\n"
       "[B, H, max(T, 1) + 1, M], query_rows [B, H, T + 1, Nq], query_columns [B, H, max(T, 1), "

@@ -16,6 +16,7 @@
 namespace setformer {
 
 constexpr dlpack::DataType kBoolType{dlpack::kBool, 8, 1};
+constexpr dlpack::DataType kInt64Type{dlpack::kInt, 64, 1};
 constexpr int64_t kMostIterations = int64_t{1} << 31;
 constexpr int64_t kMostColumns = int64_t{1} << 24;  // of M, D and Dv: products of two stay small
 
@@ -67,6 +68,14 @@ class Call {
     p.tokens = key.size(2);
     p.depth = key.size(3);
     p.key = keep(key).view(4);
+    const Array offsets = array("offsets");
+    if (offsets.given()) {
+      require(p.batch == 1, function_,
+              "key must be [1, H, N, D] where offsets tell its sequences apart, got B=" +
+                  std::to_string(p.batch));
+      p.batch = offsets.rank() == 1 ? offsets.size(0) - 1 : 0;
+      p.offsets = checked_offsets("offsets", offsets, p.batch, p.tokens);
+    }
     const Array reference = required("reference");
     reference.expect_device(device_).expect_type(storage_).expect_shape(
         {{{"H", p.heads}, {"M"}, {"D", p.depth}},
@@ -90,7 +99,9 @@ class Call {
     p.iterations = iterations;
 
     p.mask = optional("mask", kBoolType, {{{"B", p.batch}, {"N", p.tokens}}}, 2);
-    p.token_mass = optional("token_mass", accumulate(), {heads_of(p, {"N", p.tokens})}, 3);
+    require(p.mask.data == nullptr || p.offsets == nullptr, function_,
+            "mask must not be given with offsets: packed sequences have no padding");
+    p.token_mass = optional("token_mass", accumulate(), {tokens_of(p, {"N", p.tokens})}, 3);
     p.reference_mass =
         optional("reference_mass", accumulate(),
                  {{{"H", p.heads}, {"M", p.references}}, heads_of(p, {"M", p.references})}, 3);
@@ -119,10 +130,16 @@ class Call {
     p.cross = query.given();
     if (!p.cross) return;
     query.expect_device(device_).expect_type(storage_).expect_shape(
-        {{{"B", p.batch}, {"H", p.heads}, {"Nq"}, {"D", p.depth}}});
+        {tokens_of(p, {"Nq"}, {"D", p.depth})});
     p.queries = query.size(2);
     p.query = keep(query).view(4);
+    if (p.offsets != nullptr) {
+      p.query_offsets =
+          checked_offsets("query_offsets", required("query_offsets"), p.batch, p.queries);
+    }
     p.query_mask = optional("query_mask", kBoolType, {{{"B", p.batch}, {"Nq", p.queries}}}, 2);
+    require(p.query_mask.data == nullptr || p.offsets == nullptr, function_,
+            "query_mask must not be given with offsets: packed sequences have no padding");
     p.query_positions = optional("query_positions", accumulate(),
                                  {{{"Nq", p.queries}, {"P", p.position_depth}}}, 2);
   }
@@ -130,7 +147,7 @@ class Call {
   void read_query_normalizers(ForwardParams& p) {
     if (!p.cross) return;
     p.query_rows =
-        contiguous("query_rows", heads_of(p, {"T+1", p.iterations + 1}, {"Nq", p.queries}));
+        contiguous("query_rows", tokens_of(p, {"T+1", p.iterations + 1}, {"Nq", p.queries}));
     p.query_columns = contiguous(
         "query_columns",
         heads_of(p, {"max(T,1)", std::max<int64_t>(p.iterations, 1)}, {"M", p.references}));
@@ -139,7 +156,7 @@ class Call {
   void read_value(ForwardParams& p) {
     const Array value = required("value");
     value.expect_device(device_).expect_type(storage_).expect_shape(
-        {heads_of(p, {"N", p.tokens}, {"Dv"})});
+        {tokens_of(p, {"N", p.tokens}, {"Dv"})});
     p.value_depth = value.size(3);
     require(
         p.value_depth > 0 && p.value_depth <= kMostColumns, function_,
@@ -161,7 +178,7 @@ class Call {
   }
 
   void read_normalizers(ForwardParams& p) {
-    p.rows = contiguous("rows", heads_of(p, {"T+1", p.iterations + 1}, {"N", p.tokens}));
+    p.rows = contiguous("rows", tokens_of(p, {"T+1", p.iterations + 1}, {"N", p.tokens}));
     p.columns = contiguous(
         "columns",
         heads_of(p, {"max(T,1)+1", std::max<int64_t>(p.iterations, 1) + 1}, {"M", p.references}));
@@ -171,12 +188,12 @@ class Call {
     p.grad_output = optional("grad_output", storage_, {output_shape(p)}, 4);
     p.grad_pooled = optional("grad_pooled", accumulate(),
                              {heads_of(p, {"M", p.references}, {"Dv", p.value_depth})}, 4);
-    p.grad_key = written("grad_key", storage_, {heads_of(p, {"N", p.tokens}, {"D", p.depth})}, 4);
+    p.grad_key = written("grad_key", storage_, {tokens_of(p, {"N", p.tokens}, {"D", p.depth})}, 4);
     p.grad_value =
-        written("grad_value", storage_, {heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth})}, 4);
+        written("grad_value", storage_, {tokens_of(p, {"N", p.tokens}, {"Dv", p.value_depth})}, 4);
     if (p.cross) {
       p.grad_query =
-          written("grad_query", storage_, {heads_of(p, {"Nq", p.queries}, {"D", p.depth})}, 4);
+          written("grad_query", storage_, {tokens_of(p, {"Nq", p.queries}, {"D", p.depth})}, 4);
     }
     p.grad_reference =
         contiguous("grad_reference", heads_of(p, {"M", p.references}, {"D", p.depth}));
@@ -186,7 +203,7 @@ class Call {
     }
     p.grad_epsilon = contiguous("grad_epsilon", {{"B", p.batch}, {"H", p.heads}});
     if (array("grad_token_mass").given()) {
-      p.grad_token_mass = contiguous("grad_token_mass", heads_of(p, {"N", p.tokens}));
+      p.grad_token_mass = contiguous("grad_token_mass", tokens_of(p, {"N", p.tokens}));
     }
     if (array("grad_reference_mass").given()) {
       required("reference_mass");
@@ -221,9 +238,32 @@ class Call {
   static Shape heads_of(const ForwardParams& p, Dimension third, Dimension fourth) {
     return {{"B", p.batch}, {"H", p.heads}, third, fourth};
   }
+  // Of arrays with a row for each token, which packed sequences share.
+  static Shape tokens_of(const ForwardParams& p, Dimension third) {
+    return {{"B", p.offsets != nullptr ? 1 : p.batch}, {"H", p.heads}, third};
+  }
+  static Shape tokens_of(const ForwardParams& p, Dimension third, Dimension fourth) {
+    return {{"B", p.offsets != nullptr ? 1 : p.batch}, {"H", p.heads}, third, fourth};
+  }
   static Shape output_shape(const ForwardParams& p) {
-    return p.cross ? heads_of(p, {"Nq", p.queries}, {"Dv", p.value_depth})
-                   : heads_of(p, {"N", p.tokens}, {"Dv", p.value_depth});
+    return p.cross ? tokens_of(p, {"Nq", p.queries}, {"Dv", p.value_depth})
+                   : tokens_of(p, {"N", p.tokens}, {"Dv", p.value_depth});
+  }
+
+  // Offsets are read here, whatever device the arrays are on.
+  const int64_t* checked_offsets(const char* name, const Array& array, int64_t sequences,
+                                 int64_t tokens) {
+    array.expect_host_memory()
+        .expect_type(kInt64Type)
+        .expect_contiguous()
+        .expect_shape({{{"S+1", sequences + 1}}});
+    const auto* offsets = static_cast<const int64_t*>(keep(array).view(1).data);
+    bool ascending = sequences >= 1 && offsets[0] == 0 && offsets[sequences] == tokens;
+    for (int64_t s = 0; ascending && s < sequences; ++s) ascending = offsets[s] <= offsets[s + 1];
+    require(ascending, function_,
+            std::string(name) + " must ascend from 0 to the number of packed tokens, " +
+                std::to_string(tokens) + ", for at least one sequence");
+    return offsets;
   }
 
   // The key's memory decides whose kernels run.

@@ -23,6 +23,7 @@ except ImportError as error:
 if _TYPE_CHECKING or _torch is not None:
     from .functional import set_attention, set_pooling, transport_plan
     from .modules import SetAttention
+    from .varlen import set_attention_varlen
 else:
 
     def __getattr__(name: str) -> object:
@@ -33,4 +34,11 @@ else:
 
 __version__: str = _build_info()["version"]
 
-__all__ = ["SetAttention", "__version__", "set_attention", "set_pooling", "transport_plan"]
+__all__ = [
+    "SetAttention",
+    "__version__",
+    "set_attention",
+    "set_attention_varlen",
+    "set_pooling",
+    "transport_plan",
+]

@@ -65,7 +65,13 @@ torch.library.register_autograd(
 
 def _define(problem: Problem) -> tuple[Tensor | None, Tensor]:
     """Output (where distributed) and pooled output by the definition."""
+    if problem.offsets is not None:
+        parts = [_define(sequence) for sequence in problem.sequences()]
+        outputs = [output for output, _ in parts if output is not None]
+        pooled = torch.cat([pooled for _, pooled in parts])
+        return torch.cat(outputs, 2) if problem.distribute else None, pooled
     options = problem._asdict()
+    del options["offsets"], options["query_offsets"]
     distribute = options.pop("distribute")
     query = options.pop("query")
     cross = {name: options.pop(name) for name in ("query_mask", "query_positions")}
@@ -132,7 +138,7 @@ def _per_sample(problem: Problem, name: str) -> Tensor:
     tensor = tensor.to(accumulate_dtype(tensor.dtype))
     if tensor.dim() == RANKS[name]:
         return tensor
-    return tensor.expand(problem.key.shape[0], *tensor.shape)
+    return tensor.expand(problem.batch, *tensor.shape)
 
 
 torch.library.register_autograd(

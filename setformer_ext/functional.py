@@ -254,23 +254,26 @@ def _problem(
     query: Tensor | None = None,
     query_mask: Tensor | None = None,
     query_positions: tuple[Tensor | None, tuple[str, int]] | None = None,
+    offsets: Tensor | None = None,
+    query_offsets: Tensor | None = None,
     distribute: bool = True,
 ) -> Problem:
     """Checks what the public functions share and brings it into the form of the operations."""
     key = arguments.key
     batch, heads, tokens, depth = key.shape
     b, h, n = ("B", batch), ("H", heads), ("N", tokens)
+    each = b if offsets is None else ("S", offsets.shape[0] - 1)
     arguments.storage("value", value, [b, h, n, ("Dv", None)])
     if value.shape[3] < 1:
         raise arguments.value_error("value", "[B, H, N, Dv] with Dv >= 1", list(value.shape))
     per_head = [h, ("M", None), ("D", depth)]
-    arguments.storage("reference", reference, per_head, [b, *per_head])
+    arguments.storage("reference", reference, per_head, [each, *per_head])
     m = ("M", reference.shape[-2])
     if reference.shape[-2] < 1:
         raise arguments.value_error("reference", "[.., M, D] with M >= 1", list(reference.shape))
     arguments.mask("mask", mask, [b, n])
     arguments.mass("token_mass", token_mass, [b, h, n], zero=True)
-    arguments.mass("reference_mass", reference_mass, [h, m], [b, h, m], zero=False)
+    arguments.mass("reference_mass", reference_mass, [h, m], [each, h, m], zero=False)
     arguments.kernel(kernel)
     arguments.positive("bandwidth", bandwidth, heads)
     arguments.positive("epsilon", epsilon, heads)
@@ -300,6 +303,8 @@ def _problem(
         token_positions=_to(token_positions, accumulate),
         query_positions=_to(queried[0], accumulate),
         reference_positions=_to(reference_positions, accumulate),
+        offsets=offsets,
+        query_offsets=query_offsets,
         kernel=kernel,
         position_bandwidth=float(position_bandwidth or 1.0),
         iterations=iterations,

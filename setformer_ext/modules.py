@@ -13,6 +13,7 @@ from .arguments import _autocast_enabled
 from .functional import set_attention, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
+from .varlen import set_attention_varlen
 
 
 class SetAttention(nn.Module):
@@ -218,11 +219,15 @@ class SetAttention(nn.Module):
         """Let the tokens attend to one another.
 
         Args:
-            x: tokens [B, N, C], floating point.
+            x: tokens [B, N, C], floating point; or sequences of different lengths as a nested
+                tensor [B, j, C] of layout torch.jagged, which comes out as one. That is each
+                sequence alone, without work for padding, and takes neither mask nor grid.
             mask: bool [B, N], True = valid. The others give nothing and come out as exactly 0.
             grid: (H, W) with H * W = N if the tokens are a grid, row by row; matters to positions
                 and to pooled references, which are then spread over the grid.
         """
+        if isinstance(x, Tensor) and x.is_nested:
+            return self._attend_nested(x, mask, grid)
         x, transport = self._transport(x, mask, grid)
         query = None
         if self.query is not None:
@@ -275,30 +280,77 @@ class SetAttention(nn.Module):
         self._check(x, mask, grid)
         x = _zero_invalid(x, mask)
         key = self._points(self.key(x))
+        token_positions = None
+        if self.position_bandwidth is not None:
+            token_positions = centres(grid or (x.shape[1],), x)
+        return x, {
+            "key": key,
+            "mask": mask,
+            "token_positions": token_positions,
+            **self._problem(x, mask, grid, key.dtype),
+        }
+
+    def _problem(
+        self, x: Tensor, mask: Tensor | None, grid: Grid | None, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """The arguments of transport_plan but for the tokens' own: references in the keys' dtype,
+        masses and options."""
         if self.reference is None:
             pooled = average_parts(x, self.num_references, mask, grid)
             reference = self._points(self.key(pooled))
         else:
-            reference = self._features(self.reference.to(key.dtype).unsqueeze(0)).squeeze(0)
-        token_positions = reference_positions = None
+            reference = self._features(self.reference.to(dtype).unsqueeze(0)).squeeze(0)
+        reference_positions = None
         if self.position_bandwidth is not None:
             parts = (self.num_references,) if grid is None else nearly_square(self.num_references)
-            token_positions = centres(grid or (x.shape[1],), x)
             reference_positions = centres(parts, x)
-        return x, {
-            "key": key,
+        return {
             "reference": reference,
-            "mask": mask,
             "token_mass": self._token_mass(x, mask),
             "reference_mass": self._reference_mass(x, mask),
             "kernel": self.kernel if self.anchor is None else "linear",
             "bandwidth": self.bandwidth if self.anchor is None else 1.0,
             "epsilon": self.epsilon,
             "iterations": self.iterations,
-            "token_positions": token_positions,
             "reference_positions": reference_positions,
             "position_bandwidth": self.position_bandwidth,
         }
+
+    def _attend_nested(self, x: Tensor, mask: object, grid: object) -> Tensor:  # [B, j, C]
+        _require(x.layout == torch.jagged, "x", "a nested tensor of layout torch.jagged", x.layout)
+        for name, given in (("mask", mask), ("grid", grid)):
+            _require(given is None, name, "None with a nested x", type(given).__name__)
+        tokens, offsets = x.values(), x.offsets()  # type: ignore[attr-defined]  # [N, C], [B + 1]
+        fits = tokens.dim() == 2 and tokens.shape[1] == self.dim and tokens.is_floating_point()
+        _require(fits, "x", f"floating point [B, j, C={self.dim}]", f"{x.dtype} {list(x.shape)}")
+        self._check_against_parameters(tokens)
+        lengths = offsets.diff()
+
+        def packed(x: Tensor) -> Tensor:  # [1, H, N, D] -> [N, H, D]
+            return x.squeeze(0).transpose(0, 1)
+
+        key = packed(self._points(self.key(tokens.unsqueeze(0))))
+        value = packed(self._split(self.value(tokens.unsqueeze(0))))
+        # Padded, with its mask, for what reads all tokens of a sequence at little cost.
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        valid = torch.arange(longest, device=x.device) < lengths.unsqueeze(1)
+        padded = tokens.new_zeros(*valid.shape, self.dim)
+        padded[valid] = tokens
+        problem = self._problem(padded, valid, None, key.dtype)
+        if problem["token_mass"] is not None:
+            problem["token_mass"] = problem["token_mass"].transpose(1, 2)[valid]
+        if self.position_bandwidth is not None:
+            positions = [centres((length,), tokens) for length in lengths.tolist()]
+            problem["token_positions"] = torch.cat(positions)
+        query = None
+        if self.query is not None:
+            query = packed(self._points(self.query(tokens.unsqueeze(0))))
+            problem["cu_seqlens_query"] = offsets
+            problem["query_positions"] = problem.get("token_positions")
+        output = set_attention_varlen(query, key, value, cu_seqlens=offsets, **problem)
+        return torch.nested.nested_tensor_from_jagged(
+            self.projection(output.flatten(1)), offsets, min_seqlen=shortest, max_seqlen=longest
+        )
 
     def _split(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, H, N, D]
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

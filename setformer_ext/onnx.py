@@ -61,6 +61,8 @@ def export(
 def _set_attention(*arguments: Any) -> Solution:
     """The operation's results; those that only its backward reads stay empty."""
     problem = Problem(*arguments)
+    if problem.offsets is not None:
+        raise ValueError("packed sequences cannot be exported to ONNX: pad them, with a mask")
     storage = problem.key.dtype
     problem = problem.in_storage_type(accumulate_dtype(storage))
     shared = {

@@ -24,7 +24,7 @@ PROBLEM = (
     "Tensor key, Tensor value, Tensor reference, Tensor bandwidth, Tensor epsilon, Tensor? query, "
     "Tensor? mask, Tensor? query_mask, Tensor? token_mass, Tensor? reference_mass, "
     "Tensor? token_positions, Tensor? query_positions, Tensor? reference_positions, "
-    f"{OPTIONS}, bool distribute"
+    f"Tensor? offsets, Tensor? query_offsets, {OPTIONS}, bool distribute"
 )
 SOLUTION = (
     "Tensor output, Tensor pooled, Tensor rows, Tensor columns, Tensor query_rows, "
@@ -47,7 +47,12 @@ torch.library.define(
 
 
 class Problem(NamedTuple):
-    """The arguments of ``set_attention``, in the order of its schema."""
+    """The arguments of ``set_attention``, in the order of its schema.
+
+    Where ``offsets`` are given, S sequences are packed one after another: then B is S, but 1 for
+    tensors with a row for each token, and ``rows``, ``query_rows`` and the kernels' gradient of
+    ``token_mass`` hold the numbers of one sequence after another.
+    """
 
     key: Tensor  # [B, H, N, D] storage
     value: Tensor  # [B, H, N, Dv] storage
@@ -62,16 +67,44 @@ class Problem(NamedTuple):
     token_positions: Tensor | None  # [N, P] accumulate
     query_positions: Tensor | None  # [Nq, P] accumulate
     reference_positions: Tensor | None  # [M, P] accumulate
+    offsets: Tensor | None  # [S + 1] int64, on the CPU: where sequences begin, and N
+    query_offsets: Tensor | None  # [S + 1] int64, on the CPU
     kernel: str
     position_bandwidth: float
     iterations: int
     distribute: bool
 
+    @property
+    def batch(self) -> int:
+        """B of what is there once for each sample: S where sequences are packed."""
+        return self.key.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+    def sequences(self) -> "list[Problem]":
+        """The problems that are packed, each a batch of one."""
+        assert self.offsets is not None
+        of_keys = {"key": 2, "value": 2, "token_mass": 2, "token_positions": 0}
+        of_queries = {"query": 2, "query_positions": 0}
+        ends = self.offsets.tolist()
+        query_ends = ends if self.query_offsets is None else self.query_offsets.tolist()
+        problems = []
+        for index in range(self.batch):
+            parts: dict[str, Any] = {"offsets": None, "query_offsets": None}
+            for dimensions, bounds in ((of_keys, ends), (of_queries, query_ends)):
+                begin, end = bounds[index], bounds[index + 1]
+                for name, dimension in dimensions.items():
+                    if (x := getattr(self, name)) is not None:
+                        parts[name] = x.narrow(dimension, begin, end - begin)
+            for name in ("reference", "reference_mass", "bandwidth", "epsilon"):
+                if (x := getattr(self, name)) is not None and x.dim() == RANKS[name]:
+                    parts[name] = x.narrow(0, index, 1)
+            problems.append(self._replace(**parts))
+        return problems
+
     def arrays(self) -> dict[str, Any]:
         """The given tensors and the options, by the names that the compiled module knows."""
-        absent = {"distribute"} | (
-            {"query_mask", "query_positions"} if self.query is None else set()
-        )
+        absent = {"distribute"}
+        if self.query is None:
+            absent |= {"query_mask", "query_positions", "query_offsets"}
         return {
             name: x for name, x in self._asdict().items() if x is not None and name not in absent
         }
@@ -157,7 +190,7 @@ def empty_rows(like: Tensor, depth: int) -> Tensor:  # [B, H, N, *] -> [B, H, N,
 def empty_solution(problem: Problem) -> Solution:
     """Unwritten results of the right shapes and types, on the problem's device."""
     key, query = problem.key, problem.query
-    batch, heads, tokens = key.shape[:3]
+    batch, (packed, heads, tokens) = problem.batch, key.shape[:3]
     references, depth = problem.reference.shape[-2], problem.value.shape[-1]
     steps = problem.iterations
     accumulate = accumulate_dtype(key.dtype)
@@ -170,9 +203,9 @@ def empty_solution(problem: Problem) -> Solution:
     return Solution(
         output=empty_rows(rows, depth) if problem.distribute else key.new_empty(0),
         pooled=empty(batch, heads, references, depth),
-        rows=empty(batch, heads, steps + 1, tokens),
+        rows=empty(packed, heads, steps + 1, tokens),
         columns=empty(batch, heads, max(steps, 1) + 1, references),
-        query_rows=empty(0) if query is None else empty(batch, heads, steps + 1, queries),
+        query_rows=empty(0) if query is None else empty(packed, heads, steps + 1, queries),
         query_columns=(
             empty(0) if query is None else empty(batch, heads, max(steps, 1), references)
         ),
@@ -182,7 +215,7 @@ def empty_solution(problem: Problem) -> Solution:
 def empty_gradients(problem: Problem) -> Gradients:
     """Unwritten gradients of the right shapes and types, on the problem's device."""
     key, value, query = problem.key, problem.value, problem.query
-    batch, heads, tokens, depth = key.shape
+    batch, (packed, heads, tokens, depth) = problem.batch, key.shape
     references = problem.reference.shape[-2]
     accumulate = accumulate_dtype(key.dtype)
 
@@ -196,7 +229,7 @@ def empty_gradients(problem: Problem) -> Gradients:
         bandwidth=empty(batch, heads),
         epsilon=empty(batch, heads),
         query=key.new_empty(0) if query is None else empty_rows(query, depth),
-        token_mass=empty(0) if problem.token_mass is None else empty(batch, heads, tokens),
+        token_mass=empty(0) if problem.token_mass is None else empty(packed, heads, tokens),
         reference_mass=(
             empty(0) if problem.reference_mass is None else empty(batch, heads, references)
         ),
@@ -262,7 +295,16 @@ def _set_attention_backward(
         if getattr(problem, name) is not None
     }
     run("set_attention_backward", arrays)
+    if problem.offsets is not None and problem.token_mass is not None:
+        gradients = gradients._replace(token_mass=_beside(gradients.token_mass, problem.offsets))
     return gradients
+
+
+def _beside(in_turn: Tensor, offsets: Tensor) -> Tensor:  # [1, H, N]
+    """From [H, n] of one sequence after another to sequences beside one another."""
+    heads = in_turn.shape[1]
+    parts = in_turn.flatten().split((heads * offsets.diff()).tolist())
+    return torch.cat([part.view(1, heads, -1) for part in parts], dim=2)
 
 
 @torch.library.impl("setformer_ext::transport_plan", DISPATCH_KEYS)
@@ -292,6 +334,8 @@ def _transport_plan(
         token_positions,
         None,
         reference_positions,
+        None,
+        None,
         *(*options, False),
     )
     solution = empty_solution(problem)

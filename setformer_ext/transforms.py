@@ -16,8 +16,11 @@ FOLDED = RANKS.keys() - {"bandwidth", "epsilon"}
 def _batch_problem(size: int, problem: Problem, in_dims: tuple[int | None, ...]) -> Problem | None:
     """The problem of all vmapped samples with the vmapped dimension folded into the batch.
 
-    None where that cannot be done: bandwidth, epsilon and positions have no batch to fold into.
+    None where that cannot be done: bandwidth, epsilon, positions and packed sequences have no batch
+    to fold into.
     """
+    if problem.offsets is not None:
+        return None
     batched: dict[str, Any] = {}
     for name, tensor, dim in zip(Problem._fields, problem, in_dims, strict=True):
         if not isinstance(tensor, Tensor):

@@ -56,13 +56,11 @@ double exponentials(int) {
   alignas(64) float x[count], y[count];
   for (int i = 0; i < count; ++i) x[i] = -20.0f * float(i) / count;
   for (int repeat = 0; repeat < repeats; ++repeat) {
-    constexpr int unrolled = 4 * kLanes<float>;
-    for (int i = 0; i < count; i += unrolled) {
-#pragma GCC unroll 4
-      for (int part = 0; part < 4; ++part) {
-        const int at = i + part * kLanes<float>;
-        store<float>(y + at, exp2_bounded<float>(load(x + at)));
-      }
+    for (int i = 0; i < count; i += kPack * kLanes<float>) {
+      Lanes part[kPack];
+      for (int p = 0; p < kPack; ++p) part[p] = load(x + i + p * kLanes<float>);
+      exp2_bounded<float>(part);
+      for (int p = 0; p < kPack; ++p) store<float>(y + i + p * kLanes<float>, part[p]);
     }
     asm volatile("" : : "r"(y) : "memory");
   }

@@ -1,6 +1,7 @@
 // The CPU backend for one instruction set: compiled once per SETFORMER_ISA (CMakeLists.txt).
 #include "kernels.h"
 
+#include "../sequences.h"
 #include "backward.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
@@ -81,18 +82,20 @@ inline int worthwhile_threads(const ForwardParams& p, bool over_heads) {
   return int(larger(1.0, smaller(double(threads), work / (wakes * least_work))));
 }
 
-// Runs a Head for every (batch item, head): whole heads in parallel where all threads get as many or
-// nearly so, else the spans of one head after another.
+// Runs a Head for every (batch item, head): whole heads in parallel where all threads get as many
+// or nearly so, else the spans of one head after another.
 template <class Storage, template <class> class Head, class Params>
 Status run(const Params& p) {
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
   if (heads == 0) return Status::kOk;
   const int available = omp_get_max_threads();
-  Head<Storage> sample(p);
-  const bool over_heads = sample.spans() == 1 || heads % available == 0 || heads >= 4 * int64_t{available};
-  const int most = worthwhile_threads(p, over_heads);
-  const int threads = int(smaller<int64_t>(most, over_heads ? heads : sample.spans()));
+  const Params most = p.offsets == nullptr ? p : longest_sequence(p);
+  Head<Storage> sample(most);
+  const bool over_heads =
+      sample.spans() == 1 || heads % available == 0 || heads >= 4 * int64_t{available};
+  const int worthwhile = worthwhile_threads(p, over_heads);
+  const int threads = int(smaller<int64_t>(worthwhile, over_heads ? heads : sample.spans()));
   const int heads_at_once = over_heads ? threads : 1;
 
   Arena head_size, worker_size;
@@ -111,6 +114,17 @@ Status run(const Params& p) {
     Head<Storage>::place_worker(arena, p, workers[thread]);
   }
 
+  // A head of a packed sequence is one of a problem of its own, in the same memory.
+  const auto run_head = [&p](Head<Storage>& head, char* memory, int64_t i,
+                             const Team<Worker<T>>& team) {
+    if (p.offsets == nullptr) return head.run(i / p.heads, i % p.heads, team);
+    const Params own = sequence(p, i / p.heads);
+    Head<Storage> own_head(own);
+    Arena arena(memory);
+    own_head.place(arena);
+    return own_head.run(0, i % p.heads, team);
+  };
+
   Status result = Status::kOk;
   int64_t first_failed = heads;  // its status is the result, whichever thread is done first
   if (over_heads) {
@@ -118,12 +132,13 @@ Status run(const Params& p) {
     {
       const int thread = omp_get_thread_num();
       Head<Storage> head(p);
-      Arena arena(head_memory + thread * head_size.used());
-      head.place(arena);
+      char* memory = head_memory + thread * head_size.used();
+      Arena arena(memory);
+      if (p.offsets == nullptr) head.place(arena);
       const Team<Worker<T>> team{workers + thread, 1};
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < heads; ++i) {
-        const Status status = head.run(i / p.heads, i % p.heads, team);
+        const Status status = run_head(head, memory, i, team);
         if (status != Status::kOk) {
 #pragma omp critical
           if (i < first_failed) {
@@ -138,7 +153,7 @@ Status run(const Params& p) {
     sample.place(arena);
     const Team<Worker<T>> team{workers, threads};
     for (int64_t i = 0; i < heads; ++i) {
-      const Status status = sample.run(i / p.heads, i % p.heads, team);
+      const Status status = run_head(sample, head_memory, i, team);
       if (status != Status::kOk) return status;
     }
   }

@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../sequences.h"
 #include "kernels.h"
 #include "launch.h"
 
@@ -69,11 +70,26 @@ void visit(ScalarType type, Call call) {
 }
 
 template <template <class> class Kernels, class Params>
-int64_t workspace_bytes(const Params& p) {
+int64_t workspace_bytes(const Params& packed) {
+  Params p = packed;
+  if (p.offsets != nullptr) {
+    p = longest_sequence(packed);
+    p.batch = 1;
+  }
   const int64_t number = p.type == ScalarType::kFloat64 ? sizeof(double) : sizeof(float);
   int64_t numbers = 0;
   visit<Kernels>(p.type, [&](auto kernels) { numbers = kernels.workspace(p).total; });
   return numbers * number;
+}
+
+// One problem, or those of packed sequences one after another on the stream, which share the
+// workspace.
+template <template <class> class Kernels, class Params>
+void run_kernels(const Params& p, void* workspace, Stream& target) {
+  visit<Kernels>(p.type, [&](auto kernels) {
+    if (p.offsets == nullptr) return kernels.run(p, workspace, target);
+    for (int64_t s = 0; s < p.batch; ++s) kernels.run(sequence(p, s), workspace, target);
+  });
 }
 
 }  // namespace
@@ -82,15 +98,13 @@ int64_t forward_workspace(const ForwardParams& p) { return workspace_bytes<Forwa
 int64_t backward_workspace(const BackwardParams& p) { return workspace_bytes<BackwardKernels>(p); }
 
 Result set_attention_forward(const ForwardParams& p, void* workspace, int device, void* stream) {
-  return run(device, stream, [&](Stream& target) {
-    visit<ForwardKernels>(p.type, [&](auto kernels) { kernels.run(p, workspace, target); });
-  });
+  return run(device, stream,
+             [&](Stream& target) { run_kernels<ForwardKernels>(p, workspace, target); });
 }
 
 Result set_attention_backward(const BackwardParams& p, void* workspace, int device, void* stream) {
-  return run(device, stream, [&](Stream& target) {
-    visit<BackwardKernels>(p.type, [&](auto kernels) { kernels.run(p, workspace, target); });
-  });
+  return run(device, stream,
+             [&](Stream& target) { run_kernels<BackwardKernels>(p, workspace, target); });
 }
 
 Result transport_plan(const PlanParams& p, int device, void* stream) {
