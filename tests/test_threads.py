@@ -115,6 +115,42 @@ result = count() - before
     assert fresh(COUNT + code) == threads - 1
 
 
+def test_a_forked_child_computes_on_one_thread() -> None:
+    """OpenMP's threads do not come along, which OpenMP does not know: it would wait for them, as
+    torch's own operations then do."""
+    code = """
+import os, signal
+torch.set_num_threads(2)
+arguments = random_problem(0, N=20011, B=2, dtype=torch.float32)
+expected = setformer_ext.set_attention(**arguments).numpy()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    found = setformer_ext.set_attention(**arguments).numpy()
+    os._exit(0 if (found == expected).all() else 1)
+result = os.waitpid(child, 0)[1]
+"""
+    assert fresh(COUNT + code) == 0
+
+
+def test_workers_of_a_data_loader() -> None:
+    code = """
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        arguments = random_problem(index, N=2000, dtype=torch.float32)
+        return setformer_ext.set_attention(**arguments)
+
+torch.set_num_threads(2)
+expected = [Samples()[i] for i in range(6)]
+loader = torch.utils.data.DataLoader(Samples(), batch_size=None, num_workers=2, timeout=60)
+result = all(torch.equal(x, y) for x, y in zip(loader, expected, strict=True))
+"""
+    assert fresh(COUNT + code)
+
+
 def test_one_pool_of_threads_with_torch() -> None:
     """After torch has started its threads a call needs none of its own."""
     code = """

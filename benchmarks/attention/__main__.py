@@ -1,7 +1,7 @@
 """Time and memory of the operation and of what could be used in its place.
 
     python benchmarks/attention [--shapes v1 v2 ...] [--competitors NAME ...] [--output FOLDER]
-    python benchmarks/attention --lengths | --scaling | --small | --check | --record
+    python benchmarks/attention --lengths | --scaling | --small | --ragged | --check | --record
 
 prints a line of Markdown for each competitor of each case and writes results.json, results.md and
 plots into the folder. All competitors of a case run in turn, round after round; figures are
@@ -27,6 +27,7 @@ import torch
 from cases import DIRECTIONS, OPERATIONS, OURS, Case, Result, measure, peak_memory
 from check import check, record
 from limits import Rates, measure_rates
+from ragged import ragged
 from report import HEADER, rows, slopes
 from small import small_problems
 
@@ -67,6 +68,9 @@ def main() -> int:
     )
     kind.add_argument("--scaling", action="store_true", help="ours, on one thread and more")
     kind.add_argument("--small", action="store_true", help="what a call costs beside its work")
+    kind.add_argument(
+        "--ragged", action="store_true", help="sequences of different lengths, packed and padded"
+    )
     kind.add_argument("--check", action="store_true", help="fail if a kernel became slower")
     kind.add_argument("--record", action="store_true", help="write what --check compares with")
     options = parser.parse_args()
@@ -79,6 +83,9 @@ def main() -> int:
         return 0
     if options.small:
         print(small_problems(options.threads))
+        return 0
+    if options.ragged:
+        print(ragged(options.threads))
         return 0
     if options.keep_memory:
         keep_memory()

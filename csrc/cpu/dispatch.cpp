@@ -1,4 +1,8 @@
-// Chooses the instruction set at run time.
+// Chooses the instruction set and the number of threads at run time.
+#include <omp.h>
+#include <pthread.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -59,7 +63,19 @@ const Backend& chosen() {
   return backend;
 }
 
+std::atomic<bool> threads_were_used{false}, threads_are_lost{false};
+
+void after_fork_in_child() { threads_are_lost = threads_were_used.load(); }
+
 }  // namespace
+
+int available_threads() {
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+  (void)registered;
+  const int threads = threads_are_lost ? 1 : omp_get_max_threads();
+  if (threads > 1) threads_were_used = true;
+  return threads;
+}
 
 Status set_attention_forward(const ForwardParams& params) { return chosen().forward(params); }
 Status set_attention_backward(const BackwardParams& params) { return chosen().backward(params); }

@@ -72,14 +72,13 @@ class PlanHead {
 
 // As many threads as have enough to do to be worth waking; over the spans of a head they are woken
 // for every pass over its tokens.
-inline int worthwhile_threads(const ForwardParams& p, bool over_heads) {
+inline int worthwhile_threads(const ForwardParams& p, int available, bool over_heads) {
   constexpr double least_work = 2e6;  // operations, some tens of microseconds
   const double rows = double(p.batch) * double(p.heads) * double(p.tokens + p.queries);
   const double operations = double(2 * p.depth + 4 * p.value_depth + 4 * p.iterations);
   const double work = rows * double(p.references) * operations;
   const double wakes = over_heads ? 1 : double(p.batch * p.heads * (p.iterations + 2));
-  const int threads = omp_get_max_threads();
-  return int(larger(1.0, smaller(double(threads), work / (wakes * least_work))));
+  return int(larger(1.0, smaller(double(available), work / (wakes * least_work))));
 }
 
 // Runs a Head for every (batch item, head): whole heads in parallel where all threads get as many
@@ -89,12 +88,12 @@ Status run(const Params& p) {
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
   if (heads == 0) return Status::kOk;
-  const int available = omp_get_max_threads();
+  const int available = available_threads();
   const Params most = p.offsets == nullptr ? p : longest_sequence(p);
   Head<Storage> sample(most);
   const bool over_heads =
       sample.spans() == 1 || heads % available == 0 || heads >= 4 * int64_t{available};
-  const int worthwhile = worthwhile_threads(p, over_heads);
+  const int worthwhile = worthwhile_threads(p, available, over_heads);
   const int threads = int(smaller<int64_t>(worthwhile, over_heads ? heads : sample.spans()));
   const int heads_at_once = over_heads ? threads : 1;
 
