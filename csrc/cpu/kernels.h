@@ -17,7 +17,8 @@ SETFORMER_DECLARE_KERNELS(avx512)
 namespace setformer::cpu {
 
 // Threads that a call may use: those of OpenMP, but 1 in a process forked from one where calls used
-// more, for the child has OpenMP's record of its threads and not the threads: it would wait forever.
+// more, for the child has OpenMP's record of its threads and not the threads: it would wait
+// forever.
 int available_threads();
 
 }  // namespace setformer::cpu

@@ -301,6 +301,7 @@ def extension_objects(sources: Path) -> list[Path]:
     jobs = [
         (sources / "bindings.cpp", ("-O1",)),
         (sources / "build_info.cpp", ("-O1",)),
+        (sources / "sequences.cpp", ("-O1",)),
         (cpu / "dispatch.cpp", ("-O1",)),
         (cpu / "kernels.cpp", ("-O1", "-DSETFORMER_ISA=baseline")),
     ]
