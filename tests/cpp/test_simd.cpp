@@ -91,11 +91,11 @@ void test_tile_sums() {
   const double tolerance = 30 * std::numeric_limits<T>::epsilon();
   std::mt19937 random(2);
   std::uniform_real_distribution<double> uniform(-20, 20);
-  std::vector<T> tile(count * columns), by_column(columns), by_row(kTileTokens);
+  std::vector<T> tile(count * columns), by_column(columns), by_row(kMostTileTokens);
   for (auto* values : {&tile, &by_column, &by_row}) {
     for (T& x : *values) x = T(uniform(random));
   }
-  T logs[kTileTokens];
+  T logs[kMostTileTokens];
   row_log_sums(tile.data(), count, columns, by_column.data(), logs);
   for (int64_t i = 0; i < count; ++i) {
     double sum = 0;
@@ -122,6 +122,26 @@ void test_tile_sums() {
       sum += std::exp2(double(tile[i * columns + j] + by_row[i]));
     }
     CHECK_CLOSE(double(normalizers[j]), std::log2(sum), 40 * tolerance);
+  }
+}
+
+// Of every number of rows that a tile may have; small integers are exact in any order.
+template <class T>
+void test_row_sums() {
+  const int64_t columns = 2 * kLanes<T>;
+  std::mt19937 random(3);
+  std::uniform_int_distribution<int> small(-4, 4);
+  std::vector<T> weights(columns), products(kMostTileTokens);
+  for (T& x : weights) x = T(small(random));
+  for (int64_t count = 1; count <= kMostTileTokens; ++count) {
+    std::vector<T> tile(count * columns);
+    for (T& x : tile) x = T(small(random));
+    multiply_vector(tile.data(), count, columns, weights.data(), products.data());
+    for (int64_t i = 0; i < count; ++i) {
+      T expected = 0;
+      for (int64_t j = 0; j < columns; ++j) expected += tile[i * columns + j] * weights[j];
+      CHECK(products[i] == expected);
+    }
   }
 }
 
@@ -190,6 +210,8 @@ int main() {
   test_sums<double>();
   test_products<float>();
   test_products<double>();
+  test_row_sums<float>();
+  test_row_sums<double>();
   test_tile_sums<float>();
   test_tile_sums<double>();
   test_conversions<Float16>(5);
