@@ -1,8 +1,7 @@
 #include "build_info.h"
 
-#include <omp.h>
-
 #include "build_facts.h"
+#include "cpu/kernels.h"
 #include "cuda/device.h"
 #include "nvtx.h"
 
@@ -22,6 +21,6 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
-int max_threads() { return omp_get_max_threads(); }
+int max_threads() { return cpu::available_threads(); }
 
 }  // namespace setformer

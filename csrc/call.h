@@ -74,7 +74,7 @@ class Call {
               "key must be [1, H, N, D] where offsets tell its sequences apart, got B=" +
                   std::to_string(p.batch));
       p.batch = offsets.rank() == 1 ? offsets.size(0) - 1 : 0;
-      p.offsets = checked_offsets("offsets", offsets, p.batch, p.tokens);
+      p.offsets = checked_offsets("offsets", offsets, p.batch, p.tokens, offsets_);
     }
     const Array reference = required("reference");
     reference.expect_device(device_).expect_type(storage_).expect_shape(
@@ -134,8 +134,8 @@ class Call {
     p.queries = query.size(2);
     p.query = keep(query).view(4);
     if (p.offsets != nullptr) {
-      p.query_offsets =
-          checked_offsets("query_offsets", required("query_offsets"), p.batch, p.queries);
+      p.query_offsets = checked_offsets("query_offsets", required("query_offsets"), p.batch,
+                                        p.queries, query_offsets_);
     }
     p.query_mask = optional("query_mask", kBoolType, {{{"B", p.batch}, {"Nq", p.queries}}}, 2);
     require(p.query_mask.data == nullptr || p.offsets == nullptr, function_,
@@ -250,14 +250,17 @@ class Call {
                    : tokens_of(p, {"N", p.tokens}, {"Dv", p.value_depth});
   }
 
-  // Offsets are read here, whatever device the arrays are on.
+  // Offsets are read here, whatever device the arrays are on, and copied: what was checked must
+  // still hold while other threads run.
   const int64_t* checked_offsets(const char* name, const Array& array, int64_t sequences,
-                                 int64_t tokens) {
+                                 int64_t tokens, std::vector<int64_t>& copy) const {
     array.expect_host_memory()
         .expect_type(kInt64Type)
         .expect_contiguous()
         .expect_shape({{{"S+1", sequences + 1}}});
-    const auto* offsets = static_cast<const int64_t*>(keep(array).view(1).data);
+    const auto* given = static_cast<const int64_t*>(array.view(1).data);
+    copy.assign(given, given + sequences + 1);
+    const int64_t* offsets = copy.data();
     bool ascending = sequences >= 1 && offsets[0] == 0 && offsets[sequences] == tokens;
     for (int64_t s = 0; ascending && s < sequences; ++s) ascending = offsets[s] <= offsets[s + 1];
     require(ascending, function_,
@@ -360,6 +363,7 @@ class Call {
   dlpack::DataType storage_{};
   bool own_scratch_ = false;
   Number bandwidth_, epsilon_;
+  std::vector<int64_t> offsets_, query_offsets_;
   std::vector<std::unique_ptr<char[]>> scratch_;
   std::vector<Array> kept_;
   std::vector<std::string> known_;

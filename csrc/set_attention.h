@@ -52,9 +52,10 @@ struct ForwardParams {
   bool cross = false;      // queries are not the keys: they get a Sinkhorn solve of their own
   bool distribute = true;  // false: pooled outputs only
 
-  // Where sequences of different lengths are packed, [batch + 1]: where each begins among all
-  // tokens, and their number. Then what has a row for each token lacks the batch: its B below is 1;
-  // rows, query_rows and grad_token_mass hold those of one sequence after another (sequences.h).
+  // Where sequences of different lengths are packed, [batch + 1] in host memory: where each begins
+  // among all tokens, and their number. Then what has a row for each token lacks the batch: its B
+  // below is 1; rows, query_rows and grad_token_mass hold those of one sequence after another
+  // (sequences.h).
   const int64_t* offsets = nullptr;
   const int64_t* query_offsets = nullptr;  // where `cross`
 

@@ -221,7 +221,8 @@ class SetAttention(nn.Module):
         Args:
             x: tokens [B, N, C], floating point; or sequences of different lengths as a nested
                 tensor [B, j, C] of layout torch.jagged, which comes out as one. That is each
-                sequence alone, without work for padding, and takes neither mask nor grid.
+                sequence alone, and takes neither mask nor grid; only masses and pooled references
+                are computed of the padded tokens.
             mask: bool [B, N], True = valid. The others give nothing and come out as exactly 0.
             grid: (H, W) with H * W = N if the tokens are a grid, row by row; matters to positions
                 and to pooled references, which are then spread over the grid.
@@ -320,9 +321,14 @@ class SetAttention(nn.Module):
         _require(x.layout == torch.jagged, "x", "a nested tensor of layout torch.jagged", x.layout)
         for name, given in (("mask", mask), ("grid", grid)):
             _require(given is None, name, "None with a nested x", type(given).__name__)
+        whole = x.dim() == 3 and x._ragged_idx == 1 and x.lengths() is None and x.shape[0] > 0  # type: ignore[attr-defined]
+        _require(whole, "x", "[B, j, C], B >= 1, without holes (call .contiguous())", x.shape)
         tokens, offsets = x.values(), x.offsets()  # type: ignore[attr-defined]  # [N, C], [B + 1]
-        fits = tokens.dim() == 2 and tokens.shape[1] == self.dim and tokens.is_floating_point()
-        _require(fits, "x", f"floating point [B, j, C={self.dim}]", f"{x.dtype} {list(x.shape)}")
+        shape = f"floating point [B, j, C={self.dim}]"
+        if not x.is_floating_point():
+            raise TypeError(_message("x", shape, f"{x.dtype} {list(x.shape)}"))
+        fits = tokens.dim() == 2 and tokens.shape[1] == self.dim
+        _require(fits, "x", shape, f"{x.dtype} {list(x.shape)}")
         self._check_against_parameters(tokens)
         lengths = offsets.diff()
 

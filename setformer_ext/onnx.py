@@ -62,7 +62,9 @@ def _set_attention(*arguments: Any) -> Solution:
     """The operation's results; those that only its backward reads stay empty."""
     problem = Problem(*arguments)
     if problem.offsets is not None:
-        raise ValueError("packed sequences cannot be exported to ONNX: pad them, with a mask")
+        raise ValueError(
+            "set_attention_varlen: packed sequences cannot go to ONNX: pad them, with a mask"
+        )
     storage = problem.key.dtype
     problem = problem.in_storage_type(accumulate_dtype(storage))
     shared = {

@@ -137,6 +137,8 @@ def _register_autocast(name: str, storage: tuple[int, ...], device: str) -> None
     def cast(index: int, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
             return x
+        if x.device.type != device:  # only the offsets of packed sequences are on this one
+            return x
         return x.to(torch.get_autocast_dtype(device) if index in storage else torch.float32)
 
     def kernel(_: Any, *arguments: Any) -> Any:

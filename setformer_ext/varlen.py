@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .arguments import Arguments
+from .arguments import Arguments, _readable
 from .autograd import differentiable_call
 from .functional import _problem
 
@@ -62,10 +62,15 @@ def set_attention_varlen(
     if query is key:
         query = None
     name = "set_attention_varlen"
-    _expect_packed(name, "key", key, "[N, H, D]")
+    if not isinstance(key, Tensor):
+        raise TypeError(f"{name}: key must be a tensor, got {type(key).__name__}")
+    if key.dim() != 3 or key.shape[2] < 1:
+        raise ValueError(f"{name}: key must be [N, H, D] with D >= 1, got {list(key.shape)}")
     arguments = Arguments(name, _heads_first(key))
     tokens, heads, depth = key.shape
     arguments.storage("value", value, [("N", tokens), ("H", heads), ("Dv", None)])
+    if value.shape[2] < 1:
+        raise arguments.value_error("value", "[N, H, Dv] with Dv >= 1", list(value.shape))
     offsets = _offsets(arguments, "cu_seqlens", cu_seqlens, tokens)
     queries, query_offsets = ("Nq", tokens), None
     if query is None:
@@ -112,19 +117,21 @@ def _heads_first(x: Tensor) -> Tensor:  # [N, H, D] -> [1, H, N, D]
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def _expect_packed(function: str, name: str, x: object, shape: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dim() != 3:
-        raise ValueError(f"{function}: {name} must be {shape}, got {list(x.shape)}")
-
-
 def _offsets(arguments: Arguments, name: str, x: object, tokens: int) -> Tensor:
-    """As int64 on the CPU. That they ascend to ``tokens`` is checked where they are read."""
+    """As int64 on the CPU, ascending from 0 to ``tokens``; when tracing, the kernel checks that."""
     if not isinstance(x, Tensor):
         raise arguments.type_error(name, "an int32 or int64 tensor [S + 1]", type(x).__name__)
     if x.dtype not in (torch.int32, torch.int64):
         raise arguments.type_error(name, "int32 or int64", str(x.dtype).removeprefix("torch."))
     if x.dim() != 1 or x.shape[0] < 2:
         raise arguments.value_error(name, "[S + 1] for S >= 1 sequences", list(x.shape))
-    return x.to("cpu", torch.int64).contiguous()
+    if x.device.type == "meta":
+        raise arguments.value_error(name, "on a device that holds its values", x.device)
+    offsets = x.to("cpu", torch.int64).contiguous()
+    if _readable(offsets):
+        ascends = int(offsets[0]) == 0 and int(offsets[-1]) == tokens
+        if not ascends or bool((offsets.diff() < 0).any()):
+            expected = f"ascending from 0 to the number of packed tokens, {tokens}"
+            got = offsets.tolist() if offsets.shape[0] <= 10 else f"{offsets[0]} to {offsets[-1]}"
+            raise arguments.value_error(name, expected, got)
+    return offsets

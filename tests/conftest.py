@@ -14,6 +14,8 @@ import setformer_ext
 from emulator.build import emulated_module, find_nvcc
 from setformer_ext import ops
 
+# Small problems take all threads too, here and in the processes that tests start: read once.
+os.environ.setdefault("SETFORMER_LEAST_PARALLEL_WORK", "0")
 # Options of this run are not meant for the pytest processes that tests start.
 os.environ.pop("PYTEST_ADDOPTS", None)
 

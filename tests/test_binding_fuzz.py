@@ -2,58 +2,91 @@
 
 import ctypes
 import gc
+import resource
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from setformer_ext import _C
 
-B, H, N, D, DV, M, T = 2, 2, 5, 4, 3, 3, 2
-SIZES = {
-    "key": (B, H, N, D),
-    "value": (B, H, N, DV),
-    "reference": (H, M, D),
-    "epsilon": (H,),
-    "bandwidth": (H,),
-    "token_mass": (B, H, N),
-    "reference_mass": (H, M),
-    "token_positions": (N, 2),
-    "reference_positions": (M, 2),
-}
-RESULTS = {
-    "output": (B, H, N, DV),
-    "pooled": (B, H, M, DV),
-    "rows": (B, H, T + 1, N),
-    "columns": (B, H, T + 1, M),
-}
-GRADIENTS = {
-    "grad_key": (B, H, N, D),
-    "grad_value": (B, H, N, DV),
-    "grad_reference": (B, H, M, D),
-    "grad_bandwidth": (B, H),
-    "grad_epsilon": (B, H),
-    "grad_token_mass": (B, H, N),
-    "grad_reference_mass": (B, H, M),
-}
+H, N, NQ, D, DV, M, T = 2, 5, 4, 4, 3, 3, 2
+OFFSETS, QUERY_OFFSETS = np.array([0, 2, N]), np.array([0, 4, NQ])  # two packed sequences
+
+
+def shapes(function: str, batch: int, sequences: int, cross: bool) -> dict[str, tuple[int, ...]]:
+    """Of all arrays of a call; `batch` is 1 where there are several packed `sequences`."""
+    queries = NQ if cross else N
+    found = {
+        "key": (batch, H, N, D),
+        "value": (batch, H, N, DV),
+        "reference": (H, M, D),
+        "epsilon": (H,),
+        "bandwidth": (H,),
+        "token_mass": (batch, H, N),
+        "reference_mass": (sequences, H, M),
+        "token_positions": (N, 2),
+        "reference_positions": (M, 2),
+        "rows": (batch, H, T + 1, N),
+        "columns": (sequences, H, T + 1, M),
+    }
+    if function == "transport_plan":
+        del found["value"]
+        return found | {"plan": (batch, H, N, M)}
+    found |= {"output": (batch, H, queries, DV), "pooled": (sequences, H, M, DV)}
+    if cross:
+        found |= {
+            "query": (batch, H, NQ, D),
+            "query_positions": (NQ, 2),
+            "query_rows": (batch, H, T + 1, NQ),
+            "query_columns": (sequences, H, T, M),
+        }
+    if function == "set_attention_backward":
+        found |= {
+            "grad_output": (batch, H, queries, DV),
+            "grad_key": (batch, H, N, D),
+            "grad_value": (batch, H, N, DV),
+            "grad_reference": (sequences, H, M, D),
+            "grad_bandwidth": (sequences, H),
+            "grad_epsilon": (sequences, H),
+            "grad_token_mass": (batch, H, N),
+            "grad_reference_mass": (sequences, H, M),
+        }
+        if cross:
+            found["grad_query"] = (batch, H, NQ, D)
+    return found
+
+
 DTYPES = ["f4", "f8", "f2", "i8", "i4", "u1", "?", "c8"]
 GUARD = 64  # bytes on either side of each array, which nothing may change
 
 
 class Fenced:
-    """An array between bytes whose value is known."""
+    """An array whose elements lie between bytes of a known value, every other one if `strided`."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, fill: float) -> None:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    def __init__(
+        self, shape: tuple[int, ...], dtype: str, fill: float, strided: bool = False
+    ) -> None:
+        spread = tuple(2 * n if strided else n for n in shape)
+        size = int(np.prod(spread)) * np.dtype(dtype).itemsize
         self.memory = np.full(size + 2 * GUARD, 0xA5, np.uint8)
-        self.array = self.memory[GUARD : GUARD + size].view(dtype).reshape(shape)
-        self.array[...] = fill
+        whole = self.memory[GUARD : GUARD + size].view(dtype).reshape(spread)
+        self.array = whole[tuple(slice(None, None, 2) for _ in shape)] if strided else whole
+        with np.errstate(invalid="ignore"):
+            self.array[...] = fill
+        self.inside = np.zeros(len(self.memory), bool)
+        start = self.array.__array_interface__["data"][0] - self.memory.ctypes.data
+        index = np.full(self.array.shape, start)
+        for axis, (n, stride) in enumerate(zip(self.array.shape, self.array.strides, strict=True)):
+            index += (np.arange(n) * stride).reshape(-1, *(1,) * (self.array.ndim - axis - 1))
+        for byte in range(self.array.itemsize):
+            self.inside[index + byte] = True
 
     def is_whole(self) -> bool:
-        return bool((self.memory[:GUARD] == 0xA5).all() and (self.memory[-GUARD:] == 0xA5).all())
+        return bool((self.memory[~self.inside] == 0xA5).all())
 
 
 class Broken:
@@ -83,7 +116,8 @@ def wrong_capsule() -> object:
 _MEMORY = ctypes.create_string_buffer(256)
 
 sizes = st.lists(st.integers(0, 6), max_size=5).map(tuple)
-arrays = st.tuples(sizes, st.sampled_from(DTYPES), st.sampled_from([0, 1, -1, np.nan, np.inf]))
+fills = st.sampled_from([0.5, 1.0, 0.0, -1.0, np.nan, np.inf, 1e30])
+arrays = st.tuples(sizes, st.sampled_from(DTYPES), fills)
 
 
 @st.composite
@@ -126,20 +160,14 @@ options = st.fixed_dictionaries(
         "position_bandwidth": st.sampled_from([1.0, 0.0, -1.0, float("nan"), float("inf"), None]),
         "stream": st.sampled_from([0, 1, -1, None]),
         "workspace": st.sampled_from([None, 3, lambda size: None]),
-        "offsets": st.sampled_from([None, np.array([0, N]), np.array([0, 2, N]), np.array([N, 0])]),
+        "offsets": st.sampled_from(
+            [None, OFFSETS, QUERY_OFFSETS, np.array([0, N]), np.array([N, 0]), np.array([0, -1, N])]
+        ),
+        "query_offsets": st.sampled_from([None, OFFSETS, QUERY_OFFSETS, np.zeros(3)]),
+        "mask": st.sampled_from([None, np.ones((1, N), bool), np.zeros((2, N), bool)]),
         "unknown": st.just(1),
     },
 )
-
-
-def valid(function: str) -> dict[str, Fenced]:
-    names = SIZES | RESULTS
-    if function == "set_attention_backward":
-        names = names | GRADIENTS | {"grad_output": RESULTS["output"]}
-    if function == "transport_plan":
-        names = {n: s for n, s in names.items() if n not in ("value", "output", "pooled")}
-        names["plan"] = (B, H, N, M)
-    return {name: Fenced(shape, "f4", 0.5) for name, shape in names.items()}
 
 
 @pytest.mark.parametrize(
@@ -148,18 +176,34 @@ def valid(function: str) -> dict[str, Fenced]:
 @settings(max_examples=1000)
 @given(data=st.data())
 def test_any_arguments(function: str, data: st.DataObject) -> None:
-    fenced = valid(function)
+    packed, cross = (data.draw(st.booleans()) and function != "transport_plan" for _ in range(2))
+    batch, sequences = (1, 2) if packed else (2, 2)
+    fenced = {
+        name: Fenced(shape, "f4", 0.5)
+        for name, shape in shapes(function, batch, sequences, cross).items()
+    }
     arguments: dict[str, Any] = {name: x.array for name, x in fenced.items()} | {"iterations": T}
+    if packed:
+        arguments["offsets"] = OFFSETS
+        if cross:
+            arguments["query_offsets"] = QUERY_OFFSETS
     for name in data.draw(st.lists(st.sampled_from(list(fenced)), max_size=3)):
-        arguments[name] = data.draw(objects)
-        if data.draw(st.booleans()):  # of the right size after all
-            x = Fenced(fenced[name].array.shape, data.draw(st.sampled_from(DTYPES)), 1)
-            fenced[name], arguments[name] = x, x.array
-    arguments |= data.draw(options)
-    for name in data.draw(st.lists(st.sampled_from(list(arguments)), max_size=2)):
-        arguments.pop(name, None)
+        if data.draw(st.booleans()):
+            arguments[name] = data.draw(objects)
+            continue
+        # Of the right size, and now and then of another type, layout or value.
+        dtype = data.draw(st.sampled_from(["f4"] * 4 + DTYPES))
+        fill = 1 if np.dtype(dtype).kind in "iu?" else data.draw(fills)
+        x = Fenced(fenced[name].array.shape, dtype, fill, data.draw(st.booleans()))
+        fenced[name], arguments[name] = x, x.array
+    if data.draw(st.booleans()):
+        arguments |= data.draw(options)
+    if data.draw(st.booleans()):
+        for name in data.draw(st.lists(st.sampled_from(list(arguments)), max_size=2)):
+            arguments.pop(name, None)
     with suppress(ValueError, TypeError, BufferError, RuntimeError, MemoryError):
         getattr(_C, function)(**arguments)
+        event("computed")
     for name, x in fenced.items():
         assert x.is_whole(), f"memory around {name} was written to"
 
@@ -169,9 +213,10 @@ def test_ten_thousand_calls_take_no_memory() -> None:
 
     def resident() -> int:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
+            return int(file.read().split()[1]) * resource.getpagesize()
 
-    arguments = {name: x.array for name, x in valid("set_attention_forward").items()}
+    sizes = shapes("set_attention_forward", 2, 2, cross=False)
+    arguments = {name: np.full(shape, 0.5, "f4") for name, shape in sizes.items()}
     wrong = arguments | {"value": arguments["value"][:, :1]}
 
     def calls(count: int) -> None:

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import setformer_ext
-from conftest import Backend
+from conftest import Backend, cuda_emulated
 from setformer_ext import SetAttention, set_attention_varlen
 
 LENGTHS = [5, 0, 49, 1, 130]
@@ -121,9 +122,18 @@ def test_results_lie_in_memory_as_they_are_read() -> None:
     assert torch.autograd.grad(output.sum(), arguments["key"])[0].is_contiguous()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads(threads: int) -> None:
-    arguments = packed_problem(torch.float32, everything=True)
+@pytest.mark.parametrize("heads", [1, 2, 16])  # the spans of a head in parallel, or heads
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads: int, heads: int) -> None:
+    lengths = [3, 3000, 0, 1]
+    arguments = {
+        "query": None,
+        "key": torch.randn(sum(lengths), heads, 4),
+        "value": torch.randn(sum(lengths), heads, 3),
+        "reference": torch.randn(heads, 5, 4),
+        "cu_seqlens": offsets_of(lengths),
+    }
+    torch.set_num_threads(1)
     expected = one_by_one(arguments)
     torch.set_num_threads(threads)
     assert torch.equal(set_attention_varlen(**arguments), expected)
@@ -152,7 +162,11 @@ def test_compile() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"key": torch.zeros(1, 2, 9, 8)}, ValueError, r"key must be \[N, H, D\], got \[1, 2, 9"),
+        (
+            {"key": torch.zeros(1, 2, 9, 8)},
+            ValueError,
+            r"key must be \[N, H, D\] with D >= 1, got \[1, 2, 9",
+        ),
         ({"key": None}, TypeError, "key must be a tensor, got NoneType"),
         ({"value": torch.zeros(9, 2, 6)}, ValueError, r"value must be \[N=185, H=2, Dv\]"),
         ({"cu_seqlens": None}, TypeError, "cu_seqlens must be an int32 or int64 tensor"),
@@ -162,14 +176,21 @@ def test_compile() -> None:
             ValueError,
             r"cu_seqlens must be \[S \+ 1\] for S >= 1",
         ),
-        ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "offsets must ascend from 0 to .* 185"),
-        (
-            {"cu_seqlens": torch.tensor([0, 99, 98, 185])},
-            ValueError,
-            "offsets must ascend from 0 to .* 185",
+        *(
+            (
+                {"cu_seqlens": torch.tensor(offsets)},
+                ValueError,
+                r"cu_seqlens must be ascending from 0 to the number of packed tokens, 185, got \[",
+            )
+            for offsets in ([0, 9], [0, 99, 98, 185], [1, 185], [0, -9, 185])
         ),
-        ({"cu_seqlens": torch.tensor([1, 185])}, ValueError, "offsets must ascend from 0"),
-        ({"cu_seqlens": torch.tensor([0, -9, 185])}, ValueError, "offsets must ascend from 0"),
+        (
+            {"cu_seqlens": torch.zeros(6, dtype=torch.int64, device="meta")},
+            ValueError,
+            "cu_seqlens must be on a",
+        ),
+        ({"key": torch.zeros(185, 2, 0)}, ValueError, r"key must be \[N, H, D\] with D >= 1"),
+        ({"value": torch.zeros(185, 2, 0)}, ValueError, r"value must be \[N, H, Dv\] with Dv >= 1"),
         (
             {"reference": torch.zeros(3, 2, 7, 8)},
             ValueError,
@@ -241,3 +262,46 @@ def test_errors_of_nested_tensors() -> None:
         module(torch.nested.nested_tensor(parts, layout=torch.strided))
     with pytest.raises(ValueError, match=r"x must be floating point \[B, j, C=16\]"):
         module(torch.nested.nested_tensor([torch.randn(5, 8)], layout=torch.jagged))
+    with pytest.raises(TypeError, match="x must be floating point"):
+        module(torch.nested.nested_tensor([torch.ones(5, 16).int()], layout=torch.jagged))
+    starts, lengths = torch.tensor([0, 4]), torch.tensor([2, 5])
+    holes = torch.nested.narrow(torch.randn(2, 9, 16), 1, starts, lengths, layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"x must be .* without holes \(call \.contiguous\(\)\)"):
+        module(holes)
+
+
+def test_nested_tensors_without_tokens() -> None:
+    module = SetAttention(16, num_heads=2, num_references=6)
+    empty = torch.nested.nested_tensor([torch.zeros(0, 16)] * 3, layout=torch.jagged)
+    assert module(empty).values().shape == (0, 16)
+
+
+def test_cuda_workspace_is_that_of_the_greediest_sequence() -> None:
+    """Which is not the longest: from 65,537 tokens on a head is cut into fewer parts."""
+    module = cuda_emulated().module
+
+    def bytes_wanted(lengths: list[int]) -> int:
+        S, N, H, D, M, T = len(lengths), sum(lengths), 1, 4, 3, 1
+        arrays = {
+            "key": np.zeros((1, H, N, D), "f4"),
+            "value": np.zeros((1, H, N, D), "f4"),
+            "reference": np.zeros((H, M, D), "f4"),
+            "epsilon": np.ones(H, "f4"),
+            "offsets": np.cumsum([0, *lengths]),
+            "output": np.zeros((1, H, N, D), "f4"),
+            "pooled": np.zeros((S, H, M, D), "f4"),
+            "rows": np.zeros((1, H, T + 1, N), "f4"),
+            "columns": np.zeros((S, H, T + 1, M), "f4"),
+        }
+        wanted = []
+
+        def workspace(size: int) -> None:
+            wanted.append(size)
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            module.set_attention_forward(**arrays, iterations=T, workspace=workspace)
+        return wanted[0]
+
+    assert bytes_wanted([60000]) > bytes_wanted([70000])
+    assert bytes_wanted([70000, 5, 60000]) == bytes_wanted([60000])

@@ -81,14 +81,14 @@ def main() -> int:
     if options.record:
         record()
         return 0
+    if options.keep_memory:
+        keep_memory()
     if options.small:
         print(small_problems(options.threads))
         return 0
     if options.ragged:
         print(ragged(options.threads))
         return 0
-    if options.keep_memory:
-        keep_memory()
     device = find_device(options.device)
     names = options.competitors or [OURS, *peers.available()]
     torch.set_num_threads(options.threads)

@@ -43,19 +43,20 @@ def rows(results: Sequence[Result], rates: dict[int, Rates]) -> list[str]:
 
 def slopes(results: Sequence[Result], lengths: int = 4) -> list[str]:
     """By which power of N each competitor's time grew over the longest problems it took part in."""
-    series: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    series: dict[tuple[str, ...], list[tuple[int, float]]] = {}
     for result in results:
-        point = (result.case.shape.tokens, result.median)
-        series.setdefault((result.competitor, result.case.direction), []).append(point)
-    lines = ["| competitor | direction | tokens | time grows as N to the power of |"]
-    lines += ["| --- | --- | --- | --: |"]
-    for (name, direction), points in series.items():
+        case = result.case
+        name = (case.operation, case.dtype, case.direction, result.competitor)
+        series.setdefault(name, []).append((case.shape.tokens, result.median))
+    lines = ["| operation | dtype | direction | competitor | tokens | time grows as N to the |"]
+    lines += ["| --- | --- | --- | --- | --- | --: |"]
+    for name, points in series.items():
         tokens, times = zip(*sorted(points)[-lengths:], strict=True)
         if len(tokens) < 2:
             continue
         logs = [list(map(math.log, tokens)), list(map(math.log, times))]
         slope = statistics.linear_regression(*logs).slope
-        lines.append(f"| {name} | {direction} | {tokens[0]} to {tokens[-1]} | {slope:.2f} |")
+        lines.append(f"| {' | '.join(name)} | {tokens[0]} to {tokens[-1]} | {slope:.2f} |")
     return lines
 
 

@@ -1,5 +1,4 @@
-// Times the kernels without Python: benchmark_set_attention [SHAPE | all] [ROUNDS]
-// [forward]. For
+// Times the kernels without Python: benchmark_set_attention [SHAPE | all] [ROUNDS] [forward]. For
 // profilers, and for a look at one instruction set (SETFORMER_CPU_ISA) or number of threads
 // (OMP_NUM_THREADS).
 #include <algorithm>

@@ -1,8 +1,8 @@
 // Chooses the instruction set and the number of threads at run time.
+#include <dirent.h>
 #include <omp.h>
 #include <pthread.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -63,18 +63,31 @@ const Backend& chosen() {
   return backend;
 }
 
-std::atomic<bool> threads_were_used{false}, threads_are_lost{false};
+bool had_threads = false;  // this process or, in a child, the one it was forked from, at the fork
+bool threads_are_lost = false;
 
-void after_fork_in_child() { threads_are_lost = threads_were_used.load(); }
+void before_fork() {
+  int threads = 0;
+  if (DIR* tasks = opendir("/proc/self/task")) {
+    while (const dirent* entry = readdir(tasks)) threads += entry->d_name[0] != '.';
+    closedir(tasks);
+  }
+  had_threads = threads != 1;
+}
+void after_fork_in_child() { threads_are_lost = threads_are_lost || had_threads; }
+
+const int registered = pthread_atfork(before_fork, nullptr, after_fork_in_child);
 
 }  // namespace
 
-int available_threads() {
-  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
-  (void)registered;
-  const int threads = threads_are_lost ? 1 : omp_get_max_threads();
-  if (threads > 1) threads_were_used = true;
-  return threads;
+int available_threads() { return registered == 0 && threads_are_lost ? 1 : omp_get_max_threads(); }
+
+double least_parallel_work() {
+  static const double work = [] {
+    const char* given = std::getenv("SETFORMER_LEAST_PARALLEL_WORK");
+    return given == nullptr || *given == '\0' ? 4e6 : std::atof(given);  // about 100 microseconds
+  }();
+  return work;
 }
 
 Status set_attention_forward(const ForwardParams& params) { return chosen().forward(params); }

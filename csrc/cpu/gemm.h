@@ -87,8 +87,8 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
               int64_t a_depth, const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate,
               Upcoming upcoming = {}) {
   constexpr int64_t lanes = kLanes<T>, tile = kAccumulators * lanes;
-  const int64_t tiles =
-      (rows * columns + tile - 1) / tile;  // or a few more, where not all are full
+  // Or a few more, where not all are full.
+  const int64_t tiles = larger<int64_t>(1, (rows * columns + tile - 1) / tile);
   const int64_t share = (upcoming.rows() + tiles - 1) / tiles;
   int64_t column = 0;
   if constexpr (kWidestTile >= 4) {

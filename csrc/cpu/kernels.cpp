@@ -70,15 +70,14 @@ class PlanHead {
   T* column_factors_ = nullptr;  // [references]
 };
 
-// As many threads as have enough to do to be worth waking; over the spans of a head they are woken
-// for every pass over its tokens.
-inline int worthwhile_threads(const ForwardParams& p, int available, bool over_heads) {
-  constexpr double least_work = 2e6;  // operations, some tens of microseconds
-  const double rows = double(p.batch) * double(p.heads) * double(p.tokens + p.queries);
+// Is there enough to do to wake threads for it? Over the spans of a head they are woken for every
+// pass over its tokens. All or none are: OpenMP ends the threads that a smaller team leaves over.
+inline bool is_worth_waking(const ForwardParams& p, bool over_heads) {
+  const double batch = p.offsets == nullptr ? double(p.batch) : 1;
+  const double rows = batch * double(p.heads) * double(p.tokens + p.queries);
   const double operations = double(2 * p.depth + 4 * p.value_depth + 4 * p.iterations);
-  const double work = rows * double(p.references) * operations;
-  const double wakes = over_heads ? 1 : double(p.batch * p.heads * (p.iterations + 2));
-  return int(larger(1.0, smaller(double(available), work / (wakes * least_work))));
+  const double wakes = over_heads ? 1 : double(p.batch * p.heads) * double(p.iterations + 2);
+  return rows * double(p.references) * operations >= wakes * least_parallel_work();
 }
 
 // Runs a Head for every (batch item, head): whole heads in parallel where all threads get as many
@@ -89,12 +88,12 @@ Status run(const Params& p) {
   const int64_t heads = p.batch * p.heads;
   if (heads == 0) return Status::kOk;
   const int available = available_threads();
-  const Params most = p.offsets == nullptr ? p : longest_sequence(p);
-  Head<Storage> sample(most);
-  const bool over_heads =
-      sample.spans() == 1 || heads % available == 0 || heads >= 4 * int64_t{available};
-  const int worthwhile = worthwhile_threads(p, available, over_heads);
-  const int threads = int(smaller<int64_t>(worthwhile, over_heads ? heads : sample.spans()));
+  const Params longest = p.offsets == nullptr ? p : longest_sequence(p);
+  Head<Storage> sample(longest);
+  const bool over_heads = sample.spans() == 1 || (p.offsets == nullptr && heads % available == 0) ||
+                          heads >= 4 * int64_t{available};
+  const int most = is_worth_waking(p, over_heads) ? available : 1;
+  const int threads = int(smaller<int64_t>(most, over_heads ? heads : sample.spans()));
   const int heads_at_once = over_heads ? threads : 1;
 
   Arena head_size, worker_size;

@@ -16,9 +16,12 @@ SETFORMER_DECLARE_KERNELS(avx512)
 
 namespace setformer::cpu {
 
-// Threads that a call may use: those of OpenMP, but 1 in a process forked from one where calls used
-// more, for the child has OpenMP's record of its threads and not the threads: it would wait
+// Threads that a call may use: those of OpenMP, but 1 in a process forked from one that had
+// several. The child has OpenMP's record of them and not the threads: it would wait for them
 // forever.
 int available_threads();
+
+// Operations from which it pays to wake threads. SETFORMER_LEAST_PARALLEL_WORK overrides it.
+double least_parallel_work();
 
 }  // namespace setformer::cpu

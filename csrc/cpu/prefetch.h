@@ -14,7 +14,8 @@ class Upcoming {
   // `count` rows from `first` on, of `elements` elements each, `stride` apart.
   template <class Element>
   Upcoming(const Element* rows, int64_t first, int64_t count, int64_t stride, int64_t elements)
-      : next_(reinterpret_cast<uintptr_t>(rows) + uintptr_t(first * stride) * sizeof(Element)),
+      : next_(reinterpret_cast<uintptr_t>(rows) +
+              uintptr_t(first) * uintptr_t(stride) * sizeof(Element)),
         stride_(uintptr_t(stride) * sizeof(Element)),
         bytes_(elements * int64_t{sizeof(Element)}),
         rows_(count) {}

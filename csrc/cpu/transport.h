@@ -254,7 +254,7 @@ class Transport {
   }
 
  private:
-  // 4 MiB a matrix or so: what a core may claim of the last cache.
+  // In backward for two matrices. Backward of 16,384 tokens by 128 references fits in float32.
   static constexpr int64_t kCacheBytes = int64_t{16} << 20;
 
   // w^t or log2 g^t, [references]; t in 0..T. The padding transports nothing: 0 or -inf.
@@ -393,8 +393,8 @@ class Transport {
   T* column_potentials_ = nullptr;  // [max(T, 1), references]
   T* collection_scale_ = nullptr;   // [references] of the log domain's collection(T)
   Partials<T> column_sums_{};       // [2, references] per span
-  T* score_cache_ = nullptr;        // [cached, references]
-  T* factor_cache_ = nullptr;       // [cached, references], in backward
+  T* score_cache_ = nullptr;        // [cached and what more the last tile may hold, references]
+  T* factor_cache_ = nullptr;       // as the scores, in backward
 };
 
 }  // namespace setformer::cpu::SETFORMER_ISA

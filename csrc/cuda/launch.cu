@@ -2,6 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "../sequences.h"
 #include "kernels.h"
 #include "launch.h"
@@ -70,15 +72,19 @@ void visit(ScalarType type, Call call) {
 }
 
 template <template <class> class Kernels, class Params>
-int64_t workspace_bytes(const Params& packed) {
-  Params p = packed;
-  if (p.offsets != nullptr) {
-    p = longest_sequence(packed);
-    p.batch = 1;
-  }
+int64_t workspace_bytes(const Params& p) {
   const int64_t number = p.type == ScalarType::kFloat64 ? sizeof(double) : sizeof(float);
   int64_t numbers = 0;
-  visit<Kernels>(p.type, [&](auto kernels) { numbers = kernels.workspace(p).total; });
+  visit<Kernels>(p.type, [&](auto kernels) {
+    if (p.offsets == nullptr) {
+      numbers = kernels.workspace(p).total;
+      return;
+    }
+    // Of all, for a longer sequence may be cut into fewer parts.
+    for (int64_t s = 0; s < p.batch; ++s) {
+      numbers = std::max<int64_t>(numbers, kernels.workspace(sequence(p, s)).total);
+    }
+  });
   return numbers * number;
 }
 

@@ -1,4 +1,5 @@
-// The CUDA backend's entry points: every pointer in the parameters is device memory.
+// The CUDA backend's entry points: every pointer in the parameters is device memory, but
+// for the offsets of packed sequences.
 //
 // Nothing here allocates, synchronises or changes the current device for good: all work goes onto
 // `stream` of `device`, so that a call can be captured in a CUDA graph. A first call may load code,
