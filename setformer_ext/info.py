@@ -68,14 +68,19 @@ def _torch_version() -> str:
     return f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads"
 
 
-def _processor() -> str:
-    """The model as the system names it; Linux on ARM names none."""
+def processor_field(name: str) -> str | None:
+    """What Linux says of the first processor under this name in /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return model[1] if model else platform.processor() or platform.machine()
+        return None
+    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _processor() -> str:
+    """The model as the system names it; Linux on ARM names none."""
+    return processor_field("model name") or platform.processor() or platform.machine()
 
 
 def _instruction_set() -> str:

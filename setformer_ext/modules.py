@@ -327,8 +327,7 @@ class SetAttention(nn.Module):
         shape = f"floating point [B, j, C={self.dim}]"
         if not x.is_floating_point():
             raise TypeError(_message("x", shape, f"{x.dtype} {list(x.shape)}"))
-        fits = tokens.dim() == 2 and tokens.shape[1] == self.dim
-        _require(fits, "x", shape, f"{x.dtype} {list(x.shape)}")
+        _require(tokens.shape[1] == self.dim, "x", shape, f"{x.dtype} {list(x.shape)}")
         self._check_against_parameters(tokens)
         lengths = offsets.diff()
 

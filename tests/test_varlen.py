@@ -9,6 +9,7 @@ from torch import Tensor
 
 import setformer_ext
 from conftest import Backend, cuda_emulated
+from problems import differentiable
 from setformer_ext import SetAttention, set_attention_varlen
 
 LENGTHS = [5, 0, 49, 1, 130]
@@ -52,14 +53,13 @@ def packed_problem(
         }
         if cross:
             arguments["query_positions"] = normal(Nq, 2, dtype=accumulate)
-    for name, x in arguments.items():
-        if isinstance(x, Tensor) and x.is_floating_point() and "positions" not in name:
-            x.requires_grad_()
+    for name in differentiable(arguments):
+        arguments[name].requires_grad_()
     return arguments
 
 
-def differentiable(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    return {n: x for n, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad}
+def inputs_of(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: arguments[name] for name in differentiable(arguments)}
 
 
 def sequences(arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def test_packed_sequences_are_the_sequences(
     if backend.emulated and (dtype == torch.float64 or cross != everything):
         pytest.skip("two problems will do of each other type, emulated")
     arguments = packed_problem(dtype, backend.device, cross=cross, everything=everything)
-    inputs = differentiable(arguments)
+    inputs = inputs_of(arguments)
     output, expected = set_attention_varlen(**arguments), one_by_one(arguments)
     assert torch.equal(output, expected)
     upstream = torch.randn(output.shape, generator=torch.manual_seed(1)).to(output)
@@ -141,7 +141,7 @@ def test_any_number_of_threads(threads: int, heads: int) -> None:
 
 def test_second_derivative() -> None:
     arguments = packed_problem(torch.float64, everything=True)
-    inputs = differentiable(arguments)
+    inputs = inputs_of(arguments)
 
     def twice(output: Tensor) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(output.square().sum(), list(inputs.values()), create_graph=True)

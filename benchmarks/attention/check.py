@@ -7,13 +7,13 @@ themselves would tell more about the machine than about the kernels.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from cases import OURS, Case, measure
 
 from setformer_ext import _C
+from setformer_ext.info import processor_field
 from setformer_ext.timing import Shape, keep_memory
 
 FILE = Path(__file__).with_name("ratios.json")
@@ -82,13 +82,8 @@ def record() -> None:
 
 def _machine() -> str:
     """The instruction set and the processor's design, as far as Linux tells."""
-    fields = {"vendor_id": "?", "cpu family": "?", "model": "?"}
-    if (file := Path("/proc/cpuinfo")).exists():
-        text = file.read_text()
-        for field in fields:
-            if found := re.search(rf"^{field}\s*: (.*)$", text, re.MULTILINE):
-                fields[field] = found[1]
-    return f"{_C.cpu_isa()}, {' '.join(fields.values())}"
+    design = [processor_field(name) or "?" for name in ("vendor_id", "cpu family", "model")]
+    return f"{_C.cpu_isa()}, {' '.join(design)}"
 
 
 def _recorded() -> dict[str, dict[str, float]]:
