@@ -10,7 +10,9 @@ from peers import ITERATIONS
 from torch import Tensor
 
 from setformer_ext import set_attention, set_attention_varlen
-from setformer_ext.timing import milliseconds
+from setformer_ext.timing import milliseconds, step
+
+Way = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # the attention and what it is given
 
 SEQUENCES, SHORTEST, LONGEST = 32, 16, 512
 HEADS, DEPTH, REFERENCES = 12, 64, 64
@@ -34,14 +36,14 @@ def ragged(threads: int, rounds: int = 9) -> str:
         rows[mask] = x
         return rows.transpose(1, 2)
 
-    def one_by_one(key: Tensor, value: Tensor, reference: Tensor) -> list[Tensor]:
-        parts = zip(*(x.split(lengths.tolist()) for x in (key, value)), strict=True)
-        return [
-            set_attention(None, *(x.transpose(0, 1).unsqueeze(0) for x in part), reference)
-            for part in parts
-        ]
+    def one_by_one(key: Tensor, value: Tensor, reference: Tensor) -> Tensor:  # [1, H, N, D]
+        outputs = []
+        for rows in zip(*(x.split(lengths.tolist()) for x in (key, value)), strict=True):
+            heads_first = (x.transpose(0, 1).unsqueeze(0) for x in rows)
+            outputs.append(set_attention(None, *heads_first, reference, iterations=ITERATIONS))
+        return torch.cat(outputs, dim=2)
 
-    ways: dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]] = {
+    ways: dict[str, Way] = {
         "packed": (
             lambda k, v, y: set_attention_varlen(None, k, v, y, cu_seqlens, iterations=ITERATIONS),
             (key, value, reference),
@@ -65,28 +67,14 @@ def ragged(threads: int, rounds: int = 9) -> str:
     return "\n".join(lines)
 
 
-def _times(
-    ways: dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]], gradient: bool, rounds: int
-) -> dict[str, float]:
-    steps = {name: _step(*way, gradient) for name, way in ways.items()}
+def _times(ways: dict[str, Way], gradient: bool, rounds: int) -> dict[str, float]:
+    steps = {
+        name: step(attention, tuple(x.clone().requires_grad_(gradient) for x in tensors), gradient)
+        for name, (attention, tensors) in ways.items()
+    }
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
-        for name, step in steps.items():
-            time = milliseconds(step, torch.device("cpu"), 1)
+        for name, run in steps.items():
+            time = milliseconds(run, torch.device("cpu"), 1)
             taken[name] += time if turn > 0 else []
     return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def _step(
-    attention: Callable[..., object], tensors: tuple[Tensor, ...], gradient: bool
-) -> Callable[[], object]:
-    tensors = tuple(x.detach().requires_grad_(gradient) for x in tensors)
-
-    def run() -> None:
-        with torch.set_grad_enabled(gradient):
-            output = attention(*tensors)
-        if gradient:
-            outputs = output if isinstance(output, list) else [output]
-            torch.autograd.grad(outputs, tensors, [torch.ones_like(x) for x in outputs])
-
-    return run
