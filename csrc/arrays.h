@@ -47,6 +47,16 @@ inline std::string describe(const Shape& shape) {
   return text + "]";
 }
 
+// In a build for tests, where the CUDA kernels run on the CPU, the host's memory is that of the
+// emulated device 0, so that CPU tensors take the way of CUDA tensors.
+constexpr bool emulated_device() {
+#ifdef SETFORMER_EMULATED_DEVICE
+  return true;
+#else
+  return false;
+#endif
+}
+
 class Array {
  public:
   Array() = default;
@@ -171,11 +181,7 @@ class Array {
  private:
   // The device whose kernels can use the memory.
   static dlpack::Device memory_of(dlpack::Device device) {
-#ifdef SETFORMER_EMULATED_DEVICE
-    // A build for tests, where the CUDA kernels run on the CPU: the host's memory is that of the
-    // emulated device 0, so that CPU tensors take the way of CUDA tensors.
-    if (device.type == dlpack::kCpu) return {dlpack::kCuda, 0};
-#endif
+    if (emulated_device() && device.type == dlpack::kCpu) return {dlpack::kCuda, 0};
     if (device.type == dlpack::kCudaManaged) return {dlpack::kCuda, device.id};
     return device;
   }

@@ -8,6 +8,7 @@
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "nvtx.h"
+#include "rank_group.h"
 
 namespace setformer {
 namespace {
@@ -51,12 +52,14 @@ class Workspace {
 };
 
 template <class Params>
-void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params& p) {
+void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params& p,
+                const PythonRanks& ranks) {
   Status status;
   {
     py::gil_scoped_release release;
     status = kernel(p);
   }
+  ranks.rethrow();
   const std::string function = call.function();
   switch (status) {
     case Status::kOk:
@@ -73,6 +76,11 @@ void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params&
     case Status::kNonPositiveEpsilon:
       throw py::value_error(function +
                             ": epsilon must be > 0 for every head, got a value <= 0 or NaN");
+    case Status::kPeerFailed:
+      throw std::runtime_error(function +
+                               ": another rank of the group failed; its own error says why");
+    case Status::kMergeFailed:
+      throw std::runtime_error(function + ": merging over the ranks of the group failed");
   }
 }
 
@@ -102,7 +110,8 @@ void check_limit(const Call& call, const char* what, int64_t size, int64_t most)
 
 // launch(device, stream) -> cuda::Result
 template <class Launch>
-void run_on_cuda(const Call& call, const ForwardParams& p, const Launch& launch) {
+void run_on_cuda(const Call& call, const ForwardParams& p, const PythonRanks& ranks,
+                 const Launch& launch) {
   check_limit(call, "D, the depth of key,", p.depth, cuda::kMostDepth);
   check_limit(call, "Dv, the depth of value,", p.value_depth, cuda::kMostValueDepth);
   check_limit(call, "M, the number of references,", p.references, cuda::kMostReferences);
@@ -111,6 +120,7 @@ void run_on_cuda(const Call& call, const ForwardParams& p, const Launch& launch)
     py::gil_scoped_release release;
     result = launch(int(call.device().id), call.stream());
   }
+  ranks.rethrow();
   if (result.error == 0) return;
   const std::string name = cuda::error_name(result.error);
   throw std::runtime_error(std::string(call.function()) + ": " + result.kernel + " failed on " +
@@ -119,7 +129,8 @@ void run_on_cuda(const Call& call, const ForwardParams& p, const Launch& launch)
 }
 
 void forward(const std::string& kernel, double position_bandwidth, int64_t iterations,
-             uintptr_t stream, const py::object& workspace, const py::kwargs& arrays) {
+             uintptr_t stream, const py::object& workspace, const py::object& merge,
+             const py::kwargs& arrays) {
   Call call("set_attention_forward", arrays, stream);
   ForwardParams p;
   call.read_problem(p, kernel, position_bandwidth, iterations);
@@ -127,16 +138,18 @@ void forward(const std::string& kernel, double position_bandwidth, int64_t itera
   call.read_value(p);
   call.read_forward_results(p, true);
   call.finish();
+  const PythonRanks ranks(call, merge, p);
   const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_forward, p);
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_forward, p, ranks);
   const Workspace memory(call, workspace, cuda::forward_workspace(p));
-  run_on_cuda(call, p, [&](int device, void* stream) {
+  run_on_cuda(call, p, ranks, [&](int device, void* stream) {
     return cuda::set_attention_forward(p, memory.start(), device, stream);
   });
 }
 
 void backward(const std::string& kernel, double position_bandwidth, int64_t iterations,
-              uintptr_t stream, const py::object& workspace, const py::kwargs& arrays) {
+              uintptr_t stream, const py::object& workspace, const py::object& merge,
+              const py::kwargs& arrays) {
   Call call("set_attention_backward", arrays, stream);
   BackwardParams p;
   call.read_problem(p, kernel, position_bandwidth, iterations);
@@ -147,10 +160,11 @@ void backward(const std::string& kernel, double position_bandwidth, int64_t iter
   call.finish();
   require(!p.distribute == (p.grad_output.data == nullptr), call.function(),
           "output and grad_output must be given together");
+  const PythonRanks ranks(call, merge, p);
   const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_backward, p);
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_backward, p, ranks);
   const Workspace memory(call, workspace, cuda::backward_workspace(p));
-  run_on_cuda(call, p, [&](int device, void* stream) {
+  run_on_cuda(call, p, ranks, [&](int device, void* stream) {
     return cuda::set_attention_backward(p, memory.start(), device, stream);
   });
 }
@@ -166,9 +180,10 @@ void plan(const std::string& kernel, double position_bandwidth, int64_t iteratio
   call.read_plan(p);
   call.finish();
   p.value_depth = 1;
+  const PythonRanks alone(call, py::none(), p);
   const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::transport_plan, p);
-  run_on_cuda(call, p,
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::transport_plan, p, alone);
+  run_on_cuda(call, p, alone,
               [&](int device, void* stream) { return cuda::transport_plan(p, device, stream); });
 }
 
@@ -215,25 +230,40 @@ PYBIND11_MODULE(_C, m) {
       "the call. Arrays are asked for with __dlpack__(stream=stream), whose owner makes the stream "
       "wait\n"
       "for what is still being written; a capsule made earlier is taken as it is.\n\n"
+      "Where several ranks hold the tokens of each sequence, merge(arrays, how) is called on all "
+      "of\n"
+      "them, as often and with the same shapes: arrays is a list of DLPack capsules [rows, "
+      "columns],\n"
+      "accumulate, valid during the call, whose numbers it must replace by those of all ranks\n"
+      "merged: by their sum where how is 'sum', by log2 of the sum of 2^x where it is 'logsum'.\n"
+      "Gradients of what all ranks have alike are then this rank's shares, but for\n"
+      "grad_reference_mass, which is the whole.\n\n"
       "Wrong shapes and values raise ValueError, wrong types TypeError, naming the argument. On "
       "CUDA\n"
       "values are not read: a bandwidth, epsilon, reference mass <= 0 or a negative token mass "
       "gives NaN\n"
       "in its head. A failing launch raises RuntimeError.";
-  const auto options = [](auto&& define) {
+  const auto options = [](auto&& define, auto... more) {
     define(py::arg("kernel") = "gaussian", py::arg("position_bandwidth") = 1.0,
-           py::arg("iterations") = 5, py::arg("stream") = 0, py::arg("workspace") = py::none());
+           py::arg("iterations") = 5, py::arg("stream") = 0, py::arg("workspace") = py::none(),
+           more...);
   };
+  options(
+      [&](auto... arguments) {
+        m.def(
+            "set_attention_forward", &forward, arguments...,
+            "Writes output, pooled, rows and columns; see the module's docstring for the arrays.");
+        m.def("set_attention_backward", &backward, arguments...,
+              "Takes what forward took and wrote, with grad_output [B, H, Nq or N, Dv] (storage) "
+              "and\n"
+              "grad_pooled [B, H, M, Dv] (accumulate, optional); writes grad_query, grad_key, "
+              "grad_value\n"
+              "(storage), grad_reference [B, H, M, D], grad_bandwidth and grad_epsilon [B, H] and, "
+              "where given,\n"
+              "grad_token_mass [B, H, N] and grad_reference_mass [B, H, M] (accumulate).");
+      },
+      py::arg("merge") = py::none());
   options([&](auto... arguments) {
-    m.def("set_attention_forward", &forward, arguments...,
-          "Writes output, pooled, rows and columns; see the module's docstring for the arrays.");
-    m.def("set_attention_backward", &backward, arguments...,
-          "Takes what forward took and wrote, with grad_output [B, H, Nq or N, Dv] (storage) and\n"
-          "grad_pooled [B, H, M, Dv] (accumulate, optional); writes grad_query, grad_key, "
-          "grad_value\n"
-          "(storage), grad_reference [B, H, M, D], grad_bandwidth and grad_epsilon [B, H] and, "
-          "where given,\n"
-          "grad_token_mass [B, H, N] and grad_reference_mass [B, H, M] (accumulate).");
     m.def("transport_plan", &plan, arguments...,
           "Writes plan [B, H, N, M] (storage) from the rows and columns of a forward call.");
   });

@@ -17,6 +17,7 @@ namespace setformer {
 
 constexpr dlpack::DataType kBoolType{dlpack::kBool, 8, 1};
 constexpr dlpack::DataType kInt64Type{dlpack::kInt, 64, 1};
+constexpr dlpack::Device kHost{dlpack::kCpu, 0};
 constexpr int64_t kMostIterations = int64_t{1} << 31;
 constexpr int64_t kMostColumns = int64_t{1} << 24;  // of M, D and Dv: products of two stay small
 
@@ -50,6 +51,9 @@ class Call {
   dlpack::Device device() const { return device_; }
   bool on_cuda() const { return device_.type == dlpack::kCuda; }
   void* stream() const { return reinterpret_cast<void*>(stream_); }
+  dlpack::DataType storage() const { return storage_; }
+  // Whose memory the arrays are in, as their owner names it.
+  dlpack::Device memory_device() const { return emulated_device() ? kHost : device_; }
 
   Array array_of(const char* name, const py::object& object) const {
     return Array(function_, name, object, stream_);

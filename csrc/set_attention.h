@@ -23,12 +23,34 @@ enum class Status : int32_t {
   kNonPositiveReferenceMass,  // reference_mass must be > 0
   kNonPositiveBandwidth,      // bandwidth must be > 0
   kNonPositiveEpsilon,        // epsilon must be > 0
+  kPeerFailed,                // another rank of the group has an error of its own
+  kMergeFailed,               // RankGroup::merge gave up
 };
 
 // A strided tensor of up to four dimensions. Absent optional tensors have data == nullptr.
 struct Tensor {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};  // in elements; an expanded dimension has stride 0
+};
+
+// How the numbers of several ranks become one: their sum, or log2 of the sum of 2^x.
+enum class Merge : int32_t { kSum, kLogSum };
+
+// What a rank has of numbers that all ranks need merged: [rows, columns] of the accumulate type.
+struct Shared {
+  void* data;
+  int64_t rows, columns, row_stride;
+  Merge how;
+};
+
+// The ranks that hold every sequence together, each some of its tokens. A Sinkhorn step needs from
+// the others M sums a head and collect M Dv more; all ranks call `merge` as often, with the same
+// shapes, and go on with what it leaves in place of their own numbers.
+struct RankGroup {
+  void* context = nullptr;
+  // All `numbers` of a call are merged alike. On CUDA that is put on the call's stream. False: the
+  // call is given up.
+  bool (*merge)(void* context, const Shared* numbers, int64_t count) = nullptr;
 };
 
 // "Storage" below is the type of query, key, value and reference; "accumulate" is float64 for
@@ -51,6 +73,9 @@ struct ForwardParams {
   int64_t iterations = 5;  // T
   bool cross = false;      // queries are not the keys: they get a Sinkhorn solve of their own
   bool distribute = true;  // false: pooled outputs only
+  // Where tokens and queries are a rank's own among those of a group. Gradients of what all ranks
+  // have alike are then the rank's shares, but for grad_reference_mass, which is the whole.
+  const RankGroup* group = nullptr;
 
   // Where sequences of different lengths are packed, [batch + 1] in host memory: where each begins
   // among all tokens, and their number. Then what has a row for each token lacks the batch: its B

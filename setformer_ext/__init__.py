@@ -1,5 +1,6 @@
 """SeT attention: self-optimal transport of tokens onto a small set of references."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
@@ -24,6 +25,11 @@ if _TYPE_CHECKING or _torch is not None:
     from .functional import set_attention, set_pooling, transport_plan
     from .modules import SetAttention
     from .varlen import set_attention_varlen
+
+    def __getattr__(name: str) -> object:
+        if name == "distributed":  # when first used: torch.distributed.tensor takes its time
+            return _import_module(f"{__name__}.distributed")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 else:
 
     def __getattr__(name: str) -> object:
@@ -37,6 +43,7 @@ __version__: str = _build_info()["version"]
 __all__ = [
     "SetAttention",
     "__version__",
+    "distributed",
     "set_attention",
     "set_attention_varlen",
     "set_pooling",

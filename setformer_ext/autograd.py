@@ -21,17 +21,23 @@ TENSORS = Problem._fields.index("kernel")
 _vjp: Any = torch.func.vjp  # whose annotation counts a third result that needs has_aux
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:TENSORS])
     ctx.options = inputs[TENSORS:]
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: None) -> Any:
+def saved(ctx: Any) -> tuple[Solution, Problem]:
+    """What `setup_context` kept."""
     tensors = ctx.saved_tensors
     solution = Solution(*tensors[: len(Solution._fields)])
     problem = Problem(*tensors[len(Solution._fields) :], *ctx.options)
+    return solution, problem
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: None) -> Any:
+    solution, problem = saved(ctx)
     if not problem.distribute:
         grad_output = None  # of the empty output
     if grad_output is None and grad_pooled is None:
@@ -43,10 +49,10 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, 
         *solution,
         *problem.in_storage_type(solution.output.dtype),
     )
-    return _gradients_of_inputs(problem, gradients)
+    return gradients_of_inputs(problem, gradients)
 
 
-def _gradients_of_inputs(
+def gradients_of_inputs(
     problem: tuple[Any, ...], gradients: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """One gradient for each argument: per-sample ones summed where the tensor was shared."""
@@ -59,7 +65,7 @@ def _gradients_of_inputs(
 
 
 torch.library.register_autograd(
-    "setformer_ext::set_attention", _backward, setup_context=_setup_context
+    "setformer_ext::set_attention", _backward, setup_context=setup_context
 )
 
 
@@ -121,7 +127,7 @@ def _second_backward(ctx: Any, *grad_gradients: Tensor | None) -> Any:
             for name, x in first.items()
         }
     )
-    of_problem = _gradients_of_inputs(
+    of_problem = gradients_of_inputs(
         tuple(problem), tuple(of_inputs.get(name) for name in Gradients._fields)
     )
     return (
@@ -201,7 +207,7 @@ class SetAttentionFunction(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
-    setup_context = staticmethod(_setup_context)
+    setup_context = staticmethod(setup_context)
     backward = staticmethod(_backward)
 
     @staticmethod

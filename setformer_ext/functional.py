@@ -97,23 +97,13 @@ def set_attention(
         )
         if found is not None:
             return found
-    arguments = Arguments("set_attention", key)
-    batch, heads, tokens, depth = key.shape
-    if query is not None:
-        arguments.storage("query", query, [("B", batch), ("H", heads), ("Nq", None), ("D", depth)])
-        queries = ("Nq", query.shape[2])
-        arguments.mask("query_mask", query_mask, [("B", batch), queries])
-    else:
-        queries = ("Nq", tokens)
-        for name, x in (("query_mask", query_mask), ("query_positions", query_positions)):
-            if x is not None:
-                expected = "None in self attention (mask and token_positions serve both sides)"
-                raise arguments.value_error(name, expected, type(x).__name__)
-    problem = _problem(
-        arguments,
+    problem = attention_problem(
+        Arguments("set_attention", key),
+        query,
         value,
         reference,
         mask,
+        query_mask,
         token_mass,
         reference_mass,
         kernel,
@@ -121,11 +111,9 @@ def set_attention(
         epsilon,
         iterations,
         token_positions,
+        query_positions,
         reference_positions,
         position_bandwidth,
-        query=query,
-        query_mask=query_mask,
-        query_positions=(query_positions, queries),
     )
     output: Tensor = differentiable_call("set_attention", *problem)[0]
     return output
@@ -234,6 +222,56 @@ def transport_plan(
         p.iterations,
     )
     return plan
+
+
+def attention_problem(
+    arguments: Arguments,
+    query: Tensor | None,
+    value: Tensor,
+    reference: Tensor,
+    mask: Tensor | None,
+    query_mask: Tensor | None,
+    token_mass: Tensor | None,
+    reference_mass: Tensor | None,
+    kernel: str,
+    bandwidth: float | Tensor,
+    epsilon: float | Tensor,
+    iterations: int,
+    token_positions: Tensor | None,
+    query_positions: Tensor | None,
+    reference_positions: Tensor | None,
+    position_bandwidth: float | None,
+) -> Problem:
+    """Checks the arguments of ``set_attention``, whose key ``arguments`` has checked."""
+    batch, heads, tokens, depth = arguments.key.shape
+    if query is not None:
+        arguments.storage("query", query, [("B", batch), ("H", heads), ("Nq", None), ("D", depth)])
+        queries = ("Nq", query.shape[2])
+        arguments.mask("query_mask", query_mask, [("B", batch), queries])
+    else:
+        queries = ("Nq", tokens)
+        for name, x in (("query_mask", query_mask), ("query_positions", query_positions)):
+            if x is not None:
+                expected = "None in self attention (mask and token_positions serve both sides)"
+                raise arguments.value_error(name, expected, type(x).__name__)
+    return _problem(
+        arguments,
+        value,
+        reference,
+        mask,
+        token_mass,
+        reference_mass,
+        kernel,
+        bandwidth,
+        epsilon,
+        iterations,
+        token_positions,
+        reference_positions,
+        position_bandwidth,
+        query=query,
+        query_mask=query_mask,
+        query_positions=(query_positions, queries),
+    )
 
 
 def _problem(

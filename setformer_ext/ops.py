@@ -9,6 +9,7 @@ Arguments arrive checked (``functional.py``): storage type is that of key, and "
 float64 for float64 keys and float32 otherwise.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from . import _C
 
+# Replaces the numbers of this rank by those of all ranks of a group merged (`_C`'s docstring).
+Merge = Callable[[list[Any], str], None]
+
 DISPATCH_KEYS = ("CPU", "CUDA")  # the compiled module tells them apart by the arrays' memory
 OPTIONS = "str kernel, float position_bandwidth, SymInt iterations"
 PROBLEM = (
@@ -25,6 +29,10 @@ PROBLEM = (
     "Tensor? mask, Tensor? query_mask, Tensor? token_mass, Tensor? reference_mass, "
     "Tensor? token_positions, Tensor? query_positions, Tensor? reference_positions, "
     f"Tensor? offsets, Tensor? query_offsets, {OPTIONS}, bool distribute"
+)
+GRADIENTS = (
+    "Tensor grad_key, Tensor grad_value, Tensor grad_reference, Tensor grad_bandwidth, "
+    "Tensor grad_epsilon, Tensor grad_query, Tensor grad_token_mass, Tensor grad_reference_mass"
 )
 SOLUTION = (
     "Tensor output, Tensor pooled, Tensor rows, Tensor columns, Tensor query_rows, "
@@ -34,9 +42,7 @@ SOLUTION = (
 torch.library.define("setformer_ext::set_attention", f"({PROBLEM}) -> ({SOLUTION})")
 torch.library.define(
     "setformer_ext::set_attention_backward",
-    f"(Tensor? grad_output, Tensor? grad_pooled, {SOLUTION}, {PROBLEM}) -> (Tensor grad_key, "
-    "Tensor grad_value, Tensor grad_reference, Tensor grad_bandwidth, Tensor grad_epsilon, "
-    "Tensor grad_query, Tensor grad_token_mass, Tensor grad_reference_mass)",
+    f"(Tensor? grad_output, Tensor? grad_pooled, {SOLUTION}, {PROBLEM}) -> ({GRADIENTS})",
 )
 torch.library.define(
     "setformer_ext::transport_plan",
@@ -241,7 +247,7 @@ def empty_plan(key: Tensor, reference: Tensor) -> Tensor:  # [B, H, N, M]
     return key.new_empty((*key.shape[:3], reference.shape[-2]))
 
 
-def run(function: str, arrays: dict[str, Any]) -> None:
+def run(function: str, arrays: dict[str, Any], merge: Merge | None = None) -> None:
     """Call a function of the compiled module, on CUDA on the current stream of the key's device."""
     # OpenMP keeps the number of threads per calling thread, and torch sets it there when first
     # asked: without this, torch.set_num_threads would not hold in other threads than the main one.
@@ -262,28 +268,31 @@ def run(function: str, arrays: dict[str, Any]) -> None:
     # Capsules made by to_dlpack, unlike those of __dlpack__, do not mind requires_grad and make no
     # stream wait: all that torch does with these tensors is on the current stream already.
     capsules = {n: to_dlpack(x) if isinstance(x, Tensor) else x for n, x in arrays.items()}
+    ranks = {} if merge is None else {"merge": merge}
     with on_device:
-        getattr(_C, function)(**capsules, stream=stream, workspace=workspace)
+        getattr(_C, function)(**capsules, stream=stream, workspace=workspace, **ranks)
 
 
-@torch.library.impl("setformer_ext::set_attention", DISPATCH_KEYS)
-def _set_attention(*arguments: Any) -> Solution:
-    problem = Problem(*arguments)
+def solve(problem: Problem, merge: Merge | None = None) -> Solution:
+    """Forward by the kernels, with ``merge`` of a problem whose tokens several ranks hold."""
     solution = empty_solution(problem)
-    run("set_attention_forward", problem.arrays() | solution.arrays(problem))
+    run("set_attention_forward", problem.arrays() | solution.arrays(problem), merge)
     return solution
 
 
-@torch.library.impl("setformer_ext::set_attention_backward", DISPATCH_KEYS)
-def _set_attention_backward(
-    grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
+def differentiate(
+    grad_output: Tensor | None,  # [B, H, Nq or N, Dv] storage
+    grad_pooled: Tensor | None,  # [B, H, M, Dv] accumulate
+    solution: Solution,
+    problem: Problem,
+    merge: Merge | None = None,
 ) -> Gradients:
-    # The kernels fix the layout of what forward wrote for them, and want no output whose elements
-    # share memory; vmap may have changed that since.
-    output, *others = arguments[: len(Solution._fields)]
+    """Backward by the kernels."""
+    # They fix the layout of what forward wrote for them, and want no output whose elements share
+    # memory; vmap may have changed that since.
+    output, *others = solution
     output = output.contiguous() if 0 in output.stride() else output
     solution = Solution(output, *(x.contiguous() for x in others))
-    problem = Problem(*arguments[len(Solution._fields) :])
     gradients = empty_gradients(problem)
     arrays = problem.arrays() | solution.arrays(problem)
     if problem.distribute and grad_output is None:
@@ -294,10 +303,23 @@ def _set_attention_backward(
         for name, grad in gradients._asdict().items()
         if getattr(problem, name) is not None
     }
-    run("set_attention_backward", arrays)
+    run("set_attention_backward", arrays, merge)
     if problem.offsets is not None and problem.token_mass is not None:
         gradients = gradients._replace(token_mass=_beside(gradients.token_mass, problem.offsets))
     return gradients
+
+
+@torch.library.impl("setformer_ext::set_attention", DISPATCH_KEYS)
+def _set_attention(*arguments: Any) -> Solution:
+    return solve(Problem(*arguments))
+
+
+@torch.library.impl("setformer_ext::set_attention_backward", DISPATCH_KEYS)
+def _set_attention_backward(
+    grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
+) -> Gradients:
+    solution, problem = arguments[: len(Solution._fields)], arguments[len(Solution._fields) :]
+    return differentiate(grad_output, grad_pooled, Solution(*solution), Problem(*problem))
 
 
 def _beside(in_turn: Tensor, offsets: Tensor) -> Tensor:  # [1, H, N]

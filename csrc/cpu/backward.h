@@ -26,6 +26,7 @@ class BackwardHead {
     pooled_.gradient = arena.take<T>(p_.references * widths_.value_depth);
     pooled_.eta = arena.take<T>(widths_.references);
     grad_log_b_ = arena.take<T>(widths_.references);
+    masses_.place(arena);
   }
   static void place_worker(Arena& arena, const BackwardParams& p, Worker<T>& worker) {
     const Columns widest(p, true, true);
@@ -35,51 +36,100 @@ class BackwardHead {
     return larger(keys_.transport().spans().count, queries_.transport().spans().count);
   }
 
-  Status run(int64_t b, int64_t h, const Team<Worker<T>>& team) {
-    const int64_t head = b * p_.heads + h;
-    Status status = load_reference_marginal(p_, widths_, b, h, marginal_);
-    if (status != Status::kOk) return status;
-    const int64_t steps = larger<int64_t>(p_.iterations, 1);
-    status = prepare(keys_, b, h, p_.token_mass, p_.rows, p_.columns, steps + 1, team);
-    if (status != Status::kOk) return status;
-    if (p_.cross) {
-      status = prepare(queries_, b, h, Tensor{}, p_.query_rows, p_.query_columns, steps, team);
-      if (status != Status::kOk) return status;
-    }
-    T* grad_reference = at<T>(p_.grad_reference, 0) + head * p_.references * p_.depth;
-    T* grad_bandwidth = at<T>(p_.grad_bandwidth, 0);
-    if (grad_bandwidth != nullptr) grad_bandwidth += head;
-    T* grad_epsilon = at<T>(p_.grad_epsilon, 0) + head;
-    fill(grad_log_b_, widths_.references, T(0));
+  Masses<T>& masses() { return masses_; }
+
+  // Stage 0 prepares; 1 is a pass of the log domain; 2 goes through distribute; then come, for the
+  // keys and in cross attention for the queries, S = max(T, 1) steps and what follows from them.
+  int64_t stages() const { return 3 + (steps() + 1) * (p_.cross ? 2 : 1); }
+
+  Status run(int64_t stage, int64_t b, int64_t h, const Team<Worker<T>>& team) {
+    if (stage == 0) return prepare(b, h, team);
+    if (stage == 1) begin(b, h, team);
     if (keys_.transport().empty()) {
-      clear(b, h, grad_reference);
-      if (grad_bandwidth != nullptr) *grad_bandwidth = T(0);
-      *grad_epsilon = T(0);
-    } else {
-      differentiate(b, h, team, {grad_reference, grad_bandwidth, grad_epsilon});
+      if (stage == 1) clear(b, h);
+    } else if (stage == 2) {
+      keys_.finish_begin();
+      if (distributed()) receivers().distribute(team);
+    } else if (stage > 2) {
+      if (stage == 3) finish_pooled();
+      const bool of_queries = stage > 3 + steps();
+      if (!of_queries) {
+        run_side(keys_, stage - 3, b, h, team, p_.grad_token_mass);
+      } else if (distributed()) {
+        run_side(queries_, stage - 4 - steps(), b, h, team, Tensor{});
+      } else if (stage + 1 == stages()) {
+        clear_tokens(p_.grad_query, b, h, p_.queries, p_.depth);
+      }
     }
-    if (T* grad = at<T>(p_.grad_reference_mass, 0)) {
-      store_reference_mass_gradient(grad + head * p_.references);
-    }
+    if (stage + 1 == stages()) store_reference_mass_gradient(b * p_.heads + h);
     return Status::kOk;
   }
 
+  // What all ranks need merged after a stage: how many entries of `shared` [2] it fills.
+  int share(int64_t stage, Shared* shared) const {
+    const int64_t references = p_.references, pooled = references * widths_.value_depth;
+    if (stage == 0) {
+      shared[0] = masses_.shared();
+      return 1;
+    }
+    if (keys_.transport().empty()) return 0;
+    if (stage == 1) {
+      if (!keys_.transport().log_domain()) return 0;
+      shared[0] = {keys_.transport().column_sums(), 1, references, references, Merge::kSum};
+      return 1;
+    }
+    if (stage == 2) {
+      if (!distributed()) return 0;
+      shared[0] = {receivers().sums(), 1, references, references, Merge::kSum};
+      shared[1] = {receivers().matrix_sums(), 1, pooled, pooled, Merge::kSum};
+      return 2;
+    }
+    const bool of_queries = stage > 3 + steps();
+    const int64_t step = of_queries ? stage - 4 - steps() : stage - 3;
+    // The last step leaves nothing to go on from.
+    if (step + 1 >= steps() || (of_queries && !distributed())) return 0;
+    const SideGradient<Storage>& side = of_queries ? queries_ : keys_;
+    shared[0] = {side.sums(), 1, references, references, Merge::kSum};
+    return 1;
+  }
+
  private:
+  int64_t steps() const { return larger<int64_t>(p_.iterations, 1); }
+  // The side that receives the output, and whether anything comes of it.
+  SideGradient<Storage>& receivers() { return p_.cross ? queries_ : keys_; }
+  const SideGradient<Storage>& receivers() const { return p_.cross ? queries_ : keys_; }
+  bool distributed() const { return distributes_ && !receivers().transport().empty(); }
+
+  Status prepare(int64_t b, int64_t h, const Team<Worker<T>>& team) {
+    Status status = load_reference_marginal(p_, widths_, b, h, marginal_);
+    if (status != Status::kOk) return status;
+    status = prepare(keys_, b, h, p_.token_mass, p_.rows, p_.columns, steps() + 1, team);
+    if (p_.cross) prepare(queries_, b, h, Tensor{}, p_.query_rows, p_.query_columns, steps(), team);
+    masses_.set(keys_.transport().total_mass(), queries_.transport().total_mass(), status);
+    return status;
+  }
   Status prepare(SideGradient<Storage>& side, int64_t b, int64_t h, const Tensor& mass,
                  const Tensor& rows, const Tensor& columns, int64_t column_rows,
                  const Team<Worker<T>>& team) {
-    const int64_t head = b * p_.heads + h, steps = p_.iterations;
+    const int64_t head = b * p_.heads + h;
     const int64_t tokens = side.transport().spans().tokens;
-    const Status status = side.transport().prepare(
-        b, h, mass, marginal_, at<T>(rows, 0) + head * (steps + 1) * tokens,
+    return side.transport().prepare(
+        b, h, mass, marginal_, at<T>(rows, 0) + head * (p_.iterations + 1) * tokens,
         at<T>(columns, 0) + head * column_rows * p_.references, team.workers[0]);
-    if (status == Status::kOk) side.begin(b, h, team);
-    return status;
   }
 
-  void differentiate(int64_t b, int64_t h, const Team<Worker<T>>& team,
-                     const typename Similarity<Storage>::Results& results) {
+  void begin(int64_t b, int64_t h, const Team<Worker<T>>& team) {
     const int64_t head = b * p_.heads + h, depth = widths_.value_depth;
+    fill(grad_log_b_, widths_.references, T(0));
+    keys_.transport().normalize_masses(masses_.keys);
+    keys_.begin(b, h, team);
+    if (p_.cross) {
+      queries_.transport().normalize_masses(masses_.queries);
+      queries_.begin(b, h, team);
+    }
+    results_ = {at<T>(p_.grad_reference, 0) + head * p_.references * p_.depth,
+                at<T>(p_.grad_bandwidth, 0), at<T>(p_.grad_epsilon, 0) + head};
+    if (results_.bandwidth != nullptr) results_.bandwidth += head;
     const T* values = at<const T>(p_.pooled, 0) + head * p_.references * p_.value_depth;
     const T* grad = at<const T>(p_.grad_pooled, b, h);
     for (int64_t j = 0; j < p_.references; ++j) {
@@ -90,31 +140,39 @@ class BackwardHead {
       load_row(grad + j * p_.grad_pooled.stride[2], p_.grad_pooled.stride[3], p_.value_depth, row,
                depth);
     }
-    const bool has_queries = p_.cross && distributes_ && !queries_.transport().empty();
-    if (has_queries) queries_.distribute(team, pooled_);
-    if (!p_.cross && distributes_) keys_.distribute(team, pooled_);
+  }
+
+  // dA and eta, complete.
+  void finish_pooled() {
+    if (distributed()) receivers().finish_distribute(pooled_);
+    const int64_t depth = widths_.value_depth;
     fill(pooled_.eta, widths_.references, T(0));
     for (int64_t j = 0; j < p_.references; ++j) {
       for (int64_t c = 0; c < depth; ++c) {
         pooled_.eta[j] += pooled_.values[j * depth + c] * pooled_.gradient[j * depth + c];
       }
     }
-    keys_.steps(team, pooled_, grad_log_b_);
-    keys_.finish(team, results, false);
-    if (T* grad_mass = at<T>(p_.grad_token_mass, 0)) {
-      keys_.store_mass_gradient(grad_mass + head * p_.tokens);
+  }
+
+  // `part` of a side: its steps T..1, or 0 where T = 0, and after the last its gradients.
+  void run_side(SideGradient<Storage>& side, int64_t part, int64_t b, int64_t h,
+                const Team<Worker<T>>& team, const Tensor& grad_mass) {
+    if (part > 0) side.finish_step();
+    if (part < steps()) {
+      side.step(p_.iterations - part, team, pooled_, grad_log_b_);
+      return;
     }
-    if (has_queries) {
-      queries_.steps(team, pooled_, grad_log_b_);
-      queries_.finish(team, results, true);
-    } else if (p_.cross) {
-      clear_tokens(p_.grad_query, b, h, p_.queries, p_.depth);
+    side.finish(team, results_, &side == &queries_);
+    if (T* grad = at<T>(grad_mass, 0)) {
+      side.store_mass_gradient(grad + (b * p_.heads + h) * p_.tokens);
     }
   }
 
   // No token holds mass: the output is 0 whatever the inputs are.
-  void clear(int64_t b, int64_t h, T* grad_reference) {
-    fill(grad_reference, p_.references * p_.depth, T(0));
+  void clear(int64_t b, int64_t h) {
+    fill(results_.reference, p_.references * p_.depth, T(0));
+    if (results_.bandwidth != nullptr) *results_.bandwidth = T(0);
+    *results_.epsilon = T(0);
     if (T* grad = at<T>(p_.grad_token_mass, 0)) {
       fill(grad + (b * p_.heads + h) * p_.tokens, p_.tokens, T(0));
     }
@@ -131,7 +189,10 @@ class BackwardHead {
   }
 
   // b_j = mass_j / total: dmass_j = (dlog b_j / b_j - sum_k dlog b_k) / total.
-  void store_reference_mass_gradient(T* grad_mass) const {
+  void store_reference_mass_gradient(int64_t head) const {
+    T* grad_mass = at<T>(p_.grad_reference_mass, 0);
+    if (grad_mass == nullptr) return;
+    grad_mass += head * p_.references;
     double sum = 0;
     for (int64_t j = 0; j < p_.references; ++j) sum += double(grad_log_b_[j]);
     for (int64_t j = 0; j < p_.references; ++j) {
@@ -146,7 +207,9 @@ class BackwardHead {
   SideGradient<Storage> keys_, queries_;
   ReferenceMarginal<T> marginal_{};
   typename SideGradient<Storage>::Pooled pooled_{};
+  typename Similarity<Storage>::Results results_{};
   T* grad_log_b_ = nullptr;  // [references]
+  Masses<T> masses_{};
 };
 
 }  // namespace setformer::cpu::SETFORMER_ISA

@@ -1,6 +1,8 @@
 // The CPU backend for one instruction set: compiled once per SETFORMER_ISA (CMakeLists.txt).
 #include "kernels.h"
 
+#include <new>
+
 #include "../sequences.h"
 #include "backward.h"
 
@@ -25,8 +27,9 @@ class PlanHead {
     worker.place(arena, Widths<T>(p), false, 0);
   }
   int64_t spans() const { return keys_.spans().count; }
+  int64_t stages() const { return 1; }
 
-  Status run(int64_t b, int64_t h, const Team<Worker<T>>& team) {
+  Status run(int64_t, int64_t b, int64_t h, const Team<Worker<T>>& team) {
     const int64_t head = b * p_.heads + h, steps = p_.iterations, width = widths_.references;
     T* rows = at<T>(p_.rows, 0) + head * (steps + 1) * p_.tokens;
     T* columns = at<T>(p_.columns, 0) + head * (larger<int64_t>(steps, 1) + 1) * p_.references;
@@ -34,9 +37,13 @@ class PlanHead {
     if (status != Status::kOk) return status;
     status = keys_.prepare(b, h, p_.token_mass, marginal_, rows, columns, team.workers[0]);
     if (status != Status::kOk) return status;
+    keys_.normalize_masses(keys_.total_mass());
     if (!keys_.empty()) {
       keys_.restore_potentials();
-      keys_.normalize_collection(team);
+      if (keys_.log_domain()) {
+        keys_.sum_collection(team);
+        keys_.finish_collection();
+      }
       keys_.collection_columns(steps, column_factors_);
       for (int64_t j = 0; j < width; ++j) column_factors_[j] *= marginal_.b[j];
     }
@@ -80,63 +87,65 @@ inline bool is_worth_waking(const ForwardParams& p, bool over_heads) {
   return rows * double(p.references) * operations >= wakes * least_parallel_work();
 }
 
-// Runs a Head for every (batch item, head): whole heads in parallel where all threads get as many
-// or nearly so, else the spans of one head after another.
+// How a problem is spread over threads, and the memory of all.
 template <class Storage, template <class> class Head, class Params>
-Status run(const Params& p) {
+struct Workplace {
   using T = Accumulate<Storage>;
-  const int64_t heads = p.batch * p.heads;
-  if (heads == 0) return Status::kOk;
-  const int available = available_threads();
-  const Params longest = p.offsets == nullptr ? p : longest_sequence(p);
-  Head<Storage> sample(longest);
-  const bool over_heads = sample.spans() == 1 || (p.offsets == nullptr && heads % available == 0) ||
-                          heads >= 4 * int64_t{available};
-  const int most = is_worth_waking(p, over_heads) ? available : 1;
-  const int threads = int(smaller<int64_t>(most, over_heads ? heads : sample.spans()));
-  const int heads_at_once = over_heads ? threads : 1;
 
-  Arena head_size, worker_size;
-  Worker<T> measured{};
-  sample.place(head_size);
-  Head<Storage>::place_worker(worker_size, p, measured);
-  const int64_t bytes = heads_at_once * head_size.used() + threads * worker_size.used() +
-                        threads * int64_t{sizeof(Worker<T>)};
-  Block block(bytes);
-  if (block.data() == nullptr) return Status::kOutOfMemory;
-  char* head_memory = block.data();
-  char* worker_memory = head_memory + heads_at_once * head_size.used();
-  auto* workers = reinterpret_cast<Worker<T>*>(worker_memory + threads * worker_size.used());
-  for (int thread = 0; thread < threads; ++thread) {
-    Arena arena(worker_memory + thread * worker_size.used());
-    Head<Storage>::place_worker(arena, p, workers[thread]);
+  bool over_heads;  // whole heads in parallel, or the spans of one head after another
+  int threads;
+  int64_t head_bytes, worker_bytes;
+
+  // `sample` is a head of the problem's largest size.
+  Workplace(const Params& p, Head<Storage>& sample) {
+    const int64_t heads = p.batch * p.heads;
+    const int available = available_threads();
+    over_heads = sample.spans() == 1 || (p.offsets == nullptr && heads % available == 0) ||
+                 heads >= 4 * int64_t{available};
+    const int most = is_worth_waking(p, over_heads) ? available : 1;
+    threads = int(smaller<int64_t>(most, over_heads ? heads : sample.spans()));
+    Arena head_size, worker_size;
+    Worker<T> measured{};
+    sample.place(head_size);
+    Head<Storage>::place_worker(worker_size, p, measured);
+    head_bytes = head_size.used();
+    worker_bytes = worker_size.used();
   }
 
-  // A head of a packed sequence is one of a problem of its own, in the same memory.
-  const auto run_head = [&p](Head<Storage>& head, char* memory, int64_t i,
-                             const Team<Worker<T>>& team) {
-    if (p.offsets == nullptr) return head.run(i / p.heads, i % p.heads, team);
-    const Params own = sequence(p, i / p.heads);
-    Head<Storage> own_head(own);
-    Arena arena(memory);
-    own_head.place(arena);
-    return own_head.run(0, i % p.heads, team);
-  };
+  int64_t bytes(int64_t heads_at_once) const {
+    return heads_at_once * head_bytes + threads * (worker_bytes + int64_t{sizeof(Worker<T>)});
+  }
+  // The workers, in a block's memory after that of the heads.
+  Worker<T>* place_workers(const Params& p, char* memory) const {
+    auto* workers = reinterpret_cast<Worker<T>*>(memory + threads * worker_bytes);
+    for (int thread = 0; thread < threads; ++thread) {
+      Arena arena(memory + thread * worker_bytes);
+      Head<Storage>::place_worker(arena, p, workers[thread]);
+    }
+    return workers;
+  }
 
-  Status result = Status::kOk;
-  int64_t first_failed = heads;  // its status is the result, whichever thread is done first
-  if (over_heads) {
+  // body(i, thread, team) for every head i of `heads`. The first head that fails, whichever thread
+  // is done first, gives the result.
+  template <class Body>
+  Status for_each_head(int64_t heads, Worker<T>* workers, Body body) const {
+    if (!over_heads) {
+      const Team<Worker<T>> team{workers, threads};
+      for (int64_t i = 0; i < heads; ++i) {
+        const Status status = body(i, 0, team);
+        if (status != Status::kOk) return status;
+      }
+      return Status::kOk;
+    }
+    Status result = Status::kOk;
+    int64_t first_failed = heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       const int thread = omp_get_thread_num();
-      Head<Storage> head(p);
-      char* memory = head_memory + thread * head_size.used();
-      Arena arena(memory);
-      if (p.offsets == nullptr) head.place(arena);
       const Team<Worker<T>> team{workers + thread, 1};
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < heads; ++i) {
-        const Status status = run_head(head, memory, i, team);
+        const Status status = body(i, thread, team);
         if (status != Status::kOk) {
 #pragma omp critical
           if (i < first_failed) {
@@ -146,37 +155,148 @@ Status run(const Params& p) {
         }
       }
     }
-  } else {
-    Arena arena(head_memory);
-    sample.place(arena);
-    const Team<Worker<T>> team{workers, threads};
-    for (int64_t i = 0; i < heads; ++i) {
-      const Status status = run_head(sample, head_memory, i, team);
-      if (status != Status::kOk) return status;
-    }
+    return result;
   }
-  return result;
+};
+
+// All stages of a Head for every (batch item, head).
+template <class Storage, template <class> class Head, class Params>
+Status run(const Params& p) {
+  using T = Accumulate<Storage>;
+  const int64_t heads = p.batch * p.heads;
+  if (heads == 0) return Status::kOk;
+  const Params longest = p.offsets == nullptr ? p : longest_sequence(p);
+  Head<Storage> sample(longest);
+  const Workplace<Storage, Head, Params> workplace(p, sample);
+  const int64_t heads_at_once = workplace.over_heads ? workplace.threads : 1;
+  Block block(workplace.bytes(heads_at_once));
+  if (block.data() == nullptr) return Status::kOutOfMemory;
+  Worker<T>* workers =
+      workplace.place_workers(p, block.data() + heads_at_once * workplace.head_bytes);
+  const auto run_head = [&](const Params& own, int thread, int64_t batch_item, int64_t h,
+                            const Team<Worker<T>>& team) {
+    Head<Storage> head(own);
+    Arena arena(block.data() + thread * workplace.head_bytes);
+    head.place(arena);
+    Status status = Status::kOk;
+    for (int64_t stage = 0; stage < head.stages() && status == Status::kOk; ++stage) {
+      status = head.run(stage, batch_item, h, team);
+    }
+    return status;
+  };
+  return workplace.for_each_head(
+      heads, workers, [&](int64_t i, int thread, const Team<Worker<T>>& team) {
+        if (p.offsets == nullptr) return run_head(p, thread, i / p.heads, i % p.heads, team);
+        // A head of a packed sequence is one of a problem of its own.
+        return run_head(sequence(p, i / p.heads), thread, 0, i % p.heads, team);
+      });
 }
 
-template <template <class> class Head, class Params>
-Status dispatch(const Params& p) {
-  switch (p.type) {
+// Merges what the heads share after a stage. They lie `head_bytes` apart, and so do their numbers:
+// neighbours that share alike go together.
+template <class Storage, class Head>
+bool merge(const RankGroup& group, const Head* const* heads, int64_t count, int64_t head_bytes,
+           int64_t stage) {
+  Shared first[2], next[2];
+  for (int64_t begin = 0, end; begin < count; begin = end) {
+    const int entries = heads[begin]->share(stage, first);
+    for (end = begin + 1; end < count; ++end) {
+      if (heads[end]->share(stage, next) != entries) break;
+      if (entries > 0 && next[0].how != first[0].how) break;
+    }
+    for (int entry = 0; entry < entries; ++entry) {
+      first[entry].rows = end - begin;
+      first[entry].row_stride = head_bytes / int64_t{sizeof(Accumulate<Storage>)};
+    }
+    if (entries > 0 && !group.merge(group.context, first, entries)) return false;
+  }
+  return true;
+}
+
+// All ranks must get past the first merge, or none: an error that only this rank has travels there.
+template <class T>
+Status fail_in_group(const RankGroup& group, int64_t heads, Status status) {
+  Block block(heads * 3 * int64_t{sizeof(T)});
+  if (block.data() == nullptr) return status;
+  T* numbers = reinterpret_cast<T*>(block.data());
+  fill(numbers, heads * 3, T(1));
+  const Shared masses{numbers, heads, 3, 3, Merge::kSum};
+  return group.merge(group.context, &masses, 1) ? status : Status::kMergeFailed;
+}
+
+// The same stage of all heads, then what their sums lack from the other ranks, then the next stage.
+template <class Storage, template <class> class HeadOf, class Params>
+Status run_in_group(const Params& p) {
+  using T = Accumulate<Storage>;
+  using Head = HeadOf<Storage>;
+  const int64_t heads = p.batch * p.heads;
+  if (heads == 0) return Status::kOk;
+  Head sample(p);
+  const Workplace<Storage, HeadOf, Params> workplace(p, sample);
+  const int64_t objects = round_up(int64_t{sizeof(Head)}, Arena::kAlignment);
+  Block block(workplace.bytes(heads) + heads * (objects + int64_t{sizeof(Head*)}));
+  if (block.data() == nullptr) return fail_in_group<T>(*p.group, heads, Status::kOutOfMemory);
+  char* memory = block.data() + heads * workplace.head_bytes;
+  Worker<T>* workers = workplace.place_workers(p, memory + heads * objects);
+  auto** all = reinterpret_cast<Head**>(workers + workplace.threads);
+  for (int64_t i = 0; i < heads; ++i) {
+    all[i] = new (memory + i * objects) Head(p);
+    Arena arena(block.data() + i * workplace.head_bytes);
+    all[i]->place(arena);
+  }
+  for (int64_t stage = 0; stage < sample.stages(); ++stage) {
+    const Status status =
+        workplace.for_each_head(heads, workers, [&](int64_t i, int, const Team<Worker<T>>& team) {
+          return all[i]->run(stage, i / p.heads, i % p.heads, team);
+        });
+    // A negative mass is this rank's alone; all else that stage 0 refuses every rank refuses.
+    if (status != Status::kOk && status != Status::kNegativeTokenMass) return status;
+    if (!merge<Storage>(*p.group, all, heads, workplace.head_bytes, stage)) {
+      return Status::kMergeFailed;
+    }
+    for (int64_t i = 0; stage == 0 && i < heads; ++i) {
+      const Status failed = all[i]->masses().finish();
+      if (failed != Status::kOk) return failed;
+    }
+  }
+  return Status::kOk;
+}
+
+template <class Storage, template <class> class Head, class Params>
+Status run_alone_or_in_group(const Params& p) {
+  return p.group == nullptr ? run<Storage, Head>(p) : run_in_group<Storage, Head>(p);
+}
+
+// call(Storage{}) for the storage type of the problem.
+template <class Call>
+Status dispatch(ScalarType type, Call call) {
+  switch (type) {
     case ScalarType::kFloat32:
-      return run<float, Head>(p);
+      return call(float{});
     case ScalarType::kFloat64:
-      return run<double, Head>(p);
+      return call(double{});
     case ScalarType::kBFloat16:
-      return run<BFloat16, Head>(p);
+      return call(BFloat16{});
     case ScalarType::kFloat16:
-      return run<Float16, Head>(p);
+      return call(Float16{});
   }
   return Status::kOk;
 }
 
 }  // namespace
 
-Status forward(const ForwardParams& p) { return dispatch<ForwardHead>(p); }
-Status backward(const BackwardParams& p) { return dispatch<BackwardHead>(p); }
-Status plan(const PlanParams& p) { return dispatch<PlanHead>(p); }
+Status forward(const ForwardParams& p) {
+  return dispatch(p.type, [&p](auto storage) {
+    return run_alone_or_in_group<decltype(storage), ForwardHead>(p);
+  });
+}
+Status backward(const BackwardParams& p) {
+  return dispatch(p.type, [&p](auto storage) {
+    return run_alone_or_in_group<decltype(storage), BackwardHead>(p);
+  });
+}
+Status plan(const PlanParams& p) {
+  return dispatch(p.type, [&p](auto storage) { return run<decltype(storage), PlanHead>(p); });
+}
 
 }  // namespace setformer::cpu::SETFORMER_ISA

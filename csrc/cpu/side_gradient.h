@@ -105,7 +105,10 @@ class SideGradient {
   }
 
   Transport<Storage>& transport() { return transport_; }
+  const Transport<Storage>& transport() const { return transport_; }
 
+  // The first pass, for the log domain. Between each pass and what finishes it, the sums of other
+  // ranks may be merged into what it leaves in sums() and matrix_sums().
   void begin(int64_t b, int64_t h, const Crew& crew) {
     b_ = b;
     head_ = h;
@@ -113,11 +116,18 @@ class SideGradient {
     fill(da_, transport_.spans().tokens, T(0));
     if (transport_.empty()) return;
     transport_.restore_potentials();
-    if (collects_) transport_.normalize_collection(crew);
+    if (collects_ && transport_.log_domain()) transport_.sum_collection(crew);
+  }
+  void finish_begin() {
+    if (collects_ && transport_.log_domain() && !transport_.empty()) transport_.finish_collection();
   }
 
-  // Through distribute: adds to pooled.gradient, leaves gbar.
-  void distribute(const Crew& crew, const Pooled& pooled) {
+  // [M], and [M, value_depth] of distribute.
+  T* sums() const { return sums_.of(0); }
+  T* matrix_sums() const { return matrix_sums_.of(0); }
+
+  // Through distribute: finish_distribute adds to pooled.gradient and leaves gbar.
+  void distribute(const Crew& crew) {
     const int64_t depth = widths_.value_depth, steps = p_.iterations;
     crew.for_each_tile(
         transport_.spans(),
@@ -145,9 +155,14 @@ class SideGradient {
                                  sums_.of(span));
         });
     transport_.pass_done();
-    T* grad = matrix_sums_.total(transport_.spans());  // dA before its column factors
-    const T* delta_sums = sums_.total(transport_.spans());
-    transport_.distribution_columns(steps, factors_);
+    matrix_sums_.total(transport_.spans());
+    sums_.total(transport_.spans());
+  }
+  void finish_distribute(const Pooled& pooled) {
+    const int64_t depth = widths_.value_depth;
+    T* grad = matrix_sums();  // dA before its column factors
+    const T* delta_sums = sums();
+    transport_.distribution_columns(p_.iterations, factors_);
     scale_rows(grad, p_.references, depth, factors_);
     for (int64_t j = 0; j < p_.references; ++j) {
       const T* values = pooled.values + j * depth;
@@ -161,35 +176,35 @@ class SideGradient {
     copy(factors_, right(columns_.distribute() + p_.value_depth));
   }
 
-  // Through collect (where this side does) and the steps T..1; dlog b is added to `grad_log_b`.
-  void steps(const Crew& crew, const Pooled& pooled, T* grad_log_b) {
-    const int64_t last = p_.iterations;
-    if (last == 0) fill(gbar_, widths_.references, T(0));  // g^0 = 0 depends on nothing
-    for (int64_t t = last; t >= smaller<int64_t>(1, last); --t) {
-      const bool collects = collects_ && t == last;
-      transport_.collection_columns(t, factors_);
-      for (int64_t j = 0; j < widths_.references; ++j) {
-        const T gbar = gbar_[j] * factors_[j];
-        weights_[j] = collects ? pooled.eta[j] * factors_[j] + gbar : gbar;
-        if (t > 0) right(columns_.step(t))[j] = -gbar;
-        grad_log_b[j] += gbar_[j];
-      }
-      if (collects) collect_columns(pooled);
-      if (t > 0) {
-        transport_.distribution_columns(t - 1, factors_);
-        for (int64_t j = 0; j < widths_.references; ++j) {
-          right(columns_.row_step(t))[j] = -factors_[j];
-        }
-      }
-      crew.for_each_tile(
-          transport_.spans(), [&](int64_t span) { sums_.clear(span); },
-          [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
-            step(t, collects, span, begin, count, worker, pooled);
-          });
-      transport_.pass_done();
-      const T* sums = sums_.total(transport_.spans());
-      for (int64_t j = 0; j < widths_.references; ++j) gbar_[j] = -factors_[j] * sums[j];
+  // Through step t, of T..1, or 0 where T = 0; through collect with the first, where this side
+  // does. dlog b is added to `grad_log_b`.
+  void step(int64_t t, const Crew& crew, const Pooled& pooled, T* grad_log_b) {
+    if (t == 0) fill(gbar_, widths_.references, T(0));  // g^0 = 0 depends on nothing
+    const bool collects = collects_ && t == p_.iterations;
+    transport_.collection_columns(t, factors_);
+    for (int64_t j = 0; j < widths_.references; ++j) {
+      const T gbar = gbar_[j] * factors_[j];
+      weights_[j] = collects ? pooled.eta[j] * factors_[j] + gbar : gbar;
+      if (t > 0) right(columns_.step(t))[j] = -gbar;
+      grad_log_b[j] += gbar_[j];
     }
+    if (collects) collect_columns(pooled);
+    if (t > 0) {
+      transport_.distribution_columns(t - 1, factors_);
+      for (int64_t j = 0; j < widths_.references; ++j) {
+        right(columns_.row_step(t))[j] = -factors_[j];
+      }
+    }
+    crew.for_each_tile(
+        transport_.spans(), [&](int64_t span) { sums_.clear(span); },
+        [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
+          step_of_tile(t, collects, span, begin, count, worker, pooled);
+        });
+    transport_.pass_done();
+    sums_.total(transport_.spans());
+  }
+  void finish_step() {
+    for (int64_t j = 0; j < widths_.references; ++j) gbar_[j] = -factors_[j] * sums()[j];
   }
 
   // ds, and through the similarity to the tokens and to `results`.
@@ -222,15 +237,12 @@ class SideGradient {
         accumulate);
   }
 
-  // dmass_i = (da_i - sum_k a_k da_k) / total mass, 0 for masked tokens.
+  // dmass_i = da_i / total mass, 0 for masked tokens: what dividing by the total adds is
+  // sum_i a_i da_i, which is 0, for a factor common to all of a changes nothing.
   void store_mass_gradient(T* grad_mass) const {
-    const T* a = transport_.a();
-    const int64_t tokens = transport_.spans().tokens;
-    double mean = 0;
-    for (int64_t i = 0; i < tokens; ++i) mean += double(a[i]) * double(da_[i]);
-    for (int64_t i = 0; i < tokens; ++i) {
+    for (int64_t i = 0; i < transport_.spans().tokens; ++i) {
       const bool valid = transport_.similarity().valid()[i];
-      grad_mass[i] = valid ? T((double(da_[i]) - mean) / transport_.total_mass()) : T(0);
+      grad_mass[i] = valid ? T(double(da_[i]) / transport_.total_mass()) : T(0);
     }
   }
 
@@ -275,8 +287,8 @@ class SideGradient {
   }
 
   // Step t of one tile: fhat, da, h and the tile's share of the next gbar; dv where it collects.
-  void step(int64_t t, bool collects, int64_t span, int64_t begin, int64_t count,
-            const Worker<T>& worker, const Pooled& pooled) {
+  void step_of_tile(int64_t t, bool collects, int64_t span, int64_t begin, int64_t count,
+                    const Worker<T>& worker, const Pooled& pooled) {
     const int64_t depth = widths_.value_depth;
     const T* a = transport_.a() + begin;
     const T* scores = transport_.scores(begin, count, worker);

@@ -135,10 +135,13 @@ class Similarity {
     // domain.
     const T range = (gaussian_ ? T(1) : T(2) * largest_product(buffers)) / epsilon_;
     log_domain_ = !(range <= (sizeof(T) == 4 ? T(32) : T(256)));
+    // The ranks of a group must agree, whatever keys each has.
+    if (p.group != nullptr && !gaussian_) log_domain_ = true;
     shift_ = gaussian_ && !log_domain_ ? scale_ / 2 : T(0);  // the middle of (0, 1 / epsilon]
   }
 
-  // Solve in the log domain, or by scaling? Follows from the options and this head's data alone.
+  // Solve in the log domain, or by scaling? Follows from the options and this head's data alone, in
+  // a group from the options alone.
   bool log_domain() const { return log_domain_; }
   const Validity& valid() const { return valid_; }
 

@@ -87,15 +87,20 @@ class Transport {
     column_sums_.place(arena, spans_, 2 * widths_.references);
     // Scores are kept while they fit a constant amount of fast memory and recomputed beyond it.
     const int64_t row = widths_.references * (backward_ ? 2 : 1);
-    const int64_t tiles = kCacheBytes / (kTileTokens * row * int64_t{sizeof(T)});
+    // The heads of a group's problem are all at work at once.
+    const int64_t bytes = p_->group == nullptr
+                              ? kCacheBytes
+                              : kCacheBytes / larger<int64_t>(p_->batch * p_->heads, 1);
+    const int64_t tiles = bytes / (kTileTokens * row * int64_t{sizeof(T)});
     cached_ = smaller(tiles * kTileTokens, round_up(tokens_.count, kTileTokens));
     const int64_t rows = cached_ + kMostTileTokens - kTileTokens;  // the last tile may be longer
     score_cache_ = arena.take<T>(rows * widths_.references);
     if (backward_) factor_cache_ = arena.take<T>(rows * widths_.references);
   }
 
-  // Makes ready for head (b, h). token_mass (optional) [B, H, N]; rows [T + 1, N] and columns
-  // [max(T, 1), M] are this head's normalisers, which solve writes and the rest reads.
+  // Makes ready for head (b, h), but for normalize_masses. token_mass (optional) [B, H, N]; rows
+  // [T + 1, N] and columns [max(T, 1), M] are this head's normalisers, which the steps write and
+  // the rest reads.
   Status prepare(int64_t b, int64_t h, const Tensor& token_mass,
                  const ReferenceMarginal<T>& marginal, T* rows, T* columns,
                  const Worker<T>& worker) {
@@ -112,7 +117,14 @@ class Transport {
     for (int64_t j = p_->references; j < widths_.references; ++j) {
       potentials_[j] = log_domain() ? -T(__builtin_inf()) : T(0);
     }
-    return load_marginal(b, h, token_mass);
+    return load_masses(b, h, token_mass);
+  }
+
+  // The marginal a, from the mass of all tokens, those of other ranks included.
+  void normalize_masses(double total) {
+    total_mass_ = total;
+    const double scale = total == 0 ? 0 : 1 / total;
+    for (int64_t i = 0; i < tokens_.count; ++i) a_[i] = T(double(a_[i]) * scale);
   }
 
   // No valid token holds mass: nothing to transport, all outputs and gradients are 0.
@@ -145,45 +157,62 @@ class Transport {
   bool keys_loaded(int64_t begin) const { return fresh_ || begin >= cached_; }
   void pass_done() { fresh_ = false; }
 
-  // The T steps. Where `pool` is wanted it is called for every tile with the matrix of
-  // collection(T) and the factors a_i * row factor in worker.row_factors: in scaling form during
-  // the last step, whose tile is that matrix already.
+  // Step t, 1 <= t <= T, and t = 0 where T = 0: rows^{t-1}, and in column_sums() the columns^t of
+  // these tokens. Where `pools`, pool is called for every tile with its scores and the factors
+  // a_i * row factor in worker.row_factors: in scaling form collection(T) has no other matrix, so
+  // that the last step can collect.
   template <class BeginSpan, class Pool>
-  void solve(const Crew& crew, bool pools, BeginSpan begin_span, Pool pool) {
+  void step(int64_t t, const Crew& crew, bool pools, BeginSpan begin_span, Pool pool) {
     const int64_t width = widths_.references;
-    const int64_t last = p_->iterations;
-    for (int64_t t = smaller<int64_t>(1, last); t <= last; ++t) {
-      const bool pools_now = pools && t == last && !log_domain();
-      crew.for_each_tile(
-          spans_,
-          [&](int64_t span) {
-            if (log_domain()) {
-              log_sums(span).clear(width);
-            } else {
-              column_sums_.clear(span);
-            }
-            if (pools_now) begin_span(span);
-          },
-          [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
-            const T* tile = scores(begin, count, worker);
-            if (t > 0) normalize_rows(t - 1, begin, count, tile);
-            row_potentials(t, begin, count, worker.row_factors);
-            if (log_domain()) {
-              log_sums(span).add(tile, count, width, worker.row_factors);
-            } else {
-              add_transposed_product(tile, count, width, worker.row_factors, column_sums_.of(span));
-            }
-            if (pools_now) pool(span, begin, count, tile, worker);
-          });
-      pass_done();
-      normalize_columns(t);
+    crew.for_each_tile(
+        spans_,
+        [&](int64_t span) {
+          if (log_domain()) {
+            log_sums(span).clear(width);
+          } else {
+            column_sums_.clear(span);
+          }
+          if (pools) begin_span(span);
+        },
+        [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
+          const T* tile = scores(begin, count, worker);
+          if (t > 0) normalize_rows(t - 1, begin, count, tile);
+          row_potentials(t, begin, count, worker.row_factors);
+          if (log_domain()) {
+            log_sums(span).add(tile, count, width, worker.row_factors);
+          } else {
+            add_transposed_product(tile, count, width, worker.row_factors, column_sums_.of(span));
+          }
+          if (pools) pool(span, begin, count, tile, worker);
+        });
+    pass_done();
+    if (!log_domain()) {
+      column_sums_.total(spans_);
+      return;
     }
-    if (!pools || !log_domain()) return;
-    normalize_collection(crew);
+    for (int64_t span = 1; span < spans_.count; ++span) {
+      log_sums(0).merge(log_sums(span), width);
+    }
+    log_sums(0).normalizers(width, column_sums_.data);
+  }
+  // What passes over the tokens sum for each reference, [M]. Between a pass and what finishes it,
+  // the sums of other ranks may be merged into them.
+  T* column_sums() const { return column_sums_.data; }
+  Merge merge_of_columns() const { return log_domain() ? Merge::kLogSum : Merge::kSum; }
+  void finish_step(int64_t t) {
+    T* columns = column_normalizers(t);
+    for (int64_t j = 0; j < p_->references; ++j) columns[j] = column_sums()[j];
+    set_potentials(t);
+  }
+
+  // pool for every tile as `step` calls it, with the matrix of collection(T) in the log domain.
+  template <class BeginSpan, class Pool>
+  void pool_collection(const Crew& crew, BeginSpan begin_span, Pool pool) {
     crew.for_each_tile(spans_, begin_span,
                        [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
+                         const T* scores_of_tile = scores(begin, count, worker);
                          const T* tile =
-                             collection(last, begin, count, scores(begin, count, worker), worker);
+                             collection(p_->iterations, begin, count, scores_of_tile, worker);
                          for (int64_t i = 0; i < count; ++i) worker.row_factors[i] = a_[begin + i];
                          pool(span, begin, count, tile, worker);
                        });
@@ -202,8 +231,7 @@ class Transport {
   }
 
   // In the log domain: the sums of collection(T) over its columns, to be divided out.
-  void normalize_collection(const Crew& crew) {
-    if (!log_domain()) return;
+  void sum_collection(const Crew& crew) {
     crew.for_each_tile(
         spans_, [&](int64_t span) { column_sums_.clear(span); },
         [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
@@ -212,8 +240,10 @@ class Transport {
                                  widths_.references, a_ + begin, column_sums_.of(span));
         });
     pass_done();
-    const T* sums = column_sums_.total(spans_);
-    for (int64_t j = 0; j < p_->references; ++j) collection_scale_[j] = 1 / sums[j];
+    column_sums_.total(spans_);
+  }
+  void finish_collection() {
+    for (int64_t j = 0; j < p_->references; ++j) collection_scale_[j] = 1 / column_sums()[j];
   }
 
   // Backward finds rows and columns as forward left them; potentials follow.
@@ -274,13 +304,9 @@ class Transport {
     return {column_sums_.of(span), column_sums_.of(span) + widths_.references};
   }
 
-  Status load_marginal(int64_t b, int64_t h, const Tensor& token_mass) {
+  // Into a_, and their sum.
+  Status load_masses(int64_t b, int64_t h, const Tensor& token_mass) {
     const T* mass = at<const T>(token_mass, b, h);
-    if (mass == nullptr && tokens_.mask.data == nullptr) {
-      total_mass_ = double(tokens_.count);
-      fill(a_, tokens_.count, T(1 / total_mass_));
-      return Status::kOk;
-    }
     double total = 0;  // a float32 sum of a million masses would lose digits
     for (int64_t i = 0; i < tokens_.count; ++i) {
       const bool valid = similarity_.valid()[i];
@@ -289,8 +315,6 @@ class Transport {
       total += double(a_[i]);
     }
     total_mass_ = total;
-    const double scale = total == 0 ? 0 : 1 / total;
-    for (int64_t i = 0; i < tokens_.count; ++i) a_[i] = T(double(a_[i]) * scale);
     return Status::kOk;
   }
 
@@ -307,21 +331,6 @@ class Transport {
       store<T>(potentials + i, log2<T>(load(potentials + i)));
     }
     for (int64_t i = 0; i < count && rows != nullptr; ++i) potentials[i] -= rows[i];
-  }
-
-  void normalize_columns(int64_t t) {
-    T* normalizers = column_sums_.data;
-    if (log_domain()) {
-      for (int64_t span = 1; span < spans_.count; ++span) {
-        log_sums(0).merge(log_sums(span), widths_.references);
-      }
-      log_sums(0).normalizers(widths_.references, normalizers);
-    } else {
-      column_sums_.total(spans_);
-    }
-    T* columns = column_normalizers(t);
-    for (int64_t j = 0; j < p_->references; ++j) columns[j] = normalizers[j];
-    set_potentials(t);
   }
 
   // The potentials that follow from the normalisers of step t.

@@ -120,6 +120,20 @@ __global__ void __launch_bounds__(kMergeThreads)
   results[head * results_of_head + j] = -sum;
 }
 
+// The sums of all blocks that share a head, [heads, splits, numbers], in place of its first
+// block's.
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_blocks_kernel(const int64_t first, const int64_t heads, const int64_t splits,
+                        const int64_t numbers, T* const partial) {
+  const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (at >= heads * numbers) return;
+  T* of_head = partial + at / numbers * splits * numbers + at % numbers;
+  T sum = 0;
+  for (int64_t split = 0; split < splits; ++split) sum += of_head[split * numbers];
+  *of_head = sum;
+}
+
 // dy: a warp per reference.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
@@ -267,12 +281,16 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
     launch(stream, "sinkhorn_step_backward_kernel", sinkhorn_step_backward_kernel<Storage>,
            heads * splits.count, S::kThreads, bytes(step_needs(p, of_queries, t)), p, parts,
            workspace, of_queries, t);
-    if (t > 1 && splits.count > 1) {
+    if (t <= 1) continue;
+    T* adjoints = workspace + parts.column_adjoints[of_queries] + (t - 1) * references;
+    const int64_t adjoints_of_head = (p.iterations + 1) * references;
+    if (splits.count > 1) {
       launch(stream, "merge_sums_kernel", merge_sums_kernel<T>,
              divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
-             splits.count, workspace + parts.column_adjoints[of_queries] + (t - 1) * references,
-             (p.iterations + 1) * references, partial);
+             splits.count, adjoints, adjoints_of_head, partial);
     }
+    const Shared shared{adjoints, heads, references, adjoints_of_head, Merge::kSum};
+    merge(p, stream, &shared, 1);
   }
   const bool in_one = gradient_in_one<Storage>(p);
   const int64_t groups = divide_up(p.depth, S::kGroup * S::kDepth);
@@ -314,9 +332,20 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
                divide_up(p.value_depth, S::kGroup * S::kDepth),
            S::kThreads, bytes(kPools), p, parts, workspace);
   }
+  int64_t partials = distributes ? splits.count : 0;
+  if (distributes && p.group != nullptr) {
+    const int64_t numbers = references * (p.value_depth + 1);
+    launch(stream, "merge_blocks_kernel", merge_blocks_kernel<T>,
+           divide_up(heads * numbers, kMergeThreads), kMergeThreads, 0, heads, splits.count,
+           numbers, workspace + parts.partial);
+    const Shared shared{workspace + parts.partial, heads, numbers, splits.count * numbers,
+                        Merge::kSum};
+    merge(p, stream, &shared, 1);
+    partials = 1;
+  }
   launch(stream, "merge_pooled_gradient_kernel", merge_pooled_gradient_kernel<Storage>,
          heads * divide_up(references, S::kWarps), S::kThreads, kHeadBytes<Storage>, p, parts,
-         workspace, distributes ? splits.count : 0);
+         workspace, partials);
   launch_side_backward<Storage>(p, parts, workspace, false, stream);
   if (p.cross) launch_side_backward<Storage>(p, parts, workspace, true, stream);
   launch(stream, "head_gradient_kernel", head_gradient_kernel<Storage>,

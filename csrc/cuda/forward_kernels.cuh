@@ -105,6 +105,22 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (at % width == 0) scales[head * scales_of_head + j] = scale;
 }
 
+// A as sums to be merged over the ranks of a group, or from such sums: each row of A times the
+// inverse of its scale, which takes the scale's place. A warp per reference.
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    rescale_pooled_kernel(const int64_t first, const int64_t heads, const int64_t references,
+                          const int64_t width, T* const pooled, T* const scales,
+                          const int64_t scales_of_head) {
+  const int64_t at = (first + blockIdx.x) * (kMergeThreads / 32) + threadIdx.x / 32;
+  if (at >= heads * references) return;
+  T& scale = scales[at / references * scales_of_head + at % references];
+  const T factor = inverse(scale);
+  for (int64_t c = threadIdx.x % 32; c < width; c += 32) pooled[at * width + c] *= factor;
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) scale = factor;
+}
+
 template <class Storage>
 void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>* partial,
                   Stream& stream) {
@@ -116,12 +132,34 @@ void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>*
   for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
     launch(stream, "sinkhorn_step_kernel", sinkhorn_step_kernel<Storage>, heads * splits.count,
            S::kThreads, bytes, p, side, t, partial);
-    if (splits.count == 1) continue;
-    launch(stream, "merge_columns_kernel", merge_columns_kernel<T>,
-           divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
-           splits.count, static_cast<T*>(side.columns) + (t > 0 ? t - 1 : 0) * references,
-           side.column_rows * references, static_cast<const T*>(partial));
+    T* columns = static_cast<T*>(side.columns) + (t > 0 ? t - 1 : 0) * references;
+    const int64_t columns_of_head = side.column_rows * references;
+    if (splits.count > 1) {
+      launch(stream, "merge_columns_kernel", merge_columns_kernel<T>,
+             divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
+             splits.count, columns, columns_of_head, static_cast<const T*>(partial));
+    }
+    const Shared shared{columns, heads, references, columns_of_head, Merge::kLogSum};
+    merge(p, stream, &shared, 1);
   }
+}
+
+// A and the scales of all ranks of a group, from this rank's.
+template <class T>
+void merge_pooled(const ForwardParams& p, T* scales, int64_t scales_of_head, Stream& stream) {
+  if (p.group == nullptr) return;
+  const int64_t heads = p.batch * p.heads, references = p.references;
+  const int64_t pooled = references * p.value_depth;
+  const auto rescale = [&] {
+    launch(stream, "rescale_pooled_kernel", rescale_pooled_kernel<T>,
+           divide_up(heads * references, kMergeThreads / 32), kMergeThreads, 0, heads, references,
+           p.value_depth, static_cast<T*>(p.pooled.data), scales, scales_of_head);
+  };
+  rescale();
+  const Shared shared[2] = {{p.pooled.data, heads, pooled, pooled, Merge::kSum},
+                            {scales, heads, references, scales_of_head, Merge::kSum}};
+  merge(p, stream, shared, 2);
+  rescale();
 }
 
 template <class Storage>
@@ -156,13 +194,15 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
          heads * splits.count * divide_up(p.value_depth, S::kGroup * S::kDepth) *
              divide_up(p.references, S::kRows),
          S::kThreads, streaming_bytes<Storage>(p, kPools, stream), p, partial);
+  T* scales = static_cast<T*>(p.columns.data) + steps_kept(p) * p.references;
+  const int64_t scales_of_head = keys_of(p).column_rows * p.references;
   if (splits.count > 1) {
     launch(stream, "merge_pooled_kernel", merge_pooled_kernel<T>,
            divide_up(heads * p.references * p.value_depth, kMergeThreads), kMergeThreads, 0, heads,
-           p.references, p.value_depth, splits.count, static_cast<T*>(p.pooled.data),
-           static_cast<T*>(p.columns.data) + steps_kept(p) * p.references,
-           keys_of(p).column_rows * p.references, static_cast<const T*>(partial));
+           p.references, p.value_depth, splits.count, static_cast<T*>(p.pooled.data), scales,
+           scales_of_head, static_cast<const T*>(partial));
   }
+  merge_pooled(p, scales, scales_of_head, stream);
   if (!p.distribute) return;
   if (p.cross) launch_solve<Storage>(p, queries_of(p), partial, stream);
   launch(stream, "distribute_kernel", distribute_kernel<Storage>,

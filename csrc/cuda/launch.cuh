@@ -32,6 +32,14 @@ void launch(Stream& stream, const char* name, Kernel kernel, int64_t blocks, int
   if (stream.error != cudaSuccess) stream.kernel = name;
 }
 
+// In a group, on all of its ranks: merges numbers whose launches are on the stream already.
+inline void merge(const ForwardParams& p, Stream& stream, const Shared* numbers, int64_t count) {
+  if (p.group == nullptr || stream.error != cudaSuccess) return;
+  if (p.group->merge(p.group->context, numbers, count)) return;
+  stream.error = cudaErrorUnknown;
+  stream.kernel = "merging over the ranks of the group";
+}
+
 // float64, which gradients are checked with, always streams: half the code to compile.
 template <class Storage>
 inline constexpr bool kResident = sizeof(Storage) < 8;
@@ -47,6 +55,7 @@ int64_t resident_bytes(const ForwardParams& p, int needs, const Stream& stream) 
 template <class Storage>
 bool fits_one_block(const ForwardParams& p, int needs, const Stream& stream) {
   constexpr int64_t kMost = 163 * 1024;
+  if (p.group != nullptr) return false;  // which merges between launches
   // first the room for a bare key, so that no size overflows in Layout
   if (p.tokens > kMost || p.queries > kMost) return false;
   return resident_bytes<Storage>(p, needs, stream) <=

@@ -1,0 +1,162 @@
+"""SeT attention over sequences that several processes hold together (sequence parallelism).
+
+Of its tokens a rank sends nothing: per Sinkhorn step M sums for each head, M Dv more where values
+are collected, and as much in backward.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..arguments import Arguments, _autocast_enabled
+from ..functional import attention_problem
+from . import (
+    dtensors,
+    operations,  # noqa: F401  (registers torch.ops.setformer_ext.distributed_set_attention)
+)
+from .ranks import FUNCTION, Ranks
+
+__all__ = ["set_attention"]
+
+
+def set_attention(
+    query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    reference: Tensor,
+    *,
+    group: ProcessGroup | DeviceMesh | None = None,
+    mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    token_mass: Tensor | None = None,
+    reference_mass: Tensor | None = None,
+    kernel: str = "gaussian",
+    bandwidth: float | Tensor = 1.0,
+    epsilon: float | Tensor = 0.1,
+    iterations: int = 5,
+    token_positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    reference_positions: Tensor | None = None,
+    position_bandwidth: float | None = None,
+    check: bool = True,
+) -> Tensor:
+    """:func:`setformer_ext.set_attention` of sequences whose tokens are spread over a group.
+
+    Every rank of the group calls it with its own tokens and gets the outputs of its own queries:
+    together they are those of one call with the tokens of all ranks side by side, to rounding, and
+    bitwise the same from run to run. Ranks may have different numbers of tokens, also none.
+
+    The gradient is exact. Of its own tokens each rank gets the gradient of the sum of all ranks'
+    losses; of what all ranks have alike (reference, reference_mass, bandwidth, epsilon) its share,
+    and the shares of all ranks add up to that gradient. So it is with every other weight of a model
+    that each rank applies to its own tokens, and what sums or averages those (DDP, FSDP, an
+    all-reduce) does so here.
+
+    Each rank sends ``2 (R - 1) / R`` times the numbers it shares, of four bytes (eight for
+    float64): ``B H (T M + M Dv + 3)`` forward and ``B H ((T - 1) M + M (Dv + 1) + 3)`` backward for
+    self attention with the Gaussian kernel and epsilon >= 1/32 on R ranks. Cross attention shares
+    ``B H T M`` and ``B H (T - 1) M`` more; in the log domain (any other epsilon, the linear kernel)
+    the CPU shares ``B H M`` more both ways. On CUDA it is ``B H M`` more forward, and no 3.
+
+    Args:
+        query, key, value, mask, query_mask, token_mass, token_positions, query_positions: this
+            rank's, as in ``setformer_ext.set_attention``.
+        reference, reference_mass, reference_positions, kernel, bandwidth, epsilon, iterations,
+            position_bandwidth: the same on all ranks.
+        group: a process group, a one-dimensional device mesh, or None for all processes, with a
+            backend for the tensors' device (gloo for the CPU, nccl for CUDA).
+        check: compare on all ranks what must be the same, at the cost of one more message of some
+            hundred bytes a rank and, on CUDA, of waiting for the device. Without it ranks that
+            disagree may wait for each other until the group's timeout, or give wrong results.
+
+    Tensors may be DTensors, then all of them: key, value, query and token_mass sharded on the
+    tokens (dimension 2), masks and positions likewise, the rest replicated over that dimension of
+    the mesh, which is the group; other dimensions of the mesh may shard the batch or the heads.
+
+    Returns:
+        [B, H, Nq, Dv] of this rank's queries, of the key's type; a DTensor for DTensors.
+
+    Backward too must run on every rank of the group: a loss that leaves out a rank's output must
+    still depend on it, if only by ``0 * output.sum()``. There are no second derivatives.
+
+    Raises:
+        ValueError, TypeError: as ``setformer_ext.set_attention``, and on all ranks where they do
+            not agree.
+        RuntimeError: another rank refused its arguments or is gone; after the latter the group is
+            of no more use.
+    """
+    tensors: dict[str, Any] = {
+        "query": None if query is key else query,
+        "key": key,
+        "value": value,
+        "reference": reference,
+        "mask": mask,
+        "query_mask": query_mask,
+        "token_mass": token_mass,
+        "reference_mass": reference_mass,
+        "bandwidth": bandwidth,
+        "epsilon": epsilon,
+        "token_positions": token_positions,
+        "query_positions": query_positions,
+        "reference_positions": reference_positions,
+    }
+    options: dict[str, Any] = {
+        "kernel": kernel,
+        "iterations": iterations,
+        "position_bandwidth": position_bandwidth,
+    }
+    if dtensors.are_given(tensors):
+        return dtensors.call(_set_attention, tensors, group, check=check, **options)
+    return _set_attention(**tensors, group=_process_group(group), check=check, **options)
+
+
+def _set_attention(
+    query: Tensor | None,
+    key: Tensor,
+    *,
+    group: ProcessGroup,
+    check: bool,
+    **problem_arguments: Any,
+) -> Tensor:
+    try:
+        problem = attention_problem(Arguments(FUNCTION, key), query, **problem_arguments)
+    except (TypeError, ValueError):
+        if check and not torch.compiler.is_compiling():
+            Ranks(group).refuse(key)
+        raise
+    if _autocast_enabled(key.device.type) and key.dtype != torch.float64:
+        problem = problem.in_storage_type(torch.get_autocast_dtype(key.device.type))
+    differentiated = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in problem
+    )
+    output: Tensor = torch.ops.setformer_ext.distributed_set_attention(
+        *problem, group.group_name, check, differentiated
+    )[0]
+    return output
+
+
+def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"{FUNCTION}: there is no process group yet: call "
+            "torch.distributed.init_process_group first"
+        )
+    if group is None:
+        group = dist.group.WORLD
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"{FUNCTION}: group must be a mesh of one dimension, got {group.ndim}: take the "
+                "one that shares sequences, mesh['name']"
+            )
+        return group.get_group()
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(
+            f"{FUNCTION}: group must be a process group that this process is in, a DeviceMesh or "
+            f"None, got {type(group).__name__}"
+        )
+    return group

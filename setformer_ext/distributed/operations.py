@@ -1,0 +1,97 @@
+"""torch.ops.setformer_ext.distributed_set_attention: the kernels, with the ranks of a group.
+
+What `ops.py` and `autograd.py` are for one process: the operations, their shapes and the first
+derivative. The group travels by its name, as in torch's own functional collectives.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from .. import autograd, ops
+from ..ops import BEFORE_PROBLEM, Gradients, Problem, Solution
+from .ranks import FUNCTION, Ranks
+
+RANKS = "str group, bool check, bool differentiated"
+OPERATION = "setformer_ext::distributed_set_attention"
+BACKWARD = "setformer_ext::distributed_set_attention_backward"
+_FIELDS = len(Problem._fields)
+
+torch.library.define(OPERATION, f"({ops.PROBLEM}, {RANKS}) -> ({ops.SOLUTION})")
+torch.library.define(
+    BACKWARD,
+    f"(Tensor? grad_output, Tensor? grad_pooled, {ops.SOLUTION}, {ops.PROBLEM}, str group) -> "
+    f"({ops.GRADIENTS})",
+)
+
+
+def _ranks(group: str) -> Ranks:
+    return Ranks(distributed_c10d._resolve_process_group(group))  # type: ignore[attr-defined, arg-type]
+
+
+@torch.library.impl(OPERATION, ops.DISPATCH_KEYS)
+def _set_attention(*arguments: Any) -> Solution:
+    problem = Problem(*arguments[:_FIELDS])
+    group, check, differentiated = arguments[_FIELDS:]
+    ranks = _ranks(group)
+    if check:
+        ranks.agree(problem, differentiated)
+    return ops.solve(problem, ranks.merge)
+
+
+@torch.library.impl(BACKWARD, ops.DISPATCH_KEYS)
+def _set_attention_backward(
+    grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
+) -> Gradients:
+    *of_solution_and_problem, group = arguments
+    fields = len(Solution._fields)
+    solution = Solution(*of_solution_and_problem[:fields])
+    problem = Problem(*of_solution_and_problem[fields:])
+    ranks = _ranks(group)
+    gradients = ops.differentiate(grad_output, grad_pooled, solution, problem, ranks.merge)
+    if problem.reference_mass is None:
+        return gradients
+    # Each rank has found the whole: equal shares add up to it.
+    return gradients._replace(reference_mass=gradients.reference_mass / ranks.count)
+
+
+@torch.library.register_fake(OPERATION)
+def _fake_set_attention(*arguments: Any) -> Solution:
+    return ops.empty_solution(Problem(*arguments[:_FIELDS]))
+
+
+@torch.library.register_fake(BACKWARD)
+def _fake_backward(*arguments: Any) -> Gradients:
+    return ops.empty_gradients(Problem(*arguments[BEFORE_PROBLEM:-1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    autograd.setup_context(ctx, inputs[:_FIELDS], output)
+    ctx.group = inputs[_FIELDS]
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
+    solution, problem = autograd.saved(ctx)
+    if grad_output is None:  # the other ranks go on all the same
+        grad_output = torch.zeros_like(solution.output)
+    gradients = torch.ops.setformer_ext.distributed_set_attention_backward(
+        grad_output, None, *solution, *problem, ctx.group
+    )
+    return *autograd.gradients_of_inputs(tuple(problem), gradients), None, None, None
+
+
+def _setup_no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_second_backward(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        f"{FUNCTION}: there is no second derivative over the ranks of a group; "
+        "setformer_ext.set_attention has one"
+    )
+
+
+torch.library.register_autograd(OPERATION, _backward, setup_context=_setup_context)
+torch.library.register_autograd(BACKWARD, _no_second_backward, setup_context=_setup_no_context)
