@@ -1,5 +1,6 @@
 """Groups of ranks to test with: threads of this process, or processes with gloo."""
 
+import io
 import os
 import tempfile
 import threading
@@ -77,12 +78,15 @@ def values(results: Sequence[Any]) -> list[Any]:
 
 def _result(process: Any, own: Connection) -> Any:
     try:
-        result = own.recv() if own.poll(PATIENCE) else TimeoutError("the rank hangs")
+        if not own.poll(PATIENCE):
+            return TimeoutError("the rank hangs")
+        # As bytes: tensors would be shared with a process that may have ended.
+        return torch.load(io.BytesIO(own.recv()), weights_only=False)
     except EOFError:
-        result = ConnectionAbortedError("the rank died")
-    process.join(5)
-    process.kill()
-    return result
+        return ConnectionAbortedError("the rank died")
+    finally:
+        process.join(5)
+        process.kill()
 
 
 def _run(
@@ -103,10 +107,13 @@ def _run(
             world_size=count,
             timeout=timedelta(seconds=PATIENCE / 2),
         )
-        pipe.send(function(*arguments))
+        result = function(*arguments)
     except Exception as error:
         traceback.print_exc()
-        pipe.send(error)
+        result = error
     finally:
+        buffer = io.BytesIO()
+        torch.save(result, buffer)
+        pipe.send(buffer.getvalue())
         if dist.is_initialized():
             dist.destroy_process_group()

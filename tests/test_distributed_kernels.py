@@ -156,8 +156,6 @@ def problem_of(name: str, dtype: torch.dtype) -> dict[str, Any]:
 def test_shards_together_are_as_exact_as_the_definition(
     backend: Backend, name: str, dtype: torch.dtype
 ) -> None:
-    if backend.emulated and (dtype == torch.float64 or name == "many tokens"):
-        pytest.skip("takes minutes in emulation")
     torch.set_num_threads(1)
     assert_as_exact_as_definition(set_attention, problem_of(name, dtype))
 

@@ -126,7 +126,7 @@ def _set_attention(
         problem = attention_problem(Arguments(FUNCTION, key), query, **problem_arguments)
     except (TypeError, ValueError):
         if check and not torch.compiler.is_compiling():
-            Ranks(group).refuse(key)
+            Ranks(group).refuse()
         raise
     if _autocast_enabled(key.device.type) and key.dtype != torch.float64:
         problem = problem.in_storage_type(torch.get_autocast_dtype(key.device.type))

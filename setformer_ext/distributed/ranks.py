@@ -26,6 +26,13 @@ SIZES = ("batch B", "heads H", "depth D of the key", "references M", "depth Dv o
 OPTIONS = ("dtype", "iterations", "kernel", "position_bandwidth", "requires_grad of the inputs")
 GIVEN = ("query", "reference_positions", "reference_mass")
 REPLICAS = ("reference", "bandwidth", "epsilon", "reference_mass", "reference_positions")
+COMPARED = (
+    "whether the arguments are refused",
+    *SIZES,
+    *OPTIONS,
+    *(f"whether {name} is given" for name in GIVEN),
+    *REPLICAS,
+)
 
 
 class Ranks:
@@ -34,6 +41,9 @@ class Ranks:
     def __init__(self, group: ProcessGroup):
         self.group = group
         self.count = group.size()
+        # Where ranks compare their arguments: one whose key is of no use must find it too.
+        devices = [device.type for device in group._device_types]
+        self.device = "cpu" if "cpu" in devices else devices[0]
 
     def exchange(self, numbers: Tensor) -> Tensor:  # [R, n] -> [R, n]
         """Row r goes to rank r; what comes back in its place is what that rank had for this one."""
@@ -61,19 +71,14 @@ class Ranks:
 
     def agree(self, problem: Problem, differentiated: bool) -> None:
         """Raises, on every rank, where the ranks' problems do not fit together."""
-        names, own = _description(problem, differentiated)
-        self._compare(names, own, problem.key.device)
+        self._compare(_description(problem, differentiated))
 
-    def refuse(self, key: object) -> None:
+    def refuse(self) -> None:
         """This rank's part of `agree` where its arguments were refused: all others raise too."""
-        names = _names()
-        supported = [device.type for device in self.group._device_types]
-        device = key.device.type if isinstance(key, Tensor) else supported[0]
-        if device in supported:  # else no rank with such a key gets any further
-            self._compare(names, [1] + [0] * (len(names) - 1), torch.device(device))
+        self._compare([1] + [0] * (len(COMPARED) - 1))
 
-    def _compare(self, names: tuple[str, ...], own: list[int], device: torch.device) -> None:
-        rows = self.gather(torch.tensor(own, device=device)).tolist()
+    def _compare(self, own: list[int]) -> None:
+        rows = self.gather(torch.tensor(own, device=self.device)).tolist()
         if own[0] != 0:
             return  # whoever refuses has an error of its own to raise
         refused = [rank for rank, row in enumerate(rows) if row[0] != 0]
@@ -82,7 +87,7 @@ class Ranks:
                 f"{FUNCTION}: rank {refused[0]} of the group refused its arguments; its own error "
                 "says why"
             )
-        for index, name in enumerate(names):
+        for index, name in enumerate(COMPARED):
             for rank, row in enumerate(rows):
                 if row[index] != rows[0][index]:
                     raise ValueError(
@@ -99,12 +104,8 @@ def log2_sum(x: Tensor) -> Tensor:  # [R, n] -> [n]
     return (x - base).exp2().sum(0).log2() + base
 
 
-def _names() -> tuple[str, ...]:
-    given = tuple(f"whether {name} is given" for name in GIVEN)
-    return ("the arguments", *SIZES, *OPTIONS, *given, *REPLICAS)
-
-
-def _description(problem: Problem, differentiated: bool) -> tuple[tuple[str, ...], list[int]]:
+def _description(problem: Problem, differentiated: bool) -> list[int]:
+    """The rank's values of COMPARED."""
     batch, heads, _, depth = problem.key.shape
     sizes = (batch, heads, depth, problem.reference.shape[-2], problem.value.shape[-1])
     options = (
@@ -116,7 +117,7 @@ def _description(problem: Problem, differentiated: bool) -> tuple[tuple[str, ...
     )
     given = (int(getattr(problem, name) is not None) for name in GIVEN)
     replicas = (_checksum(getattr(problem, name)) for name in REPLICAS)
-    return _names(), [0, *sizes, *options, *given, *replicas]
+    return [0, *sizes, *options, *given, *replicas]
 
 
 def _digest(data: bytes) -> int:
@@ -127,7 +128,9 @@ def _checksum(x: Tensor | None) -> int:
     """Of a tensor's bytes and their order."""
     if x is None:
         return 0
-    return _digest(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    # A copy, for what NumPy has seen FSDP can no longer free.
+    own = x.detach().clone(memory_format=torch.contiguous_format).cpu()
+    return _digest(own.view(torch.uint8).numpy().tobytes())
 
 
 def _value(name: str, x: int) -> str:
