@@ -88,9 +88,8 @@ class Transport {
     // Scores are kept while they fit a constant amount of fast memory and recomputed beyond it.
     const int64_t row = widths_.references * (backward_ ? 2 : 1);
     // The heads of a group's problem are all at work at once.
-    const int64_t bytes = p_->group == nullptr
-                              ? kCacheBytes
-                              : kCacheBytes / larger<int64_t>(p_->batch * p_->heads, 1);
+    const int64_t heads = p_->group == nullptr ? 1 : larger<int64_t>(p_->batch * p_->heads, 1);
+    const int64_t bytes = smaller(kCacheBytes, kGroupCacheBytes / heads);
     const int64_t tiles = bytes / (kTileTokens * row * int64_t{sizeof(T)});
     cached_ = smaller(tiles * kTileTokens, round_up(tokens_.count, kTileTokens));
     const int64_t rows = cached_ + kMostTileTokens - kTileTokens;  // the last tile may be longer
@@ -286,6 +285,7 @@ class Transport {
  private:
   // In backward for two matrices. Backward of 16,384 tokens by 128 references fits in float32.
   static constexpr int64_t kCacheBytes = int64_t{16} << 20;
+  static constexpr int64_t kGroupCacheBytes = int64_t{128} << 20;  // of all heads
 
   // w^t or log2 g^t, [references]; t in 0..T. The padding transports nothing: 0 or -inf.
   T* potential(int64_t t) const { return potentials_ + t * widths_.references; }
