@@ -161,6 +161,8 @@ NOTHING = {
     "merge_columns_kernel",
     "merge_pooled_kernel",
     "merge_sums_kernel",
+    "merge_blocks_kernel",
+    "rescale_pooled_kernel",
     "head_gradient_kernel",
 }
 

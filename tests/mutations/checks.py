@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Problem:
     backward: bool
     options: dict[str, Any]  # of random_problem
     arranged: Callable[[Tensor], Tensor] | None = None  # the same key, elsewhere in memory
+    in_group: bool = False  # by the launches of a group of ranks, here of one
 
 
 def transposed(key: Tensor) -> Tensor:
@@ -81,6 +83,9 @@ PROBLEMS = {
         "bfloat16", False, True, STREAMING | TWO_TILES
     ),
     "float32 streaming backward": Problem("float32", False, True, STREAMING | TWO_TILES),
+    "float32 streaming backward, in a group": Problem(
+        "float32", False, True, STREAMING, in_group=True
+    ),
 }
 
 
@@ -128,6 +133,8 @@ def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterat
     """What is wrong, in each of the orders and in the other modes."""
     torch.set_num_threads(1)
     ops._C = load(library)
+    if problem.in_group:
+        ops.run = partial(_run_in_group, ops.run)
     emulator = Emulator(library)
     arguments = random_problem(dtype=getattr(torch, problem.storage), **problem.options)
     if problem.arranged is not None:
@@ -148,6 +155,12 @@ def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterat
             yield Objection(kind(emulator.last_message), order, emulator.last_message)
         elif failed:
             yield Objection("numbers", order, failed[0])
+
+
+def _run_in_group(
+    run: Callable[..., None], function: str, arrays: dict[str, Any], _: object = None
+) -> None:
+    run(function, arrays, lambda numbers, how: None)
 
 
 def main() -> None:

@@ -384,4 +384,22 @@ BACKWARD = (
     ),
 )
 
-FAULTS = FORWARD + BACKWARD
+IN_GROUP = tuple(
+    Fault(name, file, old, new, "float32 streaming backward, in a group")
+    for name, file, old, new in (
+        (
+            "first part of a block's sums left out",
+            "backward_kernels.cuh",
+            "for (int64_t split = 0; split < splits; ++split) sum += of_head[split * numbers];",
+            "for (int64_t split = 1; split < splits; ++split) sum += of_head[split * numbers];",
+        ),
+        (
+            "scale replaced before all have read it",
+            "forward_kernels.cuh",
+            "  const T factor = inverse(scale);\n",
+            "  const T factor = inverse(scale);\n  if (threadIdx.x % 32 == 0) scale = factor;\n",
+        ),
+    )
+)
+
+FAULTS = FORWARD + BACKWARD + IN_GROUP
