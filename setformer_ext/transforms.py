@@ -201,12 +201,12 @@ def _sizes(shapes: tuple[Any, ...]) -> dict[str, Any]:
 
 
 @register_flop_formula(OPERATIONS.set_attention)
-def _set_attention_flops(*shapes: Any, **_: Any) -> int:
+def set_attention_flops(*shapes: Any, **_: Any) -> int:
     return attention_flops(**_sizes(shapes))
 
 
 @register_flop_formula(OPERATIONS.set_attention_backward)
-def _set_attention_backward_flops(*shapes: Any, **_: Any) -> int:
+def set_attention_backward_flops(*shapes: Any, **_: Any) -> int:
     """Recomputes the similarity (2 D), then the gradient of the scores (4 Dv + 4 + 4 T), of the
     pooled outputs and of the values (2 Dv each), the T adjoint steps (4 each), and keys and
     references from the scores (2 D each)."""

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import setformer_ext
 from problems import random_problem
@@ -143,6 +144,21 @@ def test_there_are_no_second_derivatives() -> None:
     assert all("set_attention" in text for text in values(run_on_ranks(2, second_derivative)))
 
 
+def operations_of_all() -> int:
+    own = shard(random_problem(N=sum(LENGTHS)), LENGTHS, dist.get_rank())
+    with FlopCounterMode(display=False) as counter:
+        set_attention(**own).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_floating_point_operations_are_those_of_the_rank() -> None:
+    whole = random_problem(N=sum(LENGTHS))
+    inputs = [whole[name].requires_grad_() for name in ("key", "value")]
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(setformer_ext.set_attention(**whole).sum(), inputs)
+    assert sum(values(run_on_ranks(3, operations_of_all))) == counter.get_total_flops()
+
+
 # ---- what is sent -------------------------------------------------------------------------------
 
 
@@ -224,6 +240,7 @@ def attend_to_what_disagrees(changes: dict[int, dict[str, Any]]) -> str:
         ),
         ({"mask": "yes"}, r"TypeError: .*mask must be a bool tensor, got str", "refused"),
         ({"key": None}, r"TypeError: .*key must be a tensor", "refused"),
+        ({"token_mass": torch.full((2, 3, 77), torch.inf)}, r"ValueError: .*finite sum", "failed"),
         ({"token_mass": -torch.ones(2, 3, 77)}, r"ValueError: .*token_mass must", "refused"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -234,7 +251,8 @@ def test_ranks_that_do_not_fit_all_raise(
     found = values(run_on_ranks(3, attend_to_what_disagrees, {2: change}))
     assert re.search(error, found[2]), found[2]
     for text in found[:2]:
-        expected = r"RuntimeError: .*rank 2 of the group refused" if of_others else error
+        others = {"": error, "failed": "another rank of the group failed"}
+        expected = others.get(of_others, r"RuntimeError: .*rank 2 of the group refused")
         assert re.search(expected, text), text
 
 

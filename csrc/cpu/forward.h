@@ -14,10 +14,11 @@ Status load_reference_marginal(const ForwardParams& p, const Widths<T>& widths, 
   fill(marginal.b, widths.references, T(0));
   for (int64_t j = 0; j < p.references; ++j) {
     marginal.b[j] = mass == nullptr ? T(1) : mass[j * p.reference_mass.stride[2]];
-    if (marginal.b[j] <= T(0)) return Status::kNonPositiveReferenceMass;
+    if (!(marginal.b[j] > T(0))) return Status::kNonPositiveReferenceMass;
     total += double(marginal.b[j]);
   }
   marginal.total = T(total);
+  if (!__builtin_isfinite(total)) return Status::kInfiniteReferenceMass;
   for (int64_t j = 0; j < p.references; ++j) marginal.b[j] = T(double(marginal.b[j]) / total);
   for (int64_t j = 0; j < widths.references; j += kLanes<T>) {
     store<T>(marginal.log2_b + j, log2<T>(load(marginal.b + j)));
@@ -54,8 +55,9 @@ struct Masses {
   Status finish() {
     keys = double(numbers[0]);
     queries = double(numbers[1]);
-    if (numbers[2] == T(0)) return Status::kOk;
-    return own_status != Status::kOk ? own_status : Status::kPeerFailed;
+    if (own_status != Status::kOk) return own_status;
+    if (numbers[2] != T(0)) return Status::kPeerFailed;
+    return __builtin_isfinite(keys) ? Status::kOk : Status::kInfiniteTokenMass;
   }
 };
 

@@ -249,8 +249,9 @@ Status run_in_group(const Params& p) {
         workplace.for_each_head(heads, workers, [&](int64_t i, int, const Team<Worker<T>>& team) {
           return all[i]->run(stage, i / p.heads, i % p.heads, team);
         });
-    // A negative mass is this rank's alone; all else that stage 0 refuses every rank refuses.
-    if (status != Status::kOk && status != Status::kNegativeTokenMass) return status;
+    // Masses of tokens are this rank's alone; what else stage 0 refuses every rank refuses.
+    const bool own = status == Status::kNegativeTokenMass || status == Status::kInfiniteTokenMass;
+    if (status != Status::kOk && !own) return status;
     if (!merge<Storage>(*p.group, all, heads, workplace.head_bytes, stage)) {
       return Status::kMergeFailed;
     }

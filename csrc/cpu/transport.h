@@ -315,7 +315,7 @@ class Transport {
       total += double(a_[i]);
     }
     total_mass_ = total;
-    return Status::kOk;
+    return __builtin_isfinite(total) ? Status::kOk : Status::kInfiniteTokenMass;
   }
 
   // exp(f^t) = a / r^{t-1}, or f^t as a logarithm.

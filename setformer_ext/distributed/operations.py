@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.utils.flop_counter import register_flop_formula
 
-from .. import autograd, ops
+from .. import autograd, ops, transforms
 from ..ops import BEFORE_PROBLEM, Gradients, Problem, Solution
 from .ranks import FUNCTION, Ranks
 
@@ -95,3 +96,14 @@ def _no_second_backward(ctx: Any, *_: Any) -> Any:
 
 torch.library.register_autograd(OPERATION, _backward, setup_context=_setup_context)
 torch.library.register_autograd(BACKWARD, _no_second_backward, setup_context=_setup_no_context)
+
+
+@register_flop_formula(torch.ops.setformer_ext.distributed_set_attention)
+def _flops(*shapes: Any, **_: Any) -> int:
+    """Of this rank's tokens."""
+    return transforms.set_attention_flops(*shapes[:_FIELDS])
+
+
+@register_flop_formula(torch.ops.setformer_ext.distributed_set_attention_backward)
+def _backward_flops(*shapes: Any, **_: Any) -> int:
+    return transforms.set_attention_backward_flops(*shapes[:-1])

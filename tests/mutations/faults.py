@@ -397,7 +397,7 @@ IN_GROUP = tuple(
             "scale replaced before all have read it",
             "forward_kernels.cuh",
             "  const T factor = inverse(scale);\n",
-            "  const T factor = inverse(scale);\n  if (threadIdx.x % 32 == 0) scale = factor;\n",
+            "  const T factor = inverse(scale); if (threadIdx.x % 32 == 0) scale = factor;\n",
         ),
     )
 )
