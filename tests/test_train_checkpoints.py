@@ -1,9 +1,12 @@
 """That a training survives kills, full disks and broken files, and ends in the same numbers."""
 
 import os
+import random
 import resource
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -32,6 +35,7 @@ RANDOM = (
     "--flip=0.5",
 )
 LENGTH = ("--steps=7", "--batch-size=8", "--eval-every=3", "--save-every=2", "--lr=3e-3")
+KILLS = 20  # at random moments
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +116,28 @@ def test_killed_again_and_again_it_ends_in_the_same_numbers(
     assert launch(1, train, given) == [0]
     assert_same_numbers(tmp_path, uninterrupted)
     assert not list(tmp_path.rglob(".*")), "what killed processes left is cleared away"
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_numbers(
+    data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """kill -9 from outside, anywhere between the start of a process and its end."""
+    start = time.monotonic()
+    assert launch(1, train, arguments(data, tmp_path / "timed", *RANDOM, *LENGTH)) == [0]
+    whole = time.monotonic() - start
+    output = tmp_path / "killed"
+    given = arguments(data, output, *RANDOM, *LENGTH, "--resume")
+    kills = 0
+    while kills < KILLS:
+        [status] = launch(1, train, given, kill_after=random.uniform(0, whole))
+        if status == -signal.SIGKILL:
+            kills += 1
+        else:  # what is left of a training can be over before its moment
+            assert status == 0
+            assert_same_numbers(output, uninterrupted)
+            shutil.rmtree(output)
+    assert launch(1, train, given) == [0]
+    assert_same_numbers(output, uninterrupted)
 
 
 def test_seed_and_workers(data: Path, uninterrupted: Path, tmp_path: Path) -> None:

@@ -65,8 +65,13 @@ def metrics(output: Path) -> dict[str, Any]:
     return json.loads((output / "metrics.json").read_text())
 
 
-def launch(count: int, target: Callable[..., None], *args: Any) -> list[int]:
-    """Call a function in so many processes that find each other; returns their exit codes."""
+def launch(
+    count: int, target: Callable[..., None], *args: Any, kill_after: float = 120
+) -> list[int]:
+    """Call a function in so many processes that find each other; returns their exit codes.
+
+    What still runs after so many seconds is killed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -77,7 +82,7 @@ def launch(count: int, target: Callable[..., None], *args: Any) -> list[int]:
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=120)
+        process.join(timeout=kill_after)
         if process.exitcode is None:
             process.kill()
             process.join()
