@@ -132,7 +132,8 @@ def run(
         gradients = torch.autograd.grad(
             output, inputs, grad_output, allow_unused=True, materialize_grads=True
         )
-        results |= dict(zip(names, gradients, strict=True))
+        # torch 2.9 has materialized zeros require gradients themselves.
+        results |= {name: x.detach() for name, x in zip(names, gradients, strict=True)}
     return results
 
 
