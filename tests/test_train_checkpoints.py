@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from setformer_ext import cli
 from setformer_ext.train import parallel
 from setformer_ext.train.checkpoints import CheckpointError, Checkpoints, write_atomically
+from setformer_ext.train.journal import Journal
 from training import arguments, classify, launch, metrics, write_digits
 
 # Everything that is random: crops, erasing, mixup, stochastic depth.
@@ -214,6 +216,21 @@ def test_a_full_disk_loses_nothing(data: Path, uninterrupted: Path, tmp_path: Pa
     assert {path: path.read_bytes() for path in kept} == kept
     assert launch(1, train, given) == [0]
     assert_same_numbers(tmp_path, uninterrupted)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_logs_that_a_full_disk_does_not_take_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread ends too
+    journal = Journal(tmp_path, speaks=True, step=0, steps=1)
+    journal.writer.flush()
+    [log] = journal.logs.iterdir()
+    log.unlink()
+    log.symlink_to("/dev/full")
+    message = rf"cannot write {journal.logs}: .*No space left.*earlier checkpoints are untouched"
+    with pytest.raises(CheckpointError, match=message):
+        journal.evaluation({"step": 1, "loss": 0.5}, 1)
 
 
 def test_parameters_without_gradients_so_far_resume_as_they_were() -> None:

@@ -23,6 +23,14 @@ PARTIAL = ".partial"  # how the names end of files that are not yet whole
 class CheckpointError(TrainingError):
     """A checkpoint that cannot be written or read; the message names the file."""
 
+    @classmethod
+    def of_writing(cls, path: Path, reason: BaseException) -> CheckpointError:
+        """Such as a full disk, which leaves what was written before."""
+        return cls(
+            f"cannot write {path}: {reason}; earlier checkpoints are untouched: "
+            "make room, then go on with --resume"
+        )
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Have ``write`` fill a file that is there wholly or, whatever happens meanwhile, not at all.
@@ -47,10 +55,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         reason: BaseException = error
         while reason.__context__ is not None:  # torch.save trips over what it left half written
             reason = reason.__context__
-        raise CheckpointError(
-            f"cannot write {path}: {reason}; earlier checkpoints are untouched: "
-            "make room, then go on with --resume"
-        ) from error
+        raise CheckpointError.of_writing(path, reason) from error
     finally:
         temporary.unlink(missing_ok=True)
 

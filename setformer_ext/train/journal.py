@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .checkpoints import write_atomically
+from .checkpoints import CheckpointError, write_atomically
 
 LISTED = 20  # broken samples named on the screen; metrics.json has them all
 
@@ -28,7 +28,8 @@ class Journal:
         self.bar = tqdm(
             total=steps, initial=step, unit="step", disable=None if speaks else True, leave=False
         )
-        self.writer = SummaryWriter(str(output / "logs"), purge_step=step + 1) if speaks else None
+        self.logs = output / "logs"
+        self.writer = SummaryWriter(str(self.logs), purge_step=step + 1) if speaks else None
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -38,10 +39,9 @@ class Journal:
     def step(self, step: int, loss: float | None, lr: float) -> None:
         """A step was taken; its loss is not always known."""
         self.bar.update()
-        if loss is not None and self.writer is not None:
+        if loss is not None:
             self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-            self.writer.add_scalar("step/loss", loss, step)
-            self.writer.add_scalar("step/lr", lr, step)
+            self._log({"step/loss": loss, "step/lr": lr}, step)
 
     def evaluation(self, entry: dict[str, float], steps: int) -> None:
         """Print and log an evaluation: its step, mean losses and metrics."""
@@ -50,10 +50,17 @@ class Journal:
         # Figures of single classes, "IoU/sky", may be hundreds: they go to the table at the end.
         short = (f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
         self.say(f"step {step}/{steps}  " + "  ".join(short))
-        if self.writer is not None:
+        self._log({f"evaluation/{name}": value for name, value in figures.items()}, step)
+
+    def _log(self, figures: dict[str, float], step: int) -> None:
+        if self.writer is None:
+            return
+        try:
             for name, value in figures.items():
-                self.writer.add_scalar(f"evaluation/{name}", value, step)
-            self.writer.flush()
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()  # so that what cannot be written is known here
+        except OSError as error:
+            raise CheckpointError.of_writing(self.logs, error) from error
 
     def finish(self, history: list[dict[str, float]], monitor: str, skipped: list[str]) -> None:
         """Print the table of the best and the last evaluation, and write ``metrics.json``."""
