@@ -80,7 +80,7 @@ def test_calls_from_several_python_threads(backend: Backend) -> None:
     problems = [random_problem(seed, N=tokens, device=backend.device) for seed in range(4)]
     torch.set_num_threads(2)
     expected = [results(backend, arguments) for arguments in problems]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         calls = [*range(4)] * (2 if backend.emulated else 4)
         found = pool.map(lambda i: results(backend, problems[i]), calls)
         for i, result in zip(calls, found, strict=True):
