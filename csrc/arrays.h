@@ -169,11 +169,11 @@ class Array {
     // Absent is a null pointer, but an array without elements may have one too.
     static double nothing = 0;
     if (view.data == nullptr) view.data = &nothing;
-    int64_t stride = 1;
+    uint64_t stride = 1;  // may overflow, in arrays without elements
     for (int i = rank() - 1; i >= 0; --i) {
       view.stride[i + dimensions - rank()] =
-          tensor_->strides == nullptr ? stride : tensor_->strides[i];
-      stride *= size(i);
+          tensor_->strides == nullptr ? int64_t(stride) : tensor_->strides[i];
+      stride *= uint64_t(size(i));
     }
     return view;
   }

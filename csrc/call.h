@@ -335,12 +335,12 @@ class Call {
     double most = 8;  // bytes; a float64 does not overflow
     for (const Dimension& dimension : shape) most *= double(dimension.size);
     if (most > double(int64_t{1} << 60)) throw std::bad_alloc();
-    int64_t elements = 1;
+    uint64_t elements = 1;  // may overflow on the way to 0
     for (int i = int(shape.size()) - 1; i >= 0; --i) {
-      view.stride[i] = elements;
-      elements *= shape[i].size;
+      view.stride[i] = int64_t(elements);
+      elements *= uint64_t(shape[i].size);
     }
-    const int64_t bytes = std::max<int64_t>(elements, 1) * accumulate().bits / 8;
+    const uint64_t bytes = std::max<uint64_t>(elements, 1) * accumulate().bits / 8;
     scratch_.emplace_back(new char[bytes]);
     view.data = scratch_.back().get();
     return view;
