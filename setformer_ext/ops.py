@@ -90,8 +90,8 @@ class Problem(NamedTuple):
         assert self.offsets is not None
         of_keys = {"key": 2, "value": 2, "token_mass": 2, "token_positions": 0}
         of_queries = {"query": 2, "query_positions": 0}
-        ends = self.offsets.tolist()
-        query_ends = ends if self.query_offsets is None else self.query_offsets.tolist()
+        ends = [int(end) for end in self.offsets]  # tolist() is unknown to torch.func before 2.10
+        query_ends = ends if self.query_offsets is None else [int(x) for x in self.query_offsets]
         problems = []
         for index in range(self.batch):
             parts: dict[str, Any] = {"offsets": None, "query_offsets": None}
