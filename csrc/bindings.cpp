@@ -68,13 +68,8 @@ void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params&
       throw std::bad_alloc();
     case Status::kNegativeTokenMass:
       throw py::value_error(function + ": token_mass must be >= 0 everywhere, got a negative mass");
-    case Status::kInfiniteTokenMass:
-      throw py::value_error(function + ": token_mass must have a finite sum, got infinity or NaN");
     case Status::kNonPositiveReferenceMass:
-      throw py::value_error(function +
-                            ": reference_mass must be > 0 everywhere, got a mass <= 0 or NaN");
-    case Status::kInfiniteReferenceMass:
-      throw py::value_error(function + ": reference_mass must have a finite sum, got infinity");
+      throw py::value_error(function + ": reference_mass must be > 0 everywhere, got a mass <= 0");
     case Status::kNonPositiveBandwidth:
       throw py::value_error(function +
                             ": bandwidth must be > 0 for every head, got a value <= 0 or NaN");

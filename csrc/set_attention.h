@@ -20,9 +20,7 @@ enum class Status : int32_t {
   kOk,
   kOutOfMemory,
   kNegativeTokenMass,         // token_mass must be >= 0
-  kInfiniteTokenMass,         // and have a finite sum
   kNonPositiveReferenceMass,  // reference_mass must be > 0
-  kInfiniteReferenceMass,     // and have a finite sum
   kNonPositiveBandwidth,      // bandwidth must be > 0
   kNonPositiveEpsilon,        // epsilon must be > 0
   kPeerFailed,                // another rank of the group has an error of its own

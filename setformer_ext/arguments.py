@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _C
 
 STORAGE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KERNELS = ("gaussian", "linear")
 BUILD = _C.build_info()
 DEVICES = ("cpu", "meta", "cuda") if BUILD["cuda_runtime"] else ("cpu", "meta")
 Dimension = tuple[str, int | None]
@@ -125,7 +126,7 @@ class Arguments:
             raise self.value_error("iterations", ">= 0 and < 2^31", x)
 
     def kernel(self, x: object) -> None:
-        if x not in ("gaussian", "linear"):
+        if x not in KERNELS:
             raise self.value_error("kernel", "'gaussian' or 'linear'", repr(x))
 
     def positions(

@@ -99,21 +99,22 @@ def set_attention(
             return found
     problem = attention_problem(
         Arguments("set_attention", key),
-        query,
-        value,
-        reference,
-        mask,
-        query_mask,
-        token_mass,
-        reference_mass,
-        kernel,
-        bandwidth,
-        epsilon,
-        iterations,
-        token_positions,
-        query_positions,
-        reference_positions,
-        position_bandwidth,
+        query=query,
+        key=key,
+        value=value,
+        reference=reference,
+        mask=mask,
+        query_mask=query_mask,
+        token_mass=token_mass,
+        reference_mass=reference_mass,
+        kernel=kernel,
+        bandwidth=bandwidth,
+        epsilon=epsilon,
+        iterations=iterations,
+        token_positions=token_positions,
+        query_positions=query_positions,
+        reference_positions=reference_positions,
+        position_bandwidth=position_bandwidth,
     )
     output: Tensor = differentiable_call("set_attention", *problem)[0]
     return output
@@ -226,6 +227,8 @@ def transport_plan(
 
 def attention_problem(
     arguments: Arguments,
+    *,
+    key: Tensor,
     query: Tensor | None,
     value: Tensor,
     reference: Tensor,
@@ -243,7 +246,7 @@ def attention_problem(
     position_bandwidth: float | None,
 ) -> Problem:
     """Checks the arguments of ``set_attention``, whose key ``arguments`` has checked."""
-    batch, heads, tokens, depth = arguments.key.shape
+    batch, heads, tokens, depth = key.shape
     if query is not None:
         arguments.storage("query", query, [("B", batch), ("H", heads), ("Nq", None), ("D", depth)])
         queries = ("Nq", query.shape[2])

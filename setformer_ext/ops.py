@@ -88,14 +88,12 @@ class Problem(NamedTuple):
     def sequences(self) -> "list[Problem]":
         """The problems that are packed, each a batch of one."""
         assert self.offsets is not None
-        of_keys = {"key": 2, "value": 2, "token_mass": 2, "token_positions": 0}
-        of_queries = {"query": 2, "query_positions": 0}
         ends = [int(end) for end in self.offsets]  # tolist() is unknown to torch.func before 2.10
         query_ends = ends if self.query_offsets is None else [int(x) for x in self.query_offsets]
         problems = []
         for index in range(self.batch):
             parts: dict[str, Any] = {"offsets": None, "query_offsets": None}
-            for dimensions, bounds in ((of_keys, ends), (of_queries, query_ends)):
+            for dimensions, bounds in ((OF_KEYS, ends), (OF_QUERIES, query_ends)):
                 begin, end = bounds[index], bounds[index + 1]
                 for name, dimension in dimensions.items():
                     if (x := getattr(self, name)) is not None:
@@ -174,6 +172,10 @@ RANKS = {
     "token_mass": 3,
     "reference_mass": 3,
 }
+
+# The dimension of each tensor that runs over the tokens: over the keys, over the queries.
+OF_KEYS = {"key": 2, "value": 2, "token_mass": 2, "mask": 1, "token_positions": 0}
+OF_QUERIES = {"query": 2, "query_mask": 1, "query_positions": 0}
 
 # set_attention_backward takes two gradients and the solution before the problem.
 BEFORE_PROBLEM = 2 + len(Solution._fields)
@@ -273,9 +275,12 @@ def run(function: str, arrays: dict[str, Any], merge: Merge | None = None) -> No
         getattr(_C, function)(**capsules, stream=stream, workspace=workspace, **ranks)
 
 
-def solve(problem: Problem, merge: Merge | None = None) -> Solution:
-    """Forward by the kernels, with ``merge`` of a problem whose tokens several ranks hold."""
-    solution = empty_solution(problem)
+def solve(
+    problem: Problem, merge: Merge | None = None, solution: Solution | None = None
+) -> Solution:
+    """Forward by the kernels, with ``merge`` of a problem whose tokens several ranks hold; into
+    what ``empty_solution`` gave, where that is there already."""
+    solution = empty_solution(problem) if solution is None else solution
     run("set_attention_forward", problem.arrays() | solution.arrays(problem), merge)
     return solution
 

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from setformer_ext.distributed.ranks import log2_sum
+
 Result = TypeVar("Result")
 
 # A clean server that has the modules, so that a process starts at once.
@@ -42,7 +44,7 @@ class ThreadRanks:
             parts = [torch.stack(columns) for columns in zip(*self.shared, strict=True)]
             self.barrier.wait()
             for array, part in zip(own, parts, strict=True):
-                array.copy_(part.sum(0) if how == "sum" else part.double().exp2().sum(0).log2())
+                array.copy_(part.sum(0) if how == "sum" else log2_sum(part))
 
         return merge
 
@@ -108,9 +110,9 @@ def _run(
             timeout=timedelta(seconds=PATIENCE / 2),
         )
         result = function(*arguments)
-    except Exception as error:
+    except BaseException as error:  # pytest's own are no Exceptions
         traceback.print_exc()
-        result = error
+        result = error if isinstance(error, Exception) else AssertionError(repr(error))
     finally:
         buffer = io.BytesIO()
         torch.save(result, buffer)

@@ -1,6 +1,7 @@
 """The kernels with the tokens of each sequence cut among ranks, which are threads here: the results
 of all ranks together against the definition."""
 
+import math
 from typing import Any
 
 import pytest
@@ -12,18 +13,11 @@ from problems import assert_as_exact_as_definition, random_problem
 from ranks import ThreadRanks
 from setformer_ext import autograd, functional, ops
 from setformer_ext.arguments import Arguments
-from setformer_ext.ops import Gradients, Problem, Solution
+from setformer_ext.distributed.ranks import log2_sum
+from setformer_ext.ops import OF_KEYS, OF_QUERIES, Gradients, Problem, Solution
 
 # Parts of all tokens, and of all queries: uneven, and a rank without any.
 SHARES = (0.1, 0.0, 0.6, 0.3)
-OF_TOKENS = {
-    "key": 2,
-    "value": 2,
-    "token_mass": 2,
-    "mask": 1,
-    "token_positions": 0,
-}
-OF_QUERIES = {"query": 2, "query_mask": 1, "query_positions": 0}
 
 
 def cut(total: int) -> list[int]:
@@ -35,7 +29,7 @@ def cut(total: int) -> list[int]:
 def shards(problem: Problem) -> list[Problem]:
     """The problems of the ranks."""
     parts: list[dict[str, Any]] = [{} for _ in SHARES]
-    for names in (OF_TOKENS, OF_QUERIES):
+    for names in (OF_KEYS, OF_QUERIES):
         for name, dimension in names.items():
             x = getattr(problem, name)
             if x is None:
@@ -71,7 +65,7 @@ class Sharded(torch.autograd.Function):
         for name, parts in zip(Gradients._fields, zip(*found, strict=True), strict=True):
             if getattr(ctx.problem, name) is None:
                 whole[name] = parts[0]
-            elif name in OF_TOKENS | OF_QUERIES:
+            elif name in OF_KEYS | OF_QUERIES:
                 whole[name] = torch.cat(parts, 2)
             elif name == "reference_mass":  # of which each rank has the whole
                 assert all(torch.equal(part, parts[0]) for part in parts)
@@ -81,44 +75,20 @@ class Sharded(torch.autograd.Function):
         return autograd.gradients_of_inputs(tuple(ctx.problem), Gradients(**whole))
 
 
-def set_attention(
-    query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    reference: Tensor,
-    *,
-    mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    token_mass: Tensor | None = None,
-    reference_mass: Tensor | None = None,
-    kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,
-    epsilon: float | Tensor = 0.1,
-    iterations: int = 5,
-    token_positions: Tensor | None = None,
-    query_positions: Tensor | None = None,
-    reference_positions: Tensor | None = None,
-    position_bandwidth: float | None = None,
-) -> Tensor:
-    problem = functional.attention_problem(
-        Arguments("set_attention", key),
-        query,
-        value,
-        reference,
-        mask,
-        query_mask,
-        token_mass,
-        reference_mass,
-        kernel,
-        bandwidth,
-        epsilon,
-        iterations,
-        token_positions,
-        query_positions,
-        reference_positions,
-        position_bandwidth,
+def problem_of_all(**options: Any) -> Problem:
+    optional = {"mask": None, "query_mask": None, "token_mass": None, "reference_mass": None}
+    positions = dict.fromkeys(
+        ("token_positions", "query_positions", "reference_positions", "position_bandwidth")
     )
-    output: Tensor = Sharded.apply(*problem)  # type: ignore[no-untyped-call]
+    defaults = {"query": None, "kernel": "gaussian", "bandwidth": 1.0, "epsilon": 0.1}
+    return functional.attention_problem(
+        Arguments("set_attention", options["key"]),
+        **defaults | {"iterations": 5} | optional | positions | options,
+    )
+
+
+def set_attention(**options: Any) -> Tensor:
+    output: Tensor = Sharded.apply(*problem_of_all(**options))  # type: ignore[no-untyped-call]
     return output
 
 
@@ -166,6 +136,12 @@ def test_half_precision(backend: Backend, dtype: torch.dtype) -> None:
     assert_as_exact_as_definition(set_attention, problem_of("masked", dtype))
 
 
+def test_log2_sum() -> None:
+    x = torch.tensor([[0.0, -torch.inf, 1000, -torch.inf], [0, 3, 998, -torch.inf]])
+    expected = torch.tensor([1.0, 3, 1000 + math.log2(1.25), -torch.inf])
+    torch.testing.assert_close(log2_sum(x), expected)
+
+
 def test_bits_do_not_depend_on_the_run_or_the_threads() -> None:
     def results(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
@@ -191,12 +167,8 @@ def test_no_rank_holds_a_valid_token() -> None:
 
 
 def test_what_one_rank_finds_wrong_ends_the_call_of_all() -> None:
-    problem = functional.attention_problem(
-        Arguments("set_attention", torch.randn(1, 2, 9, 4)),
-        *(None, torch.randn(1, 2, 9, 3), torch.randn(2, 5, 4), None, None),
-        *(torch.rand(1, 2, 9), None, "gaussian", 1.0, 0.1, 2, None, None, None, None),
-    )
-    parts = shards(problem)
+    problem = random_problem(N=20, token_mass=True)
+    parts = shards(problem_of_all(**problem))
     token_mass = parts[2].token_mass
     assert token_mass is not None
     parts[2] = parts[2]._replace(token_mass=token_mass - 2)
@@ -212,15 +184,42 @@ def test_what_one_rank_finds_wrong_ends_the_call_of_all() -> None:
         assert expected in text
 
 
+def test_errors_of_ranks_that_differ_end_the_call_of_all() -> None:
+    """One refuses its masses in the first head, the others what all have alike in the second."""
+    whole = random_problem(N=20, token_mass=True, reference_mass="learned")
+    parts = shards(problem_of_all(**whole))
+    token_mass, reference_mass = parts[2].token_mass, parts[2].reference_mass
+    assert token_mass is not None
+    assert reference_mass is not None
+    token_mass[:, 0] = -1
+    reference_mass[1] = 0  # of all ranks
+
+    def error(rank: int, merge: Any) -> str:
+        with pytest.raises(ValueError, match="mass must") as caught:
+            ops.solve(parts[rank], merge)
+        return str(caught.value)
+
+    for rank, text in enumerate(ThreadRanks(len(SHARES)).run(error)):
+        assert ("token_mass" if rank == 2 else "reference_mass") in text
+
+
+def test_heads_of_both_forms_are_merged_together() -> None:
+    """One message a stage for each way of merging, however the forms alternate."""
+    calls = []
+    problem = random_problem(H=6, N=9, iterations=3)
+    problem["epsilon"] = torch.tensor([0.1, 0.001] * 3, dtype=torch.float64)
+    ops.solve(problem_of_all(**problem), lambda arrays, how: calls.append((len(arrays), how)))
+    # masses; each step; then, in the log domain alone, what collect is divided by and collects
+    heads = 2 * 6 // 2  # of either form, each beside one of the other: an entry each
+    steps = [(heads, "sum"), (heads, "logsum")] * 2 + [(2 * heads, "sum"), (heads, "logsum")]
+    assert calls == [(1, "sum"), *steps, (heads, "sum"), (heads, "sum")]
+
+
 def test_what_merging_raises_comes_out_of_the_call() -> None:
     def interrupted(arrays: list[Any], how: str) -> None:
         raise KeyboardInterrupt
 
-    problem = functional.attention_problem(
-        Arguments("set_attention", torch.randn(1, 2, 9, 4)),
-        *(None, torch.randn(1, 2, 9, 3), torch.randn(2, 5, 4), None, None),
-        *(None, None, "gaussian", 1.0, 0.1, 2, None, None, None, None),
-    )
+    problem = problem_of_all(**random_problem(N=9))
     with pytest.raises(KeyboardInterrupt):
         ops.solve(problem, interrupted)
     with pytest.raises(TypeError, match="merge must be a function"):

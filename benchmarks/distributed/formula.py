@@ -22,7 +22,7 @@ class Sizes:
 
 def numbers_shared(sizes: Sizes, on_cuda: bool = False) -> tuple[int, int]:
     """Numbers that every rank has of its own and all ranks merge, forward and backward."""
-    m, steps, masses = sizes.references, sizes.iterations, 0 if on_cuda else 3
+    m, steps, masses = sizes.references, max(sizes.iterations, 1), 0 if on_cuda else 3
     forward = steps * m + m * (sizes.depth + on_cuda) + masses
     backward = (steps - 1) * m + m * (sizes.depth + 1) + masses
     return sizes.heads * forward, sizes.heads * backward
@@ -30,7 +30,8 @@ def numbers_shared(sizes: Sizes, on_cuda: bool = False) -> tuple[int, int]:
 
 def messages(sizes: Sizes) -> tuple[int, int]:
     """How often ranks wait for each other on CUDA: twice for each merging."""
-    return 2 * (sizes.iterations + 1), 2 * sizes.iterations
+    steps = max(sizes.iterations, 1)
+    return 2 * (steps + 1), 2 * steps
 
 
 def bytes_sent(sizes: Sizes, ranks: int, on_cuda: bool = False) -> tuple[int, int]:

@@ -105,7 +105,7 @@ class BackwardHead {
     if (status != Status::kOk) return status;
     status = prepare(keys_, b, h, p_.token_mass, p_.rows, p_.columns, steps() + 1, team);
     if (p_.cross) prepare(queries_, b, h, Tensor{}, p_.query_rows, p_.query_columns, steps(), team);
-    masses_.set(keys_.transport().total_mass(), queries_.transport().total_mass(), status);
+    masses_.set(keys_.transport().total_mass(), queries_.transport().total_mass());
     return status;
   }
   Status prepare(SideGradient<Storage>& side, int64_t b, int64_t h, const Tensor& mass,

@@ -14,11 +14,10 @@ Status load_reference_marginal(const ForwardParams& p, const Widths<T>& widths, 
   fill(marginal.b, widths.references, T(0));
   for (int64_t j = 0; j < p.references; ++j) {
     marginal.b[j] = mass == nullptr ? T(1) : mass[j * p.reference_mass.stride[2]];
-    if (!(marginal.b[j] > T(0))) return Status::kNonPositiveReferenceMass;
+    if (marginal.b[j] <= T(0)) return Status::kNonPositiveReferenceMass;
     total += double(marginal.b[j]);
   }
   marginal.total = T(total);
-  if (!__builtin_isfinite(total)) return Status::kInfiniteReferenceMass;
   for (int64_t j = 0; j < p.references; ++j) marginal.b[j] = T(double(marginal.b[j]) / total);
   for (int64_t j = 0; j < widths.references; j += kLanes<T>) {
     store<T>(marginal.log2_b + j, log2<T>(load(marginal.b + j)));
@@ -39,25 +38,21 @@ template <class T>
 struct Masses {
   T* numbers;                    // [3]
   double keys = 0, queries = 0;  // in a group those of all ranks, to the digits of T
-  Status own_status = Status::kOk;
 
   void place(Arena& arena) { numbers = arena.take<T>(3); }
-  void set(double of_keys, double of_queries, Status status) {
+  void set(double of_keys, double of_queries) {
     keys = of_keys;
     queries = of_queries;
-    own_status = status;
     numbers[0] = T(keys);
     numbers[1] = T(queries);
-    numbers[2] = T(status != Status::kOk);
+    numbers[2] = T(0);
   }
   Shared shared() const { return {numbers, 1, 3, 3, Merge::kSum}; }
   // After merging.
   Status finish() {
     keys = double(numbers[0]);
     queries = double(numbers[1]);
-    if (own_status != Status::kOk) return own_status;
-    if (numbers[2] != T(0)) return Status::kPeerFailed;
-    return __builtin_isfinite(keys) ? Status::kOk : Status::kInfiniteTokenMass;
+    return numbers[2] == T(0) ? Status::kOk : Status::kPeerFailed;
   }
 };
 
@@ -174,7 +169,7 @@ class ForwardHead {
       query_columns_ = at<T>(p_.query_columns, 0) + head * of_columns;
       queries_.prepare(b, h, Tensor{}, marginal_, query_rows_, query_columns_, team.workers[0]);
     }
-    masses_.set(keys_.total_mass(), queries_.total_mass(), status);
+    masses_.set(keys_.total_mass(), queries_.total_mass());
     return status;
   }
 

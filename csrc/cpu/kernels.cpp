@@ -192,28 +192,32 @@ Status run(const Params& p) {
       });
 }
 
-// Merges what the heads share after a stage. They lie `head_bytes` apart, and so do their numbers:
-// neighbours that share alike go together.
+// What the heads share after a stage, that is to be merged in one way. They lie `head_bytes` apart,
+// and so do their numbers: neighbours that share alike go together. Fills `shared` [2 heads] and
+// returns how many entries.
 template <class Storage, class Head>
-bool merge(const RankGroup& group, const Head* const* heads, int64_t count, int64_t head_bytes,
-           int64_t stage) {
-  Shared first[2], next[2];
-  for (int64_t begin = 0, end; begin < count; begin = end) {
-    const int entries = heads[begin]->share(stage, first);
-    for (end = begin + 1; end < count; ++end) {
-      if (heads[end]->share(stage, next) != entries) break;
-      if (entries > 0 && next[0].how != first[0].how) break;
+int64_t gather_shared(const Head* const* heads, int64_t count, int64_t head_bytes, int64_t stage,
+                      Merge how, Shared* shared) {
+  int64_t entries = 0;
+  int alike = 0;  // entries of the head before, if they are merged in this way
+  for (int64_t i = 0; i < count; ++i) {
+    Shared own[2];
+    int found = heads[i]->share(stage, own);
+    if (found > 0 && own[0].how != how) found = 0;
+    if (found > 0 && found == alike) {
+      for (int64_t entry = entries - found; entry < entries; ++entry) ++shared[entry].rows;
+    } else {
+      for (int entry = 0; entry < found; ++entry) {
+        own[entry].row_stride = head_bytes / int64_t{sizeof(Accumulate<Storage>)};
+        shared[entries++] = own[entry];
+      }
     }
-    for (int entry = 0; entry < entries; ++entry) {
-      first[entry].rows = end - begin;
-      first[entry].row_stride = head_bytes / int64_t{sizeof(Accumulate<Storage>)};
-    }
-    if (entries > 0 && !group.merge(group.context, first, entries)) return false;
+    alike = found;
   }
-  return true;
+  return entries;
 }
 
-// All ranks must get past the first merge, or none: an error that only this rank has travels there.
+// All ranks must get past the first merge, or none: an error of stage 0 travels with it.
 template <class T>
 Status fail_in_group(const RankGroup& group, int64_t heads, Status status) {
   Block block(heads * 3 * int64_t{sizeof(T)});
@@ -233,14 +237,16 @@ Status run_in_group(const Params& p) {
   if (heads == 0) return Status::kOk;
   Head sample(p);
   const Workplace<Storage, HeadOf, Params> workplace(p, sample);
-  const int64_t objects = round_up(int64_t{sizeof(Head)}, Arena::kAlignment);
-  Block block(workplace.bytes(heads) + heads * (objects + int64_t{sizeof(Head*)}));
+  const int64_t object_bytes = round_up(int64_t{sizeof(Head)}, Arena::kAlignment);
+  const int64_t list_bytes = 2 * int64_t{sizeof(Shared)} + int64_t{sizeof(Head*)};
+  Block block(workplace.bytes(heads) + heads * (object_bytes + list_bytes));
   if (block.data() == nullptr) return fail_in_group<T>(*p.group, heads, Status::kOutOfMemory);
-  char* memory = block.data() + heads * workplace.head_bytes;
-  Worker<T>* workers = workplace.place_workers(p, memory + heads * objects);
-  auto** all = reinterpret_cast<Head**>(workers + workplace.threads);
+  char* objects = block.data() + heads * workplace.head_bytes;
+  Worker<T>* workers = workplace.place_workers(p, objects + heads * object_bytes);
+  auto* shared = reinterpret_cast<Shared*>(workers + workplace.threads);
+  auto** all = reinterpret_cast<Head**>(shared + 2 * heads);
   for (int64_t i = 0; i < heads; ++i) {
-    all[i] = new (memory + i * objects) Head(p);
+    all[i] = new (objects + i * object_bytes) Head(p);
     Arena arena(block.data() + i * workplace.head_bytes);
     all[i]->place(arena);
   }
@@ -249,11 +255,13 @@ Status run_in_group(const Params& p) {
         workplace.for_each_head(heads, workers, [&](int64_t i, int, const Team<Worker<T>>& team) {
           return all[i]->run(stage, i / p.heads, i % p.heads, team);
         });
-    // Masses of tokens are this rank's alone; what else stage 0 refuses every rank refuses.
-    const bool own = status == Status::kNegativeTokenMass || status == Status::kInfiniteTokenMass;
-    if (status != Status::kOk && !own) return status;
-    if (!merge<Storage>(*p.group, all, heads, workplace.head_bytes, stage)) {
-      return Status::kMergeFailed;
+    if (status != Status::kOk) return fail_in_group<T>(*p.group, heads, status);
+    for (const Merge how : {Merge::kSum, Merge::kLogSum}) {
+      const int64_t entries =
+          gather_shared<Storage>(all, heads, workplace.head_bytes, stage, how, shared);
+      if (entries > 0 && !p.group->merge(p.group->context, shared, entries)) {
+        return Status::kMergeFailed;
+      }
     }
     for (int64_t i = 0; stage == 0 && i < heads; ++i) {
       const Status failed = all[i]->masses().finish();

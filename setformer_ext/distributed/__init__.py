@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ..arguments import Arguments, _autocast_enabled
 from ..functional import attention_problem
@@ -57,21 +58,24 @@ def set_attention(
     all-reduce) does so here.
 
     Each rank sends ``2 (R - 1) / R`` times the numbers it shares, of four bytes (eight for
-    float64): ``B H (T M + M Dv + 3)`` forward and ``B H ((T - 1) M + M (Dv + 1) + 3)`` backward for
-    self attention with the Gaussian kernel and epsilon >= 1/32 on R ranks. Cross attention shares
-    ``B H T M`` and ``B H (T - 1) M`` more; in the log domain (any other epsilon, the linear kernel)
-    the CPU shares ``B H M`` more both ways. On CUDA it is ``B H M`` more forward, and no 3.
+    float64): for self attention with S = max(T, 1) ``B H (S M + M Dv + 3)`` forward and
+    ``B H ((S - 1) M + M (Dv + 1) + 3)`` backward. Cross attention shares ``B H S M`` and
+    ``B H (S - 1) M`` more. The CPU shares ``B H M`` more both ways in the log domain, that is for
+    the linear kernel and below epsilon = 1/32 (float64: 1/256), and rounds Dv up to a vector, 2 to
+    16 numbers. CUDA shares ``B H M`` more forward and no 3.
 
     Args:
         query, key, value, mask, query_mask, token_mass, token_positions, query_positions: this
-            rank's, as in ``setformer_ext.set_attention``.
+            rank's, as in ``setformer_ext.set_attention``. The masses of all ranks' tokens add up
+            in float32 (float64 for float64).
         reference, reference_mass, reference_positions, kernel, bandwidth, epsilon, iterations,
             position_bandwidth: the same on all ranks.
         group: a process group, a one-dimensional device mesh, or None for all processes, with a
             backend for the tensors' device (gloo for the CPU, nccl for CUDA).
-        check: compare on all ranks what must be the same, at the cost of one more message of some
-            hundred bytes a rank and, on CUDA, of waiting for the device. Without it ranks that
-            disagree may wait for each other until the group's timeout, or give wrong results.
+        check: compare on all ranks what must be the same, ``check`` included, and whether backward
+            is of the same call, at the cost of 160 and 16 bytes more to every other rank, a look at
+            all references and, on CUDA, of waiting for the device. Without it ranks that disagree
+            may wait for each other until the group's timeout, or give wrong results.
 
     Tensors may be DTensors, then all of them: key, value, query and token_mass sharded on the
     tokens (dimension 2), masks and positions likewise, the rest replicated over that dimension of
@@ -81,14 +85,24 @@ def set_attention(
         [B, H, Nq, Dv] of this rank's queries, of the key's type; a DTensor for DTensors.
 
     Backward too must run on every rank of the group: a loss that leaves out a rank's output must
-    still depend on it, if only by ``0 * output.sum()``. There are no second derivatives.
+    still depend on it, if only by ``0 * output.sum()``. And all ranks must make their calls in the
+    same order. Inductor may change that of two calls of which neither needs the other's result:
+    that raises (with ``check``), and ``torch._inductor.config.reorder_for_peak_memory = False``
+    prevents it. There are no second derivatives, and no transforms of torch.func.
 
     Raises:
         ValueError, TypeError: as ``setformer_ext.set_attention``, and on all ranks where they do
             not agree.
         RuntimeError: another rank refused its arguments or is gone; after the latter the group is
-            of no more use.
+            of no more use. While torch.compile traces, a rank that refuses its arguments cannot
+            tell the others, which wait for it until its process ends or the group's timeout.
+        NotImplementedError: within a transform of torch.func, or by a second derivative.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{FUNCTION}: the transforms of torch.func do not reach over the ranks of a group; use "
+            "torch.autograd"
+        )
     tensors: dict[str, Any] = {
         "query": None if query is key else query,
         "key": key,
@@ -109,24 +123,27 @@ def set_attention(
         "iterations": iterations,
         "position_bandwidth": position_bandwidth,
     }
-    if dtensors.are_given(tensors):
+    if isinstance(key, DTensor):
         return dtensors.call(_set_attention, tensors, group, check=check, **options)
-    return _set_attention(**tensors, group=_process_group(group), check=check, **options)
+    return _set_attention(tensors, _process_group(group), check=check, **options)
 
 
 def _set_attention(
-    query: Tensor | None,
-    key: Tensor,
-    *,
-    group: ProcessGroup,
-    check: bool,
-    **problem_arguments: Any,
+    tensors: dict[str, Any], group: ProcessGroup, *, check: bool, **options: Any
 ) -> Tensor:
+    """Of plain tensors."""
+    key = tensors["key"]
     try:
-        problem = attention_problem(Arguments(FUNCTION, key), query, **problem_arguments)
-    except (TypeError, ValueError):
+        for name, x in tensors.items():
+            if isinstance(x, DTensor):
+                raise TypeError(
+                    f"{FUNCTION}: {name} must be a plain tensor as the key is, got a DTensor"
+                )
+        arguments = Arguments(FUNCTION, key)
+        problem = attention_problem(arguments, **tensors | options)
+    except Exception:
         if check and not torch.compiler.is_compiling():
-            Ranks(group).refuse()
+            Ranks(group).refuse(key)
         raise
     if _autocast_enabled(key.device.type) and key.dtype != torch.float64:
         problem = problem.in_storage_type(torch.get_autocast_dtype(key.device.type))

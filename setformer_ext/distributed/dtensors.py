@@ -1,42 +1,17 @@
 """DTensors in, a DTensor out: the local shards go through the function for plain tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ..ops import RANKS
-from .ranks import FUNCTION
+from ..ops import OF_KEYS, OF_QUERIES, RANKS
+from .ranks import FUNCTION, Ranks
 
-# The dimension of each tensor that runs over the tokens, from the left.
-TOKENS = {
-    "query": 2,
-    "key": 2,
-    "value": 2,
-    "token_mass": 2,
-    "mask": 1,
-    "query_mask": 1,
-    "token_positions": 0,
-    "query_positions": 0,
-}
-
-
-def are_given(tensors: dict[str, Any]) -> bool:
-    """Whether the tensors are DTensors; an error where some are and some are not."""
-    kinds = {name: isinstance(x, DTensor) for name, x in tensors.items() if isinstance(x, Tensor)}
-    if not any(kinds.values()):
-        return False
-    for name, is_dtensor in kinds.items():
-        if not is_dtensor:
-            raise TypeError(
-                f"{FUNCTION}: {name} must be a DTensor where others are, got a plain tensor: "
-                "DTensor.from_local says how it lies on the mesh"
-            )
-    return True
+TOKENS = OF_KEYS | OF_QUERIES
 
 
 def call(
@@ -45,43 +20,57 @@ def call(
     group: ProcessGroup | DeviceMesh | None,
     **options: Any,
 ) -> Tensor:
-    """``function`` of the local shards, on the group that the key's tokens are sharded over."""
-    if group is not None:
-        raise ValueError(
-            f"{FUNCTION}: group must be None for DTensors, whose mesh tells it, got "
-            f"{type(group).__name__}"
-        )
+    """function(local shards, group) where the group is what the key's tokens are sharded over."""
     key: DTensor = tensors["key"]
-    mesh = key.device_mesh
     over_tokens = [axis for axis, placement in enumerate(key.placements) if placement == Shard(2)]
-    if len(over_tokens) != 1 or Shard(3) in key.placements:
+    others = [placement for placement in key.placements if placement != Shard(2)]
+    if len(over_tokens) != 1 or any(x not in (Replicate(), Shard(0), Shard(1)) for x in others):
         raise ValueError(
             f"{FUNCTION}: key must be sharded on its tokens (dimension 2) over one dimension of "
             f"the mesh, and on batch or heads over others, got {list(key.placements)}: "
             "redistribute it"
         )
-    local = {
-        name: _local(name, x, key, over_tokens[0]) if isinstance(x, DTensor) else x
-        for name, x in tensors.items()
-    }
-    output = function(**local, group=mesh.get_group(over_tokens[0]), **options)
+    own_group = key.device_mesh.get_group(over_tokens[0])
+    try:
+        if group is not None:
+            raise ValueError(
+                f"{FUNCTION}: group must be None for DTensors, whose mesh tells it, got "
+                f"{type(group).__name__}"
+            )
+        local = {name: _local(name, x, key, over_tokens[0]) for name, x in tensors.items()}
+    except Exception:
+        if options["check"]:
+            Ranks(own_group).refuse(key.to_local())
+        raise
+    output = function(local, own_group, **options)
     receivers = key if tensors["query"] is None else tensors["query"]
     shape = receivers.shape[:3] + tensors["value"].shape[3:]
     return DTensor.from_local(
         output,
-        mesh,
+        key.device_mesh,
         key.placements,
         run_check=False,
         shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
+        stride=_strides(shape, output),
     )
 
 
-def _local(name: str, x: DTensor, key: DTensor, over_tokens: int) -> Tensor:
+def _local(name: str, x: Any, key: DTensor, over_tokens: int) -> Any:
     """This rank's part; the gradient of what several ranks have alike is a part of a sum."""
+    if not isinstance(x, Tensor):
+        return x
+    if not isinstance(x, DTensor):
+        raise TypeError(
+            f"{FUNCTION}: {name} must be a DTensor as the key is, got a plain tensor: "
+            "DTensor.from_local says how it lies on the mesh"
+        )
+    if x.device_mesh != key.device_mesh:
+        raise ValueError(
+            f"{FUNCTION}: {name} must be on the key's mesh, {key.device_mesh}, got {x.device_mesh}"
+        )
     gradients: list[Placement] = []
     for axis, (own, of_key) in enumerate(zip(x.placements, key.placements, strict=True)):
-        expected = _expected(name, x.dim(), of_key, axis == over_tokens)
+        expected = _expected(name, x, of_key, axis == over_tokens)
         if own != expected:
             raise ValueError(
                 f"{FUNCTION}: {name} must be {expected} over dimension {axis} of the mesh, where "
@@ -89,18 +78,26 @@ def _local(name: str, x: DTensor, key: DTensor, over_tokens: int) -> Tensor:
             )
         shared = isinstance(own, Replicate) and isinstance(of_key, Shard)
         gradients.append(Partial() if shared else own)
-    local: Tensor = x.to_local(grad_placements=gradients)
-    return local
+    return x.to_local(grad_placements=gradients)
 
 
-def _expected(name: str, rank: int, of_key: Placement, over_tokens: bool) -> Placement:
-    """Where a tensor of this rank must lie for a key that lies so."""
+def _expected(name: str, x: DTensor, of_key: Placement, over_tokens: bool) -> Placement:
+    """Where a tensor must lie for a key that lies so."""
     if not isinstance(of_key, Shard):
         return of_key
     if over_tokens:
         return Shard(TOKENS[name]) if name in TOKENS else Replicate()
-    per_sample = rank == RANKS.get(name)
+    per_sample = x.dim() == RANKS.get(name)
     if of_key.dim == 0:
         return Shard(0) if per_sample else Replicate()
-    of_all_heads = name in ("mask", "query_mask") or name.endswith("positions") or rank == 0
+    of_all_heads = name in ("mask", "query_mask") or name.endswith("positions") or x.numel() == 1
     return Replicate() if of_all_heads else Shard(1 if per_sample else 0)
+
+
+def _strides(shape: Sequence[int], local: Tensor) -> tuple[int, ...]:
+    """Of a tensor of this shape that is laid out as the local one is."""
+    strides, stride = [0] * len(shape), 1
+    for dimension in sorted(range(len(shape)), key=lambda d: (local.stride(d), -d)):
+        strides[dimension] = stride
+        stride *= max(shape[dimension], 1)
+    return tuple(strides)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.distributed import distributed_c10d
 from torch.utils.flop_counter import register_flop_formula
 
@@ -15,16 +16,18 @@ from .. import autograd, ops, transforms
 from ..ops import BEFORE_PROBLEM, Gradients, Problem, Solution
 from .ranks import FUNCTION, Ranks
 
-RANKS = "str group, bool check, bool differentiated"
 OPERATION = "setformer_ext::distributed_set_attention"
 BACKWARD = "setformer_ext::distributed_set_attention_backward"
 _FIELDS = len(Problem._fields)
 
-torch.library.define(OPERATION, f"({ops.PROBLEM}, {RANKS}) -> ({ops.SOLUTION})")
+torch.library.define(
+    OPERATION,
+    f"({ops.PROBLEM}, str group, bool check, bool differentiated) -> ({ops.SOLUTION})",
+)
 torch.library.define(
     BACKWARD,
-    f"(Tensor? grad_output, Tensor? grad_pooled, {ops.SOLUTION}, {ops.PROBLEM}, str group) -> "
-    f"({ops.GRADIENTS})",
+    f"(Tensor? grad_output, Tensor? grad_pooled, {ops.SOLUTION}, {ops.PROBLEM}, str group, "
+    f"bool check) -> ({ops.GRADIENTS})",
 )
 
 
@@ -37,20 +40,28 @@ def _set_attention(*arguments: Any) -> Solution:
     problem = Problem(*arguments[:_FIELDS])
     group, check, differentiated = arguments[_FIELDS:]
     ranks = _ranks(group)
-    if check:
-        ranks.agree(problem, differentiated)
-    return ops.solve(problem, ranks.merge)
+    if not check:
+        return ops.solve(problem, ranks.merge)
+    try:  # before all agree to go on, for memory may have run out
+        solution = ops.empty_solution(problem)
+    except RuntimeError:
+        ranks.refuse(problem.key)
+        raise
+    ranks.agree(problem, differentiated)
+    return ops.solve(problem, ranks.merge, solution)
 
 
 @torch.library.impl(BACKWARD, ops.DISPATCH_KEYS)
 def _set_attention_backward(
     grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
 ) -> Gradients:
-    *of_solution_and_problem, group = arguments
+    *of_solution_and_problem, group, check = arguments
     fields = len(Solution._fields)
     solution = Solution(*of_solution_and_problem[:fields])
     problem = Problem(*of_solution_and_problem[fields:])
     ranks = _ranks(group)
+    if check:
+        ranks.agree_on_call(solution)
     gradients = ops.differentiate(grad_output, grad_pooled, solution, problem, ranks.merge)
     if problem.reference_mass is None:
         return gradients
@@ -65,12 +76,12 @@ def _fake_set_attention(*arguments: Any) -> Solution:
 
 @torch.library.register_fake(BACKWARD)
 def _fake_backward(*arguments: Any) -> Gradients:
-    return ops.empty_gradients(Problem(*arguments[BEFORE_PROBLEM:-1]))
+    return ops.empty_gradients(Problem(*arguments[BEFORE_PROBLEM:-2]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     autograd.setup_context(ctx, inputs[:_FIELDS], output)
-    ctx.group = inputs[_FIELDS]
+    ctx.ranks = inputs[_FIELDS : _FIELDS + 2]
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
@@ -78,7 +89,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
     if grad_output is None:  # the other ranks go on all the same
         grad_output = torch.zeros_like(solution.output)
     gradients = torch.ops.setformer_ext.distributed_set_attention_backward(
-        grad_output, None, *solution, *problem, ctx.group
+        grad_output, None, *solution, *problem, *ctx.ranks
     )
     return *autograd.gradients_of_inputs(tuple(problem), gradients), None, None, None
 
@@ -106,4 +117,12 @@ def _flops(*shapes: Any, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.setformer_ext.distributed_set_attention_backward)
 def _backward_flops(*shapes: Any, **_: Any) -> int:
-    return transforms.set_attention_backward_flops(*shapes[:-1])
+    return transforms.set_attention_backward_flops(*shapes[:-2])
+
+
+# All ranks make the same calls: a compiler may not drop the one whose result a rank has no use for.
+for _operation in (OPERATION, BACKWARD):
+    _register_effectful_op(
+        getattr(torch.ops.setformer_ext, _operation.partition("::")[2]).default,
+        _EffectType.ORDERED,
+    )

@@ -7,9 +7,9 @@ results are bitwise the same from run to run and on all ranks; and every rank wa
 so that a rank that is gone is missed by all.
 """
 
-import hashlib
 import struct
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,38 +17,54 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.dlpack import from_dlpack
 
-from ..ops import Problem
+from ..arguments import KERNELS, STORAGE_TYPES
+from ..ops import Problem, Solution
 
 FUNCTION = "distributed.set_attention"
-
-# What all ranks must have alike, as `agree` compares it: numbers by value, tensors by their bytes.
-SIZES = ("batch B", "heads H", "depth D of the key", "references M", "depth Dv of the value")
-OPTIONS = ("dtype", "iterations", "kernel", "position_bandwidth", "requires_grad of the inputs")
-GIVEN = ("query", "reference_positions", "reference_mass")
 REPLICAS = ("reference", "bandwidth", "epsilon", "reference_mass", "reference_positions")
-COMPARED = (
-    "whether the arguments are refused",
-    *SIZES,
-    *OPTIONS,
-    *(f"whether {name} is given" for name in GIVEN),
-    *REPLICAS,
+GIVEN = ("query", "reference_positions", "reference_mass")
+Show = Callable[[int], object]
+
+
+def _double(bits: int) -> float:
+    number: float = struct.unpack("d", struct.pack("q", bits))[0]
+    return number
+
+
+# What ranks must have alike, each as an integer, and how it reads.
+ARGUMENTS: Sequence[tuple[str, Show]] = (
+    ("batch B", int),
+    ("heads H", int),
+    ("depth D of the key", int),
+    ("references M", int),
+    ("depth Dv of the value", int),
+    ("the type of the key", lambda index: str(STORAGE_TYPES[index]).removeprefix("torch.")),
+    ("iterations", int),
+    ("kernel", lambda index: repr(KERNELS[index])),
+    ("position_bandwidth", _double),
+    ("whether a gradient is wanted", bool),
+    *((f"whether {name} is given", bool) for name in GIVEN),
+    *((name, lambda sum_: f"values with the checksum {sum_ % 2**64:x}") for name in REPLICAS),
+)
+CALL: Sequence[tuple[str, Show]] = (
+    ("the call that backward is of", lambda sum_: f"one with the checksum {sum_ % 2**64:x}"),
 )
 
 
 class Ranks:
     """A process group, seen from one of its ranks."""
 
+    bytes_sent: ClassVar[int] = 0  # to other ranks, by this process so far
+
     def __init__(self, group: ProcessGroup):
         self.group = group
         self.count = group.size()
-        # Where ranks compare their arguments: one whose key is of no use must find it too.
-        devices = [device.type for device in group._device_types]
-        self.device = "cpu" if "cpu" in devices else devices[0]
 
     def exchange(self, numbers: Tensor) -> Tensor:  # [R, n] -> [R, n]
         """Row r goes to rank r; what comes back in its place is what that rank had for this one."""
         received = torch.empty_like(numbers)
         dist.all_to_all_single(received, numbers, group=self.group)
+        Ranks.bytes_sent += numbers.nbytes - numbers.nbytes // self.count
         return received
 
     def gather(self, numbers: Tensor) -> Tensor:  # [n] -> [R, n]
@@ -73,30 +89,58 @@ class Ranks:
 
     def agree(self, problem: Problem, differentiated: bool) -> None:
         """Raises, on every rank, where the ranks' problems do not fit together."""
-        self._compare(_description(problem, differentiated))
+        batch, heads, _, depth = problem.key.shape
+        numbers = (
+            *(batch, heads, depth, problem.reference.shape[-2], problem.value.shape[-1]),
+            STORAGE_TYPES.index(problem.key.dtype),
+            problem.iterations,
+            KERNELS.index(problem.kernel),
+            struct.unpack("q", struct.pack("d", problem.position_bandwidth))[0],
+            differentiated,
+            *(getattr(problem, name) is not None for name in GIVEN),
+        )
+        self._compare(ARGUMENTS, numbers, [getattr(problem, name) for name in REPLICAS])
 
-    def refuse(self) -> None:
-        """This rank's part of `agree` where its arguments were refused: all others raise too."""
-        self._compare([1] + [0] * (len(COMPARED) - 1))
+    def agree_on_call(self, solution: Solution) -> None:
+        """Raises, on every rank, where they are at the backward of different calls: what a compiler
+        has put in another order. All ranks know a call by its columns, which they have merged."""
+        self._compare(CALL, (), [solution.columns])
 
-    def _compare(self, own: list[int]) -> None:
-        rows = self.gather(torch.tensor(own, device=self.device)).tolist()
-        if own[0] != 0:
-            return  # whoever refuses has an error of its own to raise
-        refused = [rank for rank, row in enumerate(rows) if row[0] != 0]
-        if refused:
-            raise RuntimeError(
-                f"{FUNCTION}: rank {refused[0]} of the group refused its arguments; its own error "
-                "says why"
-            )
-        for index, name in enumerate(COMPARED):
+    def refuse(self, key: object) -> None:
+        """This rank's part of `agree` where it cannot go on: all others raise."""
+        device = self._device(key.device if isinstance(key, Tensor) else None)
+        self.gather(torch.ones(1 + len(ARGUMENTS), dtype=torch.int64, device=device))
+
+    def _compare(
+        self,
+        compared: Sequence[tuple[str, Show]],
+        numbers: Sequence[int],
+        replicas: list[Tensor | None],
+    ) -> None:
+        device = self._device(next(x.device for x in replicas if x is not None))
+        sums = [torch.zeros((), dtype=torch.int64) if x is None else checksum(x) for x in replicas]
+        own = [torch.tensor([0, *numbers]).to(device), *(x.view(1).to(device) for x in sums)]
+        rows = self.gather(torch.cat(own)).tolist()
+        for rank, row in enumerate(rows):
+            if row[0] != 0:
+                raise RuntimeError(
+                    f"{FUNCTION}: rank {rank} of the group refused its arguments or cannot go on; "
+                    "its own error says why"
+                )
+        for index, (name, show) in enumerate(compared, start=1):
             for rank, row in enumerate(rows):
                 if row[index] != rows[0][index]:
                     raise ValueError(
                         f"{FUNCTION}: {name} must be the same on all ranks of the group, got "
-                        f"{_value(name, rows[0][index])} on rank 0 and {_value(name, row[index])} "
-                        f"on rank {rank}"
+                        f"{show(rows[0][index])} on rank 0 and {show(row[index])} on rank {rank}"
                     )
+
+    def _device(self, key: torch.device | None) -> torch.device:
+        """Where ranks compare: on the CPU if the group can, which spares a GPU the sums."""
+        supported = [device.type for device in self.group._device_types]
+        if "cpu" in supported or key is None or key.type not in supported:
+            return torch.device("cpu" if "cpu" in supported else supported[0])
+        return key
 
 
 def log2_sum(x: Tensor) -> Tensor:  # [R, n] -> [n]
@@ -106,38 +150,8 @@ def log2_sum(x: Tensor) -> Tensor:  # [R, n] -> [n]
     return (x - base).exp2().sum(0).log2() + base
 
 
-def _description(problem: Problem, differentiated: bool) -> list[int]:
-    """The rank's values of COMPARED."""
-    batch, heads, _, depth = problem.key.shape
-    sizes = (batch, heads, depth, problem.reference.shape[-2], problem.value.shape[-1])
-    options = (
-        _digest(str(problem.key.dtype).encode()),
-        problem.iterations,
-        _digest(problem.kernel.encode()),
-        _digest(struct.pack("d", problem.position_bandwidth)),
-        int(differentiated),
-    )
-    given = (int(getattr(problem, name) is not None) for name in GIVEN)
-    replicas = (_checksum(getattr(problem, name)) for name in REPLICAS)
-    return [0, *sizes, *options, *given, *replicas]
-
-
-def _digest(data: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(data).digest()[:7], "little")
-
-
-def _checksum(x: Tensor | None) -> int:
-    """Of a tensor's bytes and their order."""
-    if x is None:
-        return 0
-    # A copy, for what NumPy has seen FSDP can no longer free.
-    own = x.detach().clone(memory_format=torch.contiguous_format).cpu()
-    return _digest(own.view(torch.uint8).numpy().tobytes())
-
-
-def _value(name: str, x: int) -> str:
-    if name in REPLICAS:
-        return f"values with the checksum {x:x}"
-    if name in ("dtype", "kernel", "position_bandwidth"):
-        return f"one with the checksum {x:x}"
-    return str(x)
+def checksum(x: Tensor) -> Tensor:  # [...] -> [] int64
+    """Of the bits and their order: modulo 2^64, whatever one element changes to changes the sum."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    bits = x.detach().contiguous().view(words).flatten().to(torch.int64)
+    return (bits * torch.arange(1, 2 * bits.numel(), 2, device=x.device)).sum()
