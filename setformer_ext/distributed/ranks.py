@@ -108,6 +108,8 @@ class Ranks:
 
     def refuse(self, key: object) -> None:
         """This rank's part of `agree` where it cannot go on: all others raise."""
+        if torch.compiler.is_compiling():
+            return  # a graph is traced, in which there is nothing to send
         device = self._device(key.device if isinstance(key, Tensor) else None)
         self.gather(torch.ones(1 + len(ARGUMENTS), dtype=torch.int64, device=device))
 
