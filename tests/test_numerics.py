@@ -18,6 +18,7 @@ from problems import (
     run,
 )
 from setformer_ext import reference as definition
+from setformer_ext import set_attention
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FUNCTIONS = ["set_attention", "set_pooling", "transport_plan"]
@@ -254,6 +255,28 @@ def test_not_a_number_stays_in_its_batch_item(backend: Backend, dtype: torch.dty
             for each, x in results.items():
                 assert x[[0, 2]].isfinite().all(), f"{poison} in {name} is in {each}"
                 assert torch.equal(x[[0, 2]], clean[each][[0, 2]]), f"{poison} in {name}, {each}"
+
+
+@pytest.mark.parametrize("query", [False, True], ids=["self", "cross"])
+def test_gradients_do_not_grow_with_the_steps(query: bool) -> None:
+    """Scores of up to 1e7 are rounded to whole numbers in float32, so that the plans' sums are off
+    by up to a half: taken to the power of a thousand steps that would be infinite."""
+    problem = random_problem(
+        N=40, M=8, H=2, Nq=30 if query else None, kernel="linear", iterations=1000, epsilon=1e-3
+    )
+    for name in ("query", "key", "reference"):
+        if problem[name] is not None:
+            problem[name] = 100 * torch.nn.functional.normalize(problem[name], dim=-1)
+
+    def largest_gradient(dtype: torch.dtype) -> float:
+        names = ["key", "value", "reference"] + ["query"] * query
+        inputs = {name: problem[name].to(dtype).requires_grad_() for name in names}
+        output = set_attention(**problem | inputs)
+        found = torch.autograd.grad(output.sin().sum(), list(inputs.values()))
+        return max(x.abs().max().item() for x in found)
+
+    # What one step may be off by, and each of the M references differently.
+    assert largest_gradient(torch.float32) < 2 * 8 * largest_gradient(torch.float64)
 
 
 def test_every_input_of_the_problems_gets_a_gradient(backend: Backend) -> None:

@@ -181,6 +181,7 @@ class SideGradient {
   void step(int64_t t, const Crew& crew, const Pooled& pooled, T* grad_log_b) {
     if (t == 0) fill(gbar_, widths_.references, T(0));  // g^0 = 0 depends on nothing
     const bool collects = collects_ && t == p_.iterations;
+    contracts_ = !collects;
     transport_.collection_columns(t, factors_);
     for (int64_t j = 0; j < widths_.references; ++j) {
       const T gbar = gbar_[j] * factors_[j];
@@ -203,8 +204,17 @@ class SideGradient {
     transport_.pass_done();
     sums_.total(transport_.spans());
   }
+  // But for the step that collects, sum_j |gbar_j| cannot grow: rows of R and columns of C sum
+  // to 1. Where potentials are so large that rounding undoes this, hundreds of steps would leave
+  // the exponents of the type; what it has grown by is taken out.
   void finish_step() {
+    T before = 0, after = 0;
+    for (int64_t j = 0; j < p_.references; ++j) before += __builtin_fabs(gbar_[j]);
     for (int64_t j = 0; j < widths_.references; ++j) gbar_[j] = -factors_[j] * sums()[j];
+    for (int64_t j = 0; j < p_.references; ++j) after += __builtin_fabs(gbar_[j]);
+    if (!contracts_ || !(after > T(1.001) * before)) return;
+    const T scale = before / after;
+    for (int64_t j = 0; j < widths_.references; ++j) gbar_[j] *= scale;
   }
 
   // ds, and through the similarity to the tokens and to `results`.
@@ -412,6 +422,7 @@ class SideGradient {
   Widths<T> widths_;
   Columns columns_;
   int64_t b_ = 0, head_ = 0;
+  bool contracts_ = false;  // the step at hand
 
   T* right_ = nullptr;         // [L, references]
   T* factors_ = nullptr;       // [references]
