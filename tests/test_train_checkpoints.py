@@ -37,7 +37,7 @@ RANDOM = (
     "--flip=0.5",
 )
 LENGTH = ("--steps=7", "--batch-size=8", "--eval-every=3", "--save-every=2", "--lr=3e-3")
-KILLS = int(os.environ.get("SETFORMER_TEST_KILLS", "6"))  # at random moments
+KILLS = int(os.environ.get("SETFORMER_TEST_KILLS", "3"))  # at random moments
 
 
 @pytest.fixture(autouse=True)
