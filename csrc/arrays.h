@@ -30,6 +30,10 @@ inline std::string device_name(dlpack::Device device) {
   return "DLPack device type " + std::to_string(device.type);
 }
 
+inline std::string class_name(const py::object& object) {
+  return py::str(py::type::handle_of(object).attr("__name__"));
+}
+
 // A dimension's letter and, where it is fixed already, its size.
 struct Dimension {
   const char* letter;
@@ -69,7 +73,7 @@ class Array {
       if (!py::hasattr(object, "__dlpack__")) {
         throw py::type_error(label_ +
                              " must be an array with __dlpack__ (NumPy, torch, ...), got " +
-                             std::string(py::str(py::type::handle_of(object).attr("__name__"))));
+                             class_name(object));
       }
       capsule_ = export_capsule(object, stream);
     }

@@ -26,8 +26,7 @@ class Workspace {
       throw py::type_error(function +
                            ": workspace must be a function that takes a number of bytes and "
                            "returns a uint8 array of that size on " +
-                           device_name(call.device()) + ", got " +
-                           std::string(py::str(py::type::handle_of(allocate).attr("__name__"))));
+                           device_name(call.device()) + ", got " + class_name(allocate));
     }
     const int64_t with_room_to_align = bytes + kWorkspaceAlignment - 1;
     array_ = call.array_of("workspace", allocate(with_room_to_align));
@@ -52,14 +51,13 @@ class Workspace {
 };
 
 template <class Params>
-void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params& p,
-                const PythonRanks& ranks) {
+void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params& p) {
   Status status;
   {
     py::gil_scoped_release release;
     status = kernel(p);
   }
-  ranks.rethrow();
+  PythonRanks::rethrow(p);
   const std::string function = call.function();
   switch (status) {
     case Status::kOk:
@@ -110,8 +108,7 @@ void check_limit(const Call& call, const char* what, int64_t size, int64_t most)
 
 // launch(device, stream) -> cuda::Result
 template <class Launch>
-void run_on_cuda(const Call& call, const ForwardParams& p, const PythonRanks& ranks,
-                 const Launch& launch) {
+void run_on_cuda(const Call& call, const ForwardParams& p, const Launch& launch) {
   check_limit(call, "D, the depth of key,", p.depth, cuda::kMostDepth);
   check_limit(call, "Dv, the depth of value,", p.value_depth, cuda::kMostValueDepth);
   check_limit(call, "M, the number of references,", p.references, cuda::kMostReferences);
@@ -120,7 +117,7 @@ void run_on_cuda(const Call& call, const ForwardParams& p, const PythonRanks& ra
     py::gil_scoped_release release;
     result = launch(int(call.device().id), call.stream());
   }
-  ranks.rethrow();
+  PythonRanks::rethrow(p);
   if (result.error == 0) return;
   const std::string name = cuda::error_name(result.error);
   throw std::runtime_error(std::string(call.function()) + ": " + result.kernel + " failed on " +
@@ -140,9 +137,9 @@ void forward(const std::string& kernel, double position_bandwidth, int64_t itera
   call.finish();
   const PythonRanks ranks(call, merge, p);
   const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_forward, p, ranks);
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_forward, p);
   const Workspace memory(call, workspace, cuda::forward_workspace(p));
-  run_on_cuda(call, p, ranks, [&](int device, void* stream) {
+  run_on_cuda(call, p, [&](int device, void* stream) {
     return cuda::set_attention_forward(p, memory.start(), device, stream);
   });
 }
@@ -162,9 +159,9 @@ void backward(const std::string& kernel, double position_bandwidth, int64_t iter
           "output and grad_output must be given together");
   const PythonRanks ranks(call, merge, p);
   const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_backward, p, ranks);
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_backward, p);
   const Workspace memory(call, workspace, cuda::backward_workspace(p));
-  run_on_cuda(call, p, ranks, [&](int device, void* stream) {
+  run_on_cuda(call, p, [&](int device, void* stream) {
     return cuda::set_attention_backward(p, memory.start(), device, stream);
   });
 }
@@ -180,10 +177,9 @@ void plan(const std::string& kernel, double position_bandwidth, int64_t iteratio
   call.read_plan(p);
   call.finish();
   p.value_depth = 1;
-  const PythonRanks alone(call, py::none(), p);
   const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::transport_plan, p, alone);
-  run_on_cuda(call, p, alone,
+  if (!call.on_cuda()) return run_on_cpu(call, cpu::transport_plan, p);
+  run_on_cuda(call, p,
               [&](int device, void* stream) { return cuda::transport_plan(p, device, stream); });
 }
 

@@ -21,7 +21,7 @@ class PythonRanks {
     if (!PyCallable_Check(merge.ptr())) {
       throw py::type_error(std::string(call.function()) +
                            ": merge must be a function of a list of arrays and how to merge, got " +
-                           std::string(py::str(py::type::handle_of(merge).attr("__name__"))));
+                           class_name(merge));
     }
     require(p.offsets == nullptr, call.function(),
             "offsets must not be given with merge: packed sequences are each of one rank");
@@ -31,9 +31,11 @@ class PythonRanks {
   PythonRanks(const PythonRanks&) = delete;
   PythonRanks& operator=(const PythonRanks&) = delete;
 
-  // Raises what the function raised, with the GIL held.
-  void rethrow() const {
-    if (error_) std::rethrow_exception(error_);
+  // Raises what the function raised in the call of this problem, with the GIL held.
+  static void rethrow(const ForwardParams& p) {
+    if (p.group == nullptr) return;
+    const auto& self = *static_cast<const PythonRanks*>(p.group->context);
+    if (self.error_) std::rethrow_exception(self.error_);
   }
 
  private:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from setformer_ext.distributed.ranks import log2_sum
+from setformer_ext.ops import OF_KEYS, OF_QUERIES
 
 Result = TypeVar("Result")
 
@@ -119,3 +120,32 @@ def _run(
         pipe.send(buffer.getvalue())
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+# In float64: sums of a few hundred numbers of up to a thousand, in another order.
+CLOSE = {"rtol": 0, "atol": 1e-11}
+
+
+def shard(
+    problem: dict[str, Any], lengths: tuple[int, ...], rank: int, queries: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """The rank's part of a problem, whose tensors then are leaves."""
+    own = {name: x for name, x in problem.items() if isinstance(x, Tensor)}
+    for dimensions, sizes in ((OF_KEYS, lengths), (OF_QUERIES, queries)):
+        for name, dimension in dimensions.items():
+            if name in own:
+                own[name] = own[name].narrow(dimension, sum(sizes[:rank]), sizes[rank])
+    return problem | {
+        name: x.detach().clone().requires_grad_(x.is_floating_point() and "positions" not in name)
+        for name, x in own.items()
+    }
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return output.square().sum()
+
+
+def gradients(problem: dict[str, Any]) -> dict[str, Tensor]:
+    return {
+        name: x.grad for name, x in problem.items() if isinstance(x, Tensor) and x.grad is not None
+    }

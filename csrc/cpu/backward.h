@@ -75,13 +75,13 @@ class BackwardHead {
     if (keys_.transport().empty()) return 0;
     if (stage == 1) {
       if (!keys_.transport().log_domain()) return 0;
-      shared[0] = {keys_.transport().column_sums(), 1, references, references, Merge::kSum};
+      shared[0] = share_of_head(keys_.transport().column_sums(), references);
       return 1;
     }
     if (stage == 2) {
       if (!distributed()) return 0;
-      shared[0] = {receivers().sums(), 1, references, references, Merge::kSum};
-      shared[1] = {receivers().matrix_sums(), 1, pooled, pooled, Merge::kSum};
+      shared[0] = share_of_head(receivers().sums(), references);
+      shared[1] = share_of_head(receivers().matrix_sums(), pooled);
       return 2;
     }
     const bool of_queries = stage > 3 + steps();
@@ -89,7 +89,7 @@ class BackwardHead {
     // The last step leaves nothing to go on from.
     if (step + 1 >= steps() || (of_queries && !distributed())) return 0;
     const SideGradient<Storage>& side = of_queries ? queries_ : keys_;
-    shared[0] = {side.sums(), 1, references, references, Merge::kSum};
+    shared[0] = share_of_head(side.sums(), references);
     return 1;
   }
 

@@ -32,6 +32,11 @@ inline Tokens queries_of(const ForwardParams& p) {
   return {p.cross ? p.queries : 0, p.query, p.query_mask, p.query_positions};
 }
 
+// Numbers of one head; whoever merges them knows of how many.
+inline Shared share_of_head(void* numbers, int64_t count, Merge how = Merge::kSum) {
+  return {numbers, 1, count, count, how};
+}
+
 // The masses of a head's tokens and queries, which all ranks of a group add up before anything
 // else, and how many of them found an error in theirs.
 template <class T>
@@ -47,7 +52,7 @@ struct Masses {
     numbers[1] = T(queries);
     numbers[2] = T(0);
   }
-  Shared shared() const { return {numbers, 1, 3, 3, Merge::kSum}; }
+  Shared shared() const { return share_of_head(numbers, 3); }
   // After merging.
   Status finish() {
     keys = double(numbers[0]);
@@ -136,9 +141,9 @@ class ForwardHead {
     const bool of_queries = stage > steps() + 2;
     const Transport<Storage>& side = of_queries ? queries_ : keys_;
     if (keys_.empty() || side.empty() || stage + 1 == stages()) return 0;
-    const Shared columns{side.column_sums(), 1, references, references, side.merge_of_columns()};
-    const Shared sums{side.column_sums(), 1, references, references, Merge::kSum};
-    const Shared collected{pooled_.of(0), 1, pooled, pooled, Merge::kSum};
+    const Shared columns = share_of_head(side.column_sums(), references, side.merge_of_columns());
+    const Shared sums = share_of_head(side.column_sums(), references);
+    const Shared collected = share_of_head(pooled_.of(0), pooled);
     if (of_queries || stage <= steps()) {
       shared[0] = columns;
       if (of_queries || stage < steps() || keys_.log_domain()) return 1;

@@ -121,8 +121,8 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
 
 
 # All ranks make the same calls: a compiler may not drop the one whose result a rank has no use for.
-for _operation in (OPERATION, BACKWARD):
-    _register_effectful_op(
-        getattr(torch.ops.setformer_ext, _operation.partition("::")[2]).default,
-        _EffectType.ORDERED,
-    )
+for _operation in (
+    torch.ops.setformer_ext.distributed_set_attention,
+    torch.ops.setformer_ext.distributed_set_attention_backward,
+):
+    _register_effectful_op(_operation.default, _EffectType.ORDERED)
