@@ -125,6 +125,10 @@ class Arguments:
         if not 0 <= x < 2**31:
             raise self.value_error("iterations", ">= 0 and < 2^31", x)
 
+    def flag(self, name: str, x: object) -> None:
+        if not isinstance(x, bool):
+            raise self.type_error(name, "a bool", type(x).__name__)
+
     def kernel(self, x: object) -> None:
         if x not in KERNELS:
             raise self.value_error("kernel", "'gaussian' or 'linear'", repr(x))

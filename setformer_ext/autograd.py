@@ -76,7 +76,7 @@ def _define(problem: Problem) -> tuple[Tensor | None, Tensor]:
         outputs = [output for output, _ in parts if output is not None]
         pooled = torch.cat([pooled for _, pooled in parts])
         return torch.cat(outputs, 2) if problem.distribute else None, pooled
-    options = problem._asdict()
+    options = problem._asdict() | {"normalize": False}  # which is done before the operation
     del options["offsets"], options["query_offsets"]
     distribute = options.pop("distribute")
     query = options.pop("query")
@@ -185,7 +185,7 @@ def _plan_backward(ctx: Any, grad_plan: Tensor) -> Any:
     }
 
     def plan(inputs: dict[str, Any]) -> Tensor:
-        return reference.transport_plan(**arguments | inputs)
+        return reference.transport_plan(**arguments | inputs, normalize=False)
 
     result, pull_back = _vjp(plan, inputs)
     found = pull_back(grad_plan.contiguous().to(result.dtype))[0]

@@ -10,6 +10,7 @@ from . import (
 from .arguments import Arguments
 from .autograd import differentiable_call
 from .ops import Problem, accumulate_dtype
+from .reference import unit, zero_invalid
 
 __all__ = ["set_attention", "set_pooling", "transport_plan"]
 
@@ -32,6 +33,7 @@ def set_attention(
     query_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
+    normalize: bool = True,
 ) -> Tensor:
     """SeT attention: tokens are pooled onto references by entropic transport and read back.
 
@@ -72,6 +74,10 @@ def set_attention(
         query_positions: [Nq, P], for cross attention; w = 1 for the queries if None.
         reference_positions: [M, P].
         position_bandwidth: > 0, required with positions.
+        normalize: scale keys, queries and references to unit length first, with a gradient through
+            it; zero vectors stay zero. The gaussian kernel then lies in [exp(-2 / bandwidth^2), 1],
+            whatever scale the inputs have. With False vectors are taken as they are: the gaussian
+            kernel of unit variance and D = 32 is 1e-14 nearly everywhere, and the output the mean.
 
     Returns:
         [B, H, Nq, Dv] of the key's type (Nq = N in self attention). Under autocast query, key,
@@ -92,9 +98,8 @@ def set_attention(
     positions = (token_positions, query_positions, reference_positions, position_bandwidth)
     if all(x is None for x in positions):
         masks = (mask, query_mask, token_mass, reference_mass)
-        found = plain.set_attention(
-            query, key, value, reference, *masks, kernel, bandwidth, epsilon, iterations
-        )
+        options = (kernel, bandwidth, epsilon, iterations, normalize)
+        found = plain.set_attention(query, key, value, reference, *masks, *options)
         if found is not None:
             return found
     problem = attention_problem(
@@ -115,6 +120,7 @@ def set_attention(
         query_positions=query_positions,
         reference_positions=reference_positions,
         position_bandwidth=position_bandwidth,
+        normalize=normalize,
     )
     output: Tensor = differentiable_call("set_attention", *problem)[0]
     return output
@@ -135,6 +141,7 @@ def set_pooling(
     token_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
+    normalize: bool = True,
 ) -> Tensor:
     """The pooled outputs ``A_j = sum_i C_ij v_i`` of :func:`set_attention`, one per reference.
 
@@ -159,6 +166,7 @@ def set_pooling(
         token_positions,
         reference_positions,
         position_bandwidth,
+        normalize,
         distribute=False,
     )
     output, pooled, *_ = differentiable_call("set_attention", *problem)
@@ -180,6 +188,7 @@ def transport_plan(
     token_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
+    normalize: bool = True,
 ) -> Tensor:
     """The plan ``b_j C_ij``: what moves from token i to reference j.
 
@@ -206,6 +215,7 @@ def transport_plan(
         token_positions,
         reference_positions,
         position_bandwidth,
+        normalize,
     )
     plan: Tensor = differentiable_call(
         "transport_plan",
@@ -244,6 +254,7 @@ def attention_problem(
     query_positions: Tensor | None,
     reference_positions: Tensor | None,
     position_bandwidth: float | None,
+    normalize: bool,
 ) -> Problem:
     """Checks the arguments of ``set_attention``, whose key ``arguments`` has checked."""
     batch, heads, tokens, depth = key.shape
@@ -271,6 +282,7 @@ def attention_problem(
         token_positions,
         reference_positions,
         position_bandwidth,
+        normalize,
         query=query,
         query_mask=query_mask,
         query_positions=(query_positions, queries),
@@ -291,6 +303,7 @@ def _problem(
     token_positions: Tensor | None,
     reference_positions: Tensor | None,
     position_bandwidth: float | None,
+    normalize: bool,
     *,
     query: Tensor | None = None,
     query_mask: Tensor | None = None,
@@ -328,6 +341,10 @@ def _problem(
         },
         position_bandwidth,
     )
+    arguments.flag("normalize", normalize)
+    if normalize:
+        key, reference = unit(zero_invalid(key, mask)), unit(reference)
+        query = None if query is None else unit(zero_invalid(query, query_mask))
 
     accumulate = accumulate_dtype(key.dtype)
     return Problem(

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .arguments import _autocast_enabled
 from .functional import set_attention, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
+from .reference import unit
 from .varlen import set_attention_varlen
 
 
@@ -315,6 +315,7 @@ class SetAttention(nn.Module):
             "iterations": self.iterations,
             "reference_positions": reference_positions,
             "position_bandwidth": self.position_bandwidth,
+            "normalize": self.anchor is None,  # features have their own length
         }
 
     def _attend_nested(self, x: Tensor, mask: object, grid: object) -> Tensor:  # [B, j, C]
@@ -364,11 +365,10 @@ class SetAttention(nn.Module):
         return self._features(self._split(x))
 
     def _features(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, D] or [B, H, N, P]
-        """On the unit sphere and, with anchors, in the space of the Nystrom features."""
-        x = _unit(x)
+        """With anchors, the Nystrom features of the points on the unit sphere."""
         if self.anchor is None:
             return x
-        return nystrom_features(x, _unit(self.anchor), self.bandwidth)
+        return nystrom_features(unit(x), unit(self.anchor), self.bandwidth)
 
     def _token_mass(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """[B, H, N], 1 on average: the scale does not matter. Float16 could not hold N."""
@@ -464,11 +464,6 @@ def _parameter(present: bool, *shape: int) -> nn.Parameter | None:
 
 def _describe(initial: float, logarithm: Tensor | None) -> str:
     return f"{initial}" if logarithm is None else f"learned from {initial}"
-
-
-def _unit(x: Tensor) -> Tensor:
-    """To length 1 over the last dimension; 0 stays 0, also where float16 rounds 1e-12 to it."""
-    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny)).to(x.dtype)
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C], zero where invalid -> [B, C]

@@ -82,6 +82,7 @@ def _set_attention(*arguments: Any) -> Solution:
             "position_bandwidth",
         )
     }
+    shared["normalize"] = False  # which is done before the operation
     unread = problem.key.new_empty(0)
     key, value, reference = problem.key, problem.value, problem.reference
     if problem.distribute:
@@ -120,5 +121,6 @@ def _transport_plan(
         reference.to(accumulate),
         bandwidth=bandwidth,
         epsilon=epsilon,
+        normalize=False,
         **dict(zip(names, rest, strict=True)),
     ).to(key.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import ops
+from .reference import unit
 
 # Who wants to see calls with a tensor on the CPU, and who all calls of a thread, where nobody but
 # the kernels and autograd does: without and with inference mode.
@@ -70,6 +71,7 @@ def set_attention(
     bandwidth: float | Tensor,
     epsilon: float | Tensor,
     iterations: int,
+    normalize: bool,
 ) -> Tensor | None:  # [B, H, Nq, Dv]
     """The output of :func:`setformer_ext.set_attention` without positions; None where the call is
     not plain, or has a fault."""
@@ -88,12 +90,16 @@ def set_attention(
         and _is_moderate(bandwidth)
         and _is_moderate(epsilon)
         and type(iterations) is int
+        and type(normalize) is bool
         and kernel in ("gaussian", "linear")
         and key.numel() > 0
         and not (mask is not None and token_mass is not None)  # of which the kernel sees a part
     ):
         return None
     try:
+        if normalize:
+            for name in given.keys() & {"key", "query", "reference"}:
+                given[name] = unit(given[name])
         rows = key if query is None else query
         output = ops.empty_rows(rows, value.shape[3])
         options = {"kernel": kernel, "iterations": iterations}

@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
                 reference,
                 kernel=options.kernel,
                 iterations=options.iterations,
+                normalize=False,  # the kernels alone; the keys are of unit length
             ),
             tensors,
             options.backward,

@@ -38,11 +38,14 @@ def set_attention(
     query_positions: Tensor | None = None,  # [Nq, P]
     reference_positions: Tensor | None = None,  # [M, P]
     position_bandwidth: float | None = None,
+    normalize: bool = True,
 ) -> Tensor:  # [B, H, Nq, Dv]
     """SeT attention; see :func:`setformer_ext.set_attention` for the parameters."""
     if query is key:
         query = None
-    key, value = _zero_invalid(key, mask), _zero_invalid(value, mask)
+    key, value = zero_invalid(key, mask), zero_invalid(value, mask)
+    if normalize:
+        key, reference = unit(key), unit(reference)
     s = similarity(
         key, reference, kernel, bandwidth, token_positions, reference_positions, position_bandwidth
     ) / _per_head(epsilon, key)
@@ -52,7 +55,9 @@ def set_attention(
     pooled = collect(s, a, rows, columns).mT @ value  # A_j = sum_i C_ij v_i
 
     if query is not None:
-        query = _zero_invalid(query, query_mask)
+        query = zero_invalid(query, query_mask)
+        if normalize:
+            query = unit(query)
         s = similarity(
             query,
             reference,
@@ -64,7 +69,7 @@ def set_attention(
         ) / _per_head(epsilon, key)
         _, _, g = sinkhorn(s, token_marginal(s, None, query_mask), log_b, iterations)
     distribution = torch.softmax(s + g.unsqueeze(-2), dim=-1)  # R_ij, rows sum to 1
-    return _zero_invalid(distribution @ pooled, mask if query is None else query_mask)
+    return zero_invalid(distribution @ pooled, mask if query is None else query_mask)
 
 
 def set_pooling(
@@ -82,9 +87,12 @@ def set_pooling(
     token_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
+    normalize: bool = True,
 ) -> Tensor:  # [B, H, M, Dv]
     """The pooled outputs A_j = sum_i C_ij v_i, one per reference (OTKE's embedding)."""
-    key, value = _zero_invalid(key, mask), _zero_invalid(value, mask)
+    key, value = zero_invalid(key, mask), zero_invalid(value, mask)
+    if normalize:
+        key, reference = unit(key), unit(reference)
     s = similarity(
         key, reference, kernel, bandwidth, token_positions, reference_positions, position_bandwidth
     ) / _per_head(epsilon, key)
@@ -107,9 +115,12 @@ def transport_plan(
     token_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
+    normalize: bool = True,
 ) -> Tensor:  # [B, H, N, M]
     """The plan C_ij b_j, which for T >= 1 is exp(s_ij + f_i + g_j); its columns sum to b."""
-    key = _zero_invalid(key, mask)
+    key = zero_invalid(key, mask)
+    if normalize:
+        key, reference = unit(key), unit(reference)
     s = similarity(
         key, reference, kernel, bandwidth, token_positions, reference_positions, position_bandwidth
     ) / _per_head(epsilon, key)
@@ -117,6 +128,16 @@ def transport_plan(
     log_b = log_reference_marginal(s, reference_mass)
     rows, columns, _ = sinkhorn(s, a, log_b, iterations)
     return collect(s, a, rows, columns) * log_b.exp().unsqueeze(-2)
+
+
+def unit(x: Tensor) -> Tensor:  # [..., D]
+    """x / |x|, computed in float32 at least; a zero vector stays zero.
+
+    So do shorter ones than 1e-12, whose direction is rounding: they stay as they are.
+    """
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate)
+    return (x / torch.where(length > 1e-12, length, 1)).to(x.dtype)
 
 
 def similarity(
@@ -213,7 +234,7 @@ def _largest_exponent(x: Tensor) -> float:
     return 0.75 * math.log(torch.finfo(x.dtype).max)
 
 
-def _zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, H, N, D]
+def zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, H, N, D]
     """Cut masked tokens out of values and gradients, whatever padding they hold (even NaN)."""
     return x if mask is None else torch.where(mask[:, None, :, None], x, 0)
 

@@ -28,6 +28,7 @@ def set_attention_varlen(
     query_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
+    normalize: bool = True,
 ) -> Tensor:
     """SeT attention within each of S sequences that are packed one after another.
 
@@ -50,6 +51,7 @@ def set_attention_varlen(
         query_positions: [Nq, P], for cross attention.
         reference_positions: [M, P].
         position_bandwidth: > 0, required with positions.
+        normalize: scale keys, queries and references to unit length first.
 
     Returns:
         [Nq, H, Dv] of the key's type (Nq = N in self attention).
@@ -104,6 +106,7 @@ def set_attention_varlen(
         token_positions,
         reference_positions,
         position_bandwidth,
+        normalize,
         query=None if query is None else _heads_first(query),
         query_positions=(query_positions, queries),
         offsets=offsets,

@@ -149,6 +149,7 @@ def test_kernels_and_positions_planted_as_similarities(
         "reference": torch.eye(7, dtype=s.dtype, device=s.device).expand(3, 7, 7),
         "kernel": "linear",
         "epsilon": 0.3,
+        "normalize": False,
     }
     close(call(backend.set_attention, arguments), call(backend.set_attention, planted))
 
@@ -371,6 +372,7 @@ def test_pooling_and_attention_follow_from_plans(backend: Backend, cross: bool) 
             reference_mass=arguments["reference_mass"],
             epsilon=0.3,
             iterations=2,
+            normalize=False,
         )
     else:
         plan = call(backend.transport_plan, arguments)

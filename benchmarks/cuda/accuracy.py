@@ -30,7 +30,7 @@ def results(function: Callable[..., Tensor], tensors: list[Tensor], dtype: torch
     """Output and gradients of attention in a type, [4, entries] padded with zeros, in float64."""
     key, value, points, upstream = (x.to(dtype) for x in tensors)
     leaves = [x.detach().clone().requires_grad_() for x in (key, value, points)]
-    output = function(None, *leaves, epsilon=0.1, iterations=5)
+    output = function(None, *leaves, epsilon=0.1, iterations=5, normalize=False)
     found = [output, *torch.autograd.grad(output, leaves, upstream)]
     flat = [x.detach().double().flatten() for x in found]
     return torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)

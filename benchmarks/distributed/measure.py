@@ -62,7 +62,7 @@ def _rank(rank: int, processes: int, sizes: Sizes, rounds: int, folder: str) -> 
     attend = set_attention if processes > 0 else setformer_ext.set_attention
 
     def forward() -> Tensor:
-        return attend(None, key, value, reference, iterations=sizes.iterations)
+        return attend(None, key, value, reference, iterations=sizes.iterations, normalize=False)
 
     def with_backward() -> None:
         torch.autograd.grad(forward().sum(), (key, value))
@@ -71,9 +71,19 @@ def _rank(rank: int, processes: int, sizes: Sizes, rounds: int, folder: str) -> 
     cells = [str(processes) if processes > 0 else "set_attention"]
     cells += [f"{time:.1f}" for time in milliseconds]
     if processes > 0:
-        output = attend(None, key, value, reference, iterations=sizes.iterations, check=False)
+        output = attend(
+            None, key, value, reference, iterations=sizes.iterations, normalize=False, check=False
+        )
         steps = (
-            lambda: attend(None, key, value, reference, iterations=sizes.iterations, check=False),
+            lambda: attend(
+                None,
+                key,
+                value,
+                reference,
+                iterations=sizes.iterations,
+                normalize=False,
+                check=False,
+            ),
             lambda: torch.autograd.grad(output.sum(), (key, value)),
         )
         for step, formula in zip(steps, bytes_sent(sizes, ranks), strict=True):

@@ -43,6 +43,7 @@ def set_attention(
     query_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
+    normalize: bool = True,
     check: bool = True,
 ) -> Tensor:
     """:func:`setformer_ext.set_attention` of sequences whose tokens are spread over a group.
@@ -69,7 +70,7 @@ def set_attention(
             rank's, as in ``setformer_ext.set_attention``. The masses of all ranks' tokens add up
             in float32 (float64 for float64).
         reference, reference_mass, reference_positions, kernel, bandwidth, epsilon, iterations,
-            position_bandwidth: the same on all ranks.
+            position_bandwidth, normalize: the same on all ranks.
         group: a process group, a one-dimensional device mesh, or None for all processes, with a
             backend for the tensors' device (gloo for the CPU, nccl for CUDA).
         check: compare on all ranks what must be the same, ``check`` included, and whether backward
@@ -123,6 +124,7 @@ def set_attention(
         "kernel": kernel,
         "iterations": iterations,
         "position_bandwidth": position_bandwidth,
+        "normalize": normalize,
     }
     if isinstance(key, DTensor):
         return dtensors.call(_set_attention, tensors, group, check=check, **options)

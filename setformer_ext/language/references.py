@@ -122,6 +122,7 @@ class References(nn.Module):
             kernel="linear",
             epsilon=1 / scaling if self.epsilon is None else self.epsilon,
             iterations=self.iterations,
+            normalize=False,
         )
 
     def extra_repr(self) -> str:

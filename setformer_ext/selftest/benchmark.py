@@ -17,8 +17,10 @@ ROUNDS = 7
 CALLS = 3  # in a row in each round
 
 COMPETITORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "setformer_ext": lambda key, value, y: set_attention(None, key, value, y),
-    "definition": lambda key, value, y: reference.set_attention(None, key, value, y),
+    "setformer_ext": lambda key, value, y: set_attention(None, key, value, y, normalize=False),
+    "definition": lambda key, value, y: reference.set_attention(
+        None, key, value, y, normalize=False
+    ),
     "softmax": lambda key, value, y: F.scaled_dot_product_attention(key, key, value),
 }
 

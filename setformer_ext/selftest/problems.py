@@ -35,6 +35,7 @@ def random_problem(
     epsilon: float | str = 0.1,  # or "learned": a tensor [H]
     iterations: int = 5,
     P: int = 0,  # dimensions of the positions; 0: none
+    normalize: bool = False,  # so that lengths, and outliers among them, matter
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> Arguments:
@@ -62,6 +63,7 @@ def random_problem(
         "bandwidth": uniform(H, low=0.5, high=2) if bandwidth == "learned" else bandwidth,
         "epsilon": uniform(H, low=0.1, high=0.5) if epsilon == "learned" else epsilon,
         "iterations": iterations,
+        "normalize": normalize,
     }
     if Nq is not None:
         arguments["query"] = points(B, H, Nq, D, scale=D**-0.5)
