@@ -6,7 +6,10 @@ can be read without waiting for a device (eager CPU tensors).
 """
 
 import math
+import sys
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,6 +31,9 @@ class Arguments:
         if not isinstance(key, Tensor):
             raise TypeError(f"{function}: key must be a tensor, got {type(key).__name__}")
         self.key = key
+        self.distributed = _is_dtensor(key)
+        if self.distributed:  # how the operations are cut into shards is known from then on
+            from .distributed import sharding  # noqa: F401
         self.autocast = _autocast_enabled(key.device.type)
         if key.dtype not in STORAGE_TYPES:
             raise self.type_error("key", "float32, float64, bfloat16 or float16", _name(key.dtype))
@@ -56,9 +62,26 @@ class Arguments:
             "[" + ", ".join(k if size is None else f"{k}={size}" for k, size in shape) + "]"
             for shape in shapes
         )
-        raise self.value_error(name, expected, list(x.shape))
+        got = f"{list(x.shape)}{self._hint(name, x, shapes)}"
+        raise self.value_error(name, expected, got)
+
+    def _hint(self, name: str, x: Tensor, shapes: Sequence[Sequence[Dimension]]) -> str:
+        """Where tokens come before heads, as in flash-attention and in transformers' models."""
+        rows = "[B, N, H, D]: heads come before tokens here, so give"
+        if name in ("query", "value") and x.dim() == 4:
+            swapped = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
+            sizes = [size for _, size in shapes[0]]
+            fits = all(size in (None, s) for size, s in zip(sizes, swapped, strict=True))
+            return f"; {name} or key looks like {rows} its .transpose(1, 2)" if fits else ""
+        heads = x.shape[-3] if name == "reference" and x.dim() in (3, 4) else None
+        if heads is not None and heads == self.key.shape[2] != self.key.shape[1]:
+            return f"; key looks like {rows} key.transpose(1, 2), and query and value likewise"
+        return ""
 
     def device(self, name: str, x: Tensor) -> None:
+        if _is_dtensor(x) != self.distributed:
+            kind = "a DTensor" if self.distributed else "a plain tensor"
+            raise self.type_error(name, f"{kind} as the key is", type(x).__name__)
         if x.device != self.key.device:
             raise self.value_error(name, f"on the key's device, {self.key.device}", x.device)
         if x.layout != torch.strided:
@@ -90,7 +113,9 @@ class Arguments:
         if not isinstance(x, Tensor):
             raise self.type_error(name, "a bool tensor", type(x).__name__)
         if x.dtype != torch.bool:
-            raise self.type_error(name, "a bool tensor (True = valid)", _name(x.dtype))
+            remedy = "; of 0 and 1: .bool(); added to scores, of 0 and -inf elsewhere: x == 0"
+            got = f"{_name(x.dtype)}{remedy}"
+            raise self.type_error(name, "a bool tensor (True = valid)", got)
         self.device(name, x)
         self.shape(name, x, shape)
 
@@ -114,13 +139,13 @@ class Arguments:
             if bad.any():
                 raise self.value_error(name, "> 0 and finite", x[bad][0].item())
             return
-        if isinstance(x, bool) or not isinstance(x, (int, float)):
+        if not is_number(x):
             raise self.type_error(name, "a number or a tensor", type(x).__name__)
         if not 0 < x < math.inf:
             raise self.value_error(name, "> 0 and finite", x)
 
     def iterations(self, x: object) -> None:
-        if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        if not is_integer(x):
             raise self.type_error("iterations", "an int", type(x).__name__)
         if not 0 <= x < 2**31:
             raise self.value_error("iterations", ">= 0 and < 2^31", x)
@@ -140,7 +165,7 @@ class Arguments:
     ) -> None:
         """token_positions and reference_positions together, query_positions where wanted."""
         if bandwidth is not None:
-            if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)):
+            if not is_number(bandwidth):
                 raise self.type_error("position_bandwidth", "a number", type(bandwidth).__name__)
             if not 0 < bandwidth < math.inf:
                 raise self.value_error("position_bandwidth", "> 0 and finite", bandwidth)
@@ -163,6 +188,24 @@ class Arguments:
             coordinates = x.shape[1]
         if bandwidth is None:
             raise self.value_error("position_bandwidth", "given together with positions", None)
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    """Without importing what DTensors are made of, which takes its time, where nobody has it."""
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def is_integer(x: object) -> TypeGuard[int]:
+    """Of Python, NumPy or a trace; True and False are none."""
+    return isinstance(x, (Integral, torch.SymInt)) and not isinstance(x, bool)
+
+
+def is_number(x: object) -> TypeGuard[float]:
+    """Of Python or NumPy; True and False are none."""
+    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def _expected_device(given: str) -> str:
@@ -189,5 +232,5 @@ def _readable(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and not torch._C._are_functorch_transforms_active()
-        and not isinstance(x, torch._subclasses.FakeTensor)
+        and type(x) in (Tensor, torch.nn.Parameter)  # not of FakeTensor or DTensor
     )

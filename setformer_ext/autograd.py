@@ -5,13 +5,15 @@ gradient of the unrolled Sinkhorn steps. Higher derivatives, and those of ``tran
 through the differentiable definition (``reference.py``), whose N x M matrices they then store.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
-from .ops import BEFORE_PROBLEM, RANKS, Gradients, Problem, Solution, accumulate_dtype
+from .ops import BEFORE_PROBLEM, LIBRARY, RANKS, Gradients, Problem, Solution, accumulate_dtype
 
 # Positions of the differentiable tensors in Problem, which name those of Gradients too.
 DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in Gradients._fields)
@@ -65,7 +67,7 @@ def gradients_of_inputs(
 
 
 torch.library.register_autograd(
-    "setformer_ext::set_attention", _backward, setup_context=setup_context
+    "setformer_ext::set_attention", _backward, setup_context=setup_context, lib=LIBRARY
 )
 
 
@@ -148,11 +150,14 @@ def _per_sample(problem: Problem, name: str) -> Tensor:
 
 
 torch.library.register_autograd(
-    "setformer_ext::set_attention_backward", _second_backward, setup_context=_setup_second_context
+    "setformer_ext::set_attention_backward",
+    _second_backward,
+    setup_context=_setup_second_context,
+    lib=LIBRARY,
 )
 
 
-_PLAN_ARGUMENTS = (
+PLAN_ARGUMENTS = (
     "key",
     "reference",
     "bandwidth",
@@ -166,7 +171,7 @@ _PLAN_ARGUMENTS = (
     "position_bandwidth",
     "iterations",
 )
-_PLAN_TENSORS = _PLAN_ARGUMENTS.index("kernel")
+_PLAN_TENSORS = PLAN_ARGUMENTS.index("kernel")
 
 
 def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -175,7 +180,7 @@ def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _plan_backward(ctx: Any, grad_plan: Tensor) -> Any:
-    arguments = dict(zip(_PLAN_ARGUMENTS, (*ctx.saved_tensors, *ctx.options), strict=True))
+    arguments = dict(zip(PLAN_ARGUMENTS, (*ctx.saved_tensors, *ctx.options), strict=True))
     # Contiguous, so that torch's products round alike whatever the strides; in accumulate type
     # for its digits.
     inputs = {
@@ -195,8 +200,34 @@ def _plan_backward(ctx: Any, grad_plan: Tensor) -> Any:
 
 
 torch.library.register_autograd(
-    "setformer_ext::transport_plan", _plan_backward, setup_context=_setup_plan_context
+    "setformer_ext::transport_plan", _plan_backward, setup_context=_setup_plan_context, lib=LIBRARY
 )
+
+
+def refuse_forward_mode(ctx: Any = None, *_: Any) -> Any:
+    """What torch calls for a derivative in forward mode.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "setformer_ext: has no forward-mode derivatives (jvp, jacfwd, hessian): take reverse mode, "
+        "as grad, vjp or jacrev (of a Hessian: jacrev(jacrev(f))); or the definition in plain "
+        "torch, setformer_ext.reference, which has both"
+    )
+
+
+def refuse_tangents(arguments: Iterable[object]) -> None:
+    """Without a gradient the operations would drop forward-mode derivatives and say nothing.
+
+    Raises:
+        NotImplementedError: if an argument has one.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for x in arguments:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            refuse_forward_mode()
 
 
 class SetAttentionFunction(torch.autograd.Function):
@@ -209,6 +240,7 @@ class SetAttentionFunction(torch.autograd.Function):
     generate_vmap_rule = True
     setup_context = staticmethod(setup_context)
     backward = staticmethod(_backward)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(*problem: Any) -> tuple[Tensor, ...]:
@@ -219,6 +251,7 @@ class _SetAttentionBackwardFunction(torch.autograd.Function):
     generate_vmap_rule = True
     setup_context = staticmethod(_setup_second_context)
     backward = staticmethod(_second_backward)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -229,6 +262,7 @@ class _TransportPlanFunction(torch.autograd.Function):
     generate_vmap_rule = True
     setup_context = staticmethod(_setup_plan_context)
     backward = staticmethod(_plan_backward)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
@@ -251,4 +285,5 @@ def differentiable_call(name: str, *arguments: Any) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*arguments)
+    refuse_tangents(arguments)
     return getattr(torch.ops.setformer_ext, name)(*arguments)

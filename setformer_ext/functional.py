@@ -9,12 +9,14 @@ from . import (
 )
 from .arguments import Arguments
 from .autograd import differentiable_call
+from .foreign import answers_foreign_names
 from .ops import Problem, accumulate_dtype
 from .reference import unit, zero_invalid
 
 __all__ = ["set_attention", "set_pooling", "transport_plan"]
 
 
+@answers_foreign_names
 def set_attention(
     query: Tensor | None,
     key: Tensor,
@@ -83,6 +85,10 @@ def set_attention(
         [B, H, Nq, Dv] of the key's type (Nq = N in self attention). Under autocast query, key,
         value and reference take the autocast type. Computation is in float32 (float64 for float64).
 
+    With DTensors (then all tensors must be) each process works on its own samples or heads, where
+    they are sharded on those; what is sharded on the tokens is gathered first, which
+    :func:`setformer_ext.distributed.set_attention` does without.
+
     On CUDA all work goes onto the current stream of the tensors' device, without waiting for it: a
     call can be captured in a CUDA graph, after one call outside of it. Values of tensors are
     therefore not checked there: a bandwidth, epsilon or reference mass <= 0 and a negative token
@@ -90,7 +96,8 @@ def set_attention(
 
     Raises:
         ValueError: a shape, size, device or value that does not fit; it names the argument.
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, or of another attention: it names ours.
+        NotImplementedError: forward-mode derivatives (jvp, jacfwd).
         RuntimeError: CUDA refuses to launch a kernel.
     """
     if query is key:
@@ -98,8 +105,18 @@ def set_attention(
     positions = (token_positions, query_positions, reference_positions, position_bandwidth)
     if all(x is None for x in positions):
         masks = (mask, query_mask, token_mass, reference_mass)
-        options = (kernel, bandwidth, epsilon, iterations, normalize)
-        found = plain.set_attention(query, key, value, reference, *masks, *options)
+        found = plain.set_attention(
+            query,
+            key,
+            value,
+            reference,
+            *masks,
+            kernel,
+            bandwidth,
+            epsilon,
+            iterations,
+            normalize,
+        )
         if found is not None:
             return found
     problem = attention_problem(
@@ -126,6 +143,7 @@ def set_attention(
     return output
 
 
+@answers_foreign_names
 def set_pooling(
     key: Tensor,
     value: Tensor,
@@ -174,6 +192,7 @@ def set_pooling(
     return result
 
 
+@answers_foreign_names
 def transport_plan(
     key: Tensor,
     reference: Tensor,
@@ -365,7 +384,7 @@ def _problem(
         query_offsets=query_offsets,
         kernel=kernel,
         position_bandwidth=float(position_bandwidth or 1.0),
-        iterations=iterations,
+        iterations=iterations if isinstance(iterations, torch.SymInt) else int(iterations),
         distribute=distribute,
     )
 
@@ -373,7 +392,7 @@ def _problem(
 def _by_head(x: float | Tensor, heads: int, key: Tensor, dtype: torch.dtype) -> Tensor:  # [H]
     if isinstance(x, Tensor):
         return x.to(dtype).expand(heads)
-    return torch.full((heads,), x, dtype=dtype, device=key.device)
+    return key.new_full((heads,), float(x), dtype=dtype)  # a DTensor where the key is one
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

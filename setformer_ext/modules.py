@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .arguments import _autocast_enabled
+from .arguments import _autocast_enabled, is_integer, is_number
+from .foreign import answers_foreign_names
 from .functional import set_attention, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
@@ -60,6 +63,11 @@ class SetAttention(nn.Module):
             Tokens p and references r are the centres of even parts of [0, 1] (sequences) or
             [0, 1]^2 (grids). Padding counts as part of the sequence.
         bias: whether the projections have biases.
+        dropout: probability, in [0, 1), that a number of the output is dropped in training. There
+            are no attention weights that could be.
+        context_dim: channels of the ``context`` that ``forward`` may be given; ``dim`` if None.
+            Another width needs ``query_projection``.
+        device, dtype: of the parameters.
 
     Shape:
         x [B, N, C] (and mask [B, N]) to [B, N, C], of x's dtype (autocast's under autocast).
@@ -89,6 +97,10 @@ class SetAttention(nn.Module):
         num_anchors: int | None = None,
         position_bandwidth: float | None = None,
         bias: bool = True,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         integers = {
@@ -97,7 +109,7 @@ class SetAttention(nn.Module):
             "num_references": num_references,
             "iterations": iterations,
         }
-        numbers = {"bandwidth": bandwidth, "epsilon": epsilon}
+        numbers = {"bandwidth": bandwidth, "epsilon": epsilon, "dropout": dropout}
         flags = {
             "pooled_references": pooled_references,
             "query_projection": query_projection,
@@ -109,9 +121,9 @@ class SetAttention(nn.Module):
             "bias": bias,
         }
         for name, integer in integers.items():
-            _require_type(_is_integer(integer), name, "an int", integer)
+            _require_type(is_integer(integer), name, "an int", integer)
         for name, number in numbers.items():
-            _require_type(_is_number(number), name, "a number", number)
+            _require_type(is_number(number), name, "a number", number)
         for name, flag in flags.items():
             _require_type(isinstance(flag, bool), name, "a bool", flag)
         _require_type(isinstance(kernel, str), "kernel", "a string", kernel)
@@ -124,12 +136,17 @@ class SetAttention(nn.Module):
         _require(_is_positive(bandwidth), "bandwidth", "finite and positive", bandwidth)
         _require(_is_positive(epsilon), "epsilon", "finite and positive", epsilon)
         _require(iterations >= 0, "iterations", "at least 0", iterations)
-        if num_anchors is not None:
-            _require_type(_is_integer(num_anchors), "num_anchors", "an int or None", num_anchors)
-            _require(num_anchors >= 1, "num_anchors", "at least 1 or None", num_anchors)
+        _require(0 <= dropout < 1, "dropout", "in [0, 1)", dropout)
+        for name, count in (("num_anchors", num_anchors), ("context_dim", context_dim)):
+            if count is not None:
+                _require_type(is_integer(count), name, "an int or None", count)
+                _require(count >= 1, name, "at least 1 or None", count)
+        if context_dim not in (None, dim):
+            expected = f"dim={dim} or None without query_projection=True"
+            _require(query_projection, "context_dim", expected, context_dim)
         if position_bandwidth is not None:
             _require_type(
-                _is_number(position_bandwidth),
+                is_number(position_bandwidth),
                 "position_bandwidth",
                 "a number or None",
                 position_bandwidth,
@@ -146,33 +163,43 @@ class SetAttention(nn.Module):
             _require(num_anchors is None, "num_anchors", "None with kernel='linear'", num_anchors)
             _require(not learned_bandwidth, "learned_bandwidth", "False with kernel='linear'", True)
 
-        self.dim = dim
-        self.num_heads = num_heads
-        self.num_references = num_references
+        # Of Python, whatever they came as: NumPy's cannot be saved or exported everywhere.
+        self.dim, self.num_heads, self.num_references = map(int, (dim, num_heads, num_references))
+        self.context_dim = self.dim if context_dim is None else int(context_dim)
         self.pooled_references = pooled_references
         self.kernel = kernel
-        self.initial_bandwidth = bandwidth
-        self.initial_epsilon = epsilon
-        self.iterations = iterations
-        self.num_anchors = num_anchors
-        self.position_bandwidth = position_bandwidth
+        self.initial_bandwidth = float(bandwidth)
+        self.initial_epsilon = float(epsilon)
+        self.iterations = int(iterations)
+        self.num_anchors = None if num_anchors is None else int(num_anchors)
+        self.position_bandwidth = None if position_bandwidth is None else float(position_bandwidth)
+        self.dropout = float(dropout)
 
-        head_dim = dim // num_heads
-        self.key = nn.Linear(dim, dim, bias=bias)
-        self.query = nn.Linear(dim, dim, bias=bias) if query_projection else None
-        self.value = nn.Linear(dim, dim, bias=bias)
-        self.projection = nn.Linear(dim, dim, bias=bias)
-        self.token_mass = nn.Linear(dim, num_heads, bias=False) if learned_token_mass else None
+        heads, references, depth = self.num_heads, self.num_references, self.dim // self.num_heads
+
+        linear = partial(nn.Linear, device=device, dtype=dtype)
+
+        def parameter(present: bool, *shape: int) -> nn.Parameter | None:
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            return nn.Parameter(empty) if present else None
+
+        self.key = linear(self.context_dim, self.dim, bias=bias)
+        self.query = linear(self.dim, self.dim, bias=bias) if query_projection else None
+        self.value = linear(self.context_dim, self.dim, bias=bias)
+        self.projection = linear(self.dim, self.dim, bias=bias)
+        self.token_mass = (
+            linear(self.context_dim, heads, bias=False) if learned_token_mass else None
+        )
         self.reference_mass = (
-            nn.Linear(dim, num_heads * num_references, bias=False)
+            linear(self.context_dim, heads * references, bias=False)
             if adaptive_reference_mass
             else None
         )
-        self.reference = _parameter(not pooled_references, num_heads, num_references, head_dim)
-        self.reference_log_mass = _parameter(learned_reference_mass, num_heads, num_references)
-        self.anchor = _parameter(num_anchors is not None, num_heads, num_anchors or 0, head_dim)
-        self.log_bandwidth = _parameter(learned_bandwidth, num_heads)
-        self.log_epsilon = _parameter(learned_epsilon, num_heads)
+        self.reference = parameter(not pooled_references, heads, references, depth)
+        self.reference_log_mass = parameter(learned_reference_mass, heads, references)
+        self.anchor = parameter(num_anchors is not None, heads, self.num_anchors or 0, depth)
+        self.log_bandwidth = parameter(learned_bandwidth, heads)
+        self.log_epsilon = parameter(learned_epsilon, heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -210,34 +237,60 @@ class SetAttention(nn.Module):
         """The epsilon in use: a float, or the learned one per head, [H]."""
         return self.initial_epsilon if self.log_epsilon is None else self.log_epsilon.exp()
 
+    @answers_foreign_names
     def forward(
         self,
         x: Tensor,  # [B, N, C]
         mask: Tensor | None = None,  # [B, N] bool
         grid: Grid | None = None,
+        *,
+        context: Tensor | None = None,  # [B, Nc, Cc]
+        context_mask: Tensor | None = None,  # [B, Nc] bool
+        context_grid: Grid | None = None,
     ) -> Tensor:  # [B, N, C]
-        """Let the tokens attend to one another.
+        """Let the tokens attend to one another, or to those of a context.
 
         Args:
             x: tokens [B, N, C], floating point; or sequences of different lengths as a nested
                 tensor [B, j, C] of layout torch.jagged, which comes out as one. That is each
-                sequence alone, and takes neither mask nor grid; only masses and pooled references
-                are computed of the padded tokens.
+                sequence alone, and takes neither mask, grid nor context; only masses and pooled
+                references are computed of the padded tokens.
             mask: bool [B, N], True = valid. The others give nothing and come out as exactly 0.
             grid: (H, W) with H * W = N if the tokens are a grid, row by row; matters to positions
                 and to pooled references, which are then spread over the grid.
+            context: tokens [B, Nc, Cc] to attend to, Cc = ``context_dim``: keys, values, masses and
+                pooled references are theirs, queries x's. Without ``query_projection`` x's go
+                through the keys' projection.
+            context_mask: bool [B, Nc], True = valid.
+            context_grid: (H, W) with H * W = Nc.
         """
+        given = {"context_mask": context_mask, "context_grid": context_grid}
         if isinstance(x, Tensor) and x.is_nested:
-            return self._attend_nested(x, mask, grid)
-        x, transport = self._transport(x, mask, grid)
+            given |= {"mask": mask, "grid": grid, "context": context}
+            for name, other in given.items():
+                _require(other is None, name, "None with a nested x", type(other).__name__)
+            return self._attend_nested(x)
+        if context is None:
+            expected = f"given to a module of context_dim={self.context_dim}"
+            _require(self.context_dim == self.dim, "context", expected, None)
+            for name, other in given.items():
+                _require(other is None, name, "None without a context", type(other).__name__)
+            x = source = self._valid_tokens("x", x, mask, grid, self.dim)
+            transport = self._transport(source, mask, grid)
+        else:
+            x = self._valid_tokens("x", x, mask, grid, self.dim)
+            source = self._valid_tokens("context", context, context_mask, context_grid)
+            expected = f"[B={x.shape[0]}, Nc, Cc] as x is"
+            _require(source.shape[0] == x.shape[0], "context", expected, list(source.shape))
+            transport = self._transport(source, context_mask, context_grid)
         query = None
-        if self.query is not None:
-            query = self._points(self.query(x))
+        if context is not None or self.query is not None:
+            query = self._points((self.query or self.key)(x))
             transport["query_mask"] = mask
-            transport["query_positions"] = transport["token_positions"]
-        value = self._split(self.value(x))
+            transport["query_positions"] = self._positions(x, grid)
+        value = self._split(self.value(source))
         output = set_attention(query, transport.pop("key"), value, **transport)  # [B, H, N, D]
-        return _zero_invalid(self.projection(output.transpose(1, 2).flatten(2)), mask)
+        return _zero_invalid(self._projected(output.transpose(1, 2)), mask)
 
     def transport_plan(
         self,
@@ -245,12 +298,14 @@ class SetAttention(nn.Module):
         mask: Tensor | None = None,  # [B, N] bool
         grid: Grid | None = None,
     ) -> Tensor:  # [B, H, N, M]
-        """Which tokens each reference draws its mass from, for the arguments of ``forward``.
+        """Which tokens each reference draws its mass from, for the arguments of ``forward``, or
+        for a context and its mask and grid.
 
         Entry [i, j] is the mass that goes from token i to reference j; column j sums to the
         reference's mass b_j, so dividing by the column sums gives the weights of collect.
         """
-        return transport_plan(**self._transport(x, mask, grid)[1])
+        x = self._valid_tokens("x", x, mask, grid)
+        return transport_plan(**self._transport(x, mask, grid))
 
     def extra_repr(self) -> str:
         """The options that differ from a plain SeT attention, and the sizes."""
@@ -272,24 +327,39 @@ class SetAttention(nn.Module):
             parts.append(f"num_anchors={self.num_anchors}")
         if self.position_bandwidth is not None:
             parts.append(f"position_bandwidth={self.position_bandwidth}")
+        if self.context_dim != self.dim:
+            parts.append(f"context_dim={self.context_dim}")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
         return ", ".join(parts)
 
-    def _transport(
-        self, x: Tensor, mask: Tensor | None, grid: Grid | None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The tokens without what their padding holds, and the arguments of transport_plan."""
-        self._check(x, mask, grid)
-        x = _zero_invalid(x, mask)
+    def _valid_tokens(
+        self,
+        name: str,
+        x: Tensor,  # [B, N, C]
+        mask: Tensor | None,
+        grid: Grid | None,
+        dim: int | None = None,
+    ) -> Tensor:  # [B, N, C]
+        """The tokens, checked, without what their padding holds; of ``context_dim`` channels."""
+        prefix = "" if name == "x" else f"{name}_"
+        self._check(name, x, dim or self.context_dim)
+        self._check_mask(f"{prefix}mask", mask, name, x)
+        self._check_grid(f"{prefix}grid", grid, x)
+        return _zero_invalid(x, mask)
+
+    def _transport(self, x: Tensor, mask: Tensor | None, grid: Grid | None) -> dict[str, Any]:
+        """The arguments of transport_plan."""
         key = self._points(self.key(x))
-        token_positions = None
-        if self.position_bandwidth is not None:
-            token_positions = centres(grid or (x.shape[1],), x)
-        return x, {
+        return {
             "key": key,
             "mask": mask,
-            "token_positions": token_positions,
+            "token_positions": self._positions(x, grid),
             **self._problem(x, mask, grid, key.dtype),
         }
+
+    def _positions(self, x: Tensor, grid: Grid | None) -> Tensor | None:  # [N, 1] or [N, 2]
+        return None if self.position_bandwidth is None else centres(grid or (x.shape[1],), x)
 
     def _problem(
         self, x: Tensor, mask: Tensor | None, grid: Grid | None, dtype: torch.dtype
@@ -318,18 +388,12 @@ class SetAttention(nn.Module):
             "normalize": self.anchor is None,  # features have their own length
         }
 
-    def _attend_nested(self, x: Tensor, mask: object, grid: object) -> Tensor:  # [B, j, C]
+    def _attend_nested(self, x: Tensor) -> Tensor:  # [B, j, C]
         _require(x.layout == torch.jagged, "x", "a nested tensor of layout torch.jagged", x.layout)
-        for name, given in (("mask", mask), ("grid", grid)):
-            _require(given is None, name, "None with a nested x", type(given).__name__)
         whole = x.dim() == 3 and x._ragged_idx == 1 and x.lengths() is None and x.shape[0] > 0  # type: ignore[attr-defined]
         _require(whole, "x", "[B, j, C], B >= 1, without holes (call .contiguous())", x.shape)
         tokens, offsets = x.values(), x.offsets()  # type: ignore[attr-defined]  # [N, C], [B + 1]
-        shape = f"floating point [B, j, C={self.dim}]"
-        if not x.is_floating_point():
-            raise TypeError(_message("x", shape, f"{x.dtype} {list(x.shape)}"))
-        _require(tokens.shape[1] == self.dim, "x", shape, f"{x.dtype} {list(x.shape)}")
-        self._check_against_parameters(tokens)
+        self._check("x", x, self.dim, "B, j")
         lengths = offsets.diff()
 
         def packed(x: Tensor) -> Tensor:  # [1, H, N, D] -> [N, H, D]
@@ -354,9 +418,14 @@ class SetAttention(nn.Module):
             problem["cu_seqlens_query"] = offsets
             problem["query_positions"] = problem.get("token_positions")
         output = set_attention_varlen(query, key, value, cu_seqlens=offsets, **problem)
+        output = self._projected(output)
         return torch.nested.nested_tensor_from_jagged(
-            self.projection(output.flatten(1)), offsets, min_seqlen=shortest, max_seqlen=longest
+            output, offsets, min_seqlen=shortest, max_seqlen=longest
         )
+
+    def _projected(self, x: Tensor) -> Tensor:  # [.., N, H, D] -> [.., N, C]
+        """The heads side by side through the last projection, and dropout in training."""
+        return F.dropout(self.projection(x.flatten(-2)), self.dropout, self.training)
 
     def _split(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, H, N, D]
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -388,48 +457,55 @@ class SetAttention(nn.Module):
             logits = logits + self.reference_mass(_mean(x, mask)).unflatten(
                 -1, (self.num_heads, -1)
             )
-        return _softmax(logits) * self.num_references
+        # The operation wants masses above 0, and a softmax can round to it.
+        mass = _softmax(logits)
+        return mass.clamp(min=torch.finfo(mass.dtype).tiny) * self.num_references
 
-    def _check(self, x: Tensor, mask: Tensor | None, grid: Grid | None) -> None:
-        _require_type(isinstance(x, Tensor), "x", "a tensor", x)
-        shape = f"floating point [B, N, C={self.dim}]"
+    # Sizes are put into words only for an error: torch.compile would fix them to what they are.
+
+    def _check_mask(self, name: str, mask: Tensor | None, tokens: str, x: Tensor) -> None:
+        if mask is None:
+            return
+        _require_type(isinstance(mask, Tensor), name, "a bool tensor or None", mask)
+        if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+            shape = f"bool [B={x.shape[0]}, N={x.shape[1]}]"
+            error = TypeError if mask.dtype != torch.bool else ValueError
+            got = f"{mask.dtype} {list(mask.shape)} (True = valid; of 0 and 1: .bool())"
+            raise error(_message(name, shape, got))
+        on = f"on {tokens}'s device, {x.device}"
+        _require(mask.device == x.device, name, on, mask.device)
+
+    def _check_grid(self, name: str, grid: Grid | None, x: Tensor) -> None:
+        if grid is None:
+            return
+        pair = "a pair of ints (H, W) or None"
+        _require_type(isinstance(grid, (tuple, list)), name, pair, grid)
+        if not all(is_integer(size) for size in grid):
+            raise TypeError(_message(name, pair, grid))
+        if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != x.shape[1]:
+            expected = f"(H, W) with H * W = N = {x.shape[1]}"
+            raise ValueError(_message(name, expected, grid))
+
+    def _check(self, name: str, x: Tensor, dim: int, rows: str = "B, N") -> None:
+        """Tokens, on the device and of the dtype of the key's weight, where that has the usual
+        form."""
+        _require_type(isinstance(x, Tensor), name, "a tensor", x)
+        shape = f"floating point [{rows}, C={dim}]"
         if not x.is_floating_point():
-            raise TypeError(_message("x", shape, f"{x.dtype} {list(x.shape)}"))
-        fits = x.dim() == 3 and x.shape[-1] == self.dim
-        _require(fits, "x", shape, f"{x.dtype} {list(x.shape)}")
-        self._check_against_parameters(x)
-        # Sizes are put into words only for an error: torch.compile would fix them to what they are.
-        if mask is not None:
-            _require_type(isinstance(mask, Tensor), "mask", "a bool tensor or None", mask)
-            if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-                shape = f"bool [B={x.shape[0]}, N={x.shape[1]}]"
-                error = TypeError if mask.dtype != torch.bool else ValueError
-                raise error(_message("mask", shape, f"{mask.dtype} {list(mask.shape)}"))
-            on = f"on x's device, {x.device}"
-            _require(mask.device == x.device, "mask", on, mask.device)
-        if grid is not None:
-            pair = "a pair of ints (H, W) or None"
-            _require_type(isinstance(grid, (tuple, list)), "grid", pair, grid)
-            if not all(_is_integer(size) for size in grid):
-                raise TypeError(_message("grid", pair, grid))
-            if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != x.shape[1]:
-                expected = f"(H, W) with H * W = N = {x.shape[1]}"
-                raise ValueError(_message("grid", expected, grid))
-
-    def _check_against_parameters(self, x: Tensor) -> None:
-        """On the device and of the dtype of the key's weight, where that has the usual form."""
+            raise TypeError(_message(name, shape, f"{x.dtype} {list(x.shape)}"))
+        _require(x.dim() == 3 and x.shape[-1] == dim, name, shape, f"{x.dtype} {list(x.shape)}")
         weight = getattr(self.key, "weight", None)
         if (
             not isinstance(weight, Tensor) or not weight.is_floating_point()
         ):  # replaced or quantized
             return
         on = f"on the parameters' device, {weight.device}"
-        _require(x.device == weight.device, "x", on, x.device)
+        _require(x.device == weight.device, name, on, x.device)
         # Autocast leaves float64 as it is.
         mixed = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
         if x.dtype != weight.dtype and not mixed:
             expected = f"{weight.dtype} as the parameters are (convert one, or use autocast)"
-            raise TypeError(_message("x", expected, x.dtype))
+            raise TypeError(_message(name, expected, x.dtype))
 
 
 def _message(name: str, expected: str, got: object) -> str:
@@ -446,20 +522,8 @@ def _require_type(condition: bool, name: str, expected: str, got: object) -> Non
         raise TypeError(_message(name, expected, type(got).__name__))
 
 
-def _is_integer(x: object) -> bool:
-    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
 def _is_positive(x: float) -> bool:
     return math.isfinite(x) and x > 0
-
-
-def _parameter(present: bool, *shape: int) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(shape)) if present else None
 
 
 def _describe(initial: float, logarithm: Tensor | None) -> str:

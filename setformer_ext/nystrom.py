@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import _autocast_enabled
 from .reference import similarity
 
 
@@ -25,7 +27,9 @@ def nystrom_features(
     The result has x's dtype, and is computed in float32 at least.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    # Where there is one to switch off: torch has none for every device, as meta.
+    autocast = _autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         points, anchor = x.to(dtype), anchor.to(dtype)
         gram = similarity(anchor.unsqueeze(0), anchor, bandwidth=bandwidth)  # [1, H, P, P]
         kernel = similarity(points, anchor, bandwidth=bandwidth)  # [B, H, N, P]

@@ -39,14 +39,20 @@ SOLUTION = (
     "Tensor query_columns"
 )
 
-torch.library.define("setformer_ext::set_attention", f"({PROBLEM}) -> ({SOLUTION})")
-torch.library.define(
-    "setformer_ext::set_attention_backward",
+# One library holds every registration: torch takes no name twice, and when the package is imported
+# again, after its removal from sys.modules, this takes all of them back first.
+_NAMESPACE: Any = torch.ops.setformer_ext
+if hasattr(_NAMESPACE, "library"):
+    _NAMESPACE.library._destroy()
+LIBRARY = _NAMESPACE.library = torch.library.Library("setformer_ext", "FRAGMENT")
+
+LIBRARY.define(f"set_attention({PROBLEM}) -> ({SOLUTION})")
+LIBRARY.define(
+    "set_attention_backward"
     f"(Tensor? grad_output, Tensor? grad_pooled, {SOLUTION}, {PROBLEM}) -> ({GRADIENTS})",
 )
-torch.library.define(
-    "setformer_ext::transport_plan",
-    "(Tensor key, Tensor reference, Tensor bandwidth, Tensor epsilon, Tensor? mask, "
+LIBRARY.define(
+    "transport_plan(Tensor key, Tensor reference, Tensor bandwidth, Tensor epsilon, Tensor? mask, "
     "Tensor? token_mass, Tensor? reference_mass, Tensor? token_positions, "
     f"Tensor? reference_positions, {OPTIONS}) -> Tensor",
 )
@@ -314,12 +320,12 @@ def differentiate(
     return gradients
 
 
-@torch.library.impl("setformer_ext::set_attention", DISPATCH_KEYS)
+@torch.library.impl("setformer_ext::set_attention", DISPATCH_KEYS, lib=LIBRARY)
 def _set_attention(*arguments: Any) -> Solution:
     return solve(Problem(*arguments))
 
 
-@torch.library.impl("setformer_ext::set_attention_backward", DISPATCH_KEYS)
+@torch.library.impl("setformer_ext::set_attention_backward", DISPATCH_KEYS, lib=LIBRARY)
 def _set_attention_backward(
     grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
 ) -> Gradients:
@@ -334,7 +340,7 @@ def _beside(in_turn: Tensor, offsets: Tensor) -> Tensor:  # [1, H, N]
     return torch.cat([part.view(1, heads, -1) for part in parts], dim=2)
 
 
-@torch.library.impl("setformer_ext::transport_plan", DISPATCH_KEYS)
+@torch.library.impl("setformer_ext::transport_plan", DISPATCH_KEYS, lib=LIBRARY)
 def _transport_plan(
     key: Tensor,
     reference: Tensor,
@@ -375,16 +381,16 @@ def _transport_plan(
     return plan
 
 
-@torch.library.register_fake("setformer_ext::set_attention")
+@torch.library.register_fake("setformer_ext::set_attention", lib=LIBRARY)
 def _fake_set_attention(*arguments: Any) -> Solution:
     return empty_solution(Problem(*arguments))
 
 
-@torch.library.register_fake("setformer_ext::set_attention_backward")
+@torch.library.register_fake("setformer_ext::set_attention_backward", lib=LIBRARY)
 def _fake_backward(*arguments: Any) -> Gradients:
     return empty_gradients(Problem(*arguments[BEFORE_PROBLEM:]))
 
 
-@torch.library.register_fake("setformer_ext::transport_plan")
+@torch.library.register_fake("setformer_ext::transport_plan", lib=LIBRARY)
 def _fake_plan(key: Tensor, reference: Tensor, *_: Any) -> Tensor:
     return empty_plan(key, reference)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops import BEFORE_PROBLEM, RANKS, Gradients, Problem, Solution
+from .ops import BEFORE_PROBLEM, LIBRARY, RANKS, Gradients, Problem, Solution
 
 OPERATIONS = torch.ops.setformer_ext
 # What vmap can fold into the batch; positions, bandwidth and epsilon belong to all samples.
@@ -121,9 +121,9 @@ def _vmap_plan(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> A
     return plan.unflatten(0, (info.batch_size, -1)), 0
 
 
-torch.library.register_vmap("setformer_ext::set_attention", _vmap_set_attention)
-torch.library.register_vmap("setformer_ext::set_attention_backward", _vmap_backward)
-torch.library.register_vmap("setformer_ext::transport_plan", _vmap_plan)
+torch.library.register_vmap("setformer_ext::set_attention", _vmap_set_attention, lib=LIBRARY)
+torch.library.register_vmap("setformer_ext::set_attention_backward", _vmap_backward, lib=LIBRARY)
+torch.library.register_vmap("setformer_ext::transport_plan", _vmap_plan, lib=LIBRARY)
 
 
 def _register_autocast(name: str, storage: tuple[int, ...], device: str) -> None:
@@ -145,10 +145,9 @@ def _register_autocast(name: str, storage: tuple[int, ...], device: str) -> None
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return operation(*(cast(index, x) for index, x in enumerate(arguments)))
 
-    _LIBRARY.impl(name, kernel, key.name, with_keyset=True)
+    LIBRARY.impl(name, kernel, key.name, with_keyset=True)
 
 
-_LIBRARY = torch.library.Library("setformer_ext", "FRAGMENT")
 for _device in ("cpu", "cuda"):
     _register_autocast(
         "set_attention",

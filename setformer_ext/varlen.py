@@ -5,11 +5,13 @@ from torch import Tensor
 
 from .arguments import Arguments, _readable
 from .autograd import differentiable_call
+from .foreign import answers_foreign_names
 from .functional import _problem
 
 __all__ = ["set_attention_varlen"]
 
 
+@answers_foreign_names
 def set_attention_varlen(
     query: Tensor | None,
     key: Tensor,

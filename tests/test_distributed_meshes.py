@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import setformer_ext
-from problems import random_problem
+from problems import differentiable, random_problem
 from ranks import CLOSE, gradients, loss_of, run_on_ranks, shard, values
 from setformer_ext.distributed import set_attention
 from setformer_ext.ops import OF_KEYS, OF_QUERIES
@@ -207,3 +207,78 @@ def test_errors_of_dtensors() -> None:
         strict=True,
     ):
         assert re.search(expected, error), error
+
+
+def attend_by_samples_or_heads(dimension: int, compiled: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """set_attention itself, of DTensors sharded on that dimension of the key."""
+    mesh = init_device_mesh("cpu", (2,))
+    problem = dtensor_problem() | {"normalize": True}
+    own = {
+        name: distribute_tensor(x, mesh, [placement_of(name, x, dimension)]).requires_grad_(
+            name in differentiable(problem)
+        )
+        for name, x in problem.items()
+        if isinstance(x, Tensor)
+    }
+    attend = setformer_ext.set_attention
+    output = (torch.compile(attend, fullgraph=True) if compiled else attend)(**problem | own)
+    loss_of(output).backward()
+    if dimension < 2:
+        assert output.placements == (Shard(dimension),)
+    return output.full_tensor().detach(), {
+        name: x.grad.full_tensor() for name, x in own.items() if x.grad is not None
+    }
+
+
+def placement_of(name: str, x: Tensor, dimension: int) -> Any:
+    """Spelled out here once more: rows of what is per sample, heads, tokens."""
+    dimensions: dict[str, tuple[int | None, int | None, int | None]] = {
+        "query": (0, 1, 2),
+        "key": (0, 1, 2),
+        "value": (0, 1, 2),
+        "token_mass": (0, 1, 2),
+        "mask": (0, None, 1),
+        "query_mask": (0, None, 1),
+        "reference": (None, 0, None),
+        "reference_mass": (None, 0, None),
+        "epsilon": (None, 0, None),
+        "token_positions": (None, None, 0),
+        "query_positions": (None, None, 0),
+        "reference_positions": (None, None, None),
+    }
+    found = dimensions[name][dimension]
+    return Replicate() if found is None else Shard(found)
+
+
+@pytest.mark.parametrize(("dimension", "compiled"), [(0, False), (1, False), (2, False), (0, True)])
+def test_set_attention_itself_takes_dtensors(dimension: int, compiled: bool) -> None:
+    """Over the samples, over the heads, and over tokens, which are gathered."""
+    whole = shard(dtensor_problem() | {"normalize": True}, (13,), 0, (7,))
+    expected = setformer_ext.set_attention(**whole)
+    loss_of(expected).backward()
+    for output, found in values(run_on_ranks(2, attend_by_samples_or_heads, dimension, compiled)):
+        torch.testing.assert_close(output, expected.detach(), **CLOSE)
+        for name, gradient in gradients(whole).items():
+            torch.testing.assert_close(found[name], gradient, **CLOSE)
+
+
+def pool_and_plan() -> tuple[Tensor, Tensor]:
+    mesh = init_device_mesh("cpu", (2,))
+    problem = random_problem(N=5, H=2)
+    key, value = (distribute_tensor(problem[name], mesh, [Shard(0)]) for name in ("key", "value"))
+    reference = distribute_tensor(problem["reference"], mesh, [Replicate()])
+    pooled = setformer_ext.set_pooling(key, value, reference)
+    plan = setformer_ext.transport_plan(key, reference)
+    with pytest.raises(TypeError, match="value must be a DTensor as the key is, got Tensor"):
+        setformer_ext.set_pooling(key, problem["value"], reference)
+    with pytest.raises(TypeError, match="value must be a plain tensor as the key is, got DTensor"):
+        setformer_ext.set_pooling(problem["key"], value, problem["reference"])
+    return pooled.full_tensor(), plan.full_tensor()
+
+
+def test_pooling_and_plan_of_dtensors() -> None:
+    problem = random_problem(N=5, H=2)
+    expected = setformer_ext.set_pooling(problem["key"], problem["value"], problem["reference"])
+    plan = setformer_ext.transport_plan(problem["key"], problem["reference"])
+    for found in values(run_on_ranks(2, pool_and_plan)):
+        torch.testing.assert_close(found, (expected, plan), **CLOSE)

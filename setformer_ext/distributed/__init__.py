@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..arguments import Arguments, _autocast_enabled
+from ..autograd import refuse_tangents
+from ..foreign import answers_foreign_names
 from ..functional import attention_problem
 from . import (
     dtensors,
@@ -24,6 +26,7 @@ from .ranks import FUNCTION, Ranks
 __all__ = ["set_attention"]
 
 
+@answers_foreign_names
 def set_attention(
     query: Tensor | None,
     key: Tensor,
@@ -150,6 +153,7 @@ def _set_attention(
         raise
     if _autocast_enabled(key.device.type) and key.dtype != torch.float64:
         problem = problem.in_storage_type(torch.get_autocast_dtype(key.device.type))
+    refuse_tangents(problem)
     differentiated = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in problem
     )

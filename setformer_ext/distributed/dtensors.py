@@ -8,8 +8,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ..ops import OF_KEYS, OF_QUERIES, RANKS
+from ..ops import OF_KEYS, OF_QUERIES
 from .ranks import FUNCTION, Ranks
+from .sharding import where
 
 TOKENS = OF_KEYS | OF_QUERIES
 
@@ -83,15 +84,11 @@ def _local(name: str, x: Any, key: DTensor, over_tokens: int) -> Any:
 
 def _expected(name: str, x: DTensor, of_key: Placement, over_tokens: bool) -> Placement:
     """Where a tensor must lie for a key that lies so."""
-    if not isinstance(of_key, Shard):
-        return of_key
     if over_tokens:
         return Shard(TOKENS[name]) if name in TOKENS else Replicate()
-    per_sample = x.dim() == RANKS.get(name)
-    if of_key.dim == 0:
-        return Shard(0) if per_sample else Replicate()
-    of_all_heads = name in ("mask", "query_mask") or name.endswith("positions") or x.numel() == 1
-    return Replicate() if of_all_heads else Shard(1 if per_sample else 0)
+    placement = where(name, x, of_key)
+    assert placement is not None  # x is a tensor
+    return placement
 
 
 def _strides(shape: Sequence[int], local: Tensor) -> tuple[int, ...]:

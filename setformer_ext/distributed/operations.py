@@ -20,14 +20,12 @@ OPERATION = "setformer_ext::distributed_set_attention"
 BACKWARD = "setformer_ext::distributed_set_attention_backward"
 _FIELDS = len(Problem._fields)
 
-torch.library.define(
-    OPERATION,
-    f"({ops.PROBLEM}, str group, bool check, bool differentiated) -> ({ops.SOLUTION})",
+ops.LIBRARY.define(
+    f"{OPERATION}({ops.PROBLEM}, str group, bool check, bool differentiated) -> ({ops.SOLUTION})",
 )
-torch.library.define(
-    BACKWARD,
-    f"(Tensor? grad_output, Tensor? grad_pooled, {ops.SOLUTION}, {ops.PROBLEM}, str group, "
-    f"bool check) -> ({ops.GRADIENTS})",
+ops.LIBRARY.define(
+    f"{BACKWARD}(Tensor? grad_output, Tensor? grad_pooled, {ops.SOLUTION}, {ops.PROBLEM}, "
+    f"str group, bool check) -> ({ops.GRADIENTS})",
 )
 
 
@@ -35,7 +33,7 @@ def _ranks(group: str) -> Ranks:
     return Ranks(distributed_c10d._resolve_process_group(group))  # type: ignore[attr-defined, arg-type]
 
 
-@torch.library.impl(OPERATION, ops.DISPATCH_KEYS)
+@torch.library.impl(OPERATION, ops.DISPATCH_KEYS, lib=ops.LIBRARY)
 def _set_attention(*arguments: Any) -> Solution:
     problem = Problem(*arguments[:_FIELDS])
     group, check, differentiated = arguments[_FIELDS:]
@@ -51,7 +49,7 @@ def _set_attention(*arguments: Any) -> Solution:
     return ops.solve(problem, ranks.merge, solution)
 
 
-@torch.library.impl(BACKWARD, ops.DISPATCH_KEYS)
+@torch.library.impl(BACKWARD, ops.DISPATCH_KEYS, lib=ops.LIBRARY)
 def _set_attention_backward(
     grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
 ) -> Gradients:
@@ -69,12 +67,12 @@ def _set_attention_backward(
     return gradients._replace(reference_mass=gradients.reference_mass / ranks.count)
 
 
-@torch.library.register_fake(OPERATION)
+@torch.library.register_fake(OPERATION, lib=ops.LIBRARY)
 def _fake_set_attention(*arguments: Any) -> Solution:
     return ops.empty_solution(Problem(*arguments[:_FIELDS]))
 
 
-@torch.library.register_fake(BACKWARD)
+@torch.library.register_fake(BACKWARD, lib=ops.LIBRARY)
 def _fake_backward(*arguments: Any) -> Gradients:
     return ops.empty_gradients(Problem(*arguments[BEFORE_PROBLEM:-2]))
 
@@ -105,8 +103,10 @@ def _no_second_backward(ctx: Any, *_: Any) -> Any:
     )
 
 
-torch.library.register_autograd(OPERATION, _backward, setup_context=_setup_context)
-torch.library.register_autograd(BACKWARD, _no_second_backward, setup_context=_setup_no_context)
+torch.library.register_autograd(OPERATION, _backward, setup_context=_setup_context, lib=ops.LIBRARY)
+torch.library.register_autograd(
+    BACKWARD, _no_second_backward, setup_context=_setup_no_context, lib=ops.LIBRARY
+)
 
 
 @register_flop_formula(torch.ops.setformer_ext.distributed_set_attention)

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..arguments import is_integer
+
 # Widths and depths of BERT-mini and BERT-base, whose 110 million parameters base about has.
 SIZES: dict[str, dict[str, int]] = {
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -91,7 +93,7 @@ class SetformerConfig(PreTrainedConfig):
             "type_vocab_size": type_vocab_size,
         }
         for name, count in counts.items():
-            _require(isinstance(count, int) and count >= 1, name, "an int >= 1", count)
+            _require(is_integer(count) and count >= 1, name, "an int >= 1", count)
         _require(
             hidden_size % num_attention_heads == 0,
             "hidden_size",
@@ -126,17 +128,13 @@ class SetformerConfig(PreTrainedConfig):
             "'mean' or 'cls'",
             classifier_pooling,
         )
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size or 4 * hidden_size
-        self.num_references = num_references
+        for name, count in counts.items():  # saved as JSON, which takes no integers of NumPy
+            setattr(self, name, int(count))
+        self.intermediate_size = int(intermediate_size or 4 * hidden_size)
         self.attention = attention
         self.attention_options = attention_options
         self.conv_kernel_size = conv_kernel_size
         self.max_position_embeddings = max_position_embeddings
-        self.type_vocab_size = type_vocab_size
         self.hidden_act = hidden_act
         self.hidden_dropout_prob = hidden_dropout_prob
         self.classifier_dropout = classifier_dropout

@@ -172,7 +172,8 @@ class SetformerModel(SetformerPreTrainedModel):
 
         Args:
             input_ids: tokens [B, N], int64.
-            attention_mask: [B, N], nonzero = valid; padding neither gives nor changes anything.
+            attention_mask: bool or integers [B, N], nonzero = valid; padding neither gives nor
+                changes anything.
             token_type_ids: segments [B, N], by default all 0.
             position_ids: places [B, N], by default 0 ... N - 1; matters to absolute positions.
             inputs_embeds: embeddings [B, N, C] in place of ``input_ids``.
@@ -184,6 +185,7 @@ class SetformerModel(SetformerPreTrainedModel):
         Raises:
             ValueError: for none or both of input_ids and inputs_embeds, another shape of the mask,
                 or sequences longer than the model's absolute positions.
+            TypeError: for a mask of floating-point numbers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Setformer: expected either input_ids or inputs_embeds")
@@ -199,6 +201,11 @@ class SetformerModel(SetformerPreTrainedModel):
                 raise ValueError(
                     f"Setformer: attention_mask must be [B, N] = {list(words.shape[:2])}, "
                     f"got {list(attention_mask.shape)}"
+                )
+            if attention_mask.is_floating_point():  # 0 means valid in masks that are added
+                raise TypeError(
+                    "Setformer: attention_mask must be bool, or integers of which 0 is padding, "
+                    f"got {attention_mask.dtype}; of 0 and 1: .bool(); added to scores: == 0"
                 )
             mask = attention_mask.bool()
         if output_hidden_states is None:

@@ -1,0 +1,87 @@
+"""How the operations of one process work on DTensors: on shards of the batch or of the heads.
+
+Neither needs another's numbers. Tokens do: DTensors that are sharded on them are gathered first;
+`setformer_ext.distributed.set_attention` leaves them where they are. Importing this registers it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+from ..autograd import PLAN_ARGUMENTS
+from ..ops import BEFORE_PROBLEM, RANKS, Gradients, Problem, Solution
+
+Placements = Sequence[Placement | None]
+OPERATIONS = torch.ops.setformer_ext
+
+
+def where(name: str, x: Any, key: Placement) -> Placement | None:
+    """Where an argument lies for a key that is sharded on batch (0) or heads (1), or replicated.
+
+    Args:
+        name: of the argument, as in `Problem`.
+        x: the argument, or what tells its shape.
+        key: the placement of the key.
+    """
+    if x is None or isinstance(x, (str, int, float, torch.SymInt)):
+        return None
+    if not isinstance(key, Shard):
+        return key
+    per_sample = len(x.shape) == RANKS.get(name)
+    if key.dim == 0:
+        return Shard(0) if per_sample else Replicate()
+    of_all_heads = (
+        name in ("mask", "query_mask") or name.endswith("positions") or math.prod(x.shape) == 1
+    )
+    return Replicate() if of_all_heads else Shard(1 if per_sample else 0)
+
+
+def _results(fields: Sequence[Any], key: Placement, given: Sequence[bool]) -> list[Placement]:
+    """Of results [B, H, ..]; those that a problem lacks are empty."""
+    return [key if there else Replicate() for _, there in zip(fields, given, strict=True)]
+
+
+def _choices(of_key: Callable[[Placement], tuple[Placements, Placements]]) -> list[Any]:
+    """For every way that the key may lie: where results and arguments do."""
+    return [tuple(map(list, of_key(key))) for key in (Replicate(), Shard(0), Shard(1))]
+
+
+def _of_problem(problem: Problem, key: Placement) -> list[Placement | None]:
+    return [where(name, x, key) for name, x in problem._asdict().items()]
+
+
+def _of_solution(problem: Problem, key: Placement) -> list[Placement]:
+    cross = problem.query is not None
+    given = (problem.distribute, True, True, True, cross, cross)
+    return _results(Solution._fields, key, given)
+
+
+def _set_attention(*arguments: Any) -> list[Any]:
+    problem = Problem(*arguments)
+    return _choices(lambda key: (_of_solution(problem, key), _of_problem(problem, key)))
+
+
+def _set_attention_backward(*arguments: Any) -> list[Any]:
+    problem = Problem(*arguments[BEFORE_PROBLEM:])
+    given = [getattr(problem, name) is not None for name in Gradients._fields]
+
+    def of_key(key: Placement) -> tuple[Placements, Placements]:
+        gradients = [None if x is None else key for x in arguments[:2]]
+        before = [*gradients, *_of_solution(problem, key)]
+        return _results(Gradients._fields, key, given), [*before, *_of_problem(problem, key)]
+
+    return _choices(of_key)
+
+
+def _transport_plan(*arguments: Any) -> list[Any]:
+    named = dict(zip(PLAN_ARGUMENTS, arguments, strict=True))
+    return _choices(lambda key: ([key], [where(name, x, key) for name, x in named.items()]))
+
+
+register_sharding(OPERATIONS.set_attention.default)(_set_attention)
+register_sharding(OPERATIONS.set_attention_backward.default)(_set_attention_backward)
+register_sharding(OPERATIONS.transport_plan.default)(_transport_plan)

@@ -1,0 +1,45 @@
+"""Answers to argument names that people bring from other attentions."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+_MASK = "give mask, bool [B, N], True = valid; there are no N x N scores to mask or to add to"
+# From torch's scaled_dot_product_attention and MultiheadAttention, transformers and timm.
+FOREIGN_NAMES = {
+    "attn_mask": _MASK,
+    "attention_mask": _MASK,
+    "src_mask": _MASK,
+    "key_padding_mask": "give mask=~key_padding_mask: here True = valid",
+    "src_key_padding_mask": "give mask=~src_key_padding_mask: here True = valid",
+    "is_causal": "there is no causal form: the references collect from all tokens; leave it out",
+    "scale": "give epsilon = 1 / scale, the entropy by which similarities are divided",
+    "scaling": "give epsilon = 1 / scaling, the entropy by which similarities are divided",
+    "dropout_p": "there are no attention weights to drop; leave it out",
+    "enable_gqa": "repeat keys and values for each head of queries; leave it out",
+    "need_weights": "transport_plan gives the weights; leave it out",
+    "average_attn_weights": "transport_plan gives the weights; leave it out",
+}
+
+
+def answers_foreign_names(
+    function: Callable[Parameters, Result],
+) -> Callable[Parameters, Result]:
+    """Let a function refuse these names with what to give instead.
+
+    Raises:
+        TypeError: for one of FOREIGN_NAMES that is not an argument of the function.
+    """
+
+    @wraps(function)
+    def answering(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        for name in kwargs:
+            if name in FOREIGN_NAMES:
+                who = function.__qualname__.removesuffix(".forward")
+                raise TypeError(f"{who}: has no argument {name}: {FOREIGN_NAMES[name]}")
+        return function(*args, **kwargs)
+
+    return answering
