@@ -1,7 +1,7 @@
 # Decides whether CUDA is compiled, for which architectures, and says why. Sets
 #   SETFORMER_CUDA_ENABLED, SETFORMER_CUDA_DECISION (one line), CMAKE_CUDA_ARCHITECTURES,
 #   SETFORMER_CUDA_OPTIONS (of the compiler).
-include(cmake/CudaArchitectures.cmake)
+include("${CMAKE_CURRENT_LIST_DIR}/CudaArchitectures.cmake")
 
 set(SETFORMER_CUDA_DEFAULT auto)
 if(NOT "$ENV{SETFORMER_CUDA}" STREQUAL "")
