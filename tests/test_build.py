@@ -83,6 +83,15 @@ def test_a_build_writes_nothing_into_the_checkout_and_keeps_nothing(checkout: Pa
     assert second.read("setformer_ext/_C.jobs") == b"2"
 
 
+def test_an_editable_install_adds_only_the_module_to_the_checkout(checkout: Path) -> None:
+    before = set(state(checkout))
+    code = "import scikit_build_core.setuptools.build_meta as b; b.build_editable('../editable')"
+    (checkout.parent / "editable").mkdir()
+    done = run(sys.executable, "-c", code, folder=checkout)
+    assert done.returncode == 0, done.stderr
+    assert set(state(checkout)) - before == {str(checkout / "setformer_ext/_C.jobs")}
+
+
 @pytest.mark.parametrize("name", ["MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"])
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "2.5", " ", "99999999999"])
 def test_a_wrong_number_of_jobs_is_named(name: str, value: str) -> None:
@@ -215,6 +224,30 @@ def test_a_wrong_choice_about_cuda_is_named(nvcc: Path, value: str) -> None:
     done = decide(nvcc, SETFORMER_CUDA=value)
     assert done.returncode != 0
     assert f'SETFORMER_CUDA must be one of auto, on, off, got "{value}"' in done.stderr
+
+
+# The whole configuration.
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("SETFORMER_SANITIZE=address", 'must be one of off, on, thread, got "address"'),
+        ("CMAKE_BUILD_TYPE=fast", 'minsizerel, none, got "fast"'),
+        ("CMAKE_CXX_COMPILER=no_openmp", "cannot compile OpenMP, which the kernels need. Choose"),
+    ],
+)
+def test_a_wrong_choice_about_the_compiler_is_named(
+    tmp_path: Path, option: str, message: str
+) -> None:
+    compiler = tmp_path / "no_openmp"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1 ;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    environment = {"SETFORMER_CUDA": "off", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = run("cmake", "-S", ROOT, "-B", "build", f"-D{option}", folder=tmp_path, **environment)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
 
 
 # Flags of the compiler, asked from the compiler.
