@@ -1,161 +1,131 @@
 # Decides whether CUDA is compiled, for which architectures, and says why. Sets
 #   SETFORMER_CUDA_ENABLED, SETFORMER_CUDA_DECISION (one line), CMAKE_CUDA_ARCHITECTURES,
 #   SETFORMER_CUDA_OPTIONS (of the compiler).
+include("${CMAKE_CURRENT_LIST_DIR}/CudaArchitectures.cmake")
 
 set(SETFORMER_CUDA_DEFAULT auto)
-if(DEFINED ENV{SETFORMER_CUDA})
+if(NOT "$ENV{SETFORMER_CUDA}" STREQUAL "")
   set(SETFORMER_CUDA_DEFAULT "$ENV{SETFORMER_CUDA}")
 endif()
 set(SETFORMER_CUDA "${SETFORMER_CUDA_DEFAULT}" CACHE STRING "Compile CUDA: auto, on or off")
-string(TOLOWER "${SETFORMER_CUDA}" SETFORMER_CUDA_SWITCH)
-if(NOT SETFORMER_CUDA_SWITCH MATCHES "^(auto|on|off)$")
-  message(FATAL_ERROR "SETFORMER_CUDA must be auto, on or off, got \"${SETFORMER_CUDA}\".")
-endif()
+setformer_check_choice(SETFORMER_CUDA auto on off)
 
-set(SETFORMER_CUDA_ENABLED OFF)
-
-# Where an environment variable names a toolkit, that one wins over PATH.
-function(setformer_find_nvcc)
+# Where an environment variable names a toolkit, that one wins over PATH. Leaves in remarks those
+# that name a folder without nvcc.
+function(setformer_find_nvcc remarks)
   find_program(SETFORMER_NVCC nvcc
     HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin
     PATHS /usr/local/cuda
     DOC "CUDA compiler")
-endfunction()
-
-# Leaves in problem what hinders nvcc from compiling an empty file: most often a host compiler
-# that it does not support.
-function(setformer_probe_nvcc problem)
-  set(probe "${CMAKE_BINARY_DIR}/nvcc_probe.cu")
-  file(WRITE "${probe}" "")
-  execute_process(
-    COMMAND "${CMAKE_CUDA_COMPILER}" -ccbin "${CMAKE_CUDA_HOST_COMPILER}" -c "${probe}"
-            -o "${probe}.o"
-    RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
-  if(status EQUAL 0)
-    set(${problem} "" PARENT_SCOPE)
-    return()
-  endif()
-  string(STRIP "${output}" output)
-  string(REGEX REPLACE "[\r\n]+" " | " output "${output}")
-  set(${problem} "it fails with status ${status}: ${output}" PARENT_SCOPE)
-endfunction()
-
-# CMAKE_CUDA_ARCHITECTURES or CUDAARCHS (CMake's syntax), else TORCH_CUDA_ARCH_LIST (torch's,
-# "8.0;9.0a+PTX"), else every architecture below that nvcc knows, with PTX of the newest so that
-# later devices can run it.
-function(setformer_choose_architectures)
-  if(DEFINED CMAKE_CUDA_ARCHITECTURES OR NOT "$ENV{CUDAARCHS}" STREQUAL "")
-    return()
-  endif()
-  set(architectures)
-  if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
-    string(REGEX REPLACE "[ ,;]+" ";" entries "$ENV{TORCH_CUDA_ARCH_LIST}")
-    foreach(entry IN LISTS entries)
-      if(NOT entry MATCHES "^([0-9]+)\\.([0-9][a-z]?)(\\+PTX)?$")
-        message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: expected entries such as 8.0 or 9.0+PTX, "
-                            "got \"${entry}\".")
-      endif()
-      set(architecture "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
-      if(NOT CMAKE_MATCH_3)
-        string(APPEND architecture "-real")
-      endif()
-      list(APPEND architectures "${architecture}")
-    endforeach()
-  else()
-    execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known)
-    foreach(architecture 75 80 86 89 90 100 120)
-      if(known MATCHES "compute_${architecture}[\r\n]")
-        list(APPEND architectures "${architecture}-real")
-        set(newest "${architecture}")
-      endif()
-    endforeach()
-    list(APPEND architectures "${newest}-virtual")
-  endif()
-  set(CMAKE_CUDA_ARCHITECTURES "${architectures}" CACHE STRING "CUDA architectures")
-endfunction()
-
-# The kernels use nothing newer than compute capability 8.0, so one PTX serves all later devices:
-# that of each would multiply the build time, and so it is the PTX that tests run. Leaves an empty
-# list where the architectures are not plain numbers ("native", "90a"): CMake knows those.
-function(setformer_share_ptx options)
-  set(${options} "" PARENT_SCOPE)
-  set(code)
-  foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
-    if(NOT architecture MATCHES "^([0-9]+)(-real|-virtual)?$")
-      return()
-    endif()
-    set(number "${CMAKE_MATCH_1}")
-    set(kind "${CMAKE_MATCH_2}")
-    set(ptx "${number}")
-    if(number GREATER 80)
-      set(ptx 80)
-    endif()
-    if(NOT kind STREQUAL "-virtual")
-      list(APPEND code "-gencode=arch=compute_${ptx},code=sm_${number}")
-    endif()
-    if(NOT kind STREQUAL "-real")
-      list(APPEND code "-gencode=arch=compute_${ptx},code=compute_${ptx}")
+  set(found "")
+  foreach(name CUDA_HOME CUDA_PATH)
+    if(NOT "$ENV{${name}}" STREQUAL "" AND NOT EXISTS "$ENV{${name}}/bin/nvcc")
+      string(APPEND found ", but there is no bin/nvcc in ${name}=\"$ENV{${name}}\"")
     endif()
   endforeach()
-  list(REMOVE_DUPLICATES code)
-  set(${options} "${code}" PARENT_SCOPE)
+  set(${remarks} "${found}" PARENT_SCOPE)
 endfunction()
 
-if(SETFORMER_CUDA_SWITCH STREQUAL "off")
-  set(SETFORMER_CUDA_DECISION "not compiled: SETFORMER_CUDA=off")
+# Leaves in problem the variable that asks for fast math: no later flag of nvcc undoes that.
+function(setformer_find_fast_math problem)
+  set(fast "fast[-_]math|-Ofast([^-]|$)|finite-math|unsafe-math"
+           "ftz[ =](true|1)|prec-(div|sqrt)[ =](false|0)")
+  list(JOIN fast "|" fast)
+  set(${problem} "" PARENT_SCOPE)
+  foreach(name CMAKE_CUDA_FLAGS CUDAFLAGS NVCC_PREPEND_FLAGS NVCC_APPEND_FLAGS)
+    set(flags "${${name}}$ENV{${name}}")
+    if(flags MATCHES "${fast}")
+      set(${problem} "${name}=\"${flags}\" asks for fast math, which makes numbers wrong" PARENT_SCOPE)
+    endif()
+  endforeach()
+endfunction()
+
+# Leaves in problem what hinders nvcc from making a program that does nothing: most often a host
+# compiler that it does not support.
+function(setformer_probe_nvcc problem)
+  set(probe "${CMAKE_BINARY_DIR}/nvcc_probe.cu")
+  file(WRITE "${probe}" "int main() {}\n")
+  separate_arguments(flags UNIX_COMMAND "${CMAKE_CUDA_FLAGS} $ENV{CUDAFLAGS}")
+  execute_process(
+    COMMAND "${CMAKE_CUDA_COMPILER}" -ccbin "${CMAKE_CUDA_HOST_COMPILER}" ${flags} "${probe}"
+            -o "${probe}.out"
+    RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  set(${problem} "" PARENT_SCOPE)
+  if(NOT status EQUAL 0)
+    set(given "host compiler ${CMAKE_CUDA_HOST_COMPILER}")
+    foreach(name CUDACXX CUDAHOSTCXX CUDAFLAGS NVCC_PREPEND_FLAGS NVCC_APPEND_FLAGS)
+      if(NOT "$ENV{${name}}" STREQUAL "")
+        string(APPEND given ", ${name}=\"$ENV{${name}}\"")
+      endif()
+    endforeach()
+    string(STRIP "it fails with status ${status}: ${output}" output)
+    string(REGEX REPLACE "[\r\n]+" " | " output "${output}")
+    set(${problem} "${CMAKE_CUDA_COMPILER} cannot compile (${given}): ${output}" PARENT_SCOPE)
+  endif()
+endfunction()
+
+set(problem "") # why CUDA cannot be compiled
+set(remarks "") # what is compiled otherwise than was asked for
+if(SETFORMER_CUDA_CHOICE STREQUAL "off")
+  set(problem "SETFORMER_CUDA=off")
 else()
   if(NOT CMAKE_CUDA_COMPILER)
-    if(NOT "$ENV{CUDACXX}" STREQUAL "")
-      set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}")
-    else()
-      setformer_find_nvcc()
-      if(SETFORMER_NVCC)
-        set(CMAKE_CUDA_COMPILER "${SETFORMER_NVCC}")
-      endif()
-    endif()
+    set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}")
+  endif()
+  if(NOT CMAKE_CUDA_COMPILER)
+    setformer_find_nvcc(remarks)
+    set(CMAKE_CUDA_COMPILER "${SETFORMER_NVCC}")
+  endif()
+  if(NOT CMAKE_CUDA_HOST_COMPILER)
+    set(CMAKE_CUDA_HOST_COMPILER "$ENV{CUDAHOSTCXX}")
+  endif()
+  if(NOT CMAKE_CUDA_HOST_COMPILER)
+    set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
   endif()
 
   if(NOT CMAKE_CUDA_COMPILER)
     set(problem "nvcc was found neither in CUDA_HOME, CUDA_PATH and PATH nor in /usr/local/cuda")
   else()
-    if(NOT CMAKE_CUDA_HOST_COMPILER)
-      set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
-      if(NOT "$ENV{CUDAHOSTCXX}" STREQUAL "")
-        set(CMAKE_CUDA_HOST_COMPILER "$ENV{CUDAHOSTCXX}")
-      endif()
-    endif()
-    setformer_probe_nvcc(problem)
-    if(problem)
-      set(problem "${CMAKE_CUDA_COMPILER} cannot compile: ${problem}")
-    endif()
+    setformer_find_fast_math(problem)
   endif()
-
   if(NOT problem)
-    setformer_choose_architectures()
-    enable_language(CUDA)
-    set(SETFORMER_CUDA_ENABLED ON)
-    setformer_share_ptx(SETFORMER_CUDA_CODE)
-    # Profilers show source lines; ptxas tells of registers that do not fit; compressed, seven
-    # architectures and their line tables take a fifth of the room.
-    set(SETFORMER_CUDA_OPTIONS
-        -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all
-        ${SETFORMER_CUDA_CODE})
-    set(SETFORMER_CUDA_DECISION
-        "compiled by nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER})")
-  elseif(SETFORMER_CUDA_SWITCH STREQUAL "on")
-    message(FATAL_ERROR
-      "SETFORMER_CUDA=on, but ${problem}.\n"
-      "Install the CUDA toolkit (its compiler and the cudart headers and static library), point "
-      "CUDA_HOME at it and CUDAHOSTCXX at a host compiler it supports, or build without CUDA: "
-      "SETFORMER_CUDA=off.")
-  else()
-    set(SETFORMER_CUDA_DECISION "not compiled: ${problem}")
+    setformer_probe_nvcc(problem)
+  endif()
+  if(NOT problem)
+    setformer_choose_architectures(unknown)
+    if(NOT CMAKE_CUDA_ARCHITECTURES)
+      set(problem "${unknown}")
+    elseif(unknown)
+      string(APPEND remarks ", but ${unknown}")
+    endif()
   endif()
 endif()
 
-if(SETFORMER_CUDA_ENABLED)
-  message(STATUS "setformer: CUDA ${SETFORMER_CUDA_DECISION} for ${CMAKE_CUDA_ARCHITECTURES}")
-else()
+set(complaints "${remarks}")
+if(problem)
+  string(APPEND complaints ", but ${problem}")
+endif()
+if(complaints AND SETFORMER_CUDA_CHOICE STREQUAL "on")
+  message(FATAL_ERROR
+    "SETFORMER_CUDA=on${complaints}.\n"
+    "Correct what is named here, or install the CUDA toolkit (its compiler and the cudart headers "
+    "and static library), point CUDA_HOME at it and CUDAHOSTCXX at a host compiler it supports; or "
+    "build what is possible by SETFORMER_CUDA=auto, or without CUDA by SETFORMER_CUDA=off.")
+elseif(problem)
+  set(SETFORMER_CUDA_ENABLED OFF)
+  set(SETFORMER_CUDA_DECISION "not compiled: ${problem}")
   set(CMAKE_CUDA_ARCHITECTURES "")
   message(STATUS "setformer: CUDA ${SETFORMER_CUDA_DECISION}")
+else()
+  set(SETFORMER_CUDA_ENABLED ON)
+  enable_language(CUDA)
+  setformer_share_ptx(SETFORMER_CUDA_CODE)
+  # Profilers show source lines; ptxas tells of registers that do not fit; compressed, seven
+  # architectures and their line tables take a fifth of the room.
+  set(SETFORMER_CUDA_OPTIONS
+      -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all
+      ${SETFORMER_CUDA_CODE})
+  set(SETFORMER_CUDA_DECISION
+      "compiled by nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER})${remarks}")
+  message(STATUS "setformer: CUDA ${SETFORMER_CUDA_DECISION} for ${CMAKE_CUDA_ARCHITECTURES}")
 endif()
