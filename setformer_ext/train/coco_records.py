@@ -133,14 +133,13 @@ class Segmentation:
             )
 
     def _read_polygons(self, value: list[Any]) -> None:
-        thin: list[str] = []
+        thin: list[Any] = []
         for polygon in _polygons(value):
             points = numbers(polygon)
-            problem = f"expected [x, y, ...] of three points or more, got {short(polygon)}"
             if points is None or points.ndim != 1 or len(points) % 2:
-                self.problems.append(f"segmentation: {problem}")
+                self.problems.append(_no_polygon(polygon))
             elif len(points) < 6:
-                thin.append(f"segmentation: {problem}")
+                thin.append(polygon)
             elif self._far(points):
                 height, width = self.size
                 where = f"its image of {width} x {height}"
@@ -148,7 +147,7 @@ class Segmentation:
             else:
                 self.polygons.append(points)
         if not self.polygons:
-            raise ValueError([*self.problems, *thin][0])
+            raise ValueError(self.problems[0] if self.problems else _no_polygon(thin[0]))
         self.points = len(thin)
 
     def _far(self, points: np.ndarray) -> bool:
@@ -208,6 +207,10 @@ def _polygons(value: Any) -> list[Any]:
     if len(value) > 2 and all(isinstance(point, list) and len(point) == 2 for point in value):
         return [[coordinate for point in value for coordinate in point]]
     return [polygon for part in value for polygon in _polygons(part)]
+
+
+def _no_polygon(value: Any) -> str:
+    return f"segmentation: expected [x, y, ...] of three points or more, got {short(value)}"
 
 
 def _pixels(counts: str) -> int:
