@@ -15,12 +15,12 @@ class ImageFolder:
     """Image files by class.
 
     Args:
-        root: where they are, in one folder per class, or in folders in these.
+        name: where they are, for messages.
         classes: the files of each class, by name; also of those without any.
         others: files that are no images, and images that are in no class's folder.
     """
 
-    root: Path
+    name: str
     classes: dict[str, list[Path]]
     others: list[Path]
 
@@ -35,7 +35,8 @@ class ImageFolder:
         parts = [dict[str, list[Path]]({name: [] for name in self.classes}) for _ in range(2)]
         for (path, name), out in zip(samples, chosen, strict=True):
             parts[out][name].append(path)
-        return ImageFolder(self.root, parts[0], self.others), ImageFolder(self.root, parts[1], [])
+        name = f"the held-out share of {self.name}"
+        return ImageFolder(self.name, parts[0], self.others), ImageFolder(name, parts[1], [])
 
 
 def find_images(root: Path) -> ImageFolder:
@@ -50,7 +51,7 @@ def find_images(root: Path) -> ImageFolder:
         files = list(files_under(folder))
         classes[folder.name] = [path for path in files if is_image(path)]
         others += [path for path in files if not is_image(path)]
-    return ImageFolder(root, classes, others)
+    return ImageFolder(str(root), classes, others)
 
 
 def held_out(labels: Sequence[object], share: float, seed: int) -> list[bool]:
