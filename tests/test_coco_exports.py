@@ -300,6 +300,9 @@ def test_all_that_is_left_out_is_said(export: Callable[..., Coco]) -> None:
     assert data.notes == ["boxes that reach out of their images, and were cut: 1"]
     assert data[0][1]["boxes"][0].tolist() == [0, 6, 17, 16]
     assert not export(of("annotations", 0, bbox=[-0.5, 6, 20.5, 10])).notes
+    data = export(of("annotations", 0, attributes={"occluded": False, "rotation": 30.0}))
+    assert data.notes == ["boxes with a rotation, which is not applied: 1"]
+    assert not export(of("annotations", 0, attributes={"rotation": 0.0})).notes
     animals = also("categories", id=8, name="animal", supercategory="none")
     kinds = both(ROOT, of("categories", 0, supercategory="animal"), animals)
     data = export(kinds)

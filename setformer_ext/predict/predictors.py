@@ -101,7 +101,7 @@ class Detector(Predictor):
         """The surest objects, so many at most."""
         # Before the non-maximum suppression, to which boxes of lower scores make no difference.
         self.heads.score_thresh, self.heads.detections_per_img = threshold, most
-        return self.model([pixels])[0]  # type: ignore[no-any-return]
+        return self.model([pixels])[0]
 
 
 class Segmenter(Predictor):

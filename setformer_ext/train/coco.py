@@ -21,6 +21,7 @@ from .coco_records import (
     Segmentation,
     find_file,
     identifier,
+    is_rotated,
     last_names,
     read_box,
     read_category,
@@ -163,6 +164,7 @@ class Coco(Dataset[Any]):
             self.counts["boxes that it lacks, and so their masks'"] += 1
         corners, cut = read_box(box, width, height)
         self.counts["boxes that reach out of their images, and were cut"] += cut
+        self.counts["boxes with a rotation, which is not applied"] += is_rotated(record)
         thing = {"image_id": image["id"], "name": name, "box": corners}
         thing["crowd"] = read_crowd(record.get("iscrowd"))
         if self.masks and mask:

@@ -100,6 +100,12 @@ def read_box(value: Any, width: int, height: int) -> tuple[tuple[float, ...], bo
     return (x0, y0, x1, y1), min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
 
 
+def is_rotated(record: Record) -> bool:
+    """Whether CVAT says that a box is to be rotated by an angle."""
+    attributes = record.get("attributes")
+    return isinstance(attributes, dict) and bool(attributes.get("rotation"))
+
+
 class Segmentation:
     """An object's mask.
 
@@ -195,7 +201,7 @@ class Segmentation:
     def box(self) -> list[float]:
         """Left, top, width and height of what it covers."""
         if self.counts is not None:
-            return run_lengths.toBbox(self._encoded()).tolist()  # type: ignore[no-any-return]
+            return run_lengths.toBbox(self._encoded()).tolist()
         points = np.concatenate(self.polygons).reshape(-1, 2)
         return [*points.min(0).tolist(), *np.ptp(points, 0).tolist()]
 
