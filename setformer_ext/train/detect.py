@@ -63,6 +63,13 @@ class AveragePrecision(Metrics):
         }
 
 
+class ScaleJitter(v2.ScaleJitter):
+    """torchvision's, but that no side shrinks to nothing."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"size": tuple(max(side, 1) for side in super().make_params(flat_inputs)["size"])}
+
+
 class Detect(Task):
     """``DATA/train2017``, ``DATA/val2017`` and ``DATA/annotations/instances_*2017.json``."""
 
@@ -295,13 +302,6 @@ class Detect(Task):
             "mean": config["mean"],
             "std": config["std"],
         }
-
-
-class ScaleJitter(v2.ScaleJitter):
-    """torchvision's, but that no side shrinks to nothing."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return {"size": tuple(max(side, 1) for side in super().make_params(flat_inputs)["size"])}
 
 
 def _labels(sample: Any) -> tuple[Tensor, Tensor]:
