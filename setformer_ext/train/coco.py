@@ -87,6 +87,8 @@ class Coco(Dataset[Any]):
         pictures = self._sound(content["images"], "image", lambda r: self._read_image(r, last))
         known = {picture["id"]: picture for picture in pictures}
         self.images = list(known.values())
+        files = {picture["path"] for picture in self.images}
+        self.counts["images whose file is another's, too"] += len(known) - len(files)
         self.objects: dict[Key, list[Record]] = defaultdict(list)  # by the image's id
         things = self._sound(
             content["annotations"],
