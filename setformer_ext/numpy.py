@@ -1,0 +1,199 @@
+"""The operation on NumPy arrays, without torch: results are allocated, arguments checked.
+
+``setformer_ext._C`` below it takes any DLPack array, writes into the caller's memory and has the
+gradient.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ._C import set_attention_forward
+from ._C import transport_plan as write_plan
+from .foreign import answers_foreign_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["set_attention", "set_pooling", "transport_plan"]
+
+Array = NDArray[Any]
+
+
+class Options(TypedDict, total=False):
+    """What all functions take; see :func:`set_attention`."""
+
+    mask: Array | None  # [B, N] bool, True = valid
+    token_mass: ArrayLike | None  # [B, H, N] >= 0
+    reference_mass: ArrayLike | None  # [H, M] or [B, H, M] > 0
+    kernel: str  # "gaussian" or "linear"
+    bandwidth: ArrayLike  # > 0, a number or [H]
+    epsilon: ArrayLike  # > 0, a number or [H]
+    iterations: int  # T >= 0
+    token_positions: ArrayLike | None  # [N, P]
+    reference_positions: ArrayLike | None  # [M, P]
+    position_bandwidth: float | None  # > 0
+    normalize: bool
+
+
+@answers_foreign_names
+def set_attention(
+    query: Array | None,
+    key: Array,
+    value: Array,
+    reference: Array,
+    *,
+    query_mask: Array | None = None,
+    query_positions: ArrayLike | None = None,
+    **options: Unpack[Options],
+) -> Array:
+    """SeT attention, as :func:`setformer_ext.set_attention` defines it, of NumPy arrays.
+
+    Args:
+        query: [B, H, Nq, D]; ``None`` or ``key`` itself is self attention.
+        key: [B, H, N, D], float32, float64 or float16.
+        value: [B, H, N, Dv], of the key's type.
+        reference: [H, M, D] or [B, H, M, D], of the key's type.
+        query_mask: bool [B, Nq], for cross attention.
+        query_positions: [Nq, P], for cross attention.
+        options: those of ``setformer_ext.set_attention``, with its defaults: mask, token_mass,
+            reference_mass, kernel, bandwidth, epsilon, iterations, token_positions,
+            reference_positions, position_bandwidth, normalize.
+
+    Returns:
+        [B, H, Nq, Dv] of the key's type (Nq = N in self attention).
+
+    Raises:
+        ValueError: a shape or value that does not fit; it names the argument.
+        TypeError: an argument of the wrong type.
+    """
+    if query is key:
+        query = None
+    arrays = _arrays(key, reference, **options)
+    if query is None:
+        for name, x in (("query_mask", query_mask), ("query_positions", query_positions)):
+            if x is not None:
+                raise ValueError(f"set_attention: {name} must be None in self attention")
+    else:
+        arrays["query"] = _native("query", query)
+        if options.get("normalize", True):
+            arrays["query"] = _unit(arrays["query"])
+        if query_mask is not None:
+            arrays["query_mask"] = _native("query_mask", query_mask)
+        if query_positions is not None:
+            arrays["query_positions"] = _accumulate(
+                "query_positions", query_positions, arrays["key"]
+            )
+    arrays["value"] = _native("value", value)
+    tokens = arrays.get("query", arrays["key"]).shape[:3]
+    output = np.empty((*tokens, *arrays["value"].shape[-1:]), arrays["key"].dtype)
+    set_attention_forward(**arrays, output=output)
+    return output
+
+
+@answers_foreign_names
+def set_pooling(key: Array, value: Array, reference: Array, **options: Unpack[Options]) -> Array:
+    """The pooled outputs A_j of :func:`set_attention`, [B, H, M, Dv] of the key's type."""
+    arrays = _arrays(key, reference, **options)
+    arrays["value"] = _native("value", value)
+    return _solve(arrays)["pooled"].astype(arrays["key"].dtype)
+
+
+@answers_foreign_names
+def transport_plan(key: Array, reference: Array, **options: Unpack[Options]) -> Array:
+    """The plan of :func:`set_attention`, [B, H, N, M] of the key's type."""
+    arrays = _arrays(key, reference, **options)
+    key = arrays["key"]
+    solution = _solve(arrays | {"value": key[..., :1]})  # any will do
+    plan = np.empty((*key.shape[:3], arrays["reference"].shape[-2]), key.dtype)
+    write_plan(**arrays, rows=solution["rows"], columns=solution["columns"], plan=plan)
+    return plan
+
+
+def _arrays(
+    key: Array,
+    reference: Array,
+    *,
+    kernel: str = "gaussian",
+    bandwidth: ArrayLike = 1.0,
+    epsilon: ArrayLike = 0.1,
+    iterations: int = 5,
+    position_bandwidth: float | None = None,
+    normalize: bool = True,
+    mask: Array | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """The arguments as the compiled module takes them, which checks them."""
+    arrays: dict[str, Any] = {
+        "key": _native("key", key),
+        "reference": _native("reference", reference),
+    }
+    if normalize:
+        arrays = {name: _unit(x) for name, x in arrays.items()}
+    for name, x in (("bandwidth", bandwidth), ("epsilon", epsilon), *others.items()):
+        if x is not None:
+            numbers = _accumulate(name, x, arrays["key"])
+            arrays[name] = numbers if numbers.ndim else numbers.item()  # one for all heads
+    if mask is not None:
+        arrays["mask"] = _native("mask", mask)
+    if position_bandwidth is not None:
+        arrays["position_bandwidth"] = _number(float, "position_bandwidth", position_bandwidth)
+    elif arrays.keys() & {"token_positions", "reference_positions"}:
+        raise ValueError("set_attention: position_bandwidth must be given together with positions")
+    steps = _number(operator.index, "iterations", iterations)
+    return arrays | {"kernel": str(kernel), "iterations": steps}
+
+
+def _number(convert: Callable[[Any], Any], name: str, x: object) -> Any:
+    try:
+        return convert(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"set_attention: {name} must be a number, got {x!r}") from None
+
+
+def _solve(arrays: dict[str, Any]) -> dict[str, Array]:
+    """The pooled outputs and the normalisers of every step."""
+    key, value, reference = (arrays[name] for name in ("key", "value", "reference"))
+    batch, heads, tokens = (*key.shape, 0, 0, 0)[:3]
+    references, depth = (0, 0, *reference.shape)[-2], (0, *value.shape)[-1]
+    steps, accumulate = max(arrays["iterations"], 0), _accumulate("key", 0, key).dtype
+    solution = {
+        "pooled": np.empty((batch, heads, references, depth), accumulate),
+        "rows": np.empty((batch, heads, steps + 1, tokens), accumulate),
+        "columns": np.empty((batch, heads, max(steps, 1) + 1, references), accumulate),
+    }
+    set_attention_forward(**arrays, **solution)
+    return solution
+
+
+def _native(name: str, x: ArrayLike) -> Array:
+    """In this machine's byte order, for which DLPack has no other."""
+    array = np.asarray(x)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(
+            f"set_attention: {name} must be an array of numbers, got {type(x).__name__}"
+        )
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _accumulate(name: str, x: ArrayLike, key: Array) -> Array:
+    """Numbers in the type that is computed in: float64 for float64 keys, else float32."""
+    array = _native(name, x)
+    if array.dtype.kind not in "fiu":
+        return array  # which the compiled module refuses
+    return array.astype(np.float64 if key.dtype == np.float64 else np.float32)
+
+
+def _unit(array: Array) -> Array:  # [..., D]
+    """x / |x|, a zero vector staying zero, as ``setformer_ext.reference.unit``."""
+    if array.dtype.kind != "f" or array.ndim < 1:
+        return array  # which the compiled module refuses
+    wide = array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+    length = np.linalg.norm(wide, axis=-1, keepdims=True)
+    scaled: Array = wide / np.where(length > 1e-12, length, 1)
+    return scaled.astype(array.dtype, copy=False)
