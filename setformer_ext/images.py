@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import first_line
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -35,7 +37,7 @@ def read_image(path: Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise OSError(f"{path}: not an image of a kind that Pillow reads") from error
     except Exception as error:  # decoders raise what they like
-        raise OSError(f"{path}: a broken image ({error})") from error
+        raise OSError(f"{path}: a broken image ({first_line(error)})") from error
 
 
 def _stretch(levels: np.ndarray) -> Image.Image:  # [H, W]

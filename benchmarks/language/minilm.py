@@ -107,7 +107,7 @@ def distill(original: Path, folder: Path, data: Path, options: argparse.Namespac
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterable[dict[str, torch.Tensor]]:
-    sentences = [line.split("\t")[0] for line in path.read_text().split("\n")[1:-1]]
+    sentences = [line.split("\t")[0] for line in path.read_text(encoding="utf-8").split("\n")[1:-1]]
     for first in range(0, len(sentences), BATCH_SIZE):
         yield dict(
             tokenizer(

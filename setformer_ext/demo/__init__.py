@@ -7,6 +7,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from ..errors import first_line
+
 PACKAGES = ("torch", "numpy", "sklearn", "matplotlib", "PIL", "tqdm")
 
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         compare(args.data, args.output, args.steps, args.seed, image_size)
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return _fail(first_line(error))
     return 0
 
 

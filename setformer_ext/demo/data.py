@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import first_line
 from ..images import read_image
 
 TEST_SHARE = 0.25
@@ -75,7 +76,7 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Images:
             images.append(_read(path, image_size))
             labels.append(label)
         except OSError as error:
-            broken.append(f"  {error}")
+            broken.append(f"  {first_line(error)}")
     if broken:
         print(f"skipped {len(broken)} unreadable file(s):", *broken, sep="\n", file=sys.stderr)
 

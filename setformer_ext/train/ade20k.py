@@ -16,7 +16,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from ..errors import first_line
 from ..images import read_image
+from .lines import numbered_lines
 from .task import DataError
 
 IGNORED = -1  # the class of pixels that count neither in losses nor in metrics
@@ -215,7 +217,9 @@ def read_names(root: Path, first: int) -> list[str] | None:
             indices = [int(row[heading.index("Idx")]) for row in rows[1:]]
             names = [row[heading.index("Name")].split(",")[0].strip() for row in rows[1:]]
         except (IndexError, ValueError) as error:
-            raise DataError(f"{path}: a row that does not fit its heading ({error})") from error
+            raise DataError(
+                f"{path}: a row that does not fit its heading ({first_line(error)})"
+            ) from error
         if indices != [*range(first, first + len(indices))]:
             raise DataError(f"{path}: expected Idx {first}, {first + 1}, ... in this order")
         return names
@@ -228,7 +232,7 @@ def _count(sample: tuple[Path, Path]) -> tuple[np.ndarray, str]:
         check_pair(*sample)
         return np.bincount(read_labels(sample[1]).ravel()), ""
     except (DataError, OSError) as error:
-        return np.empty(0, dtype=np.int64), str(error)
+        return np.empty(0, dtype=np.int64), first_line(error)
 
 
 def _total(counts: list[np.ndarray]) -> np.ndarray:
@@ -266,7 +270,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise OSError(f"{path}: not an image of a kind that Pillow reads") from error
     except Exception as error:  # decoders raise what they like
-        raise OSError(f"{path}: a broken image ({error})") from error
+        raise OSError(f"{path}: a broken image ({first_line(error)})") from error
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -277,10 +281,11 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text in UTF-8") from error
+    problems: list[str] = []
+    lines = [line for _, line in numbered_lines(path, problems) if line.strip()]
+    if problems:
+        raise DataError(problems[0])
+    return lines
 
 
 def _listed(values: Sequence[object]) -> str:

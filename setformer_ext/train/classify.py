@@ -17,10 +17,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 
 from .. import vision  # noqa: F401 (registers the models)
+from ..errors import first_line
 from ..images import read_image
 from .options import add_model_options, number
 from .task import Batch, DataError, Metrics, Task, TrainingError
-from .weights import load_pretrained
+from .weights import load_pretrained, require_weights
 
 
 class Accuracy(Metrics):
@@ -144,6 +145,7 @@ class Classify(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        require_weights(options.pretrained)
         self.train = _folder(options.data / "train", options)
         self.eval = _folder(options.data / "val", options)
         self.classes = self.train.classes
@@ -183,7 +185,9 @@ class Classify(Task):
         try:
             self.train.transform = create_transform(**common, **augmentation)
         except (AssertionError, KeyError, ValueError) as error:
-            raise TrainingError(f"--auto-augment: {options.auto_augment!r}: {error}") from error
+            raise TrainingError(
+                f"--auto-augment: {options.auto_augment!r}: {first_line(error)}"
+            ) from error
         self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
         self.mixup = (
             Mixup(
@@ -221,7 +225,9 @@ class Classify(Task):
         try:
             model = timm.create_model(self.options.model, **self.model_options)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise TrainingError(f"--model-options: {self.options.model}: {error}") from error
+            raise TrainingError(
+                f"--model-options: {self.options.model}: {first_line(error)}"
+            ) from error
         if self.options.pretrained is not None:
             load_pretrained(model, self.options.pretrained)
         return model

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from ..errors import first_line
 from ..images import read_image
 from .task import DataError, listed
 
@@ -157,7 +158,8 @@ class Coco(Dataset[Any]):
             return torch.from_numpy(np.ascontiguousarray(run_lengths.decode(shape)))
         except (ValueError, TypeError, IndexError) as error:
             raise DataError(
-                f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded: {error}"
+                f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded: "
+                f"{first_line(error)}"
             ) from error
 
 
@@ -172,7 +174,7 @@ def _read(images: Path, annotations: Path) -> Record:
     try:
         content = json.loads(annotations.read_bytes(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{annotations}: not JSON: {error}") from error
+        raise DataError(f"{annotations}: not JSON: {first_line(error)}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{annotations}: expected COCO's format, with a list of {key}")

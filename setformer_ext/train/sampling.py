@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..errors import first_line
 from .task import DataError, Samples
 
 INITIALISATION, ORDER, SAMPLE, STEP, EVALUATION = range(5)  # what random numbers are drawn for
@@ -119,7 +120,7 @@ class SeededDataset(Dataset[Loaded]):
                 return Loaded(self.dataset[(index + distance) % self.size], failures)
             except (DataError, OSError) as error:
                 # Given back, not raised: raised in a worker it would come with a traceback.
-                failures.append(str(error))
+                failures.append(first_line(error))
         return Loaded(None, failures)
 
 
