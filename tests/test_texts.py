@@ -83,7 +83,7 @@ READERS = """
     parser.add_argument("--colour")
     result = [
         [
-            read_documents(text_files([root / "text"]), None),
+            read_documents(text_files("--data", [root / "text"]), None),
             list(read_examples(root / "train.tsv", TASKS["sst2"])[0].texts),
             read_names(root, 0),
             read_names(root / "info", 1),
@@ -159,8 +159,8 @@ def test_hidden_files_are_no_texts(tmp_path: Path) -> None:
     for name in ("b.txt", "a/c.TXT", ".a.txt", "a/._c.txt", ".trash/d.txt", "__MACOSX/b.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"text")
-    assert text_files([tmp_path]) == [tmp_path / "a" / "c.TXT", tmp_path / "b.txt"]
-    assert text_files([tmp_path / ".a.txt"]) == [tmp_path / ".a.txt"]  # it was asked for
+    assert text_files("--data", [tmp_path]) == [tmp_path / "a" / "c.TXT", tmp_path / "b.txt"]
+    assert text_files("--data", [tmp_path / ".a.txt"]) == [tmp_path / ".a.txt"]  # it was asked for
 
 
 def large_script(letters: int, rows: int, isolated: bool) -> list[str]:
@@ -263,6 +263,7 @@ def test_what_is_not_there_is_refused_without_a_network(
         "--model: expected a folder with": glue(tmp_path, Path(name), out, "all"),
         "--pretrained: there is no": mlm(text, out, f"--pretrained={name}"),
         "--tokenizer: there is no": mlm(text, out, f"--tokenizer={name}"),
+        "--eval-data: there is no": mlm(text, out, f"--eval-data={name}"),
         "RUN: expected the --output of": ["explain", name, "--text", "a", f"--output={out}.png"],
         "has no card.json": ["predict", name, "image.png"],
         "--pretrained: cannot read": [

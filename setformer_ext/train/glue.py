@@ -106,8 +106,8 @@ class Glue(Task):
             "--model",
             required=True,
             metavar="DIR",
-            help="pretrained encoder: what train mlm wrote, or any model of transformers that "
-            "classifies sequences, with its tokenizer",
+            help="folder of a pretrained encoder: what train mlm wrote, or any model of "
+            "transformers that classifies sequences, with its tokenizer",
         )
         add_model_options(parser, "of the model's configuration, such as hidden_dropout_prob=0.2")
         parser.add_argument(

@@ -27,7 +27,7 @@ SPECIAL = {
 }
 
 
-def text_files(given: Iterable[Path]) -> list[Path]:
+def text_files(option: str, given: Iterable[Path]) -> list[Path]:
     """The files, and those named *.txt in the folders, hidden ones aside, in order of names.
 
     Raises:
@@ -38,12 +38,14 @@ def text_files(given: Iterable[Path]) -> list[Path]:
         if path.is_dir():
             found = sorted(file for file in files_under(path) if file.suffix.lower() == ".txt")
             if not found:
-                raise DataError(f"--data: no *.txt in {path}")
+                raise DataError(f"{option}: no *.txt in {path}")
             files += found
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError(f"--data: there is no {path}; expected text files, or folders of them")
+            raise DataError(
+                f"{option}: there is no {path}; expected text files, or folders of them"
+            )
     return files
 
 
