@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import first_line
+from ..images import add_max_pixels
 
 if TYPE_CHECKING:
     from ..predict.predictors import Predictor
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("setformer_references.png"),
         help="the picture (default: %(default)s)",
     )
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -87,7 +89,7 @@ def _explain(options: argparse.Namespace) -> None:
         -1 if options.block is None else options.block,
     )
     require_head(attention, options.head)
-    image = read_image(options.image)
+    image = read_image(options.image, options.max_pixels)
     layer = observe(predictor.model, attention, lambda: predictor.look(image))
     head = options.head or 1 + int(mutual_information(layer.plans).argmax())
     name = f"{name}, head {head} of {attention.num_heads}"

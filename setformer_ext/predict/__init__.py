@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import first_line
+from ..images import add_max_pixels
 
 if TYPE_CHECKING:
     from .predictors import Predictor
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out objects of a smaller score, from 0 to 1 (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers there as well")
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,14 +64,18 @@ def _answer_all(
     predictor: Predictor, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], int]:
     """The answers in JSON's types, and how many images could not be read."""
+    from ..files import is_hidden
     from ..images import read_image
     from .pictures import draw
 
     answers, failed = [], 0
     taken = {path.resolve() for path in options.images}
     for path in options.images:
+        if is_hidden(path):  # a pattern of the shell finds them, too
+            print(f"setformer predict: {path}: hidden or a system's, left out", file=sys.stderr)
+            continue
         try:
-            image = read_image(path)
+            image = read_image(path, options.max_pixels)
         except OSError as error:
             print(f"setformer predict: {first_line(error)}", file=sys.stderr)
             failed += 1

@@ -14,7 +14,10 @@ from typing import Any
 from .task import Task
 
 # Options that may be others when a training is resumed; they do not change its numbers.
-MAY_DIFFER = {"command", "config", "on_error", "output", "resume", "run", "save_every", "workers"}
+MAY_DIFFER = {
+    *("command", "config", "max_pixels", "on_error", "output", "resume", "run", "save_every"),
+    "workers",
+}
 
 
 def comparable(options: argparse.Namespace) -> dict[str, Any]:

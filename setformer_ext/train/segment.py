@@ -20,6 +20,7 @@ from torchvision.tv_tensors import Image, Mask
 
 from .. import vision  # noqa: F401 (registers the models)
 from ..errors import first_line
+from ..images import add_annotated, add_max_pixels
 from ..vision.segmentation import DECODERS, from_card, segment
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
 from .options import add_model_options, key_and_value, number
@@ -89,6 +90,8 @@ class Segment(Task):
             help="of pixels without a class, or none; the classes are 1, 2, ... if it is 0, else "
             "0, 1, ... (default: %(default)s)",
         )
+        add_annotated(parser)
+        add_max_pixels(parser)
         parser.add_argument(
             "--model",
             default="setformer_tiny",
@@ -185,8 +188,9 @@ class Segment(Task):
         normalise = v2.Compose(
             [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
         )
-        self.train = Ade20k(options.data, "training", self._augmentation(normalise))
-        self.eval = Ade20k(options.data, "validation", partial(_plain, normalise))
+        reading = (options.annotated, options.max_pixels)
+        self.train = Ade20k(options.data, "training", self._augmentation(normalise), *reading)
+        self.eval = Ade20k(options.data, "validation", partial(_plain, normalise), *reading)
         self.labels, self.failures = look_over(
             options.data, self.train, self.eval, options.ignore_label
         )
