@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class References(nn.Module):
         )
         self.epsilon = epsilon
         self.iterations = iterations
+        self.stored = False  # whether the checkpoint that the model was loaded from has the values
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -98,8 +100,7 @@ class References(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that live on a scale of their own, where 0 means nothing."""
-        own = {"reference", "query_log_scale", "reference_log_mass"}
-        return own & {name for name, _ in self.named_parameters()}
+        return {"reference", "query_log_scale", "reference_log_mass"}
 
     def forward(
         self,
@@ -109,6 +110,7 @@ class References(nn.Module):
         mask: Tensor | None,  # [B, N] bool
         scaling: float,
     ) -> Tensor:  # [B, H, N, Dv]
+        self._warn_where_lost()
         scale = self.query_log_scale.exp()[:, None, None]
         return set_attention(
             query * scale.to(query.dtype),
@@ -123,6 +125,18 @@ class References(nn.Module):
             epsilon=1 / scaling if self.epsilon is None else self.epsilon,
             iterations=self.iterations,
         )
+
+    def _warn_where_lost(self) -> None:
+        frozen = not any(p.requires_grad for p in self.parameters())
+        if frozen and self.training and not self.stored and not torch.compiler.is_compiling():
+            warnings.warn(
+                "set_attention: the references are frozen, and no checkpoint of the model has them: "
+                "an adapter that is trained around them is lost when the model is loaded again, "
+                "with others. Train and save them with the adapter, "
+                'peft.LoraConfig(modules_to_save=["set_attention"], ...), or save the whole model '
+                "with its references first and load that.",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         heads, references, depth = self.reference.shape
