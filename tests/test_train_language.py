@@ -433,7 +433,7 @@ def test_set_attention_in_another_model_keeps_its_options(tmp_path: Path) -> Non
     model = AutoModelForSequenceClassification.from_pretrained(
         output, attn_implementation="set_attention"
     )
-    assert model.config.set_attention == {"num_references": 5, "epsilon": None, "iterations": 0}
+    assert model.config.set_attention == {"num_references": 5, "epsilon": None, "iterations": 1}
     assert model.config.architectures == ["BertForSequenceClassification"]
     trained = load_file(output / "model.safetensors")
     name = "bert.encoder.layer.0.attention.self.set_attention.reference"

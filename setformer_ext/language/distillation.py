@@ -26,7 +26,7 @@ def distill_attention(
     batches: Iterable[Batch],
     *,
     steps: int = 200,
-    lr: float = 0.1,
+    lr: float = 0.2,
     initialize: bool = True,
 ) -> list[float]:
     """Train the references of a model to answer as softmax attention does, and nothing else.
@@ -117,9 +117,12 @@ def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
                 f"distill_attention: batches must hold at least num_references={count} valid "
                 f"tokens, got {found}; give more, or initialize=False"
             )
+        centres = _centres(torch.cat(points).transpose(0, 1).float(), count)
         layer.reset_parameters()
         with torch.no_grad():
-            layer.reference.copy_(_centres(torch.cat(points).transpose(0, 1).float(), count))
+            layer.reference.copy_(centres)
+            if layer.mass_point is not None:
+                layer.mass_point.copy_(_centres(centres, layer.mass_point.shape[1]))
 
 
 def _centres(points: Tensor, count: int) -> Tensor:  # [H, P, D] -> [H, M, D]

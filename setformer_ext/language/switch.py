@@ -285,6 +285,8 @@ def _references(name: str, module: nn.Module) -> References:
     depth = _size(name, module, "head_dim", "attention_head_size")
     config: Any = module.config
     given = getattr(config, NAME, None) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"config.set_attention must be a dict of options, got {given!r}")
     unknown = set(given) - set(DEFAULT_OPTIONS)
     if unknown:
         raise ValueError(

@@ -142,6 +142,13 @@ class Glue(Task):
             for example in read_examples(folder / name, self.glue, part, notes)
         ]
         language.register()
+        given = dict(options.model_options)
+        references = given.pop("set_attention", {})  # no configuration's class knows these options
+        if not isinstance(references, dict):
+            raise TrainingError(
+                "--model-options: set_attention must be a mapping such as {'num_references': 64}, "
+                f"got {references!r}"
+            )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(options.model)
             self.config, unknown = AutoConfig.from_pretrained(
@@ -149,15 +156,16 @@ class Glue(Task):
                 num_labels=max(1, len(self.glue.classes)),
                 problem_type=None if self.glue.classes else "regression",
                 return_unused_kwargs=True,
-                **dict(options.model_options),
+                **given,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(
                 f"--model: expected a folder with a model and a tokenizer of transformers, such as "
                 f"the --output of train mlm, got {options.model}: {first_line(error)}"
             ) from error
-        if "set_attention" in unknown:  # configurations do not know it
-            self.config.set_attention = unknown.pop("set_attention")
+        if references:
+            saved = getattr(self.config, "set_attention", None) or {}
+            self.config.set_attention = saved | references
         if self.glue.classes:
             self.config.id2label = dict(enumerate(self.glue.classes))
             self.config.label2id = {name: i for i, name in enumerate(self.glue.classes)}
