@@ -133,5 +133,5 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 def test_options_are_a_dict() -> None:
     config = CONFIGS["bert"](set_attention=5)
-    with pytest.raises(ValueError, match="config.set_attention must be a dict of options, got 5"):
+    with pytest.raises(ValueError, match=r"config\.set_attention must be a dict of options, got 5"):
         transformers.AutoModel.from_config(config, attn_implementation=NAME)

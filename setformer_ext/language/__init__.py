@@ -1,7 +1,7 @@
 """The SeTformer language encoder, and SeT attention inside other models of transformers.
 
-Importing this registers the encoder with transformers' Auto classes, and has its Trainer leave out of
-weight decay what modules exempt.
+Importing this registers the encoder with transformers' Auto classes, and has transformers' Trainer
+leave out of weight decay what modules exempt.
 """
 
 from transformers import (

@@ -109,7 +109,7 @@ def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
         _observe_softmax(model, batch, collect)
         if not any(map(missing, queries)):
             break
-    for layer, points in (queries or dict.fromkeys(_layers(model), [])).items():
+    for layer, points in (queries or {layer: [] for layer in _layers(model)}).items():
         count = layer.reference.shape[1]
         found = sum(map(len, points))
         if found < count:

@@ -9,9 +9,8 @@ from torch import Tensor
 def valid_tokens(mask: Tensor) -> Tensor:  # [B, N] -> [B, N] bool
     """True where a token is valid: where the mask is not 0 or, if it is additive, where it is 0.
 
-    An additive mask is of floats, none of them above 0: 0 for valid tokens, -inf or a large negative
-    number for padding. There is no question to the values, so nothing waits for a GPU, and
-    torch.compile makes one graph.
+    An additive mask is of floats, none of them above 0: 0 for valid tokens, -inf or another
+    negative number for padding. Nothing here waits for a GPU, or breaks a graph of torch.compile.
     """
     if not mask.is_floating_point():
         return mask.bool()

@@ -134,11 +134,10 @@ class References(nn.Module):
         frozen = not any(p.requires_grad for p in self.parameters())
         if frozen and self.training and not self.stored and not torch.compiler.is_compiling():
             warnings.warn(
-                "set_attention: the references are frozen, and no checkpoint of the model has them: "
-                "an adapter that is trained around them is lost when the model is loaded again, "
-                "with others. Train and save them with the adapter, "
-                'peft.LoraConfig(modules_to_save=["set_attention"], ...), or save the whole model '
-                "with its references first and load that.",
+                "set_attention: the references are frozen, and the model was loaded without them: "
+                "an adapter that learns around them does not fit those of the next loading. Train "
+                'and save them with it, peft.LoraConfig(modules_to_save=["set_attention"], ...), '
+                "or save the whole model and load it again before it gets the adapter.",
                 stacklevel=2,
             )
 

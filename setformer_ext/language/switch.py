@@ -223,8 +223,8 @@ def _attach(model: PreTrainedModel) -> None:
     ]
     if made and hasattr(model, "peft_config"):
         raise ValueError(
-            f"set_attention: {type(model).__name__} must be switched before it gets adapters, which "
-            "do not save references that come later; call set_attn_implementation, then peft"
+            f"set_attention: {type(model).__name__} must be switched before it gets adapters, for "
+            "they do not save what comes later; call set_attn_implementation first, then peft"
         )
     for module, references in made:  # all or, where one is refused, none
         module.set_attention = references
