@@ -18,7 +18,7 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "epsilon": None,
     "iterations": 1,
 }
-_MASS_POINTS = 8  # that tell the masses of tokens
+_MASS_POINTS = 8  # u_r per head
 
 
 class References(nn.Module):
@@ -131,6 +131,7 @@ class References(nn.Module):
         )
 
     def _warn_where_lost(self) -> None:
+        """peft freezes what it does not train, and saves nothing of it."""
         frozen = not any(p.requires_grad for p in self.parameters())
         if frozen and self.training and not self.stored and not torch.compiler.is_compiling():
             warnings.warn(
@@ -153,8 +154,9 @@ class References(nn.Module):
         """a_i in proportion to sum_r exp(<k_i, u_r> / epsilon), [B, H, N], 1 on average."""
         if self.mass_point is None:
             return None
-        points = self.mass_point.to(key.dtype)
-        logits = torch.einsum("bhnd,hrd->bhnr", key, points).div(epsilon).logsumexp(-1)
+        points = self.mass_point.to(key.dtype) / epsilon
+        logits = torch.einsum("bhnd,hrd->bhnr", key, points)
+        logits = logits.to(torch.promote_types(key.dtype, torch.float32)).logsumexp(-1)
         if mask is not None:
             logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(logits.dtype).min)
         return _softmax(logits) * key.shape[2]

@@ -52,7 +52,8 @@ def register() -> None:
     references.
 
     Options are a dict ``config.set_attention``, saved with the configuration:
-    ``num_references`` (64), ``epsilon`` (None) and ``iterations`` (0) of :class:`References`.
+    ``num_references`` (64), ``epsilon`` (None) and ``iterations`` (1; 0 for two softmaxes without
+    transport) of :class:`References`. Masks [B, N] may be additive, floats with 0 for valid tokens.
 
     Encoders can have it whose attention goes through transformers' interface and masks padding
     only, such as BERT, RoBERTa, ViT and DINOv2; several heads of queries may share one of keys.
