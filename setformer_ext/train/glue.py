@@ -210,7 +210,13 @@ def _tokenizer_and_configuration(
 ) -> tuple[PreTrainedTokenizerFast, PreTrainedConfig]:
     """Those of ``--model``, with ``--model-options``, for a task's classes."""
     language.register()
-    folder = Path(options.model)
+    folder, given = Path(options.model), dict(options.model_options)
+    references = given.pop("set_attention", {})  # no configuration's class knows these options
+    if not isinstance(references, dict):
+        raise TrainingError(
+            "--model-options: set_attention must be a mapping such as {'num_references': 64}, "
+            f"got {references!r}"
+        )
     try:
         tokenizer = load_tokenizer(folder)
         config, unknown = load_saved(
@@ -219,7 +225,7 @@ def _tokenizer_and_configuration(
             num_labels=max(1, len(glue.classes)),
             problem_type=None if glue.classes else "regression",
             return_unused_kwargs=True,
-            **dict(options.model_options),
+            **given,
         )
         require_embeddings(tokenizer, config, folder)
     except SavedError as error:
@@ -227,8 +233,8 @@ def _tokenizer_and_configuration(
             f"--model: expected a folder with a model and a tokenizer of transformers, such as "
             f"the --output of train mlm: {error}"
         ) from error
-    if "set_attention" in unknown:  # configurations do not know it
-        config.set_attention = unknown.pop("set_attention")
+    if references:
+        config.set_attention = (getattr(config, "set_attention", None) or {}) | references
     if glue.classes:
         config.id2label = dict(enumerate(glue.classes))
         config.label2id = {name: i for i, name in enumerate(glue.classes)}
