@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import (
     binary_f1_score,
     binary_matthews_corrcoef,
@@ -20,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from .. import language
 from .glue_data import TASKS, Example, GlueTask, read_examples
 from .options import add_model_options, number
-from .task import Batch, Metrics, Task, TrainingError, first_line, listed
+from .task import EVAL_LOSS, Batch, Metrics, Task, TrainingError, first_line, listed
 
 
 def _accuracy(answers: Tensor, labels: Tensor) -> Tensor:
@@ -37,15 +39,20 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # answers and labels
 
 
 class Scores(Metrics):
-    """The task's own metrics on each of its files, and their mean, the task's score in GLUE."""
+    """The loss, the task's metrics on each of its files, and their mean, its score in GLUE."""
 
     def __init__(self, task: GlueTask) -> None:
-        self.task = task
+        self.task, self.loss = task, MeanMetric()
         self.rows: list[tuple[str, float, float]] = []  # file, answer, label
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         inputs, labels, parts = batch
         logits = model(**inputs).logits.float()
+        if self.task.classes:
+            loss = F.cross_entropy(logits, labels.long())
+        else:
+            loss = F.mse_loss(logits[:, 0], labels.float())
+        self.loss.update(loss, weight=len(labels))
         answers = logits.argmax(-1) if self.task.classes else logits[:, 0]
         self.rows += zip(parts, answers.tolist(), labels.tolist(), strict=True)
 
@@ -60,7 +67,10 @@ class Scores(Metrics):
                 kind = labels.dtype if not self.task.classes else torch.int64
                 value = METRICS[name](answers.to(kind), labels.to(kind)).item()
                 figures[f"{name}_{part}" if part else name] = value
-        return {"score": sum(figures.values()) / len(figures), **figures}
+        score = sum(figures.values()) / len(figures)
+        loss = self.loss.compute().item()
+        self.loss.reset()
+        return {EVAL_LOSS: loss, "score": score, **figures}
 
 
 class Glue(Task):
