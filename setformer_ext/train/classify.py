@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Accuracy(Metrics):
     def __init__(self, num_classes: int) -> None:
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
-        self.loss = MeanMetric()
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
         self.num_classes = num_classes
 
     def update(self, model: nn.Module, batch: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from .. import language
 from .glue_data import TASKS, Example, GlueTask, read_examples
@@ -42,7 +44,8 @@ class Scores(Metrics):
     """The loss, the task's metrics on each of its files, and their mean, its score in GLUE."""
 
     def __init__(self, task: GlueTask) -> None:
-        self.task, self.loss = task, MeanMetric()
+        self.task = task
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
         self.rows: list[tuple[str, float, float]] = []  # file, answer, label
 
     def update(self, model: nn.Module, batch: Batch) -> None:
@@ -187,6 +190,7 @@ class Glue(Task):
         return text
 
     def make_model(self) -> nn.Module:
+        logging.disable_progress_bar()  # of weights that are read in no time
         try:
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 self.options.model,

@@ -79,7 +79,11 @@ class Journal:
         if seen:
             speed = self.unseen * self.samples / self.seconds
             self.unseen, self.seconds = 0, 0.0
-            figures = {"loss": f"{loss:.4g}", "lr": f"{lr:.1e}", "samples/s": f"{speed:.3g}"}
+            figures = {
+                "loss": f"{loss:.4g}",
+                "lr": f"{lr:.1e}",
+                "samples/s": tqdm.format_sizeof(speed),
+            }
             self.bar.set_postfix(figures, refresh=False)
             told = "  ".join(f"{name} {value}" for name, value in figures.items())
             self._line(f"step {step}/{self.steps}  {told}  {self._time_left(step)} left")
@@ -89,6 +93,7 @@ class Journal:
 
     def evaluating(self, batches: DataLoader[T]) -> Iterator[T]:
         """The batches of an evaluation, telling how many of them are done."""
+        self.next_line = time.monotonic() + LINE_EVERY  # most evaluations take less
         disable = self.bar.disable
         bar = tqdm(batches, "evaluation", unit="batch", leave=False, disable=disable)
         for number, batch in enumerate(bar, start=1):

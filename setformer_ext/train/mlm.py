@@ -74,7 +74,8 @@ class Prediction(Metrics):
     """The loss, the share of masked words that are the likeliest, and their perplexity."""
 
     def __init__(self) -> None:
-        self.right, self.loss = MeanMetric(), MeanMetric()
+        self.right = MeanMetric()
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         tokens, labels = batch
