@@ -16,6 +16,7 @@ OTHERS = ("Image", "os", "webbrowser")  # whose open is another
 SPEAKING = {
     "ArgumentTypeError",
     "CheckpointError",
+    "ConfigurationError",
     "DataError",
     "ExplainError",
     "KeyError",

@@ -12,7 +12,7 @@ from ..timing import why_no_cuda
 from .benchmark import COMPETITORS
 from .outcome import Outcome, Timing
 
-COLUMNS = "{:<8} {:<44} {:>9} {:>9} {:>6}  {}"
+COLUMNS = "{:<8} {:<44} {:>15} {:>6}  {}"
 
 
 def facts(device: torch.device) -> str:
@@ -55,21 +55,22 @@ def _driver() -> str:
 
 def heading() -> str:
     """Above the lines."""
-    return COLUMNS.format("", "check", "error", "allowed", "s", "of")
+    return COLUMNS.format("", "check", "error / allowed", "s", "of")
 
 
 def line(outcome: Outcome) -> str:
-    """The check and the one of its comparisons that is nearest to its tolerance, or beyond it."""
+    """The check and the one of its comparisons that is nearest to its tolerance, or beyond it.
+
+    The error is told as a share of the tolerance: what is small differs from check to check.
+    """
     tightest = outcome.tightest
-    error, allowed, of = "", "", outcome.skipped
+    error, of = "", outcome.skipped
     if outcome.error:
         of = "raised an error, see below"
     elif tightest is not None:
-        error, allowed = f"{tightest.error:.2g}", f"{tightest.allowed:.2g}"
+        error = f"{100 * tightest.share:.2g}%"
         of = f"{tightest.name} (of {len(outcome.result.comparisons)})"
-    text = COLUMNS.format(
-        outcome.status, outcome.name, error, allowed, f"{outcome.seconds:.1f}", of
-    )
+    text = COLUMNS.format(outcome.status, outcome.name, error, f"{outcome.seconds:.1f}", of)
     return text.rstrip()
 
 

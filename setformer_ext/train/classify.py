@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform, resolve_data_config
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from .. import vision  # noqa: F401 (registers the models)
@@ -20,28 +22,31 @@ from ..errors import first_line
 from ..images import add_max_pixels
 from .labelled_images import LabelledImages, classes_without_images, find_data
 from .options import add_model_options, number
-from .task import Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
 from .weights import load_pretrained, require_weights
 
 
 class Accuracy(Metrics):
-    """Shares of images whose class is the likeliest, or among the five likeliest."""
+    """The loss, and shares of images whose class is the likeliest, or among the five likeliest."""
 
     def __init__(self, num_classes: int) -> None:
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
         self.num_classes = num_classes
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         images, labels = batch
         logits = model(images).float()
+        self.loss.update(F.cross_entropy(logits, labels), weight=len(labels))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
     def compute(self) -> dict[str, float]:
-        figures = {"top1": self.top1.compute().item()}
+        figures = {EVAL_LOSS: self.loss.compute().item(), "top1": self.top1.compute().item()}
         if self.num_classes >= 5:  # of fewer classes all are among the first five
             figures["top5"] = self.top5.compute().item()
+        self.loss.reset()
         self.top1.reset()
         self.top5.reset()
         return figures

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import (
     binary_f1_score,
     binary_matthews_corrcoef,
@@ -21,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from .. import language
 from ..language.saved import (
@@ -32,7 +36,7 @@ from ..language.saved import (
 )
 from .glue_data import TASKS, Example, GlueTask, read_task
 from .options import add_model_options, number
-from .task import Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
 
 
 def _accuracy(answers: Tensor, labels: Tensor) -> Tensor:
@@ -49,15 +53,21 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # answers and labels
 
 
 class Scores(Metrics):
-    """The task's own metrics on each of its files, and their mean, the task's score in GLUE."""
+    """The loss, the task's metrics on each of its files, and their mean, its score in GLUE."""
 
     def __init__(self, task: GlueTask) -> None:
         self.task = task
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
         self.rows: list[tuple[str, float, float]] = []  # file, answer, label
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         inputs, labels, parts = batch
         logits = model(**inputs).logits.float()
+        if self.task.classes:
+            loss = F.cross_entropy(logits, labels.long())
+        else:
+            loss = F.mse_loss(logits[:, 0], labels.float())
+        self.loss.update(loss, weight=len(labels))
         answers = logits.argmax(-1) if self.task.classes else logits[:, 0]
         self.rows += zip(parts, answers.tolist(), labels.tolist(), strict=True)
 
@@ -72,7 +82,10 @@ class Scores(Metrics):
                 kind = labels.dtype if not self.task.classes else torch.int64
                 value = METRICS[name](answers.to(kind), labels.to(kind)).item()
                 figures[f"{name}_{part}" if part else name] = value
-        return {"score": sum(figures.values()) / len(figures), **figures}
+        score = sum(figures.values()) / len(figures)
+        loss = self.loss.compute().item()
+        self.loss.reset()
+        return {EVAL_LOSS: loss, "score": score, **figures}
 
 
 class Glue(Task):
@@ -158,6 +171,7 @@ class Glue(Task):
         return text
 
     def make_model(self) -> nn.Module:
+        logging.disable_progress_bar()  # of weights that are read in no time
         try:
             model = load_model(
                 AutoModelForSequenceClassification.from_pretrained,

@@ -27,7 +27,7 @@ from ..language.saved import (
 )
 from .options import add_model_options, number
 from .parallel import from_main_process
-from .task import Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
 from .texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
 
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # BERT's shares: of the words; of those, the rest stay
@@ -84,10 +84,11 @@ class Packed(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Prediction(Metrics):
-    """The share of masked words that are the likeliest, and the perplexity of what they were."""
+    """The loss, the share of masked words that are the likeliest, and their perplexity."""
 
     def __init__(self) -> None:
-        self.right, self.loss = MeanMetric(), MeanMetric()
+        self.right = MeanMetric()
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         tokens, labels = batch
@@ -98,9 +99,11 @@ class Prediction(Metrics):
             self.loss.update(answer.loss, weight=len(known))
 
     def compute(self) -> dict[str, float]:
+        loss = self.loss.compute().item()
         figures = {
+            EVAL_LOSS: loss,
             "accuracy": self.right.compute().item(),
-            "perplexity": math.exp(min(self.loss.compute().item(), 700.0)),  # what a float holds
+            "perplexity": math.exp(min(loss, 700.0)),  # what a float holds
         }
         self.right.reset()
         self.loss.reset()
@@ -111,7 +114,8 @@ class Mlm(Task):
     """Text files with one document a line."""
 
     name = "mlm"
-    monitor = "accuracy"
+    monitor = EVAL_LOSS
+    smaller_is_better = True
     defaults = {"batch_size": 64, "epochs": 10, "lr": 5e-4, "ema_decay": 0.0, "weight_decay": 0.01}
     train: Packed
     eval: Packed

@@ -146,6 +146,15 @@ class SeededDataset(Dataset[Loaded]):
                 failures.append(first_line(error))
         return Loaded(None, failures)
 
+    def __getitems__(self, places: list[Place]) -> list[Loaded]:
+        """A batch, on one thread, as in a worker: sums depend on how many threads share them."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return [self[place] for place in places]
+        finally:
+            torch.set_num_threads(threads)
+
 
 class Collate:
     """Task.collate for samples of a :class:`SeededDataset`: (batch or None, failures)."""
