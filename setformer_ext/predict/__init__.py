@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import first_line
 from ..images import add_max_pixels
 
 if TYPE_CHECKING:
@@ -49,9 +50,11 @@ def run(options: argparse.Namespace) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         answers, failed = _answer_all(predictor, options)
         if options.json is not None:
-            options.json.write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+            text = json.dumps(answers, indent=1, ensure_ascii=False) + "\n"
+            # File names that are not UTF-8 stay what they are.
+            options.json.write_text(text, encoding="utf-8", errors="surrogateescape")
     except (RunError, OSError) as error:
-        return _fail(str(error))
+        return _fail(first_line(error))
     if failed:
         return _fail(f"{failed} of {len(options.images)} images could not be read")
     return 0
@@ -74,7 +77,7 @@ def _answer_all(
         try:
             image = read_image(path, options.max_pixels)
         except OSError as error:
-            print(f"setformer predict: {error}", file=sys.stderr)
+            print(f"setformer predict: {first_line(error)}", file=sys.stderr)
             failed += 1
             continue
         answer = predictor(image, options.threshold)
