@@ -166,12 +166,14 @@ def test_additive_masks_are_understood(dtype: torch.dtype, positional: bool, aut
     model, batch = make(auto=getattr(transformers, auto)), inputs()
     words = batch["input_ids"]
     call = lambda m: model(words, m)[0] if positional else model(words, attention_mask=m)[0]  # noqa: E731
-    for valid in (batch["attention_mask"], torch.ones_like(batch["attention_mask"])):
+    some = batch["attention_mask"]
+    for valid in (some, torch.ones_like(some)):
         expected = model(input_ids=words, attention_mask=valid)[0]
         assert torch.equal(call(valid.to(dtype)), expected)
         for padding in (-torch.inf, torch.finfo(torch.float32).min, -1e4):
             additive = torch.zeros(valid.shape).masked_fill(valid == 0, padding)
             assert torch.equal(call(additive), expected)
+    assert torch.equal(call(torch.full(some.shape, -1e4)), call(torch.zeros_like(some)))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(words, additive)[0], expected)
 

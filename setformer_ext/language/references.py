@@ -133,7 +133,8 @@ class References(nn.Module):
 
     def _warn_where_lost(self) -> None:
         """peft freezes what it does not train, and saves nothing of it."""
-        frozen = not any(p.requires_grad for p in self.parameters())
+        trained = [p.requires_grad for p in self.parameters()]
+        frozen = trained and not any(trained)
         if frozen and self.training and not self.stored and not torch.compiler.is_compiling():
             warnings.warn(
                 "set_attention: the references are frozen, and the model was loaded without them: "

@@ -256,7 +256,7 @@ def _read_mask(
         and mask.is_floating_point()
         and mask.dim() == 2
     ):
-        mask = valid_tokens(mask).to(mask.dtype)
+        mask = valid_tokens(mask).long()  # as tokenizers make it
         if given:
             arguments = (*arguments[:place], mask, *arguments[place + 1 :])
         else:
