@@ -61,7 +61,9 @@ def test_end_to_end_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert run_demo("--steps", 3, "--output", output) == 0
     assert is_png(output / "curves.png")
     assert is_png(output / "references.png")
-    text = capsys.readouterr().out
+    text, log = capsys.readouterr()
+    assert "\r" not in log, "a log has lines, not bars"
+    assert log.count("step 3/3, loss=") == 2
     rows = [line.split() for line in text.splitlines() if line.startswith(("SeT", "softmax"))]
     assert [row[0] for row in rows] == ["SeT", "softmax"]
     for row, make in zip(rows, (make_set_attention, SoftmaxAttention), strict=True):

@@ -1,7 +1,11 @@
 """What a training tells, which weights it keeps, how it goes on, and how it ends if it diverges."""
 
 import argparse
+import os
+import pty
+import subprocess
 import sys
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,25 @@ def fresh_processes() -> None:
 class Terminal(StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_a_terminal_that_does_not_know_its_width_has_a_bar_too(data: Path, tmp_path: Path) -> None:
+    """Pseudo-terminals are 0 x 0 before someone says otherwise."""
+    leader, follower = pty.openpty()
+    given = arguments(data, tmp_path, "--batch-size=8", "--steps=20", "--eval-every=20")
+    with subprocess.Popen(
+        [sys.executable, "-m", "setformer_ext", *given], stdout=subprocess.PIPE, stderr=follower
+    ) as process:
+        os.close(follower)
+        seen = ""
+        with suppress(OSError):  # which is how a terminal ends
+            while part := os.read(leader, 4096):
+                seen += part.decode()
+        assert b"\r" not in process.stdout.read()
+    os.close(leader)
+    assert process.returncode == 0
+    for figure in ("| 10/20 [", "loss=", "lr=", "samples/s="):
+        assert figure in seen
 
 
 @pytest.mark.parametrize("main_process", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def train(
     order = _batches(len(images.train), generator)
     history = History()
     test_every = max(1, steps // tests)
-    with tqdm(total=steps, desc=description, unit="step") as bar:
+    with tqdm(total=steps, desc=description, unit="step", disable=None) as bar:
         for step in range(1, steps + 1):
             chosen = next(order)
             batch = _augment(images.train[chosen], generator)
@@ -88,12 +89,15 @@ def train(
             schedule.step()
             history.seconds.append(time.perf_counter() - start)
             history.losses.append(loss.item())
-            if step % test_every == 0 or step == steps:
+            tested = step % test_every == 0 or step == steps
+            if tested:
                 history.tested_at.append(step)
                 history.accuracies.append(accuracy(model, images.test, images.test_labels))
             if history.accuracies:
                 status = f"loss={history.losses[-1]:.2f}, test={history.accuracy:.1%}"
                 bar.set_postfix_str(status, refresh=False)
+                if bar.disable and tested:  # a log, in which a bar would be unreadable
+                    print(f"{description}: step {step}/{steps}, {status}", file=sys.stderr)
             bar.update()
     return model, history
 

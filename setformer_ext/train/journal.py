@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,6 +23,15 @@ LONG = 5.0  # seconds without a look after which one does no harm
 LINE_EVERY = 60.0  # seconds between the lines of a log
 T = TypeVar("T")
 LISTED = 20  # broken samples named on the screen; metrics.json has them all
+
+
+def make_bar(**settings: Any) -> tqdm:
+    """A bar of steps or batches, which goes away when it is closed."""
+    layout = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    # Terminals may say that they are of 0 x 0 letters; tqdm would show nothing there.
+    size = shutil.get_terminal_size()
+    settings |= {"ncols": size.columns, "nrows": size.lines}
+    return tqdm(bar_format=layout, leave=False, **settings)
 
 
 class Journal:
@@ -40,14 +50,9 @@ class Journal:
     def __init__(self, output: Path, speaks: bool, step: int, steps: int, samples: int) -> None:
         self.output, self.speaks = output, speaks
         self.first, self.steps, self.samples = step, steps, samples
-        self.bar = tqdm(
-            total=steps,
-            initial=step,
-            unit="step",
-            smoothing=0,  # the time left by the mean of all steps, evaluations included
-            disable=None if speaks else True,
-            leave=False,
-        )
+        # The time left is by the mean of all steps, evaluations included.
+        disable = None if speaks else True
+        self.bar = make_bar(total=steps, initial=step, smoothing=0, disable=disable)
         self.began = time.monotonic()
         self.next_line = self.began
         self.unseen, self.seconds = 0, 0.0  # steps since the last look at the loss; what they took
@@ -94,8 +99,7 @@ class Journal:
     def evaluating(self, batches: DataLoader[T]) -> Iterator[T]:
         """The batches of an evaluation, telling how many of them are done."""
         self.next_line = time.monotonic() + LINE_EVERY  # most evaluations take less
-        disable = self.bar.disable
-        bar = tqdm(batches, "evaluation", unit="batch", leave=False, disable=disable)
+        bar = make_bar(iterable=batches, desc="evaluation", disable=self.bar.disable)
         for number, batch in enumerate(bar, start=1):
             yield batch
             self._line(f"evaluation: batch {number}/{len(batches)}")
