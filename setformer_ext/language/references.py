@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import set_attention
+from ..functional import set_attention, transport_plan
 from ..modules import _softmax
 
 # What ``config.set_attention`` may hold; the arguments of References say what it is.
@@ -117,6 +117,30 @@ class References(nn.Module):
             self.reference.to(query.dtype),
             mask=mask,
             query_mask=mask,
+            token_mass=self._token_mass(key, mask),
+            reference_mass=self._reference_mass(),
+            kernel="linear",
+            epsilon=1 / scaling if self.epsilon is None else self.epsilon,
+            iterations=self.iterations,
+        )
+
+    def transport_plan(
+        self,
+        query: Tensor,  # [B, H, N, D]
+        key: Tensor,  # [B, H, N, D]
+        value: Tensor,  # [B, H, N, Dv]
+        mask: Tensor | None,  # [B, N] bool
+        scaling: float,
+    ) -> Tensor:  # [B, H, N, M]
+        """Which keys each reference draws its mass from, for the arguments of ``forward``.
+
+        Entry [i, j] is the mass that goes from token i to reference j. Of the arguments only keys,
+        mask and scaling matter to it: the queries have a plan of their own.
+        """
+        return transport_plan(
+            key,
+            self.reference.to(key.dtype),
+            mask=mask,
             token_mass=self._token_mass(key, mask),
             reference_mass=self._reference_mass(),
             kernel="linear",

@@ -45,6 +45,10 @@ class Predictor(ABC):
         """Run the backbone once over the whole of an RGB image, for its layers to be looked at."""
         self(image)
 
+    def size_seen(self, image: Image.Image) -> tuple[int, int] | None:
+        """Height and width of the image in what the backbone sees, where the rest is padding."""
+        return None
+
     def as_seen(self, pixels: Tensor) -> Tensor:  # [1 or 3, H, W], normalised -> [3, H, W]
         """What the network saw, in [0, 1]."""
         return (pixels * self.std + self.mean).clamp(0, 1).expand(3, -1, -1)
@@ -85,6 +89,10 @@ class Detector(Predictor):
         found = self.model([to_tensor(image)])[0]
         masks = found["masks"][:, 0] > 0.5 if "masks" in found else None
         return Detection(self.classes, found["boxes"], found["labels"] - 1, found["scores"], masks)
+
+    def size_seen(self, image: Image.Image) -> tuple[int, int] | None:
+        size: tuple[int, int] = self.model.transform([to_tensor(image)])[0].image_sizes[0]
+        return size
 
 
 class Segmenter(Predictor):

@@ -1,0 +1,132 @@
+"""Models of transformers whose attention has references: SeTformer, or switched to SeT."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    PreTrainedModel,
+    ViTImageProcessor,
+)
+from transformers.utils import logging
+
+from .. import language
+from ..language.references import References
+from ..language.switch import NAME
+from ..modules import SetAttention
+from .plans import ExplainError, Layer, choose_block, first_calls, normalised, plans_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def load_encoder(folder: Path) -> PreTrainedModel:
+    """A saved model without its head, in eval mode; SeT attention where it was saved with that.
+
+    Raises:
+        ExplainError: if there is none, or its references were not saved with it.
+    """
+    logging.set_verbosity_error()  # of the heads that the encoder is taken from
+    logging.disable_progress_bar()
+    language.register()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        switched = {"attn_implementation": NAME} if hasattr(config, NAME) else {}
+        model, found = AutoModel.from_pretrained(folder, output_loading_info=True, **switched)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ExplainError(
+            f"{folder}: expected the --output of setformer train mlm or glue, or a folder that "
+            f"save_pretrained wrote: {reason}"
+        ) from error
+    missing = sorted(key for key in found["missing_keys"] if f".{NAME}." in key)
+    if missing:
+        raise ExplainError(f"{folder}: its weights lack references, such as {missing[0]}")
+    return model.eval()
+
+
+def find_layer(
+    model: PreTrainedModel, layer: int, folder: Path
+) -> tuple[SetAttention | References, str]:
+    """The attention of a layer, from 1 or from -1 for the last, and what to call it.
+
+    Raises:
+        ExplainError: if there is no such layer, or none has references.
+    """
+    attentions = [m for m in model.modules() if isinstance(m, SetAttention | References)]
+    if not attentions:
+        raise ExplainError(
+            f"{folder}: only SeT attention has references to explain, and this "
+            f"{type(model).__name__} has none; train one with attention='set', or a model of "
+            f"transformers with attn_implementation={NAME!r}"
+        )
+    index = choose_block("--layer", layer, len(attentions))
+    return attentions[index], f"layer {index + 1} of {len(attentions)}"
+
+
+def require_input(model: PreTrainedModel, name: str, other: str) -> None:
+    """Raises ExplainError for a model that reads something else than the input of that name."""
+    if model.main_input_name != name:
+        raise ExplainError(
+            f"{type(model).__name__} reads {model.main_input_name}, not {name}; expected {other}"
+        )
+
+
+def observe_image(folder: Path, layer: int, image: Image.Image) -> tuple[Layer, str]:
+    """What a layer of a vision encoder does with the patches of an image, and what to call it.
+
+    Raises:
+        ExplainError: if there is no such encoder or layer, or it does not split images in patches.
+    """
+    model = load_encoder(folder)
+    require_input(model, "pixel_values", "a --text")
+    attention, name = find_layer(model, layer, folder)
+    try:
+        pixels, seen = _prepare(folder, model.config, image)
+        (call,) = first_calls([attention], lambda: model(pixel_values=pixels))
+    except ValueError as error:  # such as images of another size than the model's positions
+        raise ExplainError(f"{folder}: {error}") from error
+    plans = plans_of(attention, call)
+    patch = getattr(model.config, "patch_size", 0)
+    sides = patch if isinstance(patch, list | tuple) else (patch, patch)
+    grid = tuple(length // side for length, side in zip(seen.shape[1:], sides, strict=True))
+    patches = grid[0] * grid[1]
+    if plans.shape[1] < patches:
+        raise ExplainError(
+            f"{folder}: expected {patches} tokens for the patches of an image, got {plans.shape[1]}"
+        )
+    # Tokens without a place, as [CLS], come first.
+    plans = normalised(plans[:, plans.shape[1] - patches :])
+    covered = (grid[0] * sides[0], grid[1] * sides[1])
+    return Layer(plans, grid, seen, covered), name
+
+
+def _prepare(folder: Path, config: Any, image: Image.Image) -> tuple[Tensor, Tensor]:
+    """The model's input [1, channels, height, width], and that image in [0, 1]."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except OSError:  # the model was saved without it
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        processor = ViTImageProcessor(size={"height": height, "width": width})
+        print(
+            f"setformer explain: {folder} has no preprocessor_config.json: the image is made "
+            f"{height} x {width}, of mean {processor.image_mean} and std {processor.image_std}; "
+            "where the training did otherwise, save its image processor there",
+            file=sys.stderr,
+        )
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+    seen = pixels[0]
+    if processor.do_normalize:
+        mean, std = (
+            torch.tensor(x).view(-1, 1, 1) for x in (processor.image_mean, processor.image_std)
+        )
+        seen = seen * std + mean
+    return pixels, seen.clamp(0, 1).expand(3, -1, -1)
