@@ -19,6 +19,7 @@ from matplotlib.font_manager import (
 )
 
 POINTS = 72  # in an inch
+REMARK = 10  # points
 LINE = 1.3  # distance of lines / size of the font
 
 
@@ -107,9 +108,6 @@ def add_title(figure: Figure, title: str, size: float, remark: str = "") -> None
     figure.suptitle(title, fontsize=size)
     lines = size * title.count("\n")
     if remark:
-        figure.supxlabel(remark, fontsize=REMARK)
+        figure.supxlabel(remark, fontsize=REMARK, alpha=0.75)
         lines += REMARK * (1 + remark.count("\n"))
     figure.set_figheight(figure.get_figheight() + LINE * lines / POINTS)
-
-
-REMARK = 10  # points

@@ -22,18 +22,16 @@ class Theme:
 
     background: str
     text: str
-    remark: str
     frame: str
     rest: str  # what has no colour of its own
     colours: list[str]
 
 
 THEMES = {
-    "dark": Theme("#000000", "#ffffff", "#bbbbbb", "#444444", "#3a3a3a", COLOURS),
+    "dark": Theme("#000000", "#ffffff", "#444444", "#3a3a3a", COLOURS),
     "light": Theme(
         "#ffffff",
         "#000000",
-        "#555555",
         "#bbbbbb",
         "#c5c5c5",
         ["#0072b2", "#b87400", "#008f68", "#6b6100", "#cc3f96", "#a63c00", "#6a51d8", "#000000"],

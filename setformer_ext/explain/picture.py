@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SUFFIXES = ("png", "pdf", "svg", "jpg", "webp", "tiff")
 COLUMNS = 5
 PANEL = (2.4, 3.2)  # inches, the largest width and height of an image
-TITLE, HEADER = 0.4, 0.7  # inches over each panel, and over all of them
+TITLE, HEADER = 0.4, 0.5  # inches over each panel, and over all of them
 RESOLUTION = 480  # pixels of an image's longer side
 
 
