@@ -53,7 +53,15 @@ def _installed() -> dict[str, str]:
             fontManager.addfont(path)
         except Exception:  # a broken font, for which FreeType raises what it likes
             continue
-    entries = sorted(fontManager.ttflist, key=lambda entry: ("Sans" not in entry.name, entry.name))
+    # Of a family the upright file of usual weight counts, which matplotlib will take: the last one.
+    entries = sorted(
+        fontManager.ttflist,
+        key=lambda entry: (
+            "Sans" not in entry.name,
+            entry.name,
+            entry.style == "normal" and entry.weight in (400, "normal"),
+        ),
+    )
     return {
         entry.name: entry.fname for entry in entries if not entry.name.startswith("Last Resort")
     }
