@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ def style(background: str, texts: Iterable[str]) -> Iterator[Theme]:
     from .fonts import families
 
     theme = THEMES[background]
-    settings = {
+    settings: dict[Any, object] = {
         "figure.facecolor": theme.background,
         "axes.facecolor": theme.background,
         "axes.edgecolor": theme.frame,

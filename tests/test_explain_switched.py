@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, ViTImageProcessor, ViTModel
 
 import switched
@@ -20,12 +20,12 @@ from setformer_ext.train.texts import train_tokenizer, wrap_tokenizer
 TEXT = "Superb, the film is filmisis."
 
 
-def write_bert(folder: Path, **options: Any) -> Path:
+def write_bert(folder: Path) -> Path:
     """As ``train glue --attention-implementation set_attention`` leaves it."""
     torch.manual_seed(0)
     tokenizer = wrap_tokenizer(train_tokenizer(["the film is superb ."] * 9, 60, lowercase=True))
     auto = AutoModelForSequenceClassification
-    switched.make("bert", auto, **options).save_pretrained(folder)
+    switched.make("bert", auto, iterations=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "card.json").write_text(json.dumps({"task": "glue"}))
     return folder
@@ -33,7 +33,7 @@ def write_bert(folder: Path, **options: Any) -> Path:
 
 def write_vit(folder: Path, kind: str = "vit") -> Path:
     torch.manual_seed(0)
-    switched.make(kind).save_pretrained(folder)
+    switched.make(kind, iterations=0).save_pretrained(folder)
     return folder
 
 
@@ -62,29 +62,33 @@ def explain(capsys: pytest.CaptureFixture[str], *given: object) -> tuple[int, st
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3])
-def test_plan_is_that_of_the_formula(iterations: int) -> None:
-    """In float64: b_j C_ij, C the softmax over the valid tokens of S / epsilon + f."""
+def test_plan_is_what_the_outputs_are_gathered_by(iterations: int) -> None:
+    """A query that is like one reference alone receives what that one has gathered: sum_i C_ij v_i.
+
+    With the unit vectors as values that is column j of the plan, divided by its sum.
+    """
     torch.manual_seed(0)
     module = switched.attention_module(iterations=iterations).set_attention.double()
-    query, key, value = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
-    mask = torch.arange(9).expand(2, 9) < torch.tensor([[9], [5]])
-    scaling = 8**-0.5
+    nn.init.orthogonal_(module.reference[0])
     with torch.no_grad():
-        plan = module.transport_plan(query, key, value, mask, scaling)
-    s = torch.einsum("bhnd,hmd->bhnm", key, module.reference) * scaling
-    s = s.masked_fill(~mask[:, None, :, None], -torch.inf)
-    log_a, log_b = torch.zeros(2, 4, 9), torch.zeros(4, 5)
+        module.reference.copy_(module.reference[0].clone())
+    tokens, scaling = 9, 8**-0.5
+    query = 1e3 * module.reference[None, :, torch.arange(tokens) % 5].detach()
+    query = query / module.query_log_scale.exp()[:, None, None]
+    key = torch.randn(2, 4, tokens, 8, dtype=torch.float64)
+    value = torch.eye(tokens, dtype=torch.float64).expand(2, 4, -1, -1)
+    mask = torch.arange(tokens) < torch.tensor([[9], [5]])
+    arguments = (query.expand(2, -1, -1, -1), key, value, mask, scaling)
+    with torch.no_grad():
+        plan, gathered = module.transport_plan(*arguments), module(*arguments)
+    assert plan.shape == (2, 4, tokens, 5)
+    mass = plan.sum(2)
+    torch.testing.assert_close(plan / mass.unsqueeze(2), gathered[:, :, :5].mT)
+    expected = torch.full((4, 5), 0.2, dtype=torch.float64)
     if iterations:
-        log_a = torch.einsum("bhnd,hd->bhn", key, module.token_mass)
-        log_b = module.reference_log_mass
-    log_a = log_a.masked_fill(~mask[:, None], -torch.inf).log_softmax(-1)
-    log_b = log_b.log_softmax(-1)
-    f, g = log_a, torch.zeros(2, 4, 5)
-    for _ in range(iterations):
-        f = log_a - (s + g[:, :, None]).logsumexp(-1).masked_fill(~mask[:, None], 0)
-        g = log_b - (s + f[..., None]).logsumexp(-2)
-    expected = log_b.exp()[:, None] * (s + f[..., None]).softmax(-2)
-    torch.testing.assert_close(plan, expected.detach().to(plan.dtype))
+        expected = module.reference_log_mass.detach().softmax(-1)
+    torch.testing.assert_close(mass, expected.expand(2, -1, -1))
+    assert (plan[1, :, 5:] == 0).all()
 
 
 def captured(model: torch.nn.Module, layer: int, **inputs: Tensor) -> Tensor:  # [H, N, D]

@@ -34,7 +34,7 @@ def draw(
     answer: Answer, image: Image.Image, name: str, path: Path, background: str = "dark"
 ) -> None:
     """Write the picture of an answer about an image (RGB) of that name, in a theme."""
-    classes = answer.names if isinstance(answer, Classification) else answer.classes
+    classes = answer.names if isinstance(answer, Classification) else getattr(answer, "classes", [])
     with style(background, [name, *classes]):
         if isinstance(answer, Classification):
             figure = _draw_classification(answer, image, name)

@@ -91,7 +91,8 @@ class Detector(Predictor):
         return Detection(self.classes, found["boxes"], found["labels"] - 1, found["scores"], masks)
 
     def size_seen(self, image: Image.Image) -> tuple[int, int] | None:
-        size: tuple[int, int] = self.model.transform([to_tensor(image)])[0].image_sizes[0]
+        transform: Any = self.model.transform
+        size: tuple[int, int] = transform([to_tensor(image)])[0].image_sizes[0]
         return size
 
 
