@@ -91,10 +91,15 @@ def width(text: str, size: float) -> float:
     return max(renderer.get_text_width_height_descent(x, font, False)[0] for x in lines) / POINTS
 
 
+def _drawable(text: str) -> str:
+    """Without bytes that are no text, which names of files may hold, and matplotlib refuses."""
+    return text.encode(errors="replace").decode()
+
+
 def wrapped(text: str, size: float, inches: float) -> str:
     """In lines of at most that width; words are broken only where they are longer."""
+    lines = text = _drawable(text)
     columns = max(map(len, text.split("\n")))
-    lines = text
     while columns > 1 and width(lines, size) > inches:
         columns -= 1 + columns // 20
         lines = "\n".join(fill(line, columns) for line in text.split("\n"))
@@ -103,7 +108,7 @@ def wrapped(text: str, size: float, inches: float) -> str:
 
 def shortened(text: str, size: float, inches: float) -> str:
     """The beginning of a text that has at most that width, with a sign if that is not all."""
-    short = text
+    short = text = _drawable(text)
     while short and width(short, size) > inches:
         short = short.removesuffix("…")[:-1].rstrip() + "…" * (len(short) > 1)
     return short

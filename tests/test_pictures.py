@@ -89,7 +89,7 @@ def test_no_text_is_cut_off_in_predictions(
     size: tuple[int, int], tmp_path: Path, drawn: list[Figure]
 ) -> None:
     for answer in answers(*size):
-        for name in ("a.png", LONG):
+        for name in ("\udcff.png", LONG):  # the one has a byte that is no text
             predictions.draw(answer, Image.new("RGB", size), name, tmp_path / "p.png")
             require_inside(drawn.pop())
 
@@ -117,7 +117,7 @@ def test_no_text_is_cut_off_in_the_demo(tmp_path: Path, drawn: list[Figure]) -> 
     history = History([2.0, 1.0], [2], [0.5], 1.0)
     draw_curves({"SeT": history, "softmax": history}, "/home/" + LONG, tmp_path / "c.png")
     pictures, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
-    images = Images(pictures, labels, pictures, labels, [*NAMES[:2], "x"], "here")
+    images = Images(pictures, labels, pictures, labels, [*NAMES[:2], "\udcff"], "here")
     draw_plans(Classifier(1, 8, 3, make_set_attention), images, tmp_path / "r.png")
     assert len(drawn) == 2
     for figure in drawn:
