@@ -186,6 +186,10 @@ def test_what_cannot_be_explained(
     assert "only SeT attention has references to explain, and this ViTModel" in message(
         plain, photo
     )
+    (plain / "model.safetensors").write_bytes(b"junk")
+    assert "expected the --output of setformer train mlm or glue, or a folder" in message(
+        plain, photo
+    )
 
 
 def test_references_must_have_been_saved(tmp_path: Path) -> None:

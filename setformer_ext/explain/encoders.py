@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def load_encoder(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         switched = {"attn_implementation": NAME} if hasattr(config, NAME) else {}
         model, found = AutoModel.from_pretrained(folder, output_loading_info=True, **switched)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and safetensors raise what they like
         reason = str(error).strip().split("\n")[0]
         raise ExplainError(
             f"{folder}: expected the --output of setformer train mlm or glue, or a folder that "
@@ -91,16 +92,16 @@ def observe_image(folder: Path, layer: int, image: Image.Image) -> tuple[Layer, 
     try:
         pixels, seen = _prepare(folder, model.config, image)
         (call,) = first_calls([attention], lambda: model(pixel_values=pixels))
-    except ValueError as error:  # such as images of another size than the model's positions
+    except (ValueError, RuntimeError) as error:  # such as another number of pixels or channels
         raise ExplainError(f"{folder}: {error}") from error
     plans = plans_of(attention, call)
-    patch = getattr(model.config, "patch_size", 0)
-    sides = patch if isinstance(patch, list | tuple) else (patch, patch)
-    grid = tuple(length // side for length, side in zip(seen.shape[1:], sides, strict=True))
+    sides = _pair(getattr(model.config, "patch_size", max(seen.shape)))
+    grid = (seen.shape[1] // sides[0], seen.shape[2] // sides[1])
     patches = grid[0] * grid[1]
-    if plans.shape[1] < patches:
+    if not 0 < patches <= plans.shape[1]:
         raise ExplainError(
-            f"{folder}: expected {patches} tokens for the patches of an image, got {plans.shape[1]}"
+            f"{folder}: expected a model with a token for each patch of an image, got "
+            f"{plans.shape[1]} tokens for {patches} patches"
         )
     # Tokens without a place, as [CLS], come first.
     plans = normalised(plans[:, plans.shape[1] - patches :])
@@ -113,8 +114,7 @@ def _prepare(folder: Path, config: Any, image: Image.Image) -> tuple[Tensor, Ten
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
     except OSError:  # the model was saved without it
-        size = config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
+        height, width = _pair(getattr(config, "image_size", 224))
         processor = ViTImageProcessor(size={"height": height, "width": width})
         print(
             f"setformer explain: {folder} has no preprocessor_config.json: the image is made "
@@ -130,3 +130,9 @@ def _prepare(folder: Path, config: Any, image: Image.Image) -> tuple[Tensor, Ten
         )
         seen = seen * std + mean
     return pixels, seen.clamp(0, 1).expand(3, -1, -1)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, which configurations give as one number where they are the same."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

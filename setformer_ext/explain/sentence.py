@@ -47,10 +47,12 @@ def explain_sentence(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ExplainError(f"{run}: expected a tokenizer beside the model: {reason}") from error
+    if not tokenizer.is_fast:
+        raise ExplainError(f"{run}: expected a tokenizer that knows words, a tokenizer.json")
     attention, name = find_layer(model, layer, run)
     encoding = tokenizer(text, return_tensors="pt")
     words, of_word = _words(text, encoding)
-    if len(words) > LONGEST:
+    if not 0 < len(words) <= LONGEST:
         raise ExplainError(f"--text: expected at most {LONGEST} words, got {len(words)}")
     try:
         (call,) = first_calls([attention], lambda: model(**encoding))

@@ -152,14 +152,14 @@ def _legend(figure: Figure, names: list[str], colours: list[Colour]) -> None:
     """Below the images; classes without a colour of their own are counted only."""
     if not names:
         return
-    own = {name: colour for name, colour in zip(names, colours, strict=True) if colour != REST}
+    own = [pair for pair in zip(names, colours, strict=True) if pair[1] != REST]
     if len(own) < len(names):
-        own[f"{len(names) - len(own)} more classes"] = REST
-    columns = int(figure.get_figwidth() / (0.8 + max(width(name, 11) for name in own)))
+        own.append((f"{len(names) - len(own)} more classes", REST))
+    columns = int(figure.get_figwidth() / (0.8 + max(width(name, 11) for name, _ in own)))
     columns = min(max(columns, 1), len(own))
     figure.legend(
-        [Patch(facecolor=colour, edgecolor=FRAME) for colour in own.values()],
-        list(own),
+        [Patch(facecolor=colour, edgecolor=FRAME) for _, colour in own],
+        [name for name, _ in own],
         loc="outside lower center",
         ncols=columns,
         frameon=False,
