@@ -197,8 +197,7 @@ class SetAttention(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that live on a scale of their own, where 0 means nothing."""
-        own = {"reference", "reference_log_mass", "anchor", "log_bandwidth", "log_epsilon"}
-        return own & {name for name, _ in self.named_parameters()}
+        return {"reference", "reference_log_mass", "anchor", "log_bandwidth", "log_epsilon"}
 
     @property
     def bandwidth(self) -> float | Tensor:

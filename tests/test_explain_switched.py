@@ -9,7 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, ViTImageProcessor, ViTModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 import switched
 from setformer_ext import cli
@@ -114,7 +119,7 @@ def test_words_of_a_switched_bert(
     model = AutoModelForSequenceClassification.from_pretrained(
         bert, attn_implementation=switched.NAME
     ).eval()
-    tokens = sentence.AutoTokenizer.from_pretrained(bert)(TEXT, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(bert)(TEXT, return_tensors="pt")
     key = captured(model, 1, **tokens)[2]
     reference = model.get_submodule("bert.encoder.layer.1.attention.self.set_attention").reference
     whole = (key @ reference[2].T / 8**0.5).softmax(0) / 5

@@ -7,6 +7,9 @@ import importlib
 import sys
 from pathlib import Path
 
+from ..errors import first_line
+from ..images import add_max_pixels
+
 PACKAGES = ("torch", "numpy", "sklearn", "matplotlib", "PIL", "tqdm")
 
 
@@ -38,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="resize images to S x S, a multiple of 8 (default: 8 for the digits, else 32)",
     )
+    add_max_pixels(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if not -(2**63) <= args.seed < 2**64:
         return _fail(f"--seed must be at least -2^63 and less than 2^64, got {args.seed}")
     try:
-        compare(args.data, args.output, args.steps, args.seed, image_size)
+        compare(args.data, args.output, args.steps, args.seed, image_size, args.max_pixels)
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return _fail(first_line(error))
     return 0
 
 

@@ -20,7 +20,9 @@ ATTENTIONS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def compare(folder: Path | None, output: Path, steps: int, seed: int, image_size: int) -> None:
+def compare(
+    folder: Path | None, output: Path, steps: int, seed: int, image_size: int, max_pixels: int
+) -> None:
     """Train, print a table and write ``curves.png`` and ``references.png`` into ``output``.
 
     Args:
@@ -29,13 +31,16 @@ def compare(folder: Path | None, output: Path, steps: int, seed: int, image_size
         steps: training steps of each network.
         seed: of the split, the weights, the order and the augmentation.
         image_size: S of the S x S images, a multiple of 8.
+        max_pixels: of the images in the folder.
 
     Raises:
         ValueError: if the folder cannot be learned from.
         OSError: if the output cannot be written.
     """
     images = (
-        load_digits(image_size, seed) if folder is None else load_folder(folder, image_size, seed)
+        load_digits(image_size, seed)
+        if folder is None
+        else load_folder(folder, image_size, seed, max_pixels)
     )
     output.mkdir(parents=True, exist_ok=True)
     print(

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..images import read_image
+from ..errors import first_line
+from ..image_folder import find_images, held_out
+from ..images import MAX_PIXELS, read_image
 
 TEST_SHARE = 0.25
 
@@ -40,7 +42,7 @@ def load_digits(image_size: int, seed: int) -> Images:
     return _split(images, torch.tensor(digits.target), classes, "scikit-learn's digits", seed)
 
 
-def load_folder(folder: Path, image_size: int, seed: int) -> Images:
+def load_folder(folder: Path, image_size: int, seed: int, max_pixels: int = MAX_PIXELS) -> Images:
     """The images under ``folder/CLASS/``, cropped to squares and resized, in RGB.
 
     Files that cannot be read are skipped and named on stderr.
@@ -48,19 +50,11 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Images:
     Raises:
         ValueError: if the folder does not hold at least two classes of two images.
     """
-    from PIL import Image
     from tqdm import tqdm
 
     if not folder.is_dir():
         raise ValueError(f"--data must be a folder with one subfolder per class, got {folder}")
-    suffixes = {
-        suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN
-    }
-    files = {
-        sub.name: sorted(p for p in sub.rglob("*") if p.suffix.lower() in suffixes)
-        for sub in sorted(folder.iterdir())
-        if sub.is_dir() and not sub.name.startswith(".")
-    }
+    files = find_images(folder).classes
     classes = [name for name, paths in files.items() if paths]
     if len(classes) < 2:
         raise ValueError(
@@ -72,10 +66,10 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Images:
     todo = [(label, path) for label, name in enumerate(classes) for path in files[name]]
     for label, path in tqdm(todo, desc="reading images", unit="image", leave=False):
         try:
-            images.append(_read(path, image_size))
+            images.append(_read(path, image_size, max_pixels))
             labels.append(label)
         except OSError as error:
-            broken.append(f"  {error}")
+            broken.append(f"  {first_line(error)}")
     if broken:
         print(f"skipped {len(broken)} unreadable file(s):", *broken, sep="\n", file=sys.stderr)
 
@@ -88,23 +82,18 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Images:
     return _split(torch.stack(images), torch.tensor(labels), classes, str(folder), seed)
 
 
-def _read(path: Path, image_size: int) -> Tensor:  # [3, S, S]
+def _read(path: Path, image_size: int, max_pixels: int) -> Tensor:  # [3, S, S]
     """An image of any size and mode as RGB in [0, 1]; transparency becomes white."""
     from PIL import Image, ImageOps
 
     size = (image_size, image_size)
-    image = ImageOps.fit(read_image(path), size, Image.Resampling.BICUBIC)
+    image = ImageOps.fit(read_image(path, max_pixels), size, Image.Resampling.BICUBIC)
     return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
 
 
 def _split(images: Tensor, labels: Tensor, classes: list[str], source: str, seed: int) -> Images:
     """A quarter of every class, drawn by the seed, becomes the test set."""
-    generator = torch.Generator().manual_seed(seed)
-    is_test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(classes)):
-        members = (labels == label).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
-        is_test[members[: max(1, round(TEST_SHARE * len(members)))]] = True
+    is_test = torch.tensor(held_out(labels.tolist(), TEST_SHARE, seed))
     return Images(
         images[~is_test], labels[~is_test], images[is_test], labels[is_test], classes, source
     )

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import first_line
+from ..images import add_max_pixels
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -52,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the picture (default: %(default)s)",
     )
     add_background_option(parser)
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             _explain_text(options)
     except (ExplainError, RunError, OSError) as error:
-        print(f"setformer explain: {error}", file=sys.stderr)
+        print(f"setformer explain: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -84,7 +88,7 @@ def _explain(options: argparse.Namespace) -> None:
     if options.output.resolve() == options.image.resolve():
         raise ExplainError(f"--output: {options.output} is the image itself")
     look = _look_with_encoder if _is_encoder(options.training) else _look_with_backbone
-    layer, name = look(options, read_image(options.image))
+    layer, name = look(options, read_image(options.image, options.max_pixels))
     head = choose_head(layer.plans, options.head)
     name = f"{name}, head {head} of {len(layer.plans)}"
     draw_references(

@@ -19,7 +19,9 @@ from transformers import (
 from transformers.utils import logging
 
 from .. import language
+from ..errors import first_line
 from ..language.references import References
+from ..language.saved import SavedError, load_saved
 from ..language.switch import NAME
 from ..modules import SetAttention
 from .plans import ExplainError, Layer, choose_block, first_calls, normalised, plans_of
@@ -38,14 +40,14 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     logging.disable_progress_bar()
     language.register()
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = load_saved(AutoConfig.from_pretrained, folder)
         switched = {"attn_implementation": NAME} if hasattr(config, NAME) else {}
-        model, found = AutoModel.from_pretrained(folder, output_loading_info=True, **switched)
-    except Exception as error:  # transformers and safetensors raise what they like
-        reason = str(error).strip().split("\n")[0]
+        load = AutoModel.from_pretrained
+        model, found = load_saved(load, folder, output_loading_info=True, **switched)
+    except SavedError as error:
         raise ExplainError(
-            f"{folder}: expected the --output of setformer train mlm or glue, or a folder that "
-            f"save_pretrained wrote: {reason}"
+            "RUN: expected the --output of setformer train mlm or glue, or a folder that "
+            f"save_pretrained wrote: {error}"
         ) from error
     missing = sorted(key for key in found["missing_keys"] if f".{NAME}." in key)
     if missing:
@@ -93,7 +95,7 @@ def observe_image(folder: Path, layer: int, image: Image.Image) -> tuple[Layer, 
         pixels, seen = _prepare(folder, model.config, image)
         (call,) = first_calls([attention], lambda: model(pixel_values=pixels))
     except (ValueError, RuntimeError) as error:  # such as another number of pixels or channels
-        raise ExplainError(f"{folder}: {error}") from error
+        raise ExplainError(f"{folder}: {first_line(error)}") from error
     plans = plans_of(attention, call)
     sides = _pair(getattr(model.config, "patch_size", max(seen.shape)))
     grid = (seen.shape[1] // sides[0], seen.shape[2] // sides[1])

@@ -10,9 +10,10 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from ..errors import first_line
 from ..fonts import add_title, shortened, width
+from ..language.saved import SavedError, load_tokenizer, require_embeddings
 from ..pictures import CHOICE, covering_references, style
 from .encoders import find_layer, load_encoder, require_input
 from .plans import ExplainError, choose_head, first_calls, plans_of
@@ -43,10 +44,10 @@ def explain_sentence(
     model = load_encoder(run)
     require_input(model, "input_ids", "an IMAGE")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(run)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ExplainError(f"{run}: expected a tokenizer beside the model: {reason}") from error
+        tokenizer = load_tokenizer(run)
+        require_embeddings(tokenizer, model.config, run)
+    except SavedError as error:
+        raise ExplainError(f"RUN: expected a tokenizer beside the model: {error}") from error
     if not tokenizer.is_fast:
         raise ExplainError(f"{run}: expected a tokenizer that knows words, a tokenizer.json")
     attention, name = find_layer(model, layer, run)
@@ -57,9 +58,8 @@ def explain_sentence(
     try:
         (call,) = first_calls([attention], lambda: model(**encoding))
     except (ValueError, IndexError) as error:  # more than the model's positions
-        tokens = len(of_word)
         raise ExplainError(
-            f"--text: the model does not take its {tokens} tokens: {error}"
+            f"--text: the model does not take its {len(of_word)} tokens: {first_line(error)}"
         ) from error
     plans = plans_of(attention, call)
     plans = torch.zeros(len(plans), len(words), plans.shape[2]).index_add(1, of_word, plans)

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import first_line
+from ..images import add_max_pixels
+
 if TYPE_CHECKING:
     from .predictors import Predictor
 
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers there as well")
     add_background_option(parser)
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,9 +53,11 @@ def run(options: argparse.Namespace) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         answers, failed = _answer_all(predictor, options)
         if options.json is not None:
-            options.json.write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+            text = json.dumps(answers, indent=1, ensure_ascii=False) + "\n"
+            # File names that are not UTF-8 stay what they are.
+            options.json.write_text(text, encoding="utf-8", errors="surrogateescape")
     except (RunError, OSError) as error:
-        return _fail(str(error))
+        return _fail(first_line(error))
     if failed:
         return _fail(f"{failed} of {len(options.images)} images could not be read")
     return 0
@@ -61,16 +67,20 @@ def _answer_all(
     predictor: Predictor, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], int]:
     """The answers in JSON's types, and how many images could not be read."""
+    from ..files import is_hidden
     from ..images import read_image
     from .pictures import draw
 
     answers, failed = [], 0
     taken = {path.resolve() for path in options.images}
     for path in options.images:
+        if is_hidden(path):  # a pattern of the shell finds them, too
+            print(f"setformer predict: {path}: hidden or a system's, left out", file=sys.stderr)
+            continue
         try:
-            image = read_image(path)
+            image = read_image(path, options.max_pixels)
         except OSError as error:
-            print(f"setformer predict: {error}", file=sys.stderr)
+            print(f"setformer predict: {first_line(error)}", file=sys.stderr)
             failed += 1
             continue
         answer = predictor(image, options.threshold)

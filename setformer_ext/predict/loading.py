@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import Tensor, nn
 
+from ..errors import first_line
 from .predictors import PREDICTORS, Predictor
 
 CARD = "card.json"
@@ -40,7 +42,9 @@ def load_run(folder: Path) -> Predictor:
             f"{folder / CARD}: lacks or does not know {error}; was it edited by hand?"
         ) from error
     except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise RunError(f"{folder / CARD}: no model can be made of it: {error}") from error
+        raise RunError(
+            f"{folder / CARD}: no model can be made of it: {first_line(error)}"
+        ) from error
     load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     predictor.model.eval()
     return predictor
@@ -52,15 +56,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         RunError: if there is no such file, or it is neither.
     """
-    from timm.models import load_state_dict
-
     if not path.is_file():
         raise RunError(f"{path}: no such file")
     try:
-        return load_state_dict(str(path))
+        return timm.models.load_state_dict(str(path))
     except Exception as error:  # torch and safetensors raise what they like
-        reason = str(error).strip().partition("\n")[0]
-        raise RunError(f"{path}: not a file of weights ({reason})") from error
+        raise RunError(f"{path}: not a file of weights ({first_line(error)})") from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -89,9 +90,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
 
 def _read_card(path: Path) -> dict[str, Any]:
     try:
-        card = json.loads(path.read_text())
+        card = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not JSON ({error})") from error
+        raise RunError(f"{path}: not JSON ({first_line(error)})") from error
     if isinstance(card, dict) and card.get("task") in LANGUAGE:
         raise RunError(
             f"{path.parent}: a training of {card['task']}, expected one on images; load it by "
@@ -100,6 +101,8 @@ def _read_card(path: Path) -> dict[str, Any]:
     for key, kind in COMMON_KEYS.items():
         if not isinstance(card, dict) or not isinstance(card.get(key), kind):
             raise RunError(f"{path}: expected an object with a {kind.__name__} under {key!r}")
+    if not timm.is_model(card["model"]):  # timm would look for others in its hub
+        raise RunError(f"{path}: no model can be made of it: timm knows no {card['model']!r}")
     if card["task"] not in PREDICTORS:
         raise RunError(f"{path}: task must be one of {', '.join(PREDICTORS)}, got {card['task']!r}")
     return card
@@ -111,8 +114,6 @@ def load_checkpoint(name: str, path: Path) -> Predictor:
     Raises:
         RunError: if the name is not one of the backbone's sizes, or the weights do not fit it.
     """
-    import timm
-
     names = timm.list_models("setformer_*")
     if name not in names:
         raise RunError(f"--model must be one of {', '.join(names)}, got {name!r}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import info
+from ..errors import first_line
 from ..timing import why_no_cuda
 from .benchmark import COMPETITORS
 from .outcome import Outcome, Timing
@@ -19,7 +20,7 @@ def facts(device: torch.device) -> str:
     try:
         lines = [info.report()]
     except Exception as error:
-        lines = [f"setformer info: {type(error).__name__}: {error}"]
+        lines = [f"setformer info: {type(error).__name__}: {first_line(error)}"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         lines.append(
@@ -42,12 +43,13 @@ def _driver() -> str:
         done = subprocess.run(
             [tool, f"--query-gpu={query}", "--format=csv"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=30,
             check=False,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi: {error}"
+        return f"nvidia-smi: {first_line(error)}"
     return (done.stdout + done.stderr).strip()
 
 

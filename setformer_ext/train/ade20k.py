@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ..images import read_image
+from ..errors import first_line
+from ..files import visible
+from ..images import MAX_PIXELS, annotated_size, is_image, opened, read_image
+from .lines import numbered_lines
+from .sampling import transformed
 from .task import DataError
 
 IGNORED = -1  # the class of pixels that count neither in losses nor in metrics
 UNKNOWN = -2
 LABEL_MODES = ("L", "I", "I;16", "I;16B")  # Pillow's names of grey of 8 and of more bits
 LARGEST_LABEL = 65535
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change what they store
 LISTED = 5  # broken samples that a message names
 
 
@@ -72,13 +75,21 @@ class Ade20k(Dataset[Any]):
         root: holds images and annotations.
         split: "training" or "validation".
         transform: of an image [3, H, W] uint8 and a mask [H, W] int64 with classes or IGNORED.
+        annotated, max_pixels: see :func:`setformer_ext.images.annotated_size`.
 
     Raises:
         DataError: if there are no images.
     """
 
-    def __init__(self, root: Path, split: str, transform: Callable[..., Any]) -> None:
-        self.transform = transform
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        transform: Callable[..., Any],
+        annotated: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.transform, self.annotated, self.max_pixels = transform, annotated, max_pixels
         self.labels = Labels((), None)
         self.folder = root / "annotations" / split
         images, annotations = _by_stem(root / "images" / split), _by_stem(self.folder)
@@ -98,10 +109,15 @@ class Ade20k(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         image_path, label_path = self.samples[index]
-        check_pair(image_path, label_path)
-        image = torch.from_numpy(np.array(read_image(image_path))).permute(2, 0, 1)
-        classes = torch.from_numpy(self.labels.to_classes(read_labels(label_path), label_path))
-        return self.transform(tv_tensors.Image(image), tv_tensors.Mask(classes))
+        upright = self._check_pair(image_path, label_path)
+        pixels = np.array(read_image(image_path, self.max_pixels, upright))
+        classes = self.labels.to_classes(read_labels(label_path, self.max_pixels), label_path)
+        return transformed(
+            image_path,
+            self.transform,
+            tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)),
+            tv_tensors.Mask(torch.from_numpy(classes)),
+        )
 
     def count(self) -> list[tuple[np.ndarray, str]]:
         """How many pixels have each label, [L] int64, and what is wrong, of each sample.
@@ -109,7 +125,38 @@ class Ade20k(Dataset[Any]):
         JPEGs are not decoded, so it takes a small part of the time of an epoch.
         """
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-            return list(pool.map(_count, self.samples))
+            return list(pool.map(self._count, self.samples))
+
+    def _count(self, sample: tuple[Path, Path]) -> tuple[np.ndarray, str]:
+        try:
+            self._check_pair(*sample)
+            return np.bincount(read_labels(sample[1], self.max_pixels).ravel()), ""
+        except (DataError, OSError) as error:
+            return np.empty(0, dtype=np.int64), first_line(error)
+
+    def _check_pair(self, image: Path, label: Path) -> bool:
+        """Check that both files exist and are of the same size.
+
+        Returns:
+            whether the labels are of the image turned upright, rather than as it is stored.
+
+        Raises:
+            DataError, OSError: naming the file.
+        """
+        if not image.exists():
+            expected = image.parent / label.stem
+            raise DataError(f"{label}: is without an image; expected {expected}.jpg")
+        if not label.exists():
+            raise DataError(f"{image}: is without labels; expected {label}")
+        with opened(label, self.max_pixels) as labels:
+            size = labels.size
+        needed, upright = annotated_size(image, size, self.annotated, self.max_pixels)
+        if size != needed:
+            raise DataError(
+                f"{label}: is {size[0]} x {size[1]}, "
+                f"but its image {image} is {needed[0]} x {needed[1]}"
+            )
+        return upright
 
 
 def look_over(
@@ -152,41 +199,26 @@ def look_over(
     return labels, failures
 
 
-def check_pair(image: Path, label: Path) -> None:
-    """Check that both files exist and are of the same size, upright.
-
-    Raises:
-        DataError, OSError: naming the file.
-    """
-    if not image.exists():
-        raise DataError(f"{label}: is without an image; expected {image.parent / label.stem}.jpg")
-    if not label.exists():
-        raise DataError(f"{image}: is without labels; expected {label}")
-    with _opened(label) as labels:
-        size = labels.size
-    expected = _size(image)
-    if size != expected:
-        raise DataError(
-            f"{label}: is {size[0]} x {size[1]}, "
-            f"but its image {image} is {expected[0]} x {expected[1]}"
-        )
-
-
-def read_labels(path: Path) -> np.ndarray:  # [H, W] integers
+def read_labels(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:  # [H, W] integers
     """The labels of a grey image.
 
     Raises:
-        DataError: for one of colours, or of a palette.
+        DataError: for one of colours, of a palette, or compressed at a loss.
         OSError: if it cannot be decoded; the message names it.
     """
-    with _opened(path) as image:
-        if image.mode not in LABEL_MODES:
-            remedy = "; if its indices are, save np.asarray(Image.open(FILE))"
-            raise DataError(
-                f"{path}: is of Pillow's mode {image.mode}; expected grey whose values are the "
-                f"labels{remedy if image.mode == 'P' else ''}"
-            )
-        labels = np.asarray(image)
+    with opened(path, max_pixels) as image:
+        mode, labels = image.mode, np.asarray(image)
+        kind = "JPEG" if image.info.get("compression") == "jpeg" else image.format
+    if kind in LOSSY:
+        raise DataError(
+            f"{path}: is a {kind}, which may change labels; expected PNG, or what else keeps them"
+        )
+    if mode not in LABEL_MODES:
+        remedy = "; if its indices are, save np.asarray(Image.open(FILE))"
+        raise DataError(
+            f"{path}: is of Pillow's mode {mode}; expected grey whose values are the "
+            f"labels{remedy if mode == 'P' else ''}"
+        )
     if labels.min(initial=0) < 0 or labels.max(initial=0) > LARGEST_LABEL:
         raise DataError(f"{path}: expected labels from 0 to {LARGEST_LABEL}")
     return labels
@@ -215,20 +247,14 @@ def read_names(root: Path, first: int) -> list[str] | None:
             indices = [int(row[heading.index("Idx")]) for row in rows[1:]]
             names = [row[heading.index("Name")].split(",")[0].strip() for row in rows[1:]]
         except (IndexError, ValueError) as error:
-            raise DataError(f"{path}: a row that does not fit its heading ({error})") from error
+            raise DataError(
+                f"{path}: a row that does not fit its heading ({first_line(error)})"
+            ) from error
         if indices != [*range(first, first + len(indices))]:
             raise DataError(f"{path}: expected Idx {first}, {first + 1}, ... in this order")
         return names
     path = root / "classes.txt"
     return [line.strip() for line in _lines(path)] if path.exists() else None
-
-
-def _count(sample: tuple[Path, Path]) -> tuple[np.ndarray, str]:
-    try:
-        check_pair(*sample)
-        return np.bincount(read_labels(sample[1]).ravel()), ""
-    except (DataError, OSError) as error:
-        return np.empty(0, dtype=np.int64), str(error)
 
 
 def _total(counts: list[np.ndarray]) -> np.ndarray:
@@ -245,42 +271,21 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             f"--data: there is no folder {folder}; expected images/training, images/validation, "
             f"annotations/training and annotations/validation in {folder.parent.parent}"
         )
-    known = Image.registered_extensions()
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in known and not path.name.startswith("."):
+    for path in visible(folder)[1]:
+        if is_image(path):
             if path.stem in found:
                 raise DataError(f"{path}: has the same name as {found[path.stem]}; remove one")
             found[path.stem] = path
     return found
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image to look into; what Pillow raises meanwhile becomes an OSError naming the file."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:
-        raise OSError(f"{path}: not an image of a kind that Pillow reads") from error
-    except Exception as error:  # decoders raise what they like
-        raise OSError(f"{path}: a broken image ({error})") from error
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height as read_image gives them; only PNGs have to be decoded for it."""
-    with _opened(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else image.size
-
-
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text in UTF-8") from error
+    problems: list[str] = []
+    lines = [line for _, line in numbered_lines(path, problems) if line.strip()]
+    if problems:
+        raise DataError(problems[0])
+    return lines
 
 
 def _listed(values: Sequence[object]) -> str:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from .task import TrainingError, first_line
+from ..errors import first_line
+from .task import TrainingError
 
 KEPT = 2  # the newest, and the one before should that prove broken
 PARTIAL = ".partial"  # how the names end of files that are not yet whole
@@ -27,7 +28,7 @@ class CheckpointError(TrainingError):
     def of_writing(cls, path: Path, reason: BaseException) -> CheckpointError:
         """Such as a full disk, which leaves what was written before."""
         return cls(
-            f"cannot write {path}: {reason}; earlier checkpoints are untouched: "
+            f"cannot write {path}: {first_line(reason)}; earlier checkpoints are untouched: "
             "make room, then go on with --resume"
         )
 

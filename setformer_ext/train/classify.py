@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data import Mixup, auto_augment, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
-from torchvision.datasets import ImageFolder
 
 from .. import vision  # noqa: F401 (registers the models)
-from ..images import read_image
+from ..errors import first_line
+from ..images import add_max_pixels
+from .labelled_images import LabelledImages, classes_without_images, find_data
 from .options import add_model_options, number
-from .task import Batch, DataError, Metrics, Task, TrainingError
-from .weights import load_pretrained
+from .task import Batch, DataError, Metrics, Task, TrainingError, listed
+from .weights import load_pretrained, require_weights
 
 
 class Accuracy(Metrics):
@@ -47,12 +48,12 @@ class Accuracy(Metrics):
 
 
 class Classify(Task):
-    """Images in ``DATA/train/CLASS/`` and ``DATA/val/CLASS/``."""
+    """Images in ``DATA/train/CLASS/`` and ``DATA/val/CLASS/``, or in ``DATA/CLASS/``."""
 
     name = "classify"
     monitor = "top1"
-    train: ImageFolder
-    eval: ImageFolder
+    train: LabelledImages
+    eval: LabelledImages
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -61,8 +62,15 @@ class Classify(Task):
             type=Path,
             required=True,
             metavar="DIR",
-            help="holds train/CLASS/*.jpg and val/CLASS/*.jpg",
+            help="holds train/CLASS/*.jpg and val/CLASS/*.jpg, or with --val-share CLASS/*.jpg",
         )
+        parser.add_argument(
+            "--val-share",
+            type=number(float, 0.001, 0.999),
+            metavar="SHARE",
+            help="of the images of every class in --data, drawn by --seed, to evaluate on",
+        )
+        add_max_pixels(parser)
         parser.add_argument(
             "--model",
             default="setformer_tiny",
@@ -144,13 +152,16 @@ class Classify(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.train = _folder(options.data / "train", options)
-        self.eval = _folder(options.data / "val", options)
-        self.classes = self.train.classes
-        self.without = _classes_without_images(options, self.train, self.eval)
-        # ImageFolder counts the classes that it finds; those of val may be fewer.
-        indices = [self.train.class_to_idx[name] for name in self.eval.classes]
-        self.eval.target_transform = indices.__getitem__
+        require_weights(options.pretrained)
+        train, val = find_data(options)
+        self.classes = [*train.classes]
+        self.without = classes_without_images(train, val)
+        if self.without and options.on_error == "stop":
+            raise DataError(f"--data: {'; '.join(self.without)} (--on-error skip: go on without)")
+        self.others = [*map(str, train.others + val.others)]
+        mode = "L" if options.in_chans == 1 else "RGB"
+        self.train = LabelledImages(train, self.classes, mode, options.max_pixels)
+        self.eval = LabelledImages(val, self.classes, mode, options.max_pixels)
         if options.batch_size % 2 and (options.mixup or options.cutmix):
             raise TrainingError(
                 f"--batch-size: expected an even number, got {options.batch_size}: --mixup and "
@@ -171,20 +182,7 @@ class Classify(Task):
             "in_chans": options.in_chans,
         }
         self.config = self._data_config()
-        augmentation = {
-            "is_training": True,
-            "scale": (options.crop_scale, 1.0),
-            "hflip": options.flip,
-            "auto_augment": None if options.auto_augment == "none" else options.auto_augment,
-            "color_jitter": options.color_jitter or None,
-            "re_prob": options.random_erasing,
-        }
-        common = {key: self.config[key] for key in ("input_size", "interpolation", "mean", "std")}
-        try:
-            self.train.transform = create_transform(**common, **augmentation)
-        except (AssertionError, KeyError, ValueError) as error:
-            raise TrainingError(f"--auto-augment: {options.auto_augment!r}: {error}") from error
-        self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
+        self._make_transforms()
         self.mixup = (
             Mixup(
                 options.mixup,
@@ -195,6 +193,27 @@ class Classify(Task):
             if options.mixup or options.cutmix
             else None
         )
+
+    def _make_transforms(self) -> None:
+        options = self.options
+        common = {key: self.config[key] for key in ("input_size", "interpolation", "mean", "std")}
+        operations = auto_augment.NAME_TO_OP
+        try:
+            with patch.dict(operations, {n: _posterize for n in operations if "Posterize" in n}):
+                self.train.transform = create_transform(
+                    **common,
+                    is_training=True,
+                    scale=(options.crop_scale, 1.0),
+                    hflip=options.flip,
+                    auto_augment=None if options.auto_augment == "none" else options.auto_augment,
+                    color_jitter=options.color_jitter or None,
+                    re_prob=options.random_erasing,
+                )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise TrainingError(
+                f"--auto-augment: {options.auto_augment!r}: {first_line(error)}"
+            ) from error
+        self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
 
     def _data_config(self) -> dict[str, Any]:
         """What the model says of its images, at this size and with this many channels."""
@@ -212,16 +231,23 @@ class Classify(Task):
 
     def describe(self) -> str:
         size = "x".join(str(s) for s in self.config["input_size"])
+        left_out = [*self.without]
+        if self.others:
+            left_out.append(
+                f"{len(self.others)} files are no images or in no class: {listed(self.others)}"
+            )
         return (
             f"{len(self.train)} training and {len(self.eval)} evaluation images of "
-            f"{len(self.classes)} classes, read as {size}" + "".join(f"; {s}" for s in self.without)
+            f"{len(self.classes)} classes, read as {size}" + "".join(f"; {s}" for s in left_out)
         )
 
     def make_model(self) -> nn.Module:
         try:
             model = timm.create_model(self.options.model, **self.model_options)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise TrainingError(f"--model-options: {self.options.model}: {error}") from error
+            raise TrainingError(
+                f"--model-options: {self.options.model}: {first_line(error)}"
+            ) from error
         if self.options.pretrained is not None:
             load_pretrained(model, self.options.pretrained)
         return model
@@ -253,43 +279,8 @@ class Classify(Task):
         }
 
 
-def _read(file: str, mode: str) -> Image.Image:
-    return read_image(Path(file)).convert(mode)
-
-
-def _folder(path: Path, options: argparse.Namespace) -> ImageFolder:
-    read = partial(_read, mode="L" if options.in_chans == 1 else "RGB")  # workers pickle it
-    if not path.is_dir():
-        raise DataError(
-            f"--data: there is no folder {path}; expected train/CLASS/*.jpg and val/CLASS/*.jpg "
-            f"in {path.parent}"
-        )
-    try:
-        folder = ImageFolder(path, loader=read, allow_empty=True)
-    except FileNotFoundError as error:
-        raise DataError(f"--data: {path} has no folders, one for each class") from error
-    if not folder.samples:
-        raise DataError(f"--data: no images in the {len(folder.classes)} folders of {path}")
-    return folder
-
-
-def _classes_without_images(
-    options: argparse.Namespace, train: ImageFolder, val: ImageFolder
-) -> list[str]:
-    """Says which classes either folder lacks, where the training goes on without them."""
-    unknown = sorted(set(val.classes) - set(train.classes))
-    if unknown:
-        raise DataError(f"--data: {train.root} lacks classes of {val.root}: {', '.join(unknown)}")
-    if len(train.classes) < 2:
-        raise DataError(
-            f"--data: {train.root} has one class, {train.classes[0]}; expected two or more"
-        )
-    messages = []
-    for folder in (train, val):
-        filled = {folder.classes[label] for _, label in folder.samples}
-        empty = [name for name in train.classes if name not in filled]
-        if empty:
-            messages.append(f"{folder.root} has no images of these classes: {', '.join(empty)}")
-    if messages and options.on_error == "stop":
-        raise DataError(f"--data: {'; '.join(messages)} (--on-error skip: go on without)")
-    return messages
+def _posterize(image: Image.Image, bits_to_keep: int, **more: Any) -> Image.Image:
+    """timm's, also where no bit is kept and all becomes black, which Pillow refuses from 13 on."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **more)

@@ -14,7 +14,10 @@ from typing import Any
 from .task import Task
 
 # Options that may be others when a training is resumed; they do not change its numbers.
-MAY_DIFFER = {"command", "config", "on_error", "output", "resume", "run", "save_every", "workers"}
+MAY_DIFFER = {
+    *("command", "config", "max_pixels", "on_error", "output", "resume", "run", "save_every"),
+    "workers",
+}
 
 
 def comparable(options: argparse.Namespace) -> dict[str, Any]:
@@ -71,10 +74,10 @@ class TaskParser(argparse.ArgumentParser):
 
         try:
             # The base loader leaves words as they are written: `precision: no` is not False.
-            content = yaml.load(path.read_text(), yaml.BaseLoader)
+            content = yaml.load(path.read_bytes(), yaml.BaseLoader)
         except OSError as error:
             self.error(f"--config: cannot read {path}: {error.strerror}")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except yaml.YAMLError as error:
             self.error(f"{path}: not YAML: {' '.join(str(error).split())}")
         if not isinstance(content, dict):
             self.error(f"{path}: expected lines of `option: value`, got {content!r}")

@@ -8,13 +8,17 @@ no state of a generator.
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..errors import first_line
 from .task import DataError, Samples
 
 INITIALISATION, ORDER, SAMPLE, STEP, EVALUATION = range(5)  # what random numbers are drawn for
@@ -89,6 +93,26 @@ class Once(Sampler[list[Place]]):
             yield self.places[first : first + self.batch_size]
 
 
+def transformed(path: Path | str, transform: Callable[..., Any], *sample: Any) -> Any:
+    """What a dataset's transform makes of the sample that was read from a file.
+
+    Raises:
+        DataError: for all that the transform raises; names the file and the step that failed.
+    """
+    try:
+        return transform(*sample)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{path}: the transform {_failed(error)} failed: {reason}") from error
+
+
+def _failed(error: Exception) -> str:
+    """The innermost transform that raised an error, or the function if there is none."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    steps = [frame.f_locals["self"] for frame in frames if callable(frame.f_locals.get("self"))]
+    return shorten(repr(steps[-1]) if steps else frames[-1].f_code.co_name, 100, placeholder="...")
+
+
 class Loaded(NamedTuple):
     """A sample, or none, and what was wrong with those that could not be read."""
 
@@ -119,7 +143,7 @@ class SeededDataset(Dataset[Loaded]):
                 return Loaded(self.dataset[(index + distance) % self.size], failures)
             except (DataError, OSError) as error:
                 # Given back, not raised: raised in a worker it would come with a traceback.
-                failures.append(str(error))
+                failures.append(first_line(error))
         return Loaded(None, failures)
 
 

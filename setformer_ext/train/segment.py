@@ -19,11 +19,13 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
 from .. import vision  # noqa: F401 (registers the models)
+from ..errors import first_line
+from ..images import add_annotated, add_max_pixels
 from ..vision.segmentation import DECODERS, from_card, segment
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
 from .options import add_model_options, key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError
-from .weights import load_pretrained
+from .weights import load_pretrained, require_weights
 
 LISTED = 5  # of what is wrong with the data, in one message
 
@@ -88,6 +90,8 @@ class Segment(Task):
             help="of pixels without a class, or none; the classes are 1, 2, ... if it is 0, else "
             "0, 1, ... (default: %(default)s)",
         )
+        add_annotated(parser)
+        add_max_pixels(parser)
         parser.add_argument(
             "--model",
             default="setformer_tiny",
@@ -169,6 +173,7 @@ class Segment(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        require_weights(options.pretrained)
         low, high = options.scale_jitter
         if low > high:
             raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")
@@ -183,8 +188,9 @@ class Segment(Task):
         normalise = v2.Compose(
             [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
         )
-        self.train = Ade20k(options.data, "training", self._augmentation(normalise))
-        self.eval = Ade20k(options.data, "validation", partial(_plain, normalise))
+        reading = (options.annotated, options.max_pixels)
+        self.train = Ade20k(options.data, "training", self._augmentation(normalise), *reading)
+        self.eval = Ade20k(options.data, "validation", partial(_plain, normalise), *reading)
         self.labels, self.failures = look_over(
             options.data, self.train, self.eval, options.ignore_label
         )
@@ -220,7 +226,9 @@ class Segment(Task):
         try:
             model = from_card(self.card())
         except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise TrainingError(f"--model, --decoder: {options.model}: {error}") from error
+            raise TrainingError(
+                f"--model, --decoder: {options.model}: {first_line(error)}"
+            ) from error
         if options.pretrained is not None:
             whole = timm.create_model(options.model, **dict(options.model_options))
             load_pretrained(whole, options.pretrained)
