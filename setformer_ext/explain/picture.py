@@ -50,7 +50,7 @@ def draw_references(
     """
     scale = RESOLUTION / max(image.shape[1:])
     size = _scaled(image.shape[1:], scale)
-    token_size = _scaled(covered or size, 1 if covered is None else scale)
+    token_size = size if covered is None else _scaled(covered, scale)
     mass = plan.sum(0) / plan.sum()  # [M]
     with style(background, [layer]) as theme:
         shown = covering_references(plan, len(theme.colours))
