@@ -36,6 +36,9 @@ NAMES = [
 ]
 SIZES = [(1, 1), (9, 700), (700, 9), (90, 120)]  # width, height
 
+# Where a font is missing, measuring outside of style() warns again.
+pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing from")
+
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
