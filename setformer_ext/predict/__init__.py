@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    from ..pictures import add_background_option
+
     parser.add_argument(
         "training", type=Path, metavar="RUN", help="the --output folder of a `setformer train`"
     )
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out objects of a smaller score, from 0 to 1 (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers there as well")
+    add_background_option(parser)
     add_max_pixels(parser)
 
 
@@ -82,7 +85,7 @@ def _answer_all(
             continue
         answer = predictor(image, options.threshold)
         picture = _free_name(options.output, path.stem, taken)
-        draw(answer, image, path.name, picture)
+        draw(answer, image, path.name, picture, options.background)
         print(f"{path}: {answer.text()}\n  {picture}")
         answers.append({"image": str(path), "picture": str(picture), **answer.json()})
     return answers, failed
