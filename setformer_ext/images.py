@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 178_956_970  # where Pillow refuses, too
+LARGEST_RATIO = 100  # of the sides of an image that is classified
 ORIENTATION = 0x0112  # EXIF's number of it
 QUARTER_TURNS = (5, 6, 7, 8)  # its values that swap width and height
 # Endings of images that Pillow reads under another name, with a plugin, or not at all: such a file
@@ -115,6 +116,17 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS, upright: bool = True) -
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """An image whose longer side is at most ``LARGEST_RATIO`` times the shorter: the middle of it.
+
+    Classifiers see the middle of what they resize by the shorter side; of a line of pixels they
+    would resize all of it first, to gigabytes.
+    """
+    width, height = (min(side, LARGEST_RATIO * min(image.size)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def annotated_size(

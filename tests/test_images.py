@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
 from setformer_ext import cli, images
-from setformer_ext.images import annotated_size, opened, read_image
+from setformer_ext.image_folder import ImageFolder
+from setformer_ext.images import MAX_PIXELS, annotated_size, middle, opened, read_image
+from setformer_ext.predict.predictors import Classifier
+from setformer_ext.train.labelled_images import LabelledImages
 from training import arguments, classify, write_digits
 
 
@@ -129,3 +133,48 @@ def test_labels_fit_the_upright_or_the_stored_pixels(
         else:
             assert annotated_size(path, sizes[name]) == (size, is_upright)
     assert annotated_size(path, (3, 4)) == (sizes["upright"], True)
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (250, 2)])
+def test_a_line_of_pixels_is_classified_by_its_middle(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    """Its shorter side is brought to some hundred pixels: all of it would be of gigabytes."""
+    picture = np.full((*size[::-1], 3), (255, 0, 0), np.uint8)
+    centre = [
+        slice(max(0, side // 2 - side // 8 - 1), side // 2 + side // 8 + 1) for side in size[::-1]
+    ]
+    picture[tuple(centre)] = (0, 0, 255)
+    path = tmp_path / "line.png"
+    Image.fromarray(picture).save(path)
+    folder = ImageFolder("", {"line": [path]}, [])
+    images = LabelledImages(folder, ["line"], "RGB", MAX_PIXELS)
+    images.transform = create_transform(
+        (3, 224, 224), mean=(0, 0, 0), std=(1, 1, 1), crop_pct=0.9, interpolation="bilinear"
+    )
+    seen = images[0][0]
+    assert seen.shape == (3, 224, 224)
+    assert (seen[2] > 0.99).all()  # blue
+    assert (seen[0] < 0.01).all()
+    assert (
+        Classifier(
+            {
+                "model": "setformer_mini",
+                "model_options": {"num_classes": 2},
+                "classes": ["a", "b"],
+                "input_size": (3, 32, 32),
+                "interpolation": "bilinear",
+                "mean": (0, 0, 0),
+                "std": (1, 1, 1),
+                "crop_pct": 0.9,
+            }
+        )(read_image(path))
+        .probabilities.isfinite()
+        .all()
+    )
+
+
+def test_images_of_usual_sides_are_classified_as_a_whole() -> None:
+    for size in ((7, 500), (500, 7), (100, 1), (3, 3)):
+        image = Image.new("RGB", size)
+        assert middle(image).size == size

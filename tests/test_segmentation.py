@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import setformer_ext.vision  # noqa: F401 (registers the models)
-from setformer_ext.vision.segmentation import DECODERS, Segmenter, from_card, segment
+from setformer_ext.vision.segmentation import DECODERS, Segmenter, enlargement, from_card, segment
 
 TINY: dict[str, Any] = {
     "dims": (32, 32, 64, 64),
@@ -196,3 +196,27 @@ def test_upernet_of_transformers() -> None:
         losses.append(output.loss.item())
     assert output.logits.shape == (2, 3, 64, 96)
     assert losses[-1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (1, 7)])
+def test_a_line_of_pixels_is_not_enlarged_to_gigabytes(size: tuple[int, int]) -> None:
+    image = torch.zeros(3, *size)
+    image[0] = torch.arange(image[0].numel()).view(size) % 2
+    seen = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[-2:])
+        return torch.cat([0.5 - x[:, :1], x[:, :1] - 0.5], 1)
+
+    labels = segment(model, image, short_side=512)
+    assert labels.shape == size
+    assert max(seen[0]) <= max(16_384, *size)
+    if max(size) > 16_384:  # as it is
+        assert torch.equal(labels, image[0].long())
+
+
+def test_usual_images_are_brought_to_the_shorter_side() -> None:
+    assert enlargement((300, 400), 0) == 1
+    assert enlargement((300, 400), 600) == 2
+    assert enlargement((400, 100), 50) == 0.5
+    assert enlargement((100, 40_000), 50) == 0.5

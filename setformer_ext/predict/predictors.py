@@ -11,6 +11,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
+from ..images import middle
 from ..vision import detection, segmentation  # registers the backbone with timm, too
 from .answers import Answer, Classification, Detection, Segmentation
 
@@ -70,7 +71,7 @@ class Classifier(Predictor):
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, threshold: float = 0.5) -> Classification:
-        pixels = self.transform(image.convert(self.mode)).unsqueeze(0)
+        pixels = self.transform(middle(image).convert(self.mode)).unsqueeze(0)
         top = self.model(pixels)[0].softmax(0).topk(min(TOP, len(self.classes)))
         return Classification([self.classes[i] for i in top.indices.tolist()], top.values)
 

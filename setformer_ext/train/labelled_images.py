@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..files import visible
 from ..image_folder import ImageFolder, find_images
-from ..images import read_image
+from ..images import middle, read_image
 from .sampling import transformed
 from .task import DataError, listed
 
@@ -40,7 +40,7 @@ class LabelledImages(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        image = read_image(Path(path), self.max_pixels).convert(self.mode)
+        image = middle(read_image(Path(path), self.max_pixels)).convert(self.mode)
         return transformed(path, self.transform, image), label
 
 

@@ -21,7 +21,7 @@ from torchvision.tv_tensors import Image, Mask
 from .. import vision  # noqa: F401 (registers the models)
 from ..errors import first_line
 from ..images import add_annotated, add_max_pixels
-from ..vision.segmentation import DECODERS, from_card, segment
+from ..vision.segmentation import DECODERS, enlargement, from_card, segment
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
 from .options import add_model_options, key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError
@@ -275,7 +275,7 @@ def _augment(
     short_side: int, jitter: tuple[float, float], rest: Callable[..., Any], image: Image, mask: Mask
 ) -> tuple[Tensor, Tensor]:
     """A random view of an image [3, H, W] and its mask [H, W]."""
-    factor = random.uniform(*jitter) * (short_side / min(mask.shape) if short_side else 1)
+    factor = random.uniform(*jitter) * enlargement(mask.shape, short_side)
     size = [max(1, round(side * factor)) for side in mask.shape]
     image, mask = v2.functional.resize(image, size), v2.functional.resize(mask, size)
     image, mask = rest(image, mask)

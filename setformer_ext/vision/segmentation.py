@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -17,6 +17,7 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "fpn": smp.FPN,
     "unet": smp.Unet,
 }
+LONGEST = 16_384  # pixels of a side, up to which images are enlarged
 STRIDE = 32  # of the last feature maps
 GROUPS = 32  # of channels that are normed together, fewer where there would not be two in each
 
@@ -98,6 +99,17 @@ def from_card(card: Mapping[str, Any]) -> Segmenter:
     )
 
 
+def enlargement(size: Sequence[int], short_side: int) -> float:
+    """The factor that brings the shorter side to a length, 1 where that is 0.
+
+    Only as far as the longer side does not grow beyond ``LONGEST``, as that of a line of pixels
+    would, to gigabytes.
+    """
+    if not short_side:
+        return 1.0
+    return min(short_side / min(size), max(LONGEST, max(size)) / max(size))
+
+
 def segment(
     model: nn.Module,
     image: Tensor,  # [3, H, W], normalised
@@ -115,8 +127,8 @@ def segment(
     """
     size = image.shape[-2:]
     x = image.unsqueeze(0)
-    if short_side:
-        factor = short_side / min(size)
+    factor = enlargement(size, short_side)
+    if factor != 1:
         target = [max(1, round(side * factor)) for side in size]
         x = F.interpolate(x, target, mode="bilinear", antialias=True)
     logits = _over_windows(model, x, window) if window else model(x)
