@@ -458,9 +458,7 @@ class SetAttention(nn.Module):
             logits = logits + self.reference_mass(_mean(x, mask)).unflatten(
                 -1, (self.num_heads, -1)
             )
-        # The operation wants masses above 0, and a softmax can round to it.
-        mass = _softmax(logits)
-        return mass.clamp(min=torch.finfo(mass.dtype).tiny) * self.num_references
+        return _softmax(logits) * self.num_references
 
     # Sizes are put into words only for an error: torch.compile would fix them to what they are.
 
