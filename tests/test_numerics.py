@@ -296,3 +296,17 @@ def test_every_input_of_the_problems_gets_a_gradient(backend: Backend) -> None:
     assert len(results) == 9
     for name, x in results.items():
         assert largest(x) > 1e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reference_masses_below_the_normal_numbers(backend: Backend, dtype: torch.dtype) -> None:
+    """Small as they are, similarities can outweigh them: they are not 0."""
+    arguments = random_problem(
+        2, H=2, N=20, M=5, kernel="linear", iterations=2, dtype=dtype, device=backend.device
+    )
+    arguments["key"] = 50 * arguments["key"]
+    smallest = torch.finfo(dtype).tiny
+    masses = torch.tensor([1, smallest, smallest / 100, smallest / 1e6, smallest], dtype=dtype)
+    assert (masses > 0).all()
+    arguments["reference_mass"] = masses.expand(2, 5).to(backend.device)
+    assert_as_exact_as_definition(backend.set_attention, arguments, backward=False)

@@ -22,6 +22,12 @@ Status load_reference_marginal(const ForwardParams& p, const Widths<T>& widths, 
   for (int64_t j = 0; j < widths.references; j += kLanes<T>) {
     store<T>(marginal.log2_b + j, log2<T>(load(marginal.b + j)));
   }
+  // Below the normal numbers of T the fast log2 knows none, and similarities can outweigh such b.
+  for (int64_t j = 0; j < p.references; ++j) {
+    if (marginal.b[j] >= kSmallestNormal<T>) continue;
+    const T given = mass == nullptr ? T(1) : mass[j * p.reference_mass.stride[2]];
+    marginal.log2_b[j] = T(__builtin_log2(double(given)) - __builtin_log2(total));
+  }
   return Status::kOk;
 }
 

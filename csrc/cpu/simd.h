@@ -194,6 +194,9 @@ SETFORMER_INLINE Vector<T> exp2_bounded(Vector<T> x) {
   return result[0];
 }
 
+template <class T>
+constexpr T kSmallestNormal = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+
 // log2 x for x >= 0; -inf at 0 and below the smallest normal number; keeps inf and NaN. With
 // m in [sqrt(1/2), sqrt(2)) and z = (m - 1) / (m + 1): log m = 2 (z + z^3/3 + z^5/5 + ...).
 template <class T>
@@ -213,8 +216,7 @@ SETFORMER_INLINE Vector<T> log2(Vector<T> x) {
 #pragma GCC unroll 16
   for (int k = last - 2; k >= 1; k -= 2) p = p * z2 + two_over_log2 / T(k);
   const Vector<T> result = p * z + __builtin_convertvector(exponent, Vector<T>);
-  const Vector<T> smallest_normal =
-      splat<T>(is_float ? T(1.17549435e-38) : T(2.2250738585072014e-308));
+  const Vector<T> smallest_normal = splat<T>(kSmallestNormal<T>);
   const Vector<T> infinity = splat<T>(T(__builtin_inf()));
   return x < smallest_normal ? -infinity : (x < infinity ? result : x);
 }
