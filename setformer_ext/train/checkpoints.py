@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from .task import TrainingError, first_line
+from ..errors import first_line
+from .task import TrainingError
 
 KEPT = 2  # the newest, and the one before should that prove broken
 PARTIAL = ".partial"  # how the names end of files that are not yet whole

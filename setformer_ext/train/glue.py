@@ -15,12 +15,24 @@ from torchmetrics.functional.classification import (
     binary_matthews_corrcoef,
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from .. import language
-from .glue_data import TASKS, Example, GlueTask, read_examples
+from ..language.saved import (
+    SavedError,
+    load_model,
+    load_saved,
+    load_tokenizer,
+    require_embeddings,
+)
+from .glue_data import TASKS, Example, GlueTask, read_task
 from .options import add_model_options, number
-from .task import Batch, Metrics, Task, TrainingError, first_line, listed
+from .task import Batch, DataError, Metrics, Task, TrainingError, listed
 
 
 def _accuracy(answers: Tensor, labels: Tensor) -> Tensor:
@@ -116,12 +128,10 @@ class Glue(Task):
         chosen = (
             list(TASKS) if "all" in options.glue_task else list(dict.fromkeys(options.glue_task))
         )
-        folders = [options.data / TASKS[name].folder for name in chosen]
-        missing = [str(folder) for folder in folders if not folder.is_dir()]
-        if len(chosen) > 1 and missing:  # before hours of training on the others
-            raise TrainingError(f"--data: there is no {', '.join(missing)}")
         if len(chosen) == 1:
             return [argparse.Namespace(**{**vars(options), "glue_task": chosen[0]})]
+        _tokenizer_and_configuration(options, TASKS[chosen[0]])
+        _require_readable(options, chosen)  # before hours of training on the first
         return [
             argparse.Namespace(
                 **{**vars(options), "glue_task": name, "output": options.output / name}
@@ -132,39 +142,10 @@ class Glue(Task):
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.glue = TASKS[options.glue_task]
+        self.tokenizer, self.config = _tokenizer_and_configuration(options, self.glue)
         self.problems: list[str] = []
         notes = self.problems if options.on_error == "skip" else None
-        folder = options.data / self.glue.folder
-        self.train = read_examples(folder / "train.tsv", self.glue, problems=notes)
-        self.eval = [
-            example
-            for part, name in self.glue.dev.items()
-            for example in read_examples(folder / name, self.glue, part, notes)
-        ]
-        language.register()
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-            self.config, unknown = AutoConfig.from_pretrained(
-                options.model,
-                num_labels=max(1, len(self.glue.classes)),
-                problem_type=None if self.glue.classes else "regression",
-                return_unused_kwargs=True,
-                **dict(options.model_options),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(
-                f"--model: expected a folder with a model and a tokenizer of transformers, such as "
-                f"the --output of train mlm, got {options.model}: {first_line(error)}"
-            ) from error
-        if "set_attention" in unknown:  # configurations do not know it
-            self.config.set_attention = unknown.pop("set_attention")
-        if self.glue.classes:
-            self.config.id2label = dict(enumerate(self.glue.classes))
-            self.config.label2id = {name: i for i, name in enumerate(self.glue.classes)}
-        if unknown:
-            raise TrainingError(
-                f"--model-options: {type(self.config).__name__} has no {', '.join(unknown)}"
-            )
+        self.train, self.eval = read_task(options.data, self.glue, notes)
 
     def describe(self) -> str:
         what = f"{len(self.glue.classes)} classes" if self.glue.classes else "a number"
@@ -178,21 +159,15 @@ class Glue(Task):
 
     def make_model(self) -> nn.Module:
         try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.options.model,
+            model = load_model(
+                AutoModelForSequenceClassification.from_pretrained,
+                Path(self.options.model),
+                "classifier",  # of another task
                 config=self.config,
                 attn_implementation=self.options.attention_implementation,
-                ignore_mismatched_sizes=True,  # the classifier of another task
-                output_loading_info=True,
             )
-        except (OSError, TypeError, ValueError, RuntimeError, KeyError) as error:
-            raise TrainingError(f"--model: {self.options.model}: {first_line(error)}") from error
-        redrawn = [key[0] for key in found["mismatched_keys"] if "classifier" not in key[0]]
-        if redrawn:
-            raise TrainingError(
-                f"--model-options: {redrawn[0]} and {len(redrawn) - 1} more weights of "
-                f"{self.options.model} are of another shape; leave out what changes sizes"
-            )
+        except SavedError as error:
+            raise TrainingError(f"--model: {error}") from error
         self.config = model.config  # with the options of references, where it has them
         self.config.architectures = [type(model).__name__]
         return model
@@ -228,3 +203,47 @@ class Glue(Task):
             "classes": list(self.glue.classes),
             "sequence_length": self.options.sequence_length,
         }
+
+
+def _tokenizer_and_configuration(
+    options: argparse.Namespace, glue: GlueTask
+) -> tuple[PreTrainedTokenizerFast, PreTrainedConfig]:
+    """Those of ``--model``, with ``--model-options``, for a task's classes."""
+    language.register()
+    folder = Path(options.model)
+    try:
+        tokenizer = load_tokenizer(folder)
+        config, unknown = load_saved(
+            AutoConfig.from_pretrained,
+            folder,
+            num_labels=max(1, len(glue.classes)),
+            problem_type=None if glue.classes else "regression",
+            return_unused_kwargs=True,
+            **dict(options.model_options),
+        )
+        require_embeddings(tokenizer, config, folder)
+    except SavedError as error:
+        raise TrainingError(
+            f"--model: expected a folder with a model and a tokenizer of transformers, such as "
+            f"the --output of train mlm: {error}"
+        ) from error
+    if "set_attention" in unknown:  # configurations do not know it
+        config.set_attention = unknown.pop("set_attention")
+    if glue.classes:
+        config.id2label = dict(enumerate(glue.classes))
+        config.label2id = {name: i for i, name in enumerate(glue.classes)}
+    if unknown:
+        raise TrainingError(f"--model-options: {type(config).__name__} has no {', '.join(unknown)}")
+    return tokenizer, config
+
+
+def _require_readable(options: argparse.Namespace, chosen: list[str]) -> None:
+    """Read all files of these tasks, and say of all that cannot be used what is wrong."""
+    wrong = []
+    for name in chosen:
+        try:
+            read_task(options.data, TASKS[name], [] if options.on_error == "skip" else None)
+        except DataError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise DataError(listed(wrong))

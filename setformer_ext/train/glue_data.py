@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from .lines import numbered_lines, refuse
 from .task import DataError
-from .texts import numbered_lines, refuse
 
 COLA_COLUMNS = ("source", "label", "star", "sentence")  # its files have no header
 
@@ -68,6 +68,20 @@ class Example(NamedTuple):
     texts: tuple[str, ...]
     label: float
     part: str = ""
+
+
+def read_task(
+    data: Path, task: GlueTask, problems: list[str] | None = None
+) -> tuple[list[Example], list[Example]]:
+    """A task's rows to train and to evaluate on; arguments and errors are read_examples'.
+
+    Args:
+        data: the download.
+    """
+    folder = data / task.folder
+    train = read_examples(folder / "train.tsv", task, problems=problems)
+    parts = (read_examples(folder / name, task, part, problems) for part, name in task.dev.items())
+    return train, [example for part in parts for example in part]
 
 
 def read_examples(

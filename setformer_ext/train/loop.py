@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..errors import first_line
 from .checkpoints import CheckpointError, Checkpoints, clear_partial, save_weights, write_atomically
 from .journal import Journal
 from .learner import Learner, make_accelerator
@@ -28,7 +29,7 @@ from .sampling import (
     Stream,
     seed_generators,
 )
-from .task import DataError, Task, TrainingError, first_line
+from .task import DataError, Task, TrainingError
 
 LOSS_EVERY = 10  # steps between looks at the loss, each of which waits for the device
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import MeanMetric
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from ..errors import first_line
 from ..language import SIZES, SetformerConfig, SetformerForMaskedLM
 from ..language.heads import IGNORED
+from ..language.saved import (
+    SavedError,
+    load_model,
+    load_saved,
+    load_tokenizer,
+    require_embeddings,
+)
 from .options import add_model_options, number
 from .parallel import from_main_process
 from .task import Batch, DataError, Metrics, Task, TrainingError, listed
-from .texts import SPECIAL, read_documents, text_files, train_tokenizer, wrap_tokenizer
+from .texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
 
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # BERT's shares: of the words; of those, the rest stay
+MANY_UNKNOWN = 0.01  # share of the words that is worth a warning
+DEFAULTS = {"model": "base", "vocab_size": 30522}  # where nothing that is given comes with others
+OF_TOKENIZER = ("vocab_size", "alphabet", "cased")  # options of one that is trained
 
 
 class Packed(Dataset[tuple[Tensor, Tensor]]):
@@ -46,8 +58,10 @@ class Packed(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.length, self.chosen = length, chosen
         self.first, self.last = tokenizer.cls_token_id, tokenizer.sep_token_id
-        self.mask, self.words = tokenizer.mask_token_id, len(tokenizer)
-        self.reserved = len(SPECIAL)  # the first of the vocabulary are no words
+        self.mask = tokenizer.mask_token_id
+        special = {*tokenizer.all_special_ids}
+        self.special = torch.tensor(sorted(special))
+        self.words = torch.tensor(sorted({*tokenizer.get_vocab().values()} - special))
         separator = np.array([self.last], dtype=np.int32)
         joined = [part for document in documents for part in (document, separator)]
         self.tokens = np.concatenate(joined) if joined else separator[:0]
@@ -60,11 +74,11 @@ class Packed(Dataset[tuple[Tensor, Tensor]]):
         piece = self.tokens[index * inside : (index + 1) * inside]
         tokens = torch.tensor([self.first, *piece.tolist(), self.last])
         labels = tokens.clone()
-        chosen = (torch.rand(self.length) < self.chosen) & (tokens >= self.reserved)
+        chosen = (torch.rand(self.length) < self.chosen) & ~torch.isin(tokens, self.special)
         labels[~chosen] = IGNORED
         fate = torch.rand(self.length)
         tokens[chosen & (fate < MASKED)] = self.mask
-        other = torch.randint(self.reserved, self.words, (self.length,))
+        other = self.words[torch.randint(len(self.words), (self.length,))]
         replaced = chosen & (fate >= MASKED) & (fate < MASKED + RANDOM)
         tokens[replaced] = other[replaced]
         return tokens, labels
@@ -120,17 +134,35 @@ class Mlm(Task):
             metavar="PATH",
             help="the same to evaluate on (default: every hundredth document of --data)",
         )
-        parser.add_argument(
-            "--model", choices=tuple(SIZES), default="base", help="size (default: %(default)s)"
-        )
+        parser.add_argument("--model", choices=tuple(SIZES), help="size (default: base)")
         add_model_options(
             parser, "of SetformerConfig, such as num_references=64 or attention=softmax"
         )
         parser.add_argument(
+            "--pretrained",
+            type=Path,
+            metavar="DIR",
+            help="SeTformer encoder to start from, such as what train mlm wrote: its weights, "
+            "sizes and, without --tokenizer, its vocabulary",
+        )
+        parser.add_argument(
+            "--tokenizer",
+            type=Path,
+            metavar="DIR",
+            help="take this one of transformers' instead of training one",
+        )
+        parser.add_argument(
             "--vocab-size",
             type=number(int, 100),
-            default=30522,
-            help="largest vocabulary of the tokenizer that is trained (default: %(default)s)",
+            help="largest vocabulary of the tokenizer that is trained "
+            f"(default: {DEFAULTS['vocab_size']})",
+        )
+        parser.add_argument(
+            "--alphabet",
+            type=number(int, 1),
+            metavar="N",
+            help="characters that it knows at most, the commonest; words with others are [UNK] "
+            "(default: what the texts need, if half of the vocabulary has room for it)",
         )
         parser.add_argument(
             "--cased", action="store_true", help="tell capital letters from small ones"
@@ -150,8 +182,23 @@ class Mlm(Task):
             help="of the words that have to be predicted (default: %(default)s)",
         )
 
+    @staticmethod
+    def split(options: argparse.Namespace) -> list[argparse.Namespace]:
+        """With the defaults of what no --pretrained or --tokenizer gives."""
+        own = {"pretrained": ("model", *OF_TOKENIZER), "tokenizer": OF_TOKENIZER}
+        sources = [name for name in own if getattr(options, name) is not None]
+        given = {name: source for source in sources for name in own[source]}
+        for name, source in given.items():
+            if getattr(options, name):
+                option = name.replace("_", "-")
+                raise TrainingError(f"--{option}: comes from --{source}; leave one of them out")
+        missing = {n: v for n, v in DEFAULTS.items() if not getattr(options, n) and n not in given}
+        return [argparse.Namespace(**{**vars(options), **missing})]
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.pretrained = _encoder_configuration(options.pretrained)
+        tokenizer = from_main_process(self._saved_tokenizer)
         self.problems: list[str] = []
         notes = self.problems if options.on_error == "skip" else None
         documents = read_documents(text_files(options.data), notes)
@@ -161,7 +208,7 @@ class Mlm(Task):
             held_out = documents[99::100]
             documents = [d for place, d in enumerate(documents) if place % 100 != 99]
         self.counts = len(documents), len(held_out)
-        self.tokenizer = self._make_tokenizer(documents)
+        self.tokenizer = tokenizer or self._train_tokenizer(documents)
         self.train, self.eval = self._pack(documents), self._pack(held_out)
         for data, which in ((self.train, "train"), (self.eval, "evaluate")):
             if not len(data):
@@ -170,29 +217,49 @@ class Mlm(Task):
                     f"sequence of {options.sequence_length}; give more text, --eval-data or a "
                     "smaller --sequence-length"
                 )
+        if self.pretrained is None:
+            words = 1 + max(self.tokenizer.get_vocab().values())
+            start: dict[str, Any] = {**SIZES[options.model], "vocab_size": words}
+        else:
+            names = inspect.signature(SetformerConfig).parameters
+            start = {n: value for n, value in self.pretrained.to_dict().items() if n in names}
         self.model_options = {
-            **SIZES[options.model],
+            **start,
             **dict(options.model_options),
-            "vocab_size": len(self.tokenizer),
+            "vocab_size": start["vocab_size"],
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-
         unknown = self.model_options.keys() - SetformerConfig().to_dict().keys()
         if unknown:
             raise TrainingError(
                 f"--model-options: SetformerConfig has no {', '.join(sorted(unknown))}"
             )
 
-    def _make_tokenizer(self, documents: list[str]) -> PreTrainedTokenizerFast:
-        """The one that a training had which is resumed, or a new one, the same in all processes."""
-        path = self.options.output / "tokenizer.json"
+    def _saved_tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """That of a training which is resumed, or else one that is given; None to train one."""
+        options, option, folder = self.options, "resume", self.options.output
+        if not options.resume or not (folder / "tokenizer.json").exists():
+            option = "pretrained" if options.tokenizer is None else "tokenizer"
+            folder = getattr(options, option)
+        if folder is None:
+            return None
+        try:
+            tokenizer = load_tokenizer(folder)
+            if self.pretrained is not None:
+                require_embeddings(tokenizer, self.pretrained, options.pretrained)
+        except SavedError as error:
+            raise TrainingError(f"--{option}: {error}") from error
+        needed = ("cls_token", "sep_token", "mask_token")
+        lacks = [name for name in needed if getattr(tokenizer, name) is None]
+        if lacks:
+            raise TrainingError(f"--{option}: {folder}: its tokenizer has no {', '.join(lacks)}")
+        return tokenizer
 
-        def make() -> str:
-            if self.options.resume and path.exists():
-                return path.read_text()
-            return train_tokenizer(documents, self.options.vocab_size, not self.options.cased)
-
-        return wrap_tokenizer(from_main_process(make))
+    def _train_tokenizer(self, documents: list[str]) -> PreTrainedTokenizerFast:
+        """One for these documents, the same in all processes."""
+        options = self.options
+        how = (options.vocab_size, not options.cased, options.alphabet)
+        return wrap_tokenizer(from_main_process(lambda: train_tokenizer(documents, *how)))
 
     def _pack(self, documents: list[str]) -> Packed:
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(
@@ -210,14 +277,35 @@ class Mlm(Task):
         )
         if self.problems:
             text += f"; {len(self.problems)} lines were left out: {listed(self.problems)}"
+        unknown = self._unknown_share()
+        if unknown > MANY_UNKNOWN:
+            text += (
+                f"\nwarning: {unknown:.1%} of the words to train on are unknown ([UNK]); a larger "
+                "--alphabet and --vocab-size may know them, or another --tokenizer"
+            )
         return text
+
+    def _unknown_share(self) -> float:
+        """How many of the words to train on the tokenizer does not know."""
+        tokenizer, tokens = self.tokenizer, self.train.tokens
+        inside = [i for token, i in tokenizer.get_vocab().items() if token.startswith("##")]
+        words = ~np.isin(tokens, [*inside, tokenizer.sep_token_id])
+        return float((tokens == tokenizer.unk_token_id).sum() / max(1, words.sum()))
 
     def make_model(self) -> nn.Module:
         try:
-            config = SetformerConfig(**self.model_options, sparse_prediction=True)
-            return SetformerForMaskedLM(config)
+            config = SetformerConfig(**{**self.model_options, "sparse_prediction": True})
+            if self.pretrained is None:
+                return SetformerForMaskedLM(config)
         except (TypeError, ValueError, KeyError) as error:
-            raise TrainingError(f"--model-options: {error}") from error
+            raise TrainingError(f"--model-options: {first_line(error)}") from error
+        folder: Path = self.options.pretrained
+        try:
+            return load_model(
+                SetformerForMaskedLM.from_pretrained, folder, "decoder", config=config
+            )
+        except SavedError as error:
+            raise TrainingError(f"--pretrained: {error}") from error
 
     def prepare(self, output: Path) -> None:
         SetformerConfig(
@@ -238,3 +326,19 @@ class Mlm(Task):
 
     def card(self) -> dict[str, Any]:
         return {"task": self.name, "model_options": self.model_options}
+
+
+def _encoder_configuration(folder: Path | None) -> SetformerConfig | None:
+    """What ``--pretrained`` holds."""
+    if folder is None:
+        return None
+    try:
+        config = load_saved(AutoConfig.from_pretrained, folder)
+    except SavedError as error:
+        raise TrainingError(f"--pretrained: {error}") from error
+    if isinstance(config, SetformerConfig):
+        return config
+    raise TrainingError(
+        "--pretrained: expected a SeTformer encoder, such as the --output of train mlm, "
+        f"got a {type(config).__name__} in {folder}"
+    )

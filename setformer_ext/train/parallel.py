@@ -21,16 +21,25 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from .task import TrainingError
+
 SHARD_PARAMETERS = 1_000_000  # what is gathered at once should be worth a message
 T = TypeVar("T")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # mostly without a forward of their own
 
 
 def from_main_process(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the main process, in all of them."""
-    state = PartialState(cpu=not torch.cuda.is_available())
-    made: list[Any] = [make() if state.is_main_process else None]
-    return broadcast_object_list(made)[0]
+    """What ``make`` gives in the main process, or its TrainingError, in all of them."""
+    made: list[Any] = [None, None]
+    if PartialState(cpu=not torch.cuda.is_available()).is_main_process:
+        try:
+            made[0] = make()
+        except TrainingError as error:
+            made[1] = error
+    result, failure = broadcast_object_list(made)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -> nn.Module:

@@ -22,11 +22,6 @@ class DataError(TrainingError):
     """Data that cannot be trained on; the message names the file, what was expected and got."""
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first: torch and transformers go on for pages."""
-    return str(error).strip().partition("\n")[0]
-
-
 def listed(problems: list[str]) -> str:
     """The first problems, and how many more there are."""
     rest = len(problems) - NAMED

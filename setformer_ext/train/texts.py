@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
-from .task import DataError
+from .lines import numbered_lines
+from .task import DataError, TrainingError
 
-ALPHABET = 1000  # characters that are known at most; words with others are [UNK]
+# Characters that are known, if half of the vocabulary has room for them: so many of the commonest,
+# or more where it takes more to make up nearly all of the text. Words with others are [UNK].
+ALPHABET, COVERED = 1000, 0.9999
 SPECIAL = {
     "pad_token": "[PAD]",  # first, so that it is 0
     "unk_token": "[UNK]",
@@ -20,44 +24,6 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-
-
-def numbered_lines(path: Path, problems: list[str] | None) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, from 1 on, without their ends.
-
-    Only \\n and \\r\\n end a line; texts have other characters in them that Python would split at.
-
-    Args:
-        path: the file.
-        problems: takes what is wrong with a line that is then left out; None to raise it.
-
-    Raises:
-        DataError: for a file that cannot be read, and for lines that are not UTF-8.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"--data: cannot read {path}: {error.strerror}") from error
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            yield number, line.removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            refuse(
-                f"{path}, line {number}: expected UTF-8, "
-                f"got the byte {line[error.start]:#04x} at column {error.start + 1}",
-                problems,
-            )
-
-
-def refuse(problem: str, problems: list[str] | None) -> None:
-    """Note what is wrong with a line, or raise it.
-
-    Raises:
-        DataError: where nothing takes notes.
-    """
-    if problems is None:
-        raise DataError(f"{problem} (--on-error skip: leave such lines out)")
-    problems.append(problem)
 
 
 def text_files(given: Iterable[Path]) -> list[Path]:
@@ -86,20 +52,28 @@ def read_documents(files: Iterable[Path], problems: list[str] | None) -> list[st
     return [line for line in lines if line.strip()]
 
 
-def train_tokenizer(documents: list[str], vocab_size: int, lowercase: bool) -> str:
+def train_tokenizer(
+    documents: list[str], vocab_size: int, lowercase: bool, alphabet_size: int | None = None
+) -> str:
     """BERT's kind of tokenizer, WordPiece, trained on the documents; as JSON.
 
     The same documents give the same tokenizer.
+
+    Args:
+        documents: the texts.
+        vocab_size: tokens at most.
+        lowercase: do not tell capital letters from small ones.
+        alphabet_size: characters that are known; by default what the texts need.
+
+    Raises:
+        TrainingError: for more characters than the vocabulary has room for.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    characters = Counter[str]()
-    for document in documents:
-        characters.update(normalizer.normalize_str(document))
-    common = sorted(characters, key=lambda c: (-characters[c], c))[: min(ALPHABET, vocab_size // 4)]
-    alphabet = sorted(c for c in common if not c.isspace())
+    letters = _common_letters(documents, normalizer, vocab_size, alphabet_size)
+    alphabet = sorted(letters)
     # The trainer numbers what it meets in the order of a hash table, and breaks ties by number:
     # what is named as special is numbered before.
-    given = [*SPECIAL.values(), *alphabet, *(f"##{c}" for c in alphabet)]
+    given = [*SPECIAL.values(), *alphabet, *(f"##{c}" for c in alphabet if letters[c] == 2)]
     learner = Tokenizer(WordPiece(unk_token=SPECIAL["unk_token"]))
     learner.normalizer = normalizer
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -121,6 +95,33 @@ def train_tokenizer(documents: list[str], vocab_size: int, lowercase: bool) -> s
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (first, last)],
     )
     return tokenizer.to_str()
+
+
+def _common_letters(
+    documents: list[str],
+    normalizer: normalizers.BertNormalizer,
+    vocab_size: int,
+    alphabet_size: int | None,
+) -> dict[str, int]:
+    """The characters to know, and how many tokens each takes: at a word's start, and inside."""
+    counts = Counter[str]()
+    for document in documents:
+        counts.update(normalizer.normalize_str(document))
+    letters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    # Chinese characters are words of their own: the normalizer puts spaces around them.
+    tokens = [1 if normalizer.normalize_str(c).startswith(" ") else 2 for c in letters]
+    taken = np.cumsum(tokens)
+    if alphabet_size is None:
+        covered = np.cumsum([counts[c] for c in letters])
+        enough = 1 + int(np.searchsorted(covered, COVERED * covered[-1:].sum()))
+        room = int(np.searchsorted(taken, vocab_size // 2, side="right"))
+        alphabet_size = min(max(ALPHABET, enough), room)
+    elif len(SPECIAL) + taken[:alphabet_size].max(initial=0) > vocab_size:
+        raise TrainingError(
+            f"--alphabet: {alphabet_size} characters take more than the {vocab_size} tokens of "
+            "--vocab-size; give a smaller alphabet or a larger vocabulary"
+        )
+    return dict(zip(letters[:alphabet_size], tokens, strict=False))
 
 
 def wrap_tokenizer(json: str) -> PreTrainedTokenizerFast:

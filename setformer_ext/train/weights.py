@@ -7,7 +7,8 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from .task import TrainingError, first_line
+from ..errors import first_line
+from .task import TrainingError
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:

@@ -1,0 +1,61 @@
+"""The lines of text files in UTF-8, whatever the locale."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+
+from .task import DataError
+
+
+def numbered_lines(path: Path, problems: list[str] | None) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, from 1 on, without their ends and a mark in front of the first.
+
+    Only \\n and \\r\\n end a line; texts have other characters in them that Python would split at.
+
+    Args:
+        path: the file.
+        problems: takes what is wrong with a line that is then left out; None to raise it.
+
+    Raises:
+        DataError: for a file that cannot be read or is no text in UTF-8 at all, and for lines that
+            are not.
+    """
+    for number, line in enumerate(_content(path).split(b"\n"), start=1):
+        try:
+            yield number, line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
+            refuse(
+                f"{path}, line {number}: expected UTF-8, "
+                f"got the byte {line[error.start]:#04x} at column {error.start + 1}",
+                problems,
+            )
+
+
+def _content(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"--data: cannot read {path}: {error.strerror}") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{path}: expected UTF-8, got UTF-16; save it as UTF-8, as by "
+            f"iconv -f UTF-16 -t UTF-8 '{path}' > utf8.txt"
+        )
+    if b"\0" in content[:1000]:
+        raise DataError(
+            f"{path}: expected a text in UTF-8, got bytes of 0, as other files and UTF-16 have them"
+        )
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def refuse(problem: str, problems: list[str] | None) -> None:
+    """Note what is wrong with a line, or raise it.
+
+    Raises:
+        DataError: where nothing takes notes.
+    """
+    if problems is None:
+        raise DataError(f"{problem} (--on-error skip: leave such lines out)")
+    problems.append(problem)
