@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import first_line
 from .checkpoints import CheckpointError, Checkpoints, clear_partial, save_weights, write_atomically
+from .evaluation import measure
 from .journal import Journal
 from .learner import Learner, make_accelerator
 from .options import comparable
@@ -147,18 +148,9 @@ class Training:
         self._require_finite()
         progress = self.progress
         model = self.learner.evaluated()
-        metrics = self.task.metrics()
-        metrics.to(self.accelerator.device)
-        read = 0
-        with torch.no_grad(), self.accelerator.autocast():
-            for batch, failures in self.eval_loader:
-                self._note(failures)
-                if batch is not None:
-                    metrics.update(model, send_to_device(batch, self.accelerator.device))
-                    read += 1
-        if not sum(gather_object([read])):
-            raise DataError("no evaluation sample can be read")
-        figures = metrics.compute()
+        figures = measure(
+            model, self.task.metrics(), self.eval_loader, self.accelerator, self._note
+        )
         self.learner.model.train()
         passes = progress.passes * self.processes
         means = {name: value / passes for name, value in self._all_sums().items()}

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .task import DataError, Samples, first_line
+from ..errors import first_line
+from .task import DataError, Samples
 
 INITIALISATION, ORDER, SAMPLE, STEP, EVALUATION = range(5)  # what random numbers are drawn for
 Place = tuple[int, int]  # position in the stream, index in the dataset
