@@ -53,9 +53,30 @@ def export(
         | {
             torch.ops.setformer_ext.set_attention.default: _set_attention,
             torch.ops.setformer_ext.transport_plan.default: _transport_plan,
+            torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
+            torch.ops.aten._adaptive_avg_pool2d.default: _adaptive_average,
         }
     )
     return torch.onnx.export(program, args, file, dynamo=True, **options)
+
+
+def _adaptive_average(x: Tensor, output_size: list[int]) -> Tensor:  # [..., H, W] -> [..., h, w]
+    """Means over areas as products of matrices: ONNX's pools have windows of one size alone."""
+    rows, columns = (
+        _shares(x, axis, bins) for axis, bins in zip((-2, -1), output_size, strict=True)
+    )
+    return rows @ x @ columns.mT
+
+
+def _shares(x: Tensor, axis: int, bins: int) -> Tensor:  # -> [bins, x.shape[axis]]
+    """What part of each bin's mean each place along an axis is."""
+    length = x.shape[axis]
+    bin_ = torch.arange(bins, device=x.device).unsqueeze(1)
+    first = bin_ * length // bins
+    last = ((bin_ + 1) * length + bins - 1) // bins  # one past it
+    place = torch.arange(length, device=x.device)
+    inside = ((place >= first) & (place < last)).to(x.dtype)
+    return inside / (last - first)
 
 
 def _set_attention(*arguments: Any) -> Solution:

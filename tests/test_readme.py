@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = re.findall(
-    r"setformer (profile|selftest|train|predict|explain)((?: +[^\s`#]+)+)",
+    r"setformer (profile|selftest|train|predict|evaluate|export|explain)((?: +[^\s`#]+)+)",
     re.sub(r"\\\n\s*", " ", TEXT),
 )
 
@@ -44,7 +44,9 @@ def test_commands_have_these_options(name: str, options: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    assert {name for name, _ in COMMANDS} == {"profile", "selftest", "train", "predict", "explain"}
+    assert {name for name, _ in COMMANDS} == {
+        *("profile", "selftest", "train", "predict", "evaluate", "export", "explain")
+    }
     assert len(COMMANDS) >= 5
 
 

@@ -80,7 +80,8 @@ class TextPredictor(ABC):
     def __init__(self, folder: Path, card: dict[str, Any]) -> None:
         self.card = card
         language.register()
-        logging.set_verbosity_error()  # of weights; those that do not fit are named here
+        logging.set_verbosity_error()  # weights that do not fit are named here
+        logging.disable_progress_bar()
         implementation = card.get("attention_implementation")
         try:
             self.tokenizer = load_tokenizer(folder)

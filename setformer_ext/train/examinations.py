@@ -108,6 +108,7 @@ def _segment(card: dict[str, Any], options: argparse.Namespace) -> Examination:
 
 def _mlm(card: dict[str, Any], options: argparse.Namespace) -> Examination:
     predictor = load_text_run(options.training)
+    predictor.model.config.sparse_prediction = True  # as while training
     with cards_explained(options.training):
         length, share, seed = card["sequence_length"], card["mask_share"], card["seed"]
     problems: list[str] = []
