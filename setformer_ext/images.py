@@ -65,12 +65,12 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    if (
-        Image.MAX_IMAGE_PIXELS is not None
-    ):  # Pillow warns from there on, and refuses at twice as many
+    if Image.MAX_IMAGE_PIXELS is not None:  # from which on Pillow warns; it refuses twice as many
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
-        with Image.open(path) as image:
+        # Not by its name: Pillow 13 maps uncompressed TIFFs into memory and confuses the rows of
+        # those that are to be turned.
+        with path.open("rb") as file, Image.open(file) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             yield image
@@ -140,9 +140,11 @@ def annotated_size(
 
     with opened(path, max_pixels) as image:
         turn, stored = _orientation(image), image.size
-        upright = stored[::-1] if turn in QUARTER_TURNS else stored
-        if turn != 1 and image.format == "TIFF":  # some Pillows turn its size at once
+        if turn != 1 and image.format == "TIFF":  # some Pillows have turned its size already
             upright = ImageOps.exif_transpose(image).size
+            stored = upright[::-1] if turn in QUARTER_TURNS else upright
+        else:
+            upright = stored[::-1] if turn in QUARTER_TURNS else stored
     if turn == 1 or size not in (upright, stored) or size == upright != stored:
         return upright, True
     if size == stored != upright:

@@ -8,11 +8,13 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import setformer_ext.vision  # noqa: F401 (registers the models)
 from setformer_ext.vision.detection import (
     DETECTORS,
     Pyramid,
+    Resizing,
     faster_rcnn,
     make_body,
     mask_rcnn,
@@ -85,6 +87,59 @@ def test_images_of_any_sizes_and_without_objects(
         assert (y1 <= height).all()
         if make is mask_rcnn:
             assert answer["masks"].shape == (len(x0), 1, height, width)
+
+
+EXTREME = [(2, 2), (1, 1), (1, 4000), (4000, 1), (3, 500)]
+
+
+@pytest.mark.parametrize("make", [mask_rcnn, faster_rcnn, retinanet])
+def test_images_a_pixel_thin(make: Callable[..., nn.Module]) -> None:
+    """Sides of 1 beside thousands, of which resizing the longer to 160 would leave nothing."""
+    model = make("setformer_mini", 3, **SMALL)
+    batch, targets = [torch.rand(3, *size) for size in EXTREME], []
+    for height, width in EXTREME:
+        target = {
+            "boxes": torch.tensor([[0.0, 0.0, width, height]]),
+            "labels": torch.tensor([3]),
+            "masks": torch.ones(1, height, width, dtype=torch.uint8),
+        }
+        targets.append(target if targets else {key: value[:0] for key, value in target.items()})
+    losses = model(batch, targets)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    model.eval()
+    heads = getattr(model, "roi_heads", model)
+    heads.score_thresh, heads.detections_per_img = 0.0, 5
+    for (height, width), image in zip(EXTREME, batch, strict=True):
+        (answer,) = model([image])
+        x0, y0, x1, y1 = answer["boxes"].T
+        assert len(x0) > 0
+        assert ((x0 >= 0) & (y0 >= 0) & (x1 <= width) & (y1 <= height)).all()
+        if make is mask_rcnn:
+            assert answer["masks"].shape == (len(x0), 1, height, width)
+
+
+def test_resizing_is_torchvisions_but_for_thin_images() -> None:
+    mine, known = (
+        kind(64, 160, [0.5] * 3, [0.5] * 3) for kind in (Resizing, GeneralizedRCNNTransform)
+    )
+    for size in ((61, 83), (3, 400), (1, 159), (400, 3)):
+        image = torch.rand(3, *size)
+        target = {"boxes": torch.rand(2, 4), "masks": torch.ones(2, *size, dtype=torch.uint8)}
+        for got, expected in zip(
+            mine.resize(image, {**target}), known.resize(image, {**target}), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+    masks = torch.zeros(1, 1, 400, dtype=torch.uint8)
+    masks[..., 100:200] = 1
+    image = masks.float().expand(3, -1, -1)
+    target = {"boxes": torch.tensor([[100.0, 0.0, 200.0, 1.0]]), "masks": masks}
+    image, target = mine.resize(image, target)
+    expected = torch.zeros(1, 160)
+    expected[:, 40:80] = 1
+    assert torch.equal(target["masks"][0].float(), expected)
+    assert target["boxes"].tolist() == [[40, 0, 80, 1]]
+    torch.testing.assert_close(image[0], expected)
 
 
 @pytest.mark.parametrize("make", [mask_rcnn, faster_rcnn, retinanet])

@@ -17,7 +17,8 @@ from setformer_ext import cli
 from setformer_ext.predict.answers import Classification, Detection, Segmentation
 from setformer_ext.predict.loading import RunError, load_run
 from setformer_ext.predict.masks import mask_image
-from setformer_ext.predict.pictures import PALETTE, REST, _colours, draw
+from setformer_ext.predict.pictures import PALETTE, REST, _colours, _draw_detection, draw
+from setformer_ext.predict.predictors import PREDICTORS
 from setformer_ext.predict.report import as_csv
 from training import classify, metrics, write_digits
 
@@ -174,7 +175,8 @@ def test_folders_are_answered_and_written_as_tables(
 
 def test_tables_have_a_row_for_each_object_or_image() -> None:
     box = {"name": "b,\n", "score": 0.5, "box": [1.0, 2.0, 3.0, 4.5], "segmentation": {"size": []}}
-    answers = [{"image": "x", "objects": [box, box]}, {"image": "y", "objects": []}]
+    best = {"name": "b", "score": 0.1}
+    answers = [{"image": "x", "objects": [box, box]}, {"image": "y", "objects": [], "best": best}]
     rows = list(csv.DictReader(as_csv(answers).splitlines(keepends=True)))
     row = {"image": "x", "name": "b,\n", "score": "0.5"}
     row |= {"x0": "1.0", "y0": "2.0", "x1": "3.0", "y1": "4.5"}
@@ -442,7 +444,37 @@ def test_detections_are_the_models(
         expected[coco.decode(objects[number - 1]["segmentation"]) > 0] = number
     assert np.array_equal(numbers, expected)
     status, out, _ = predict(capsys, *given, "--threshold=1")
-    assert (status, "photo.png: nothing" in out) == (0, True)
+    best = DETECT["classes"][int(found["labels"][0]) - 1], float(found["scores"][0])
+    assert status == 0
+    assert f"photo.png: nothing found (best score {best[1]:.2g}, {best[0]})" in out
+    answer = json.loads(report.read_text())[0]
+    assert answer["objects"] == []
+    assert answer["best"] == {"name": best[0], "score": pytest.approx(best[1], abs=1e-5)}
+
+
+def test_no_object_is_of_the_empty_class(photo: Path, tmp_path: Path) -> None:
+    """RetinaNet has a class 0 that nothing is of; untrained, it is as likely as the others."""
+    card = DETECT | {"detector": "retinanet"}
+    predictor = PREDICTORS["detect"](card)
+    predictor.model.eval()
+    with Image.open(photo) as image:
+        answers = [predictor(image, threshold) for threshold in (0.0, 1.0)]
+    assert len(answers[0].labels) > 10
+    assert answers[0].labels.min() >= 0
+    best = answers[0].classes[int(answers[0].labels[0])], float(answers[0].scores[0])
+    assert answers[0].best is None
+    assert answers[1].best == (best[0], pytest.approx(best[1]))
+    for number, answer in enumerate(answers):
+        draw(answer, Image.new("RGB", (90, 60)), "x", tmp_path / f"{number}.png")
+
+
+def test_the_title_says_how_sure_the_next_best_was(tmp_path: Path) -> None:
+    none = torch.zeros(0)
+    answer = Detection(["a", "b"], none.view(0, 4), none.long(), none, None, ("b", 0.123))
+    image = Image.new("RGB", (90, 60))
+    assert answer.text() == "nothing found (best score 0.12, b)"
+    figure = _draw_detection(answer, image, "x.png")
+    assert figure.get_suptitle() == "x.png: nothing found (best score 0.12, b)"
 
 
 def test_segmentations_are_the_models(
@@ -478,7 +510,6 @@ def test_layers_of_other_tasks_are_explained(
     """The whole image comes to the backbone once, also where predictions take windows."""
     from setformer_ext.explain.plans import find_attention, observe
     from setformer_ext.images import read_image
-    from setformer_ext.predict.predictors import PREDICTORS
 
     torch.manual_seed(0)
     predictor = PREDICTORS[card["task"]](card)

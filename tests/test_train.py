@@ -22,6 +22,7 @@ from torch import nn
 import setformer_ext.vision  # noqa: F401 (registers the models)
 from setformer_ext import cli
 from setformer_ext.train import sampling
+from setformer_ext.train.classify import Classify
 from setformer_ext.train.optimization import make_schedule, parameter_groups
 from setformer_ext.train.options import TaskParser
 from setformer_ext.train.task import DataError, TrainingError
@@ -186,6 +187,54 @@ def test_broken_images_stop_or_are_left_out(
     assert f"{text}: not an image" in out
 
 
+def test_every_policy_works_at_every_magnitude(data: Path, tmp_path: Path) -> None:
+    """Where no bit of an image is kept all is black, as it was before Pillow 13 refused that."""
+    hardest = "--auto-augment=rand-m10-n15-p1-inc1"  # nearly each image is posterized to 0 bits
+    classify(data, tmp_path / "hardest", *SHORT, hardest)
+    parser = argparse.ArgumentParser()
+    Classify.add_options(parser)
+    for channels in (1, 3):
+        options = parser.parse_args([f"--data={data}", f"--in-chans={channels}"])
+        options.on_error, options.batch_size = "stop", 4
+        image = Image.linear_gradient("L").convert("L" if channels == 1 else "RGB")
+        steps = [s for s in Classify(options).train.transform.transforms if hasattr(s, "ops")]
+        for operation in steps[0].ops:  # of the default policy
+            operation.prob, operation.magnitude_std = 1, 0
+            for operation.magnitude in np.arange(0, 10.1, 0.5):
+                result = np.asarray(operation(image))
+                assert result.shape == np.asarray(image).shape
+                if operation.name == "PosterizeIncreasing":
+                    kept = 256 - 2 ** (8 - 4 + int(0.4 * operation.magnitude))
+                    assert np.array_equal(result, np.asarray(image) & kept)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_transforms_that_fail_stop_or_are_left_out(
+    workers: int,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever they raise, with the name of the file and of the step."""
+
+    def fail(image: Image.Image, **more: object) -> None:
+        raise ZeroDivisionError("no level\nand more")
+
+    monkeypatch.setitem(timm.data.auto_augment.NAME_TO_OP, "Invert", fail)
+    policy = "--auto-augment=rand-m9-n15-p1"  # inverts two of three images
+    given = ("--steps=1", "--batch-size=24", f"--workers={workers}", policy)
+    assert cli.main(arguments(data, tmp_path / "stopped", *given)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"setformer train classify: {data}/train/")
+    assert ".png: the transform AugmentOp(name=Invert, " in error
+    assert "failed: ZeroDivisionError: no level (--on-error skip" in error
+    assert error.count("\n") == 1
+    result = classify(data, tmp_path / "skipped", *given, "--on-error=skip")
+    assert len(result["skipped"]) > 10
+    assert all("the transform AugmentOp(name=Invert" in failure for failure in result["skipped"])
+
+
 def test_a_run_that_stopped_may_skip_when_it_goes_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -232,8 +281,6 @@ def test_labels_go_by_name_where_val_lacks_a_class(data: Path, tmp_path: Path) -
     """ImageFolder alone would call the 1 a 0."""
     shutil.copytree(data, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "val" / "0")
-    from setformer_ext.train.classify import Classify
-
     parser = argparse.ArgumentParser()
     Classify.add_options(parser)
     given = parser.parse_args(["--data", str(tmp_path / "data"), *TINY[:-1]])

@@ -141,7 +141,7 @@ def test_samples_are_what_pycocotools_reads(shapes: Path) -> None:
         things = known.imgToAnns[record["id"]]
         empty += not things
         assert image.shape == (3, record["height"], record["width"])
-        with Image.open(shapes / "train2017" / record["file_name"]) as file:
+        with Image.open(record["path"]) as file:
             np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(file))
         assert target["labels"].tolist() == [1 + (t["category_id"] == 90) for t in things]
         assert target["crowd"].tolist() == [bool(t["iscrowd"]) for t in things]
@@ -180,8 +180,7 @@ FAR = [[0, 0, 1e9, 0, 1e9, 1e9]]
 BROKEN: list[tuple[Change, str]] = [
     (first("bbox", [3, 4, 0, 5]), "annotation 500: bbox must be [x, y, width > 0, height > 0]"),
     (first("bbox", [3, 4, 5]), "annotation 500: bbox must be"),
-    (first("bbox", None), "got None"),
-    (first("bbox", ["3", 4, 5, 6]), "got ['3', 4, 5, 6]"),
+    (first("bbox", ["3px", 4, 5, 6]), "got ['3px', 4, 5, 6]"),
     (first("bbox", [-(10**400), 4, 5.5, 6]), "annotation 500: bbox must be"),
     (first("bbox", [900, 4, 5, 6]), "annotation 500: bbox [900, 4, 5, 6] is outside its image of"),
     (first("bbox", [1, -9, 5, 9]), "is outside its image of"),
@@ -189,7 +188,11 @@ BROKEN: list[tuple[Change, str]] = [
     (first("image_id", 3), "annotation 500: image_id 3 is not among the image ids"),
     (first("image_id", [3]), "image_id [3] is not among"),
     (first("id", 501), "annotation 501: its id is taken"),
-    (first("id", None), "annotation number 0: expected an object with an id"),
+    (first("iscrowd", "some"), "annotation 500: iscrowd must be 0 or 1, got 'some'"),
+    (
+        lambda content: content["annotations"].insert(0, 3),
+        "number 0: expected an object with an id",
+    ),
     (first("segmentation", None), "expected polygons or run lengths, got None"),
     (first("segmentation", []), "expected polygons or run lengths, got []"),
     (first("segmentation", [[1, 2, 3, 4]]), "three points or more, got [1, 2, 3, 4]"),
@@ -260,9 +263,9 @@ def test_files_that_are_not_cocos(shapes: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(content | {"images": []}))
     assert f"{file}: has no images" in error()
     file.write_text(json.dumps(content | {"categories": [{"id": 1}]}))
-    assert f"{file}: a category needs id and name, got {{'id': 1}}" in error()
+    assert f"{file}: category 1: name must be a text, got None" in error()
     file.write_text(json.dumps(content | {"categories": [*CATEGORIES, {"id": 7, "name": "a"}]}))
-    assert "category 7 (a): its id or its name is there twice" in error()
+    assert "category 7: its id is taken" in error()
     file.write_text(json.dumps(content | {"annotations": []}))
     shutil.copytree(shapes / "train2017", root / "train2017", dirs_exist_ok=True)
     assert f"{file}: no image has a box that could be used" in error()
@@ -310,6 +313,59 @@ def test_a_class_without_objects_to_train_on(broken: Callable[[Change], Path]) -
     options = parsed(data)
     options.on_error = "skip"
     assert "no object to train on of star" in Detect(options).describe()
+
+
+def test_what_was_merged_or_left_out_is_described(broken: Callable[[Change], Path]) -> None:
+    """Categories as Roboflow exports them: a root of all, and a parent of its child's name."""
+
+    def change(content: dict[str, Any]) -> None:
+        for category in content["categories"]:
+            category["supercategory"] = "shape"
+        content["categories"] += [{"id": 0, "name": "shape"}, {"id": 1, "name": "bar"}]
+
+    task = Detect(parsed(broken(change)))
+    assert task.train.classes == ["bar", "square"]
+    text = task.describe()
+    notes = (
+        "the categories 1, 7 are all 'bar' and were merged",
+        "categories that only group others: shape, left out",
+        "areas of many objects (iscrowd), which are not trained on: 1",
+    )
+    assert text.endswith("".join(f"; instances_train2017.json: {note}" for note in notes))
+
+
+def test_images_of_more_pixels_than_allowed_are_refused(shapes: Path) -> None:
+    with pytest.raises(OSError, match=r"0\.png: more than 99 pixels .*--max-pixels"):
+        Detect(parsed(shapes, "--max-pixels=99")).train[0]
+
+
+@pytest.mark.parametrize("more", [(), ("--scale-jitter", "0.1", "2")])
+def test_images_a_pixel_thin_are_trained_on(
+    more: tuple[str, ...], broken: Callable[[Change], Path]
+) -> None:
+    """Whose shorter side nothing would be left of at the training's size."""
+    sizes = [(1, 700), (700, 1), (1, 1)]
+
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"] = content["annotations"][:3]
+        for number, (width, height) in enumerate(sizes):
+            content["images"][number] |= {"width": width, "height": height}
+            content["annotations"][number] |= {
+                "image_id": 1000 + number,
+                "category_id": (7, 90, 7)[number],
+                "bbox": [0, 0, width, height],
+                "segmentation": [[0, 0, width, 0, width, height, 0, height]],
+            }
+
+    data = broken(change)
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(data / "train2017" / f"{number}.png")
+    task = Detect(parsed(data, *more))
+    torch.manual_seed(0)
+    model = task.make_model().train()
+    for _ in range(5):
+        losses = task.losses(model, task.collate([task.train[number] for number in range(3)]))
+        assert all(loss.isfinite() for loss in losses.values())
 
 
 def test_augmented_boxes_are_those_of_the_augmented_masks(shapes: Path) -> None:

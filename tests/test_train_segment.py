@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torchmetrics.classification import MulticlassJaccardIndex
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from setformer_ext import cli
 from setformer_ext.train.ade20k import IGNORED, Labels, read_names
+from setformer_ext.train.sampling import SAMPLE, SeededDataset
 from setformer_ext.train.segment import IntersectionOverUnion, Segment
 from setformer_ext.train.task import DataError
 from setformer_ext.vision.segmentation import from_card
@@ -350,6 +352,73 @@ def test_turned_photographs_fit_upright_labels(tmp_path: Path) -> None:
     assert task.failures == []
     image, _ = task.train[0]
     assert image.shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize("turn", range(2, 9))
+@pytest.mark.parametrize("annotated", ["upright", "stored"])
+def test_labels_go_with_the_pixels_that_they_were_made_of(
+    turn: int, annotated: str, tmp_path: Path
+) -> None:
+    """Colours tell the classes, whatever EXIF's data say and whichever pixels had been labelled."""
+    root = write_shapes(tmp_path, train=3, val=2)
+    for kind in ("images", "annotations"):
+        path = root / kind / "training" / "0.png"
+        save(
+            path, np.asarray(Image.open(path))[:, :48]
+        )  # 44 x 48, so that quarter turns can be told
+    path = root / "images" / "training" / "0.png"
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.open(path).save(path, exif=exif)
+    if annotated == "upright":
+        label = root / "annotations" / "training" / "0.png"
+        exif_image = Image.open(label)
+        exif_image.getexif()[0x0112] = turn
+        save(label, np.asarray(ImageOps.exif_transpose(exif_image)))
+    ambiguous = turn <= 4  # the sizes of the others tell
+    if ambiguous:
+        with pytest.raises(DataError, match=r"0.png: its EXIF data turn it, .*by --annotated upri"):
+            make_task(root)
+    given = ["--scale-jitter", "1", "1", "--flip=0"]
+    task = make_task(root, *given, *([f"--annotated={annotated}"] if ambiguous else []))
+    image, classes = task.train[0]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (task.mean, task.std))
+    colours = (255 * (image * std + mean)).round().permute(1, 2, 0).numpy()
+    labels = classes.numpy() + 1
+    assert (labels > 0).sum() > 1500
+    difference = (colours - COLOURS[labels])[labels > 0]
+    assert difference.min() >= -0.5
+    assert difference.max() <= 24.5
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "jp2"])
+def test_labels_in_files_that_change_them_are_refused(suffix: str, tmp_path: Path) -> None:
+    """Whatever the file's name says; JPEG would give pixels of classes that nobody has drawn."""
+    root = write_shapes(tmp_path, train=3, val=2)
+    path = root / "annotations" / "training" / "0.png"
+    labels = Image.open(path)
+    labels.load()
+    path.unlink()
+    path = path.with_suffix(f".{suffix}")
+    if suffix == "tiff":
+        labels.save(path, compression="jpeg")
+    else:
+        labels.save(path, "JPEG2000" if suffix == "jp2" else "JPEG", quality=100)
+    with pytest.raises(DataError, match=rf"{path}: is a JPEG.*, which may change labels; expected"):
+        make_task(root)
+    assert str(path) in make_task(root, on_error="skip").describe()
+    labels.save(path, "TIFF", compression="tiff_lzw")
+    assert make_task(root).failures == []
+
+
+def test_transforms_that_fail_are_named(data: Path) -> None:
+    task = make_task(data)
+    task.train.transform = v2.Compose([v2.RandomCrop(99)])
+    loaded = SeededDataset(task.train, 0, SAMPLE, replace=True)[0, 3]
+    assert loaded.sample is None
+    assert len(loaded.failures) == len(task.train)
+    path = task.train.samples[3][0]
+    assert loaded.failures[0].startswith(f"{path}: the transform RandomCrop(size=(99, 99), ")
 
 
 def test_training_goes_on_without_broken_samples(

@@ -50,10 +50,19 @@ class Detection(Answer):
     labels: Tensor  # [K] int64, indices into classes
     scores: Tensor  # [K], falling
     masks: Tensor | None  # [K, H, W] bool
+    best: tuple[str, float] | None = None  # the surest class and its score, if there are no objects
 
     def text(self) -> str:
         counts = Counter(self.classes[label] for label in self.labels.tolist())
-        return ", ".join(f"{count} x {name}" for name, count in counts.most_common()) or "nothing"
+        found = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+        return found or self.nothing()
+
+    def nothing(self) -> str:
+        """That there are no objects, and what came next to one."""
+        if self.best is None:
+            return "nothing found"
+        name, score = self.best
+        return f"nothing found (best score {score:.2g}, {name})"
 
     def json(self) -> dict[str, Any]:
         objects = [
@@ -64,7 +73,10 @@ class Detection(Answer):
         ]
         for thing, mask in zip(objects, () if self.masks is None else self.masks, strict=False):
             thing["segmentation"] = _run_lengths(mask)
-        return {"objects": objects}
+        if self.best is None:
+            return {"objects": objects}
+        name, score = self.best
+        return {"objects": objects, "best": {"name": name, "score": score}}
 
 
 @dataclass

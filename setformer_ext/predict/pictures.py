@@ -102,7 +102,7 @@ def _draw_detection(answer: Detection, image: Image.Image, name: str) -> Figure:
     present = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     names = [f"{counts[label]} x {_short(answer.classes[label])}" for label in present]
     _legend(figure, names, [colours[label] for label in present])
-    _title(figure, f"{name}: what was found, with scores" if names else f"{name}: nothing found")
+    _title(figure, f"{name}: {'what was found, with scores' if names else answer.nothing()}")
     return figure
 
 

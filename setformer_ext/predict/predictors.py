@@ -78,14 +78,31 @@ class Detector(Predictor):
     def __init__(self, card: dict[str, Any]) -> None:
         super().__init__(card)
         self.model = detection.from_card(card)
+        self.heads: Any = getattr(self.model, "roi_heads", self.model)
+        self.most = self.heads.detections_per_img
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, threshold: float = 0.5) -> Detection:
-        # Before the non-maximum suppression, to which boxes of lower scores make no difference.
-        getattr(self.model, "roi_heads", self.model).score_thresh = threshold
-        found = self.model([to_tensor(image)])[0]
+        pixels = to_tensor(image)
+        found = self._find(pixels, threshold, self.most)
         masks = found["masks"][:, 0] > 0.5 if "masks" in found else None
-        return Detection(self.classes, found["boxes"], found["labels"] - 1, found["scores"], masks)
+        labels, scores, best = found["labels"] - 1, found["scores"], None
+        if len(scores) == 0:
+            guess = self._find(pixels, 0.0, 1)
+            for label, score in zip(
+                guess["labels"].tolist(), guess["scores"].tolist(), strict=True
+            ):
+                best = self.classes[label - 1], score
+        return Detection(self.classes, found["boxes"], labels, scores, masks, best)
+
+    def look(self, image: Image.Image) -> None:
+        self._find(to_tensor(image), 0.5, self.most)
+
+    def _find(self, pixels: Tensor, threshold: float, most: int) -> dict[str, Tensor]:
+        """The surest objects, so many at most."""
+        # Before the non-maximum suppression, to which boxes of lower scores make no difference.
+        self.heads.score_thresh, self.heads.detections_per_img = threshold, most
+        return self.model([pixels])[0]
 
 
 class Segmenter(Predictor):

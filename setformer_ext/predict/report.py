@@ -28,7 +28,7 @@ def as_csv(answers: list[dict[str, Any]]) -> str:
 
 def _rows(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """What is said of the whole, repeated before each of its parts; coordinates one by one."""
-    whole = {name: value for name, value in answer.items() if not isinstance(value, list)}
+    whole = {name: value for name, value in answer.items() if not isinstance(value, list | dict)}
     parts = [part for value in answer.values() if isinstance(value, list) for part in value]
     rows = []
     for part in parts or [{}]:

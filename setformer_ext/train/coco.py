@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as run_lengths
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ..images import read_image
+from ..images import MAX_PIXELS, annotated_size, read_image
+from .coco_records import (
+    Key,
+    Record,
+    Segmentation,
+    find_file,
+    identifier,
+    is_rotated,
+    last_names,
+    read_box,
+    read_category,
+    read_crowd,
+    read_size,
+)
+from .sampling import transformed
 from .task import DataError, listed
 
-Record = dict[str, Any]
-LARGEST = 2**31  # above any coordinate; an integer of JSON may be too large for a float
+LABEL_STUDIO = "Label Studio"
 
 
 class Coco(Dataset[Any]):
@@ -35,8 +47,13 @@ class Coco(Dataset[Any]):
         annotations: COCO's JSON.
         masks: read segmentations too.
         crowds: keep annotations with iscrowd, which are areas of many objects.
-        classes: names whose labels are 1, 2, ...; the file's own categories by default.
+        classes: names whose labels are 1, 2, ...; by default the file's own categories, but for
+            parents of others that have no objects themselves.
         skip: leave out what is wrong and list it in ``problems``, rather than raise.
+        annotated, max_pixels: see :func:`setformer_ext.images.annotated_size`.
+
+    Attributes:
+        notes: what was merged, added or left out although nothing is wrong with it.
 
     Raises:
         DataError: for a file that cannot be used, and without ``skip`` for anything wrong in it;
@@ -52,82 +69,147 @@ class Coco(Dataset[Any]):
         crowds: bool,
         classes: list[str] | None = None,
         skip: bool = False,
+        annotated: str | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.folder, self.file, self.masks = images, annotations, masks
+        self.annotated, self.max_pixels = annotated, max_pixels
         self.transform: Callable[[Any, Record], Any] | None = None
-        content = _read(images, annotations)
-        names = _category_names(annotations, content["categories"])
-        self.classes = list(names.values()) if classes is None else classes
-        label_of = {name: label for label, name in enumerate(self.classes, start=1)}
         self.problems: list[str] = []
-        known = {image["id"]: image for image in self._sound(content["images"], "image")}
+        self.notes: list[str] = []
+        self.counts: Counter[str] = Counter()  # of what becomes notes in the end
+        content = _read(images, annotations)
+        about = content.get("info")
+        self.tool = about.get("contributor") if isinstance(about, dict) else None
+        categories = list(self._sound(content["categories"], "category", read_category))
+        names = {category["id"]: category["name"] for category in categories}
+        last = last_names(content["images"])
+        pictures = self._sound(content["images"], "image", lambda r: self._read_image(r, last))
+        known = {picture["id"]: picture for picture in pictures}
         self.images = list(known.values())
-        self.objects: dict[Any, list[Record]] = defaultdict(list)  # by the image's id
-        for thing in self._sound(content["annotations"], "annotation", known, names, label_of):
-            if crowds or not thing.get("iscrowd"):
-                box = _clamped(thing["bbox"], known[thing["image_id"]])
-                label = label_of[names[thing["category_id"]]]
-                self.objects[thing["image_id"]].append({**thing, "box": box, "label": label})
-        if self.problems and not skip:
-            raise DataError(f"{listed(self.problems)} (--on-error skip: go on without)")
-        if not any(self.objects.values()):
-            raise DataError(f"{annotations}: no image has a box that could be used")
-
-    def _sound(self, records: list[Record], kind: str, *context: Any) -> Iterator[Record]:
-        """The records that can be used; notes what is wrong with the others."""
-        check = self._image_problem if kind == "image" else self._annotation_problem
-        seen: set[Any] = set()
-        for place, record in enumerate(records):
-            name = record.get("id") if isinstance(record, dict) else None
-            if not isinstance(name, (int, str)):
-                problem, name = "expected an object with an id", f"number {place}"
+        self.objects: dict[Key, list[Record]] = defaultdict(list)  # by the image's id
+        things = self._sound(
+            content["annotations"],
+            "annotation",
+            lambda record: self._read_annotation(record, known, names, classes),
+        )
+        for thing in things:
+            if crowds or not thing["crowd"]:
+                self.objects[thing["image_id"]].append(thing)
             else:
-                problem = "its id is taken" if name in seen else check(record, *context)
-            if problem:
-                self.problems.append(f"{self.file}: {kind} {name}: {problem}")
+                self.counts["areas of many objects (iscrowd), which are not trained on"] += 1
+        self.classes = self._find_classes(categories) if classes is None else classes
+        label_of = {name: label for label, name in enumerate(self.classes, start=1)}
+        for thing in (thing for things in self.objects.values() for thing in things):
+            thing["label"] = label_of[thing.pop("name")]
+        self._check(skip)
+
+    def _sound(
+        self, records: list[Any], kind: str, read: Callable[[Record], Record]
+    ) -> Iterator[Record]:
+        """What can be read, each with its id; notes what is wrong with the others."""
+        seen: set[Key] = set()
+        for place, record in enumerate(records):
+            key = identifier(record.get("id")) if isinstance(record, dict) else None
+            name = f"number {place}" if key is None else key
+            where = f"{self.file}: {kind} {name}"
+            try:
+                # Nothing refers to annotations, so they may do without.
+                if not isinstance(record, dict) or (key is None and kind != "annotation"):
+                    raise ValueError("expected an object with an id")
+                if name in seen:
+                    raise ValueError("its id is taken")
+                result = {"id": name, **read(record)}
+            except (ValueError, RecursionError) as error:
+                self.problems.append(f"{where}: {error}")
             else:
                 seen.add(name)
-                yield record
+                self.problems += [f"{where}: {text}" for text in result.pop("problems", ())]
+                yield result
 
-    def _image_problem(self, image: Record) -> str:
-        for key in ("width", "height"):
-            if not (type(image.get(key)) is int and 0 < image[key] < LARGEST):
-                return f"{key} must be a whole number above 0, got {_short(image.get(key))}"
-        name = image.get("file_name")
-        if not (isinstance(name, str) and name):
-            return f"file_name must be a name, got {name!r}"
-        return "" if (self.folder / name).is_file() else f"there is no file {self.folder / name}"
+    def _read_image(self, record: Record, last: Counter[str]) -> Record:
+        path = find_file(self.folder, record.get("file_name"), last)
+        size = read_size(record)
+        if size is None:
+            try:  # no image is of that size
+                size, _ = annotated_size(path, (0, 0), max_pixels=self.max_pixels)
+            except OSError as error:
+                raise ValueError(str(error)) from error
+            self.counts["sizes that it lacks, and so the images' own"] += 1
+        return {"path": path, "width": size[0], "height": size[1]}
 
-    def _annotation_problem(
-        self, thing: Record, images: dict, names: dict[Any, str], label_of: dict[str, int]
-    ) -> str:
+    def _read_annotation(
+        self,
+        record: Record,
+        images: dict[Key, Record],
+        names: dict[Key, str],
+        classes: list[str] | None,
+    ) -> Record:
+        keys: dict[str, Any] = {}
         for key, where in (("image_id", images), ("category_id", names)):
-            if not isinstance(thing.get(key), (int, str)) or thing[key] not in where:
-                return f"{key} {thing.get(key)!r} is not among the {key[:-3]} ids that can be used"
-        if names[thing["category_id"]] not in label_of:
-            return f"the training's categories lack {names[thing['category_id']]!r}"
-        image: Record = images[thing["image_id"]]
-        box: Any = thing.get("bbox")
-        if not (_numbers(box) and len(box) == 4 and min(box[2:]) > 0):
-            return f"bbox must be [x, y, width > 0, height > 0], got {_short(box)}"
-        x0, y0, x1, y1 = _clamped(box, image)
-        if x1 <= x0 or y1 <= y0:
-            return f"bbox {box} is outside its image of {image['width']} x {image['height']}"
-        return _segmentation_problem(thing.get("segmentation"), image) if self.masks else ""
+            keys[key] = identifier(record.get(key))
+            if keys[key] not in where:
+                raise ValueError(
+                    f"{key} {record.get(key)!r} is not among the {key[:-3]} ids that can be used"
+                )
+        image, name = images[keys["image_id"]], names[keys["category_id"]]
+        if classes is not None and name not in classes:
+            raise ValueError(f"the training's categories lack {name!r}")
+        width, height = image["width"], image["height"]
+        box, shape, mask = record.get("bbox"), record.get("segmentation"), None
+        if self.masks or (shape and not box):
+            mask = Segmentation(shape, width, height)
+        if mask and not box:
+            box = mask.box()
+            self.counts["boxes that it lacks, and so their masks'"] += 1
+        corners, cut = read_box(box, width, height)
+        self.counts["boxes that reach out of their images, and were cut"] += cut
+        self.counts["boxes with a rotation, which is not applied"] += is_rotated(record)
+        thing = {"image_id": image["id"], "name": name, "box": corners}
+        thing["crowd"] = read_crowd(record.get("iscrowd"))
+        if self.masks and mask:
+            self.counts["polygons of fewer than three points, left out"] += mask.points
+            thing |= {"mask": mask, "problems": mask.problems}
+        return thing
+
+    def _find_classes(self, categories: list[Record]) -> list[str]:
+        """The names of the categories, in the order of their ids."""
+        ids = defaultdict(list)
+        for category in sorted(categories, key=lambda c: (isinstance(c["id"], str), c["id"])):
+            ids[category["name"]].append(category["id"])
+        for name, same in ids.items():
+            if len(same) > 1:
+                among = ", ".join(map(str, same))
+                self.notes.append(f"the categories {among} are all {name!r} and were merged")
+        used = {thing["name"] for things in self.objects.values() for thing in things}
+        empty = {c["parent"] for c in categories if c["parent"] != c["name"]} - used
+        left_out = [name for name in ids if name in empty]
+        if left_out:
+            self.notes.append(f"categories that only group others: {', '.join(left_out)}, left out")
+        return [name for name in ids if name not in empty]
+
+    def _check(self, skip: bool) -> None:
+        """Turn counts into notes, and raise what stands against a training."""
+        self.notes += [f"{what}: {count}" for what, count in self.counts.items() if count]
+        if self.problems and not skip:
+            raise DataError(f"{listed(self.problems)} (--on-error skip: go on without)")
+        boxes = [thing["box"] for things in self.objects.values() for thing in things]
+        if not boxes:
+            noted = "".join(f"; {note}" for note in self.notes)
+            raise DataError(f"{self.file}: no image has a box that could be used{noted}")
+        if max(max(box) for box in boxes) <= 1:
+            raise DataError(
+                f"{self.file}: all boxes lie between 0 and 1; expected pixels, not fractions of "
+                "the images' sides"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
         record = self.images[index]
-        path = self.folder / record["file_name"]
-        pixels = np.asarray(read_image(path))
+        pixels = self._read_pixels(record)
         height, width = record["height"], record["width"]
-        if pixels.shape[:2] != (height, width):
-            raise DataError(
-                f"{path}: is {pixels.shape[1]} x {pixels.shape[0]}, but {self.file} says "
-                f"{width} x {height}"
-            )
         things = self.objects.get(record["id"], [])
         boxes = torch.tensor([thing["box"] for thing in things], dtype=torch.float32)
         target: Record = {
@@ -135,26 +217,36 @@ class Coco(Dataset[Any]):
                 boxes.view(-1, 4), format="XYXY", canvas_size=(height, width)
             ),
             "labels": torch.tensor([thing["label"] for thing in things], dtype=torch.int64),
-            "crowd": torch.tensor([bool(t.get("iscrowd")) for t in things], dtype=torch.bool),
+            "crowd": torch.tensor([thing["crowd"] for thing in things], dtype=torch.bool),
         }
         if self.masks:
-            masks = [self._mask(thing, height, width) for thing in things]
+            masks = [self._mask(thing) for thing in things]
             target["masks"] = tv_tensors.Mask(
                 torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
             )
         image = tv_tensors.Image(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
-        return (image, target) if self.transform is None else self.transform(image, target)
+        if self.transform is None:
+            return image, target
+        return transformed(record["path"], self.transform, image, target)
 
-    def _mask(self, thing: Record, height: int, width: int) -> Tensor:  # -> [H, W] uint8
-        shape = thing["segmentation"]
+    def _read_pixels(self, record: Record) -> np.ndarray:  # [H, W, 3] uint8
+        """Those that the boxes are of: lying, if the boxes are of the image as it is stored."""
+        path, size = record["path"], (record["width"], record["height"])
+        own, upright = annotated_size(path, size, self.annotated, self.max_pixels)
+        if own != size:
+            raise DataError(
+                f"{path}: is {own[0]} x {own[1]}, but {self.file} says {size[0]} x {size[1]}"
+            )
+        if not upright and self.tool == LABEL_STUDIO and size[0] != size[1]:
+            raise DataError(
+                f"{path}: its EXIF data turn it, for which {LABEL_STUDIO} exports boxes of the "
+                "upright image with the size of the stored one; store it upright and export again"
+            )
+        return np.array(read_image(path, self.max_pixels, upright))
+
+    def _mask(self, thing: Record) -> Tensor:  # -> [H, W] uint8
         try:
-            if isinstance(shape, list):
-                shape = run_lengths.merge(run_lengths.frPyObjects(shape, height, width))
-            elif isinstance(shape["counts"], list):
-                shape = run_lengths.frPyObjects(shape, height, width)
-            elif _pixels(shape["counts"]) != height * width:  # the decoder would read on
-                raise ValueError("run lengths that do not add up to the image's pixels")
-            return torch.from_numpy(np.ascontiguousarray(run_lengths.decode(shape)))
+            return torch.from_numpy(thing["mask"].decoded())
         except (ValueError, TypeError, IndexError) as error:
             raise DataError(
                 f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded: {error}"
@@ -183,76 +275,3 @@ def _read(images: Path, annotations: Path) -> Record:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
-
-
-def _category_names(file: Path, categories: list[Record]) -> dict[Any, str]:
-    """Names by id, in the order of the ids, which need not be contiguous."""
-    names: dict[Any, str] = {}
-    for category in categories:
-        known = isinstance(category, dict)
-        key, name = (category.get("id"), category.get("name")) if known else (None, None)
-        if type(key) is not int or not isinstance(name, str):
-            raise DataError(f"{file}: a category needs id and name, got {_short(category)}")
-        if key in names or name in names.values():
-            raise DataError(f"{file}: category {key} ({name}): its id or its name is there twice")
-        names[key] = name
-    return dict(sorted(names.items()))
-
-
-def _clamped(box: list[float], image: Record) -> tuple[float, float, float, float]:
-    """Corners, from x, y, width and height, no further out than the image."""
-    x, y, w, h = box
-    right, bottom = float(image["width"]), float(image["height"])
-    return max(x, 0.0), max(y, 0.0), min(x + w, right), min(y + h, bottom)
-
-
-def _segmentation_problem(shape: Any, image: Record) -> str:
-    """What is wrong with polygons, or with run lengths as a list or as COCO's string."""
-    height, width = image["height"], image["width"]
-    if isinstance(shape, list) and shape:
-        for polygon in shape:
-            if not (_numbers(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0):
-                got = _short(polygon)
-                return f"segmentation: expected [x, y, ...] of three points or more, got {got}"
-            reach = max(height, width)  # beyond which rasterising runs out of memory
-            if min(polygon) < -reach or max(polygon) > 2 * reach:
-                return f"segmentation: a polygon is far outside its image of {width} x {height}"
-        return ""
-    if isinstance(shape, dict) and isinstance(shape.get("counts"), (list, str)):
-        counts = shape["counts"]
-        if shape.get("size") != [height, width]:
-            return f"segmentation: size must be {[height, width]}, got {_short(shape.get('size'))}"
-        if isinstance(counts, list) and not (
-            all(type(c) is int and c >= 0 for c in counts) and sum(counts) == height * width
-        ):
-            return f"segmentation: counts must add up to {height} x {width} pixels"
-        return ""
-    return f"segmentation: expected polygons or run lengths, got {_short(shape)}"
-
-
-def _pixels(counts: str) -> int:
-    """How many pixels COCO's compressed run lengths cover: 5 bits a character, from the lowest on,
-    each length but the first three less the one two before."""
-    lengths: list[int] = []
-    value = shift = 0
-    for character in counts.encode():
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value = shift = 0
-    return sum(lengths) if not shift and min(lengths, default=0) >= 0 else -1
-
-
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        type(value) in (int, float) and abs(value) < LARGEST for value in values
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

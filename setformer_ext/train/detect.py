@@ -14,6 +14,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms import v2
 
 from .. import vision  # noqa: F401 (registers the models)
+from ..images import add_annotated, add_max_pixels
 from ..vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from .coco import Coco
 from .options import add_model_options, key_and_value, number
@@ -60,6 +61,13 @@ class AveragePrecision(Metrics):
             for own, theirs in prefixes.items()
             for name, key in (("mAP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))
         }
+
+
+class ScaleJitter(v2.ScaleJitter):
+    """torchvision's, but that no side shrinks to nothing."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"size": tuple(max(side, 1) for side in super().make_params(flat_inputs)["size"])}
 
 
 class Detect(Task):
@@ -171,6 +179,8 @@ class Detect(Task):
             action="store_true",
             help="distort brightness, contrast, saturation and hue at random",
         )
+        add_annotated(parser)
+        add_max_pixels(parser)
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -207,6 +217,8 @@ class Detect(Task):
             data / "annotations" / f"instances_{split}.json",
             masks=self.masks,
             skip=self.options.on_error == "skip",
+            annotated=self.options.annotated,
+            max_pixels=self.options.max_pixels,
             **more,
         )
 
@@ -217,7 +229,7 @@ class Detect(Task):
             steps.append(v2.RandomPhotometricDistort())
         if options.scale_jitter:
             size = (options.min_size[-1],) * 2
-            steps.append(v2.ScaleJitter(size, tuple(options.scale_jitter)))
+            steps.append(ScaleJitter(size, tuple(options.scale_jitter)))
             steps.append(v2.RandomCrop(size, pad_if_needed=True))
         steps += [
             v2.RandomHorizontalFlip(options.flip),
@@ -239,6 +251,8 @@ class Detect(Task):
         problems = self.train.problems + self.eval.problems
         if problems:
             text += f"; {len(problems)} records were left out: {listed(problems)}"
+        for data in (self.train, self.eval):
+            text += "".join(f"; {data.file.name}: {note}" for note in data.notes)
         return text
 
     def make_model(self) -> nn.Module:

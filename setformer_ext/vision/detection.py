@@ -11,12 +11,14 @@ from typing import Any
 import timm
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -170,9 +172,11 @@ def retinanet(
         anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
         **{**_normalisation(body), **options},
     )
+    model.transform = _resizing(model.transform)
     if group_norm:
         anchors = model.anchor_generator.num_anchors_per_location()[0]
         model.head = RetinaNetHead(pyramid_channels, anchors, num_classes + 1, _group_norm)
+    model.head.classification_head.register_forward_hook(_without_background)
     model.head.register_forward_hook(_to_float32)
     return model
 
@@ -218,10 +222,33 @@ def _rcnn(
         rpn_anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
         **{**_normalisation(body), **options},
     )
+    model.transform = _resizing(model.transform)
     for head in (model.rpn.head, model.roi_heads.box_predictor, model.roi_heads.mask_predictor):
         if head is not None:
             head.register_forward_hook(_to_float32)
     return model
+
+
+class Resizing(GeneralizedRCNNTransform):
+    """torchvision's, but that no side of an image shrinks to nothing: a thin one is thickened."""
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:  # image [3, H, W]
+        size = image.shape[-2:]
+        least = max(size) // self.max_size + 1  # pixels, of which resizing leaves one or more
+        if min(size) < least:
+            thicker = [max(side, least) for side in size]
+            image = F.interpolate(image[None], thicker)[0]
+            if target is not None:
+                target["boxes"] = resize_boxes(target["boxes"], size, thicker)
+            if target is not None and "masks" in target:
+                target["masks"] = F.interpolate(target["masks"][:, None], thicker)[:, 0]
+        return super().resize(image, target)
+
+
+def _resizing(known: Any) -> Resizing:
+    return Resizing(known.min_size, known.max_size, known.image_mean, known.image_std)
 
 
 def _box_head(channels: int) -> nn.Module:
@@ -252,6 +279,14 @@ def _normalisation(body: nn.Module) -> dict[str, Any]:
     """What the backbone's pretrained configuration says of its images' mean and deviation."""
     config = getattr(getattr(body, "model", body), "pretrained_cfg", {})
     return {f"image_{key}": config[key] for key in ("mean", "std") if key in config}
+
+
+def _without_background(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+    """A forward hook: no object is of class 0, also where a model has not learned so yet."""
+    if not module.training:
+        logits = logits.clone()
+        logits[..., 0] = -math.inf
+    return logits
 
 
 def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
