@@ -218,3 +218,9 @@ def test_folders_that_cannot_be_split_are_explained(
         "--val-share: expected a number from 0.001 to 0.999, got '1.5'" in capsys.readouterr().err
     )
     assert find_images(data).others == []
+    for path in data.rglob("*.png"):
+        path.rename(path.with_suffix(""))
+    with pytest.raises(
+        DataError, match=r"no images in the 3 folders of .*flat; .* none: .*cat/0; "
+    ):
+        make_task(data, "--val-share=0.5")

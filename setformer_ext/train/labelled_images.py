@@ -13,7 +13,7 @@ from ..files import visible
 from ..image_folder import ImageFolder, find_images
 from ..images import read_image
 from .sampling import transformed
-from .task import DataError
+from .task import DataError, listed
 
 
 class LabelledImages(Dataset[Any]):
@@ -97,5 +97,9 @@ def find_classes(folder: Path, layout: str) -> ImageFolder:
     if not found.classes:
         raise DataError(f"--data: {folder} has no folders, one for each class")
     if not found.samples():
-        raise DataError(f"--data: no images in the {len(found.classes)} folders of {folder}")
+        others = [*map(str, found.others)]
+        raise DataError(
+            f"--data: no images in the {len(found.classes)} folders of {folder}"
+            + (f"; by their endings these are none: {listed(others)}" if others else "")
+        )
     return found
