@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .errors import first_line
 from .images import add_annotated, add_max_pixels
 
 LISTED = 20  # broken samples named on the screen; --output has them all
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             if options.output is not None:
                 options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except (RunError, TrainingError, OSError) as error:
-        print(f"setformer evaluate: {error}", file=sys.stderr)
+        print(f"setformer evaluate: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

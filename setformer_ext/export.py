@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import first_line
+
 if TYPE_CHECKING:
     from .predict.networks import Network
 
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         checked = _check(network, data)
         write_atomically(options.file, lambda file: file.write(data))
     except (RunError, ExportError, TrainingError) as error:
-        print(f"setformer export: {error}", file=sys.stderr)
+        print(f"setformer export: {first_line(error)}", file=sys.stderr)
         return 1
     print(f"{options.file}: {', '.join(network.inputs)} -> logits; {checked}")
     return 0
@@ -61,7 +63,6 @@ def _export(network: Network) -> bytes:
     Raises:
         ExportError: if torch cannot export it.
     """
-    from .errors import first_line
     from .onnx import export
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

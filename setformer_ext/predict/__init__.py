@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..errors import first_line
 from ..images import add_max_pixels
 
 
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
             answers, failed = answer_images(options)
         _write(answers, options)
     except (RunError, OSError) as error:
-        return _fail(str(error))
+        return _fail(first_line(error))
     return _fail(failed) if failed else 0
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import first_line
 from ..files import files_under, is_hidden
 from ..images import is_image, read_image
 from .loading import RunError, load_run
@@ -35,7 +36,7 @@ def answer_images(options: argparse.Namespace) -> tuple[list[dict[str, Any]], st
         try:
             image = read_image(path, options.max_pixels)
         except OSError as error:
-            print(f"setformer predict: {error}", file=sys.stderr)
+            print(f"setformer predict: {first_line(error)}", file=sys.stderr)
             failed += 1
             continue
         answer = predictor(image, options.threshold)

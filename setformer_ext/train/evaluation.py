@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +20,7 @@ def measure(
     batches: Iterable[tuple[Batch | None, list[str]]],
     accelerator: Accelerator,
     note: Callable[[list[str]], None],
+    guard: Callable[[Callable[[], object]], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """The figures of all batches of all processes, by name.
 
@@ -27,6 +30,7 @@ def measure(
         batches: what Collate gives: a batch or none, and what could not be read of it.
         accelerator: the processes and their precision.
         note: takes what could not be read.
+        guard: makes of what measures a batch the context that it runs in.
 
     Raises:
         DataError: if there is no batch at all.
@@ -37,7 +41,9 @@ def measure(
         for batch, failures in batches:
             note(failures)
             if batch is not None:
-                metrics.update(model, send_to_device(batch, accelerator.device))
+                update = partial(metrics.update, model, send_to_device(batch, accelerator.device))
+                with guard(update):
+                    update()
                 read += 1
     if not sum(gather_object([read])):
         raise DataError("no evaluation sample can be read")

@@ -82,6 +82,8 @@ def _detect(card: dict[str, Any], options: argparse.Namespace) -> Examination:
         crowds=True,
         classes=predictor.classes,
         skip=options.on_error == "skip",
+        annotated=options.annotated,
+        max_pixels=options.max_pixels,
     )
     samples.transform = plain_detection()
     metrics = AveragePrecision(masks)
