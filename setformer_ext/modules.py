@@ -407,7 +407,8 @@ class SetAttention(nn.Module):
                 raise error(_message("mask", shape, f"{mask.dtype} {list(mask.shape)}"))
             on = f"on x's device, {x.device}"
             _require(mask.device == x.device, "mask", on, mask.device)
-        if grid is not None:
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if grid is not None and not tracing:  # which has tensors for sizes
             pair = "a pair of ints (H, W) or None"
             _require_type(isinstance(grid, (tuple, list)), "grid", pair, grid)
             if not all(_is_integer(size) for size in grid):

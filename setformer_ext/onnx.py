@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import reference as definition
 from .ops import Problem, Solution, accumulate_dtype
@@ -40,13 +41,7 @@ def export(
     Raises:
         ModuleNotFoundError: if the packages onnx and onnxscript are not installed.
     """
-    for package in ("onnx", "onnxscript"):
-        if find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f"setformer_ext.onnx.export: needs the packages onnx and onnxscript, but {package} "
-                "is not installed: pip install onnx onnxscript",
-                name=package,
-            )
+    _require_packages()
     program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
     program = program.run_decompositions(
         torch.export.default_decompositions()
@@ -58,6 +53,48 @@ def export(
         }
     )
     return torch.onnx.export(program, args, file, dynamo=True, **options)
+
+
+def export_traced(
+    model: nn.Module, args: tuple[Any, ...], file: Any, *, dynamic_axes: Any, **options: Any
+) -> None:
+    """Export a model by torch's older way, for what :func:`export` refuses: loops and conditions on
+    values, as torchvision's detectors have them.
+
+    A condition stays as it is for the example. Arguments are those of ``torch.onnx.export`` with
+    ``dynamo=False``.
+
+    Raises:
+        ModuleNotFoundError: if the packages onnx and onnxscript are not installed.
+    """
+    _require_packages()
+    with _WrittenOut():
+        torch.onnx.export(model, args, file, dynamo=False, dynamic_axes=dynamic_axes, **options)
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Calls the definition in place of the operation, and transposes in place of ``mT``."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        operations = torch.ops.setformer_ext
+        if func in (operations.set_attention, operations.set_attention.default):
+            with self:
+                return _set_attention(*args)
+        if func == torch.Tensor.mT.__get__:  # type: ignore[attr-defined]
+            return args[0].transpose(-1, -2)
+        return func(*args, **(kwargs or {}))
+
+
+def _require_packages() -> None:
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"setformer_ext.onnx.export: needs the packages onnx and onnxscript, but {package} "
+                "is not installed: pip install onnx onnxscript",
+                name=package,
+            )
 
 
 def _adaptive_average(x: Tensor, output_size: list[int]) -> Tensor:  # [..., H, W] -> [..., h, w]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ MNLI = {
 class Question(NamedTuple):
     """A row of a test file: its number there, and its text or two."""
 
-    index: str
+    row: str
     texts: Texts
 
 
@@ -70,7 +71,7 @@ def _answer_files(predictor: TextClassifier, data: Path, output: Path) -> None:
         labels = _labels(predictor, questions, target.name)
         rows = [f"{index}\t{label}\n" for (index, _), label in zip(questions, labels, strict=True)]
         content = "".join(["index\tprediction\n", *rows]).encode()
-        write_atomically(target, lambda file, content=content: file.write(content))
+        write_atomically(target, methodcaller("write", content))
         print(f"{data / source}: {len(questions)} rows answered\n  {target}")
     for source in files.keys() - found.keys():
         print(f"there is no {data / source}: {files[source]} is left out")

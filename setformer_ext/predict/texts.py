@@ -189,9 +189,12 @@ class MaskFiller(TextPredictor):
         except ValueError as error:  # longer than the model's positions
             raise RunError(f"--text: {first_line(error)}") from error
         top = logits.softmax(-1).topk(min(TOP, logits.shape[-1]))
-        words = [tokenizer.convert_ids_to_tokens(row) for row in top.indices.tolist()]
+        words = [
+            [str(tokenizer.convert_ids_to_tokens(i)) for i in row] for row in top.indices.tolist()
+        ]
         filled = tokens.masked_scatter(masked, top.indices[:, 0])
-        return Filling(tokenizer.decode(filled, skip_special_tokens=True), words, top.values.cpu())
+        text = str(tokenizer.decode(filled, skip_special_tokens=True))
+        return Filling(text, words, top.values.cpu())
 
 
 TEXT_PREDICTORS: dict[str, type[TextPredictor]] = {"mlm": MaskFiller, "glue": TextClassifier}
