@@ -21,7 +21,7 @@ IMAGES = ((2, 96, 128), (1, 160, 64), (3, 131, 77))  # batch, height and width t
 TEXTS = ((2, 8), (1, 5))  # batch and tokens, beside the longest
 TOLERANCE = 1e-4  # of the largest logit
 ROUNDING = 10  # times what torch's own float32 is off, where that is more
-OBJECTS = 0.1  # share of them that rounding may have chosen otherwise
+OBJECTS = 0.5  # share of them that may be others, as rounding chooses between near ties in noise
 
 
 class Network(ABC):
