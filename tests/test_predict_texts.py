@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+)
 
-from setformer_ext import cli
+from setformer_ext import cli, language
 from setformer_ext.train.glue_data import TASKS
 from text_runs import LENGTH, write_text_run
 
@@ -212,6 +217,36 @@ def test_what_does_not_fit_is_explained(
     assert status == 1
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_set_attention_in_other_models_is_what_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """transformers does not save that a model has it, the card does."""
+    language.register()
+    run, report = write_text_run(tmp_path / "run", "sst2"), tmp_path / "a.json"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=100, intermediate_size=64, **sizes)
+    config.set_attention = {"num_references": 5}
+    model = AutoModelForSequenceClassification.from_config(
+        config, attn_implementation="set_attention"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(run)
+    status, _, err = predict(capsys, run, "--text", "the film")
+    assert (status, "self.set_attention" in err) == (1, True)
+    card = json.loads((run / "card.json").read_text())
+    card["attention_implementation"] = "set_attention"
+    (run / "card.json").write_text(json.dumps(card))
+    assert predict(capsys, run, "--text", "the film is dull", "--json", report)[0] == 0
+    inputs = AutoTokenizer.from_pretrained(run)("the film is dull", return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits[0].softmax(-1)
+    (answer,) = json.loads(report.read_text())
+    assert answer["classes"][0]["probability"] == pytest.approx(float(expected.max()), abs=1e-5)
 
 
 def test_spoiled_trainings_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
