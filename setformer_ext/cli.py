@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Only the chosen module is imported, so that ``info`` needs nothing that ``demo`` needs.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a class's name may have any letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="setformer", description="SeT attention.")
     parser.add_argument("--version", action="version", version=f"setformer_ext {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import first_line
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -80,11 +82,11 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
         raise OSError(f"{path}: not an image of a kind that Pillow reads") from error
     except Image.DecompressionBombError as error:
         raise OSError(
-            f"{path}: more than {max_pixels} pixels ({error}); if the file can be trusted, "
-            "allow more by --max-pixels"
+            f"{path}: more than {max_pixels} pixels ({first_line(error)}); if the file can be "
+            "trusted, allow more by --max-pixels"
         ) from error
     except Exception as error:  # decoders raise what they like
-        raise OSError(f"{path}: a broken image ({error})") from error
+        raise OSError(f"{path}: a broken image ({first_line(error)})") from error
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import __version__
 from ._C import build_info, cpu_isa, cuda_devices, cuda_driver_version, max_threads
+from .errors import first_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def _torch_version() -> str:
 def processor_field(name: str) -> str | None:
     """What Linux says of the first processor under this name in /proc/cpuinfo."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
@@ -88,13 +89,13 @@ def _instruction_set() -> str:
     try:
         return cpu_isa()
     except ValueError as error:
-        return f"none: {error}"
+        return f"none: {first_line(error)}"
 
 
 def _openmp_libraries() -> str:
     """The OpenMP runtimes in this process: two of them mean two pools of threads."""
     try:
-        text = Path("/proc/self/maps").read_text()
+        text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "runtime unknown"
     return ", ".join(sorted(set(re.findall(r"/\S*lib(?:g|i|)omp\d*[^/\s]*\.so\S*", text))))

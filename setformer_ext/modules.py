@@ -15,6 +15,8 @@ from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
 from .varlen import set_attention_varlen
 
+LEAST_SHARE = 1e-30  # which float32 holds in full, and by far too little to be noticed
+
 
 class SetAttention(nn.Module):
     r"""Self-attention by optimal transport onto references, a stand-in for multi-head attention.
@@ -197,8 +199,7 @@ class SetAttention(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that live on a scale of their own, where 0 means nothing."""
-        own = {"reference", "reference_log_mass", "anchor", "log_bandwidth", "log_epsilon"}
-        return own & {name for name, _ in self.named_parameters()}
+        return {"reference", "reference_log_mass", "anchor", "log_bandwidth", "log_epsilon"}
 
     @property
     def bandwidth(self) -> float | Tensor:
@@ -480,8 +481,9 @@ def _mean(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C], zero where in
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """Over the last dimension, in float32 at least."""
-    return x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    """Over the last dimension, in float32 at least, and never 0: that is no mass of a reference."""
+    shares = x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return shares.clamp(min=LEAST_SHARE)
 
 
 def _zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import torch
 
 from . import set_attention
+from .errors import first_line
 from .timing import DTYPES, SHAPES, Shape, describe, find_device, inputs, milliseconds, step
 
 
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         device = find_device(options.device)
     except ValueError as error:
-        print(f"setformer profile: {error}", file=sys.stderr)
+        print(f"setformer profile: {first_line(error)}", file=sys.stderr)
         return 1
     shape = chosen_shape(options)
     with _device_current(device):

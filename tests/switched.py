@@ -87,7 +87,8 @@ def formula(
     log_a = torch.zeros_like(k[..., 0])
     log_b = torch.zeros_like(module.reference[..., 0])
     if module.iterations:
-        log_a = torch.einsum("bhnd,hd->bhn", k, module.token_mass)
+        drawn = torch.einsum("bhnd,hrd->bhnr", k, module.mass_point) / epsilon
+        log_a = drawn.exp().sum(-1).log()
         log_b = module.reference_log_mass.log_softmax(-1)
 
     def solve(s: Tensor, log_a: Tensor) -> tuple[Tensor, Tensor]:

@@ -303,6 +303,8 @@ def test_all_that_is_left_out_is_said(export: Callable[..., Coco]) -> None:
     data = export(of("annotations", 0, attributes={"occluded": False, "rotation": 30.0}))
     assert data.notes == ["boxes with a rotation, which is not applied: 1"]
     assert not export(of("annotations", 0, attributes={"rotation": 0.0})).notes
+    data = export(of("images", 1, file_name="a.png"))
+    assert data.notes == ["images whose file is another's, too: 1"]
     animals = also("categories", id=8, name="animal", supercategory="none")
     kinds = both(ROOT, of("categories", 0, supercategory="animal"), animals)
     data = export(kinds)

@@ -479,7 +479,7 @@ def test_movmatrix(matrices: Emulator) -> None:
 
 # CUDA C++: what threads do together, and what goes wrong
 
-SOURCE = (Path(__file__).parent / "emulator" / "samples.cu").read_text()
+SOURCE = (Path(__file__).parent / "emulator" / "samples.cu").read_text(encoding="utf-8")
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, ILLEGAL_ADDRESS = 0, 1, 9, 700
 INVALID_HANDLE, OUT_OF_RESOURCES, MISALIGNED, LAUNCH_FAILURE = 400, 701, 716, 719
 
@@ -671,7 +671,7 @@ def test_address_sanitizer(library: Path) -> None:
     """One element past an allocation of exactly 64 floats."""
     compiler = os.environ.get("CXX", "g++")
     runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, encoding="utf-8"
     ).stdout.strip()
     if not os.path.isabs(runtime):
         pytest.skip(f"{compiler} has no libasan.so")
@@ -683,7 +683,9 @@ def test_address_sanitizer(library: Path) -> None:
         "PYTHONPATH": str(Path(__file__).parent),
     }
     command = [sys.executable, "-c", ADDRESS_SCRIPT, str(library)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, encoding="utf-8"
+    )
     lines = result.stdout.splitlines()
     assert lines[:2] == [f"{SUCCESS} 0", f"{ILLEGAL_ADDRESS} 1"], result.stdout + result.stderr
     assert "access beyond an allocation of 4 bytes" in lines[2]
@@ -723,7 +725,9 @@ def test_limits_of_a_launch(library: Path, sizes: tuple[int, ...], status: int) 
     )
     command = [sys.executable, "-c", script, str(library)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, encoding="utf-8"
+    )
     assert result.stdout.strip() == str(status), result.stderr
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from setformer_ext import cli
 from setformer_ext.explain import sentence
@@ -42,7 +43,7 @@ def test_the_masses_of_a_words_parts_are_added(
     ((words, plan, _, _),) = drawn
     assert words == ["[CLS]", "Superb", ",", "the", "film", "is", "unforgettable", ".", "[SEP]"]
     model = SetformerModel.from_pretrained(encoder).eval()
-    tokenizer = sentence.AutoTokenizer.from_pretrained(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
     tokens = tokenizer(TEXT, return_tensors="pt")
     with torch.no_grad():
         states = model(**tokens, output_hidden_states=True).hidden_states[1]

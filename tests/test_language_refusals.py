@@ -85,6 +85,8 @@ def test_masks_of_pairs_are_refused() -> None:
     model, batch = make(), inputs()
     with refused("attention_mask", r"bool \[B, N\]", r"\[3, 1, 11, 11\]"):
         model(batch["input_ids"], torch.ones(3, 1, 11, 11, dtype=torch.bool))
+    with refused("attention_mask", r"bool \[B, N\]", r"float32 \[3, 1, 11, 11\]"):
+        model(batch["input_ids"], torch.zeros(3, 1, 11, 11))  # additive
     mask = transformers.masking_utils.create_bidirectional_mask
     hidden = torch.randn(3, 11, 32)
     with refused("of full bidirectional attention", "and_mask"):
@@ -129,4 +131,7 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
         make(**options)
 
 
-# Distillation
+def test_options_are_a_dict() -> None:
+    config = CONFIGS["bert"](set_attention=5)
+    with pytest.raises(ValueError, match=r"config\.set_attention must be a dict of options, got 5"):
+        transformers.AutoModel.from_config(config, attn_implementation=NAME)

@@ -67,7 +67,7 @@ def test_scaling_is_that_of_softmax_attention_by_default() -> None:
 
 
 def test_one_reference_that_is_a_query_answers_it_as_softmax_does() -> None:
-    module = References(4, 8, num_references=1)
+    module = References(4, 8, num_references=1, iterations=0)
     query, key, value = torch.randn(3, 1, 4, 13, 8)
     module.reference.data = query[0, :, 6:7].clone()
     output = module(query, key, value, None, 0.4)[:, :, 6]
@@ -113,6 +113,32 @@ def test_shared_keys_in_a_model() -> None:
     )
 
 
+def test_transport_is_the_default_and_t_0_an_option() -> None:
+    """Every valid token gives its mass a_i and every reference has b_j: softmaxes know neither."""
+    module = attention_module()
+    layer = module.set_attention
+    assert layer.iterations >= 1
+    tokens = torch.randn(3, 2, 4, 13, 8)
+    before, _ = attention_forward(module, *tokens, None)
+    layer.reference_log_mass.data.add_(torch.randn(4, 5))
+    after, _ = attention_forward(module, *tokens, None)
+    assert not torch.allclose(before, after, atol=1e-3)
+    softmaxes = attention_module(iterations=0).set_attention
+    names = {name for name, _ in softmaxes.named_parameters()}
+    assert names == {"reference", "query_log_scale"}
+
+
+def test_models_saved_without_transport_stay_without(tmp_path: Path) -> None:
+    """What earlier versions saved says iterations 0, and has neither masses nor points."""
+    model = make(iterations=0)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation=NAME)
+    assert loaded.config.set_attention["iterations"] == 0
+    assert len(references(loaded)) == 2 * 2
+    batch = inputs()
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("iterations", [0, 2])
@@ -130,6 +156,24 @@ def test_padding_changes_nothing(kind: str, side: str, iterations: int) -> None:
     output = model(padded, mask, **positions).last_hidden_state[0][mask[0].bool()]
     torch.testing.assert_close(output, alone[0], atol=2e-5, rtol=1e-5)
     assert not torch.allclose(output, model(padded, **positions).last_hidden_state[0, mask[0] > 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize("positional", [False, True])
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_additive_masks_are_understood(dtype: torch.dtype, positional: bool, auto: str) -> None:
+    """Whatever says which tokens are valid, the answer is the same; also where none is padding."""
+    model, batch = make(auto=getattr(transformers, auto)), inputs()
+    words = batch["input_ids"]
+    call = lambda m: model(words, m)[0] if positional else model(words, attention_mask=m)[0]  # noqa: E731
+    for valid in (batch["attention_mask"], torch.ones_like(batch["attention_mask"])):
+        expected = model(input_ids=words, attention_mask=valid)[0]
+        assert torch.equal(call(valid.to(dtype)), expected)
+        for padding in (-torch.inf, torch.finfo(torch.float32).min, -1e4):
+            additive = torch.zeros(valid.shape).masked_fill(valid == 0, padding)
+            assert torch.equal(call(additive), expected)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(words, additive)[0], expected)
 
 
 def test_attention_of_padding_is_zero_and_without_gradient() -> None:
@@ -188,11 +232,11 @@ def test_an_ordinary_checkpoint_gets_references(auto: str, tmp_path: Path) -> No
     original = transformers.BertModel(CONFIGS["bert"]())
     original.save_pretrained(tmp_path)
     model = getattr(transformers, auto).from_pretrained(tmp_path, attn_implementation=NAME)
-    assert model.config.set_attention == {"num_references": 64, "epsilon": None, "iterations": 0}
+    assert model.config.set_attention == {"num_references": 64, "epsilon": None, "iterations": 1}
     added = references(model)
-    assert len(added) == 4
+    assert len(added) == 2 * 4
     for name, tensor in added.items():
-        expected = 0 if name.endswith("log_scale") else 1
+        expected = 0 if name.endswith(("log_scale", "log_mass")) else 1
         assert tensor.double().std().item() == pytest.approx(expected, abs=0.1), name
     base = model.base_model.state_dict()
     for name, tensor in original.state_dict().items():
@@ -207,7 +251,7 @@ def test_switching_to_and_fro() -> None:
     assert not references(model)
     model.set_attn_implementation(NAME)
     added = references(model)
-    assert len(added) == 4
+    assert len(added) == 2 * 4
     switched = model(**batch).last_hidden_state
     assert not torch.allclose(switched, original, atol=0.01)
     model.set_attn_implementation("sdpa")
@@ -224,7 +268,7 @@ def test_becoming_part_of_another_model_keeps_references() -> None:
     randomize(model)
     before = {name: tensor.clone() for name, tensor in references(model).items()}
     model.init_weights()
-    assert len(before) == 4
+    assert len(before) == 2 * 4
     assert all(torch.equal(tensor, before[name]) for name, tensor in references(model).items())
 
 
@@ -252,7 +296,7 @@ def test_part_of_a_model() -> None:
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION)
     model = transformers.CLIPModel(config)
     model.set_attn_implementation({"vision_config": NAME})
-    assert len(references(model)) == 4
+    assert len(references(model)) == 2 * 4
     assert all(name.startswith("vision_model.") for name in references(model))
     output = model.get_image_features(**inputs("vit"))
     assert output.pooler_output.isfinite().all()

@@ -574,3 +574,20 @@ def test_compiles_for_any_grid(name: str) -> None:
     for grid in ((3, 5), (5, 7)):
         x = tokens(2, math.prod(grid), 24)
         torch.testing.assert_close(compiled(x, grid=grid), module(x, grid=grid))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_learned_masses_may_differ_by_more_than_a_type_holds(adaptive: bool) -> None:
+    """exp(-200) is 0 in float32, which is no mass of a reference, and subnormal at exp(-100)."""
+    torch.manual_seed(0)
+    module = SetAttention(32, 2, 5, adaptive_reference_mass=adaptive)
+    with torch.no_grad():
+        module.reference_log_mass[:, 0] = 100
+        module.reference_log_mass[:, 1] = -100
+    x = torch.randn(2, 30, 32)
+    out, plan = module(x), module.transport_plan(x)
+    exact = copy.deepcopy(module).double()
+    torch.testing.assert_close(out.double(), exact(x.double()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(plan.double(), exact.transport_plan(x.double()), rtol=0, atol=1e-5)
+    out.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())

@@ -26,7 +26,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="the emulator needs 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_kernels_have_the_text_that_a_fault_changes(fault: Fault) -> None:
-    text = (SOURCES / "cuda" / fault.file).read_text()
+    text = (SOURCES / "cuda" / fault.file).read_text(encoding="utf-8")
     changed = fault.apply(text)
     assert changed != text
     assert changed.count("\n") == text.count("\n")

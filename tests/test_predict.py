@@ -210,6 +210,7 @@ def test_same_names_do_not_overwrite(
         (lambda run: edit(run, classes="ab"), "a list under 'classes'"),
         (lambda run: edit(run, mean=None), "no model can be made of it"),
         (lambda run: edit(run, model="nothing"), "no model can be made of it"),
+        (lambda run: edit(run, model="hf-hub:nobody/nothing"), "timm knows no 'hf-hub:nobody/"),
         (lambda run: edit(run, model_options={"depth": 1}), "no model can be made of it"),
         (lambda run: edit(run, crop_pct=...), "lacks or does not know 'crop_pct'"),
         (

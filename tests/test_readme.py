@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = re.findall(
     r"setformer (profile|selftest|train|predict|evaluate|export|explain)((?: +[^\s`#]+)+)",
@@ -51,7 +51,7 @@ def test_commands_are_found() -> None:
 
 
 def test_kernels_are_those_of_the_sources() -> None:
-    sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*")]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "cuda").glob("*.cu*")]
     kernels = re.findall(r"__global__ void[^;{]*?(\w+_kernel)\(", "".join(sources))
     table = "".join(line for line in TEXT.splitlines() if line.startswith("| `"))
     assert set(re.findall(r"`(\w+_kernel)`", table)) == set(kernels)

@@ -188,6 +188,7 @@ def test_one_failure_does_not_stop_the_others(
         *("ok", "FAILED", "FAILED", "FAILED", "skipped", "ok")
     ]
     assert [line.split()[1] for line in checks] == [task.name for task in MIXED]
+    assert [line.split()[2] for line in checks[:3]] == ["10%", "2e+02%", "inf%"]
     assert "  y: error 0.002, allowed 0.001 (a note)" in text
     assert "  z: error nan, allowed 0.001" in text
     assert "x: error" not in text
@@ -197,6 +198,16 @@ def test_one_failure_does_not_stop_the_others(
     row = next(line.split() for line in text.splitlines() if line.startswith("B=1"))
     assert row == ["B=1", "2", "2.50", "failed"]
     assert text.splitlines()[-1].startswith("FAILED: 2 ok, 3 failed, 1 skipped in ")
+
+
+def test_what_is_ok_does_not_look_like_an_error() -> None:
+    """Similarities of 1e7 may be off by 11 where 14 is allowed: the table has the share of it."""
+    [row] = [report.line(Outcome("extreme", Result([Comparison("output", 11.2, 14.5)])))]
+    assert row.split() == ["ok", "extreme", "77%", "0.0", "output", "(of", "1)"]
+    lines = [report.line(execute(task, CPU)) for task in runner.all_tasks(CPU, quick=True)]
+    shares = [float(x[:-1]) for line in lines for x in line.split() if x.endswith("%")]
+    assert len(shares) > 25
+    assert all(0 <= share <= 100 for share in shares)
 
 
 def test_report_has_what_a_bug_report_needs() -> None:

@@ -223,14 +223,14 @@ def test_logs_that_a_full_disk_does_not_take_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread ends too
-    journal = Journal(tmp_path, speaks=True, step=0, steps=1)
+    journal = Journal(tmp_path, speaks=True, step=0, steps=1, samples=1)
     journal.writer.flush()
     [log] = journal.logs.iterdir()
     log.unlink()
     log.symlink_to("/dev/full")
     message = rf"cannot write {journal.logs}: .*No space left.*earlier checkpoints are untouched"
     with pytest.raises(CheckpointError, match=message):
-        journal.evaluation({"step": 1, "loss": 0.5}, 1)
+        journal.evaluation({"step": 1, "loss": 0.5})
 
 
 def test_parameters_without_gradients_so_far_resume_as_they_were() -> None:

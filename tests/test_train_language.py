@@ -433,11 +433,30 @@ def test_set_attention_in_another_model_keeps_its_options(tmp_path: Path) -> Non
     model = AutoModelForSequenceClassification.from_pretrained(
         output, attn_implementation="set_attention"
     )
-    assert model.config.set_attention == {"num_references": 5, "epsilon": None, "iterations": 0}
+    assert model.config.set_attention == {"num_references": 5, "epsilon": None, "iterations": 1}
     assert model.config.architectures == ["BertForSequenceClassification"]
     trained = load_file(output / "model.safetensors")
     name = "bert.encoder.layer.0.attention.self.set_attention.reference"
     assert torch.equal(model.state_dict()[name], trained[name])
+
+
+def test_options_given_to_a_switched_model_leave_those_it_was_saved_with(tmp_path: Path) -> None:
+    """A model that was trained without transport goes on without."""
+    tokenizer = wrap_tokenizer(train_tokenizer([t for t, _ in reviews(50)], 100, lowercase=True))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=len(tokenizer), intermediate_size=64, **sizes)
+    config.set_attention = {"num_references": 5, "iterations": 0}
+    bert = BertModel._from_config(config, attn_implementation="set_attention")
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    data, output = write_reviews(tmp_path / "glue"), tmp_path / "run"
+    given = glue(data, tmp_path / "bert", output, "--steps=1")
+    given += ["--attention-implementation=set_attention", "--model-options"]
+    assert cli.main([*given, "set_attention={'epsilon': 3.0}"]) == 0
+    saved = json.loads((output / "config.json").read_text())
+    assert saved["set_attention"] == {"num_references": 5, "epsilon": 3.0, "iterations": 0}
+    names = {name.rpartition(".")[2] for name in load_file(output / "model.safetensors")}
+    assert not names & {"mass_point", "reference_log_mass"}
 
 
 def test_rows_left_out_are_counted(
@@ -481,6 +500,10 @@ def test_several_tasks_and_their_average(
         (["--model-options", "hidden_size=64"], "weights of"),
         (["--data=/nowhere"], "there is no /nowhere/SST-2/train.tsv"),
         (["--attention-implementation=set_attention"], "set_attention"),
+        (
+            ["--model-options", "set_attention=5"],
+            "set_attention must be a mapping",
+        ),
     ],
 )
 def test_what_the_user_can_put_right(

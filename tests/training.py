@@ -62,7 +62,7 @@ def classify(data: Path, output: Path, *more: object) -> dict[str, Any]:
 
 
 def metrics(output: Path) -> dict[str, Any]:
-    return json.loads((output / "metrics.json").read_text())
+    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
 
 
 def launch(

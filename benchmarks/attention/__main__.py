@@ -154,12 +154,12 @@ def _write(options: argparse.Namespace, results: list[Result], rates: dict[int, 
         "rates": [asdict(rate) for rate in rates.values()],
         "results": [result.as_json() for result in results],
     }
-    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     lines = [HEADER]
     for case in dict.fromkeys(result.case for result in results):
         lines += rows([result for result in results if result.case == case], rates)
     limits = "\n".join(map(str, rates.values()))
-    (folder / "results.md").write_text(f"{limits}\n\n" + "\n".join(lines) + "\n")
+    (folder / "results.md").write_text(f"{limits}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     if options.scaling:
         draw_threads(results, folder / "threads.png")
     elif options.lengths:

@@ -115,7 +115,7 @@ def peak_memory(case: Case, name: str) -> float | None:
     """MiB that a process of its own needs for the case; None if it has not enough memory."""
     request = json.dumps({"case": asdict(case), "competitor": name})
     command = [sys.executable, str(Path(__file__)), request]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     return float(answer.stdout.split()[-1]) if answer.returncode == 0 else None
 
 
@@ -132,10 +132,13 @@ def _measure_own_peak(request: str) -> float:
         before = torch.cuda.memory_allocated(case.device)
         prepared(case, given["competitor"])()
         return (torch.cuda.max_memory_allocated(case.device) - before) / MIB
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        * resource.getpagesize()
+    )
     prepared(case, given["competitor"])()
     # Not ru_maxrss: a process inherits that from the one that started it.
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert peak, "no VmHWM in /proc/self/status"
     return (int(peak[1]) * 1024 - before) / MIB
 

@@ -77,7 +77,9 @@ def record() -> None:
     """Write this machine's ratios for its instruction set."""
     keep_memory()
     ratios = {name: round(ratio(case), 2) for name, case in CASES.items()}
-    FILE.write_text(json.dumps(_recorded() | {_machine(): ratios}, indent=2) + "\n")
+    FILE.write_text(
+        json.dumps(_recorded() | {_machine(): ratios}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _machine() -> str:
@@ -87,4 +89,4 @@ def _machine() -> str:
 
 
 def _recorded() -> dict[str, dict[str, float]]:
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}

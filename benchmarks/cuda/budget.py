@@ -52,10 +52,10 @@ def main() -> None:
     if not rows:
         raise SystemExit("no kernel found: was the extension compiled with CUDA?")
     if options.write:
-        with TABLE.open("w", newline="") as file:
+        with TABLE.open("w", newline="", encoding="utf-8") as file:
             write(rows, file)
     elif options.check:
-        with TABLE.open(newline="") as file:
+        with TABLE.open(newline="", encoding="utf-8") as file:
             problems = compare(list(csv.DictReader(file)), rows)
         print(*problems, sep="\n")
         print(f"{len(rows)} compiled kernels against {TABLE.name}: {len(problems)} problems")

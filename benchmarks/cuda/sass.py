@@ -123,7 +123,9 @@ def short_names(symbols: set[str]) -> dict[str, str]:
     """Symbol -> `score_pass_kernel<__half, 64>`."""
     ordered = sorted(symbols)
     text = "\n".join(ordered)
-    run = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     plain = run.stdout.splitlines()
     return {symbol: shorten(name) for symbol, name in zip(ordered, plain, strict=True)}
 
@@ -155,7 +157,12 @@ def _cuobjdump(file: Path, *options: str) -> Iterator[str]:
     environment = os.environ | {"PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
     command = [tool, *options, str(file)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
+        encoding="utf-8",
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

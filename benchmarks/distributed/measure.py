@@ -110,7 +110,7 @@ def _bytes_of(step: Callable[[], object]) -> tuple[int, int]:
 
 def _loopback() -> int:
     """Bytes that were sent over the loopback device so far."""
-    lines = Path("/proc/net/dev").read_text().splitlines()
+    lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[9]) for line in lines if line.strip().startswith("lo:"))
 
 

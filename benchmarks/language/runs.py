@@ -21,7 +21,7 @@ def train(folder: Path, *given: str) -> None:
 
 def best(folder: Path, metric: str) -> float:
     """A figure of the best evaluation."""
-    return json.loads((folder / "metrics.json").read_text())["best"][metric]
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best"][metric]
 
 
 def cell(values: list[float], digits: int = 4) -> str:

@@ -164,7 +164,7 @@ def baseline(data: Path, task: GlueTask) -> float:
     """The accuracy of a logistic regression on TF-IDF of words and pairs of words."""
     texts, labels = {}, {}
     for name in ("train", "dev"):
-        lines = (data / task.folder / f"{name}.tsv").read_text().split("\n")[1:-1]
+        lines = (data / task.folder / f"{name}.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
         texts[name], labels[name] = zip(*(line.split("\t") for line in lines), strict=True)
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     model = LogisticRegression(C=10, max_iter=1000)

@@ -155,7 +155,7 @@ def write_ade20k(image: np.ndarray, truth: np.ndarray, root: Path) -> None:
             folder.mkdir(parents=True)
             for strip, part in zip(TEST, parts, strict=True):
                 Image.fromarray(part).save(folder / f"{strip:02}.png")
-    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
 
 
 def tree(image: np.ndarray, truth: np.ndarray, latitude: bool) -> np.ndarray:

@@ -215,7 +215,11 @@ def main() -> int:
 
 def _run(name: str, images: Images, steps: int, seed: int, results: Path | None) -> Run:
     """Train and test, or take what an earlier call has left in the file."""
-    made = [] if results is None or not results.exists() else results.read_text().splitlines()
+    made = (
+        []
+        if results is None or not results.exists()
+        else results.read_text(encoding="utf-8").splitlines()
+    )
     for run in (Run(**json.loads(line)) for line in made):
         if (run.name, run.judged_on, run.steps, run.seed) == (name, images.source, steps, seed):
             return run
@@ -238,7 +242,7 @@ def _run(name: str, images: Images, steps: int, seed: int, results: Path | None)
         history.milliseconds_per_step,
     )
     if results is not None:
-        with results.open("a") as file:
+        with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(run)) + "\n")
     return run
 

@@ -102,7 +102,7 @@ def main() -> int:
         return status
     known = held_out(data)
     blind = blind_precision(data, known)
-    best = json.loads((run / "metrics.json").read_text())["best"]["AP50"]
+    best = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["best"]["AP50"]
     picture = options.output / "tree_crowns.png"
     draw(run, known, picture)
     print(f"\nAP50 on {len(known)} held-out tiles: {best:.3f} (boxes on a grid: {blind:.3f})")
@@ -144,7 +144,7 @@ def write_coco(images: Path, data: Path, split: str) -> None:
                 corner = (x, y, min(x + TILE, right), min(y + TILE, height))
                 _add_tile(content, folder, name, pixels, boxes, corner)
     path = data / "annotations" / f"instances_{split}2017.json"
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _starts(first: int, end: int, step: int) -> Iterator[int]:
@@ -202,7 +202,9 @@ def held_out(data: Path) -> Coco:
 
 def blind_precision(data: Path, known: Coco) -> float:
     """AP50 of boxes of the training crowns' mean size, side by side on every tile."""
-    content = json.loads((data / "annotations" / "instances_train2017.json").read_text())
+    content = json.loads(
+        (data / "annotations" / "instances_train2017.json").read_text(encoding="utf-8")
+    )
     size = np.mean([thing["bbox"][2:] for thing in content["annotations"]])
     metric = MeanAveragePrecision(backend="pycocotools")
     for image, target in (known[i] for i in range(len(known))):
@@ -220,7 +222,7 @@ def blind_precision(data: Path, known: Coco) -> float:
 @torch.no_grad()
 def draw(run: Path, known: Coco, path: Path, columns: int = 4) -> None:
     """Above what is annotated, below what was found, on the tiles with the most crowns."""
-    model: Any = from_card(json.loads((run / "card.json").read_text()))
+    model: Any = from_card(json.loads((run / "card.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(run / "model.safetensors"))
     model.eval()
     fullest = sorted(range(len(known)), key=lambda i: -len(known[i][1]["boxes"]))[:columns]

@@ -7,6 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from ..errors import first_line
 from ..images import add_max_pixels
 
 PACKAGES = ("torch", "numpy", "sklearn", "matplotlib", "PIL", "tqdm")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         compare(args.data, args.output, args.steps, args.seed, image_size, args.max_pixels)
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return _fail(first_line(error))
     return 0
 
 

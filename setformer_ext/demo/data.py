@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import first_line
 from ..image_folder import find_images, held_out
 from ..images import MAX_PIXELS, read_image
 
@@ -68,7 +69,7 @@ def load_folder(folder: Path, image_size: int, seed: int, max_pixels: int = MAX_
             images.append(_read(path, image_size, max_pixels))
             labels.append(label)
         except OSError as error:
-            broken.append(f"  {error}")
+            broken.append(f"  {first_line(error)}")
     if broken:
         print(f"skipped {len(broken)} unreadable file(s):", *broken, sep="\n", file=sys.stderr)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import first_line
 from ..images import add_max_pixels
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             _explain_text(options)
     except (ExplainError, RunError, OSError) as error:
-        print(f"setformer explain: {error}", file=sys.stderr)
+        print(f"setformer explain: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

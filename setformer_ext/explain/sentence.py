@@ -8,10 +8,12 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 from transformers.utils import logging
 
+from ..errors import first_line
 from ..language.encoder import SetformerLayer
+from ..language.saved import SavedError, load_saved, load_tokenizer, require_embeddings
 from ..modules import SetAttention
 from ..pictures import COLOURS, mutual_information
 from .plans import ExplainError, require_head, require_set_attention
@@ -34,12 +36,12 @@ def explain_sentence(run: Path, text: str, layer: int, head: int | None, path: P
     """
     logging.set_verbosity_error()  # of the heads that the encoder is taken from
     try:
-        model = AutoModel.from_pretrained(run).eval()
-        tokenizer = AutoTokenizer.from_pretrained(run)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+        model = load_saved(AutoModel.from_pretrained, run).eval()
+        tokenizer = load_tokenizer(run)
+        require_embeddings(tokenizer, model.config, run)
+    except SavedError as error:
         raise ExplainError(
-            f"{run}: expected the --output of setformer train mlm or glue: {reason}"
+            f"RUN: expected the --output of setformer train mlm or glue: {error}"
         ) from error
     layers = [module for module in model.modules() if isinstance(module, SetformerLayer)]
     if not layers:
@@ -59,7 +61,7 @@ def explain_sentence(run: Path, text: str, layer: int, head: int | None, path: P
     try:
         plans = _plans(model, attention, dict(encoding))
     except ValueError as error:  # longer than the model's positions
-        raise ExplainError(f"--text: {error}") from error
+        raise ExplainError(f"--text: {first_line(error)}") from error
     plans = torch.zeros(len(plans), len(words), plans.shape[2]).index_add(1, of_word, plans)
     head = head or 1 + int(mutual_information(plans).argmax())
     name = f"layer {number} of {len(layers)}, head {head} of {attention.num_heads}"

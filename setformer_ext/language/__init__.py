@@ -1,6 +1,7 @@
 """The SeTformer language encoder, and SeT attention inside other models of transformers.
 
-Importing this registers the encoder with transformers' Auto classes.
+Importing this registers the encoder with transformers' Auto classes, and has transformers' Trainer
+leave out of weight decay what modules exempt.
 """
 
 from transformers import (
@@ -20,6 +21,7 @@ from .heads import (
     SetformerForTokenClassification,
 )
 from .switch import register
+from .trainer import respect_no_weight_decay
 
 AutoConfig.register(SetformerConfig.model_type, SetformerConfig, exist_ok=True)
 for _auto, _model in (
@@ -29,6 +31,7 @@ for _auto, _model in (
     (AutoModelForTokenClassification, SetformerForTokenClassification),
 ):
     _auto.register(SetformerConfig, _model, exist_ok=True)
+respect_no_weight_decay()
 
 __all__ = [
     "SIZES",

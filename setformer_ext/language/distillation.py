@@ -26,7 +26,7 @@ def distill_attention(
     batches: Iterable[Batch],
     *,
     steps: int = 200,
-    lr: float = 0.1,
+    lr: float = 0.2,
     initialize: bool = True,
 ) -> list[float]:
     """Train the references of a model to answer as softmax attention does, and nothing else.
@@ -34,10 +34,11 @@ def distill_attention(
     Every attention module sees what it sees in the original model: softmax attention goes on
     through the layers, and beside it SeT attention learns its outputs from the same queries, keys
     and values. This is how to start from a pretrained model, before all of it is trained on a task.
-    Dropout is off meanwhile.
+    Dropout is off meanwhile, and frozen references are not.
 
     Args:
-        model: a model of transformers with ``attn_implementation="set_attention"``.
+        model: a model of transformers with ``attn_implementation="set_attention"``, also one that
+            peft or torch.compile has wrapped: the references that it calls are trained.
         batches: arguments of the model's forward, such as input_ids and attention_mask, on its
             device. Gone through again until there were enough steps.
         steps: of Adam, >= 1, one batch each.
@@ -59,13 +60,15 @@ def distill_attention(
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
-    with _evaluating(model):
+    with _evaluating(model), _thawed(parameters), torch.compiler.set_stance("force_eager"):
         if initialize:
             _start_from_queries(model, batches)
-        optimizer.zero_grad()
         for batch in islice(_endlessly(batches), steps):
             loss = _error(model, batch)
-            loss.backward()
+            # Nothing but the references gets a gradient, and of them those that were called.
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -89,21 +92,24 @@ def _error(model: nn.Module, batch: Batch) -> Tensor:
 
 def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
     """References become centres of clusters: each stands for queries that are like it."""
-    layers = _layers(model)
-    queries: dict[References, list[Tensor]] = {layer: [] for layer in layers}
-    wanted = {layer: _QUERIES_PER_REFERENCE * layer.reference.shape[1] for layer in layers}
+    queries: dict[References, list[Tensor]] = {}  # of those that are called
+
+    def missing(references: References) -> int:
+        wanted = _QUERIES_PER_REFERENCE * references.reference.shape[1]
+        return wanted - sum(map(len, queries[references]))
 
     def collect(references: References, arguments: tuple[Any, ...], _: Tensor) -> None:
         query, mask = arguments[0].transpose(1, 2), arguments[3]  # [B, N, H, D], [B, N]
         valid = query.flatten(0, 1) if mask is None else query[mask]
-        missing = wanted[references] - sum(map(len, queries[references]))
-        queries[references].append(valid[torch.randperm(len(valid))[:missing]])
+        queries.setdefault(references, [])
+        chosen = torch.randperm(len(valid))[: missing(references)]
+        queries[references].append(valid[chosen])
 
     for batch in batches:
         _observe_softmax(model, batch, collect)
-        if all(sum(map(len, queries[layer])) == wanted[layer] for layer in layers):
+        if not any(map(missing, queries)):
             break
-    for layer, points in queries.items():
+    for layer, points in (queries or {layer: [] for layer in _layers(model)}).items():
         count = layer.reference.shape[1]
         found = sum(map(len, points))
         if found < count:
@@ -111,9 +117,12 @@ def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
                 f"distill_attention: batches must hold at least num_references={count} valid "
                 f"tokens, got {found}; give more, or initialize=False"
             )
+        centres = _centres(torch.cat(points).transpose(0, 1).float(), count)
         layer.reset_parameters()
         with torch.no_grad():
-            layer.reference.copy_(_centres(torch.cat(points).transpose(0, 1).float(), count))
+            layer.reference.copy_(centres)
+            if layer.mass_point is not None:
+                layer.mass_point.copy_(_centres(centres, layer.mass_point.shape[1]))
 
 
 def _centres(points: Tensor, count: int) -> Tensor:  # [H, P, D] -> [H, M, D]
@@ -185,6 +194,19 @@ def _endlessly(batches: Iterable[Batch]) -> Iterator[Batch]:
                 "distill_attention: batches must hold at least one, and be an iterable that can be "
                 "gone through again (a list or a DataLoader, no generator)"
             )
+
+
+@contextmanager
+def _thawed(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Trained for a while, whether or not they are trained otherwise; without old gradients."""
+    trained = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True).grad = None
+        yield
+    finally:
+        for parameter, requires_grad in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(requires_grad)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from ..modules import SetAttention
 from ..softmax_attention import SoftmaxAttention
 from .configuration import ATTENTION_OPTIONS, SetformerConfig
+from .masks import valid_tokens
 
 
 class SetformerEmbeddings(nn.Module):
@@ -172,7 +173,8 @@ class SetformerModel(SetformerPreTrainedModel):
 
         Args:
             input_ids: tokens [B, N], int64.
-            attention_mask: [B, N], nonzero = valid; padding neither gives nor changes anything.
+            attention_mask: [B, N], nonzero = valid or, of floats none of which is above 0, an
+                additive one, 0 = valid; padding neither gives nor changes anything.
             token_type_ids: segments [B, N], by default all 0.
             position_ids: places [B, N], by default 0 ... N - 1; matters to absolute positions.
             inputs_embeds: embeddings [B, N, C] in place of ``input_ids``.
@@ -200,7 +202,7 @@ class SetformerModel(SetformerPreTrainedModel):
                     f"Setformer: attention_mask must be [B, N] = {list(words.shape[:2])}, "
                     f"got {list(attention_mask.shape)}"
                 )
-            mask = attention_mask.bool()
+            mask = valid_tokens(attention_mask)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(words, token_type_ids, position_ids)

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration import SetformerConfig
 from .encoder import SetformerModel, SetformerPreTrainedModel
+from .masks import valid_tokens
 
 IGNORED = -100  # the label of what has no part in a loss, as all of transformers has it
 
@@ -138,11 +139,11 @@ class SetformerForSequenceClassification(SetformerPreTrainedModel):
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C] -> [B, C]
         if self.config.classifier_pooling == "cls":
             # The first valid token: texts may be padded at the left.
-            first = 0 if mask is None else mask.bool().int().argmax(1)
+            first = 0 if mask is None else valid_tokens(mask).int().argmax(1)
             return x[torch.arange(len(x), device=x.device), first]
         if mask is None:
             return x.mean(1)
-        weights = mask.bool().unsqueeze(-1).to(x.dtype)
+        weights = valid_tokens(mask).unsqueeze(-1).to(x.dtype)
         return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from ..modules import _softmax
 DEFAULT_OPTIONS: dict[str, Any] = {
     "num_references": 64,
     "epsilon": None,
-    "iterations": 0,
+    "iterations": 1,
 }
+_MASS_POINTS = 8  # u_r per head
 
 
 class References(nn.Module):
@@ -24,27 +26,26 @@ class References(nn.Module):
 
     For the queries q, keys k, values v and the factor ``scaling`` of softmax attention, per head::
 
-        S_ij = <k_i, y_j>    S'_ij = <c q_i, y_j>      both / epsilon
-        A_j  = sum_i C_ij v_i    C = softmax of S over tokens        (T = 0)
-        O_i  = sum_j R_ij A_j    R = softmax of S' over references   (T = 0)
+        S_ij = <k_i, y_j>    S'_ij = <c q_i, y_j>                  both / epsilon
+        A_j  = sum_i C_ij v_i    C = softmax of S + f over tokens
+        O_i  = sum_j R_ij A_j    R = softmax of S' + g over references
 
-    A reference y_j so is a query that stands for many: with epsilon = 1 / scaling A_j is exactly
-    the softmax attention of y_j, and a token mixes the answers of the references that are like its
-    own query, the more sharply the larger c. With T >= 1 both sides are transport plans as
-    :func:`setformer_ext.set_attention` defines them, and their marginals are learned.
+    With the potentials f of the keys and g of the queries both sides are transport plans, as
+    :func:`setformer_ext.set_attention` defines them. Their marginals are learned: b_j, and
+    a_i in proportion to sum_r exp(<k_i, u_r> / epsilon), for a few points u_r. With T = 0, an
+    option, there is no transport but two softmaxes, f = g = 0: with epsilon = 1 / scaling A_j then
+    is the softmax attention of y_j, a query that stands for many, and a token mixes the answers of
+    the references that are like its own query, the more sharply the larger c.
 
     All of this is our reading; the paper (Shamsolmoali et al., SeTformer, AAAI 2024) trains models
-    from the start. Layers 0, 2, 5 of MiniLM (film reviews, 128 tokens, M = 64), distilled for 200
-    steps, keep a relative squared error of 0.24, 0.17, 0.06 with T = 0, and of 0.22, 0.19, 0.07
-    with T = 1, which costs more. Within T = 0, c gains up to 0.01, references of their own for
-    collect and distribute another 0.01 at most, and -|k - y|^2 / 2 for <k, y> loses up to 0.1.
+    from the start. FIGURES
 
     Args:
         num_heads: heads H of the queries.
         head_dim: D.
         num_references: references M per head.
         epsilon: the entropy, > 0; None for 1 / scaling, so that similarities weigh what scores do.
-        iterations: Sinkhorn steps T >= 0.
+        iterations: Sinkhorn steps T >= 0; 0 for two softmaxes without transport.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -77,6 +78,7 @@ class References(nn.Module):
         )
         self.epsilon = epsilon
         self.iterations = iterations
+        self.stored = False  # whether the checkpoint that the model was loaded from has the values
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -85,21 +87,23 @@ class References(nn.Module):
         self.query_log_scale = parameter(num_heads)  # log c
         # Without a Sinkhorn step masses of references change nothing, and of tokens gained nothing.
         transport = iterations > 0
-        self.token_mass = parameter(num_heads, head_dim) if transport else None
+        points = min(_MASS_POINTS, num_references)
+        self.mass_point = parameter(num_heads, points, head_dim) if transport else None  # u
         self.reference_log_mass = parameter(num_heads, num_references) if transport else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the references anew; the masses start uniform, and c at 1."""
-        nn.init.normal_(self.reference)  # as 1 / sqrt(D), the usual scaling, expects of queries
-        for parameter in (self.query_log_scale, self.token_mass, self.reference_log_mass):
+        """Draw the references anew, and the points u; b starts uniform, and c at 1."""
+        for points in (self.reference, self.mass_point):
+            if points is not None:
+                nn.init.normal_(points)  # as 1 / sqrt(D), the usual scaling, expects of queries
+        for parameter in (self.query_log_scale, self.reference_log_mass):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that live on a scale of their own, where 0 means nothing."""
-        own = {"reference", "query_log_scale", "reference_log_mass"}
-        return own & {name for name, _ in self.named_parameters()}
+        return {"reference", "query_log_scale", "mass_point", "reference_log_mass"}
 
     def forward(
         self,
@@ -109,6 +113,8 @@ class References(nn.Module):
         mask: Tensor | None,  # [B, N] bool
         scaling: float,
     ) -> Tensor:  # [B, H, N, Dv]
+        self._warn_where_lost()
+        epsilon = 1 / scaling if self.epsilon is None else self.epsilon
         scale = self.query_log_scale.exp()[:, None, None]
         return set_attention(
             query * scale.to(query.dtype),
@@ -117,12 +123,24 @@ class References(nn.Module):
             self.reference.to(query.dtype),
             mask=mask,
             query_mask=mask,
-            token_mass=self._token_mass(key, mask),
+            token_mass=self._token_mass(key, mask, epsilon),
             reference_mass=self._reference_mass(),
             kernel="linear",
-            epsilon=1 / scaling if self.epsilon is None else self.epsilon,
+            epsilon=epsilon,
             iterations=self.iterations,
         )
+
+    def _warn_where_lost(self) -> None:
+        """peft freezes what it does not train, and saves nothing of it."""
+        frozen = not any(p.requires_grad for p in self.parameters())
+        if frozen and self.training and not self.stored and not torch.compiler.is_compiling():
+            warnings.warn(
+                "set_attention: the references are frozen, and the model was loaded without them: "
+                "an adapter that learns around them does not fit those of the next loading. Train "
+                'and save them with it, peft.LoraConfig(modules_to_save=["set_attention"], ...), '
+                "or save the whole model and load it again before it gets the adapter.",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         heads, references, depth = self.reference.shape
@@ -132,11 +150,13 @@ class References(nn.Module):
             f"iterations={self.iterations}"
         )
 
-    def _token_mass(self, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        """a_i proportional to exp(<u, k_i>), [B, H, N], 1 on average."""
-        if self.token_mass is None:
+    def _token_mass(self, key: Tensor, mask: Tensor | None, epsilon: float) -> Tensor | None:
+        """a_i in proportion to sum_r exp(<k_i, u_r> / epsilon), [B, H, N], 1 on average."""
+        if self.mass_point is None:
             return None
-        logits = (key * self.token_mass[:, None].to(key.dtype)).sum(-1)
+        points = self.mass_point.to(key.dtype) / epsilon
+        logits = torch.einsum("bhnd,hrd->bhnr", key, points)
+        logits = logits.to(torch.promote_types(key.dtype, torch.float32)).logsumexp(-1)
         if mask is not None:
             logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(logits.dtype).min)
         return _softmax(logits) * key.shape[2]

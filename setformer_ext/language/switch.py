@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import bidirectional_mask_function
 
+from .masks import valid_tokens
 from .references import DEFAULT_OPTIONS, References
 
 NAME = "set_attention"
@@ -50,7 +52,8 @@ def register() -> None:
     references.
 
     Options are a dict ``config.set_attention``, saved with the configuration:
-    ``num_references`` (64), ``epsilon`` (None) and ``iterations`` (0) of :class:`References`.
+    ``num_references`` (64), ``epsilon`` (None) and ``iterations`` (1; 0 for two softmaxes without
+    transport) of :class:`References`. Masks [B, N] may be additive, floats with 0 for valid tokens.
 
     Encoders can have it whose attention goes through transformers' interface and masks padding
     only, such as BERT, RoBERTa, ViT and DINOv2; several heads of queries may share one of keys.
@@ -101,8 +104,8 @@ def attention_forward(
         RuntimeError: the module has no references.
         ValueError: attention that is not of all tokens to all valid tokens.
     """
-    references = getattr(module, NAME, None)
-    if not isinstance(references, References):
+    references = getattr(module, NAME, None)  # or what peft, torch.compile, ... wrapped them in
+    if not isinstance(references, nn.Module):
         raise RuntimeError(
             f"set_attention: {type(module).__name__} must have references, got none; call "
             "setformer_ext.language.register() and then "
@@ -199,6 +202,8 @@ def _initialize_references(initialize_weights: Callable) -> Callable:
         if isinstance(module, References) and not done:
             # transformers guards torch.nn.init while it initialises: what was loaded stays.
             module.reset_parameters()
+            loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters())
+            module.stored = all(loaded)
 
     return wrapped
 
@@ -217,14 +222,53 @@ def _attach(model: PreTrainedModel) -> None:
     made = [
         (module, _references(name, module)) for name, module in modules if not hasattr(module, NAME)
     ]
+    if made and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"set_attention: {type(model).__name__} must be switched before it gets adapters, for "
+            "they do not save what comes later; call set_attn_implementation first, then peft"
+        )
     for module, references in made:  # all or, where one is refused, none
         module.set_attention = references
+    if modules:
+        _read_masks(model)
+
+
+def _read_masks(model: PreTrainedModel) -> None:
+    """Have the model, and the models inside it, understand additive masks of padding."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not hasattr(module, "_mask_place"):
+            names = list(inspect.signature(module.forward).parameters)
+            if "attention_mask" in names:
+                module._mask_place = names.index("attention_mask")
+                module.register_forward_pre_hook(_read_mask, with_kwargs=True)
+
+
+def _read_mask(
+    model: PreTrainedModel, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """transformers takes what is not 0 for valid, which would turn an additive mask around."""
+    place: int = model._mask_place
+    given = len(arguments) > place
+    mask = arguments[place] if given else options.get("attention_mask")
+    if (
+        model.config._attn_implementation == NAME
+        and isinstance(mask, Tensor)
+        and mask.is_floating_point()
+        and mask.dim() == 2
+    ):
+        mask = valid_tokens(mask).to(mask.dtype)
+        if given:
+            arguments = (*arguments[:place], mask, *arguments[place + 1 :])
+        else:
+            options = {**options, "attention_mask": mask}
+    return arguments, options
 
 
 def _is_attention(module: nn.Module) -> bool:
     """Whether a module calls the attention interface, as far as its attributes tell."""
-    marked = hasattr(module, "is_causal") or hasattr(module, "scaling")
-    return marked and isinstance(getattr(module, "config", None), PreTrainedConfig)
+    # Its own configuration, which a wrapper would only pass on.
+    own = isinstance(vars(module).get("config"), PreTrainedConfig)
+    return own and (hasattr(module, "is_causal") or hasattr(module, "scaling"))
 
 
 def _require_bidirectional(name: str, module: nn.Module) -> None:
@@ -242,6 +286,8 @@ def _references(name: str, module: nn.Module) -> References:
     depth = _size(name, module, "head_dim", "attention_head_size")
     config: Any = module.config
     given = getattr(config, NAME, None) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"config.set_attention must be a dict of options, got {given!r}")
     unknown = set(given) - set(DEFAULT_OPTIONS)
     if unknown:
         raise ValueError(
@@ -249,14 +295,21 @@ def _references(name: str, module: nn.Module) -> References:
             f"got {sorted(unknown)}"
         )
     options = DEFAULT_OPTIONS | given
-    floating = (p for p in module.parameters() if p.is_floating_point())
-    like = next(floating, torch.empty(0))
+    like = _floating(module)
     references = References(heads, depth, **options, device=like.device, dtype=like.dtype)
     # What has been drawn is not drawn again when the model becomes part of another one.
     references._is_hf_initialized = like.device.type != "meta"  # type: ignore[assignment]
     # Defaults may change, but not those of a model that was trained with them.
     config.set_attention = options
     return references
+
+
+def _floating(module: nn.Module) -> Tensor:
+    """A tensor of the module's to be like; where it is quantised, in the usual dtype."""
+    tensors = [*module.parameters(), *module.buffers()]
+    wide = (x for x in tensors if x.is_floating_point() and x.element_size() > 1)
+    device = tensors[0].device if tensors else None
+    return next(wide, torch.empty(0, device=device))
 
 
 def _size(name: str, module: nn.Module, *attributes: str) -> int:

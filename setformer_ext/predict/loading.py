@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import timm
 from torch import Tensor, nn
 
 from ..errors import first_line
@@ -43,6 +44,10 @@ def load_run(folder: Path) -> Predictor:
             raise RunError(
                 f"{folder / CARD}: expected an object with a {kind.__name__} under {key!r}"
             )
+    if not timm.is_model(card["model"]):  # timm would look for others in its hub
+        raise RunError(
+            f"{folder / CARD}: no model can be made of it: timm knows no {card['model']!r}"
+        )
     with cards_explained(folder):
         predictor = PREDICTORS[card["task"]](card)
     load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
@@ -115,15 +120,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         RunError: if there is no such file, or it is neither.
     """
-    from timm.models import load_state_dict
-
     if not path.is_file():
         raise RunError(f"{path}: no such file")
     try:
-        return load_state_dict(str(path))
+        return timm.models.load_state_dict(str(path))
     except Exception as error:  # torch and safetensors raise what they like
-        reason = str(error).strip().partition("\n")[0]
-        raise RunError(f"{path}: not a file of weights ({reason})") from error
+        raise RunError(f"{path}: not a file of weights ({first_line(error)})") from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -156,8 +158,6 @@ def load_checkpoint(name: str, path: Path) -> Predictor:
     Raises:
         RunError: if the name is not one of the backbone's sizes, or the weights do not fit it.
     """
-    import timm
-
     names = timm.list_models("setformer_*")
     if name not in names:
         raise RunError(f"--model must be one of {', '.join(names)}, got {name!r}")

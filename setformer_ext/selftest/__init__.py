@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import first_line
 from ..timing import find_device
 from . import report
 from .outcome import Outcome
@@ -44,15 +45,17 @@ def run(options: argparse.Namespace) -> int:
         if options.suite is not None and not options.suite.is_dir():
             raise ValueError(f"--suite must be a folder of tests, got {options.suite}")
         if options.output is not None:
-            options.output.write_text("")  # a path that cannot be written shows before the work
+            options.output.write_text(
+                "", encoding="utf-8"
+            )  # a path that cannot be written shows before the work
     except (ValueError, OSError) as error:
-        print(f"setformer selftest: {error}", file=sys.stderr)
+        print(f"setformer selftest: {first_line(error)}", file=sys.stderr)
         return 1
 
     def write(text: str) -> None:
         print(text, flush=True)
         if options.output is not None:
-            with options.output.open("a") as file:
+            with options.output.open("a", encoding="utf-8") as file:
                 print(text, file=file)
 
     passed = selftest(

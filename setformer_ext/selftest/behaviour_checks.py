@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import SetAttention, set_attention, set_pooling, transport_plan
+from ..errors import first_line
 from .definition_checks import DTYPES
 from .outcome import Result, Task
 from .problems import (
@@ -270,6 +271,6 @@ def wrong_arguments(device: torch.device) -> Result:
         try:
             call(set_attention, arguments | {name: x})
         except (ValueError, TypeError) as error:
-            message = str(error)
+            message = first_line(error)
         comparisons.append(Comparison(name, float(f" {name} must be" not in message), 0, message))
     return Result(comparisons)

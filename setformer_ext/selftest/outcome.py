@@ -63,15 +63,7 @@ class Outcome:
     @property
     def tightest(self) -> Comparison | None:
         """The comparison that failed by most, or came nearest to failing."""
-
-        def share(comparison: Comparison) -> float:
-            if comparison.error == 0:
-                return 0.0
-            if not comparison.error <= comparison.allowed:  # NaN too
-                return float("inf")
-            return comparison.error / comparison.allowed
-
-        return max(self.result.comparisons, key=share, default=None)
+        return max(self.result.comparisons, key=lambda comparison: comparison.share, default=None)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

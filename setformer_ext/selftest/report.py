@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from .. import info
+from ..errors import first_line
 from ..timing import why_no_cuda
 from .benchmark import COMPETITORS
 from .outcome import Outcome, Timing
 
-COLUMNS = "{:<8} {:<44} {:>9} {:>9} {:>6}  {}"
+COLUMNS = "{:<8} {:<44} {:>15} {:>6}  {}"
 
 
 def facts(device: torch.device) -> str:
@@ -19,7 +20,7 @@ def facts(device: torch.device) -> str:
     try:
         lines = [info.report()]
     except Exception as error:
-        lines = [f"setformer info: {type(error).__name__}: {error}"]
+        lines = [f"setformer info: {type(error).__name__}: {first_line(error)}"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         lines.append(
@@ -42,32 +43,34 @@ def _driver() -> str:
         done = subprocess.run(
             [tool, f"--query-gpu={query}", "--format=csv"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=30,
             check=False,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi: {error}"
+        return f"nvidia-smi: {first_line(error)}"
     return (done.stdout + done.stderr).strip()
 
 
 def heading() -> str:
     """Above the lines."""
-    return COLUMNS.format("", "check", "error", "allowed", "s", "of")
+    return COLUMNS.format("", "check", "error / allowed", "s", "of")
 
 
 def line(outcome: Outcome) -> str:
-    """The check and the one of its comparisons that is nearest to its tolerance, or beyond it."""
+    """The check and the one of its comparisons that is nearest to its tolerance, or beyond it.
+
+    The error is told as a share of the tolerance: what is small differs from check to check.
+    """
     tightest = outcome.tightest
-    error, allowed, of = "", "", outcome.skipped
+    error, of = "", outcome.skipped
     if outcome.error:
         of = "raised an error, see below"
     elif tightest is not None:
-        error, allowed = f"{tightest.error:.2g}", f"{tightest.allowed:.2g}"
+        error = f"{100 * tightest.share:.2g}%"
         of = f"{tightest.name} (of {len(outcome.result.comparisons)})"
-    text = COLUMNS.format(
-        outcome.status, outcome.name, error, allowed, f"{outcome.seconds:.1f}", of
-    )
+    text = COLUMNS.format(outcome.status, outcome.name, error, f"{outcome.seconds:.1f}", of)
     return text.rstrip()
 
 

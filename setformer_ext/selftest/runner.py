@@ -74,9 +74,13 @@ class _Worker:
     """`work` below in a process of its own, with what it writes to stderr kept."""
 
     def __init__(self, device: torch.device, quick: bool, start: int) -> None:
-        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            _command(device, quick, start), stdout=subprocess.PIPE, stderr=self.errors, text=True
+            _command(device, quick, start),
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            encoding="utf-8",
+            errors="replace",
         )
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()

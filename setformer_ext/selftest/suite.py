@@ -22,7 +22,8 @@ def run_suite(folder: Path, device: torch.device) -> tuple[bool, str]:
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     lines = done.stdout.splitlines()[-LAST_LINES:]

@@ -36,6 +36,15 @@ class Comparison:
     def passed(self) -> bool:
         return self.error <= self.allowed
 
+    @property
+    def share(self) -> float:
+        """The error in units of what is allowed: a number above 1 fails, infinity for NaN."""
+        if self.error == 0:
+            return 0.0
+        if self.allowed == 0 or math.isnan(self.error):
+            return math.inf
+        return self.error / self.allowed
+
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
         return f"{self.name}: error {self.error:.3g}, allowed {self.allowed:.3g}{note}"

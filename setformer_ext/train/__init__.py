@@ -7,6 +7,7 @@ import os
 import sys
 from statistics import fmean
 
+from ..errors import first_line
 from .options import TaskParser
 
 TASKS = {
@@ -46,9 +47,9 @@ def run(options: argparse.Namespace) -> int:
         return _fail(options, "interrupted; --resume goes on from the last checkpoint", 130)
     except OutOfMemoryError as error:
         advice = "try a smaller --batch-size with --accumulate, --gradient-checkpointing or --shard"
-        return _fail(options, f"{str(error).split('. ')[0]}; {advice}", 1)
+        return _fail(options, f"{first_line(error).split('. ')[0]}; {advice}", 1)
     except (TrainingError, OSError) as error:
-        return _fail(options, str(error), 1)
+        return _fail(options, first_line(error), 1)
     return 0
 
 

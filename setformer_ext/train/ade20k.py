@@ -14,8 +14,10 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from ..errors import first_line
 from ..files import visible
 from ..images import MAX_PIXELS, annotated_size, is_image, opened, read_image
+from .lines import numbered_lines
 from .sampling import transformed
 from .task import DataError
 
@@ -130,7 +132,7 @@ class Ade20k(Dataset[Any]):
             self._check_pair(*sample)
             return np.bincount(read_labels(sample[1], self.max_pixels).ravel()), ""
         except (DataError, OSError) as error:
-            return np.empty(0, dtype=np.int64), str(error)
+            return np.empty(0, dtype=np.int64), first_line(error)
 
     def _check_pair(self, image: Path, label: Path) -> bool:
         """Check that both files exist and are of the same size.
@@ -245,7 +247,9 @@ def read_names(root: Path, first: int) -> list[str] | None:
             indices = [int(row[heading.index("Idx")]) for row in rows[1:]]
             names = [row[heading.index("Name")].split(",")[0].strip() for row in rows[1:]]
         except (IndexError, ValueError) as error:
-            raise DataError(f"{path}: a row that does not fit its heading ({error})") from error
+            raise DataError(
+                f"{path}: a row that does not fit its heading ({first_line(error)})"
+            ) from error
         if indices != [*range(first, first + len(indices))]:
             raise DataError(f"{path}: expected Idx {first}, {first + 1}, ... in this order")
         return names
@@ -277,10 +281,11 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text in UTF-8") from error
+    problems: list[str] = []
+    lines = [line for _, line in numbered_lines(path, problems) if line.strip()]
+    if problems:
+        raise DataError(problems[0])
+    return lines
 
 
 def _listed(values: Sequence[object]) -> str:

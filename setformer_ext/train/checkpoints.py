@@ -28,7 +28,7 @@ class CheckpointError(TrainingError):
     def of_writing(cls, path: Path, reason: BaseException) -> CheckpointError:
         """Such as a full disk, which leaves what was written before."""
         return cls(
-            f"cannot write {path}: {reason}; earlier checkpoints are untouched: "
+            f"cannot write {path}: {first_line(reason)}; earlier checkpoints are untouched: "
             "make room, then go on with --resume"
         )
 

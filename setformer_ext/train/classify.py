@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,34 +14,39 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform, resolve_data_config
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from .. import vision  # noqa: F401 (registers the models)
+from ..errors import first_line
 from ..images import add_max_pixels
 from .labelled_images import LabelledImages, classes_without_images, find_data
 from .options import add_model_options, number
-from .task import Batch, DataError, Metrics, Task, TrainingError, listed
-from .weights import load_pretrained
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
+from .weights import load_pretrained, require_weights
 
 
 class Accuracy(Metrics):
-    """Shares of images whose class is the likeliest, or among the five likeliest."""
+    """The loss, and shares of images whose class is the likeliest, or among the five likeliest."""
 
     def __init__(self, num_classes: int) -> None:
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
         self.num_classes = num_classes
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         images, labels = batch
         logits = model(images).float()
+        self.loss.update(F.cross_entropy(logits, labels), weight=len(labels))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
     def compute(self) -> dict[str, float]:
-        figures = {"top1": self.top1.compute().item()}
+        figures = {EVAL_LOSS: self.loss.compute().item(), "top1": self.top1.compute().item()}
         if self.num_classes >= 5:  # of fewer classes all are among the first five
             figures["top5"] = self.top5.compute().item()
+        self.loss.reset()
         self.top1.reset()
         self.top5.reset()
         return figures
@@ -151,6 +157,7 @@ class Classify(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        require_weights(options.pretrained)
         train, val = find_data(options)
         self.classes = [*train.classes]
         self.without = classes_without_images(train, val)
@@ -208,7 +215,9 @@ class Classify(Task):
                     re_prob=options.random_erasing,
                 )
         except (AssertionError, KeyError, ValueError) as error:
-            raise TrainingError(f"--auto-augment: {options.auto_augment!r}: {error}") from error
+            raise TrainingError(
+                f"--auto-augment: {options.auto_augment!r}: {first_line(error)}"
+            ) from error
         self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
 
     def _data_config(self) -> dict[str, Any]:
@@ -241,7 +250,9 @@ class Classify(Task):
         try:
             model = timm.create_model(self.options.model, **self.model_options)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise TrainingError(f"--model-options: {self.options.model}: {error}") from error
+            raise TrainingError(
+                f"--model-options: {self.options.model}: {first_line(error)}"
+            ) from error
         if self.options.pretrained is not None:
             load_pretrained(model, self.options.pretrained)
         return model

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from ..errors import first_line
 from ..images import MAX_PIXELS, annotated_size, read_image
 from .coco_records import (
     Key,
@@ -87,6 +88,8 @@ class Coco(Dataset[Any]):
         pictures = self._sound(content["images"], "image", lambda r: self._read_image(r, last))
         known = {picture["id"]: picture for picture in pictures}
         self.images = list(known.values())
+        files = {picture["path"] for picture in self.images}
+        self.counts["images whose file is another's, too"] += len(known) - len(files)
         self.objects: dict[Key, list[Record]] = defaultdict(list)  # by the image's id
         things = self._sound(
             content["annotations"],
@@ -121,7 +124,7 @@ class Coco(Dataset[Any]):
                     raise ValueError("its id is taken")
                 result = {"id": name, **read(record)}
             except (ValueError, RecursionError) as error:
-                self.problems.append(f"{where}: {error}")
+                self.problems.append(f"{where}: {first_line(error)}")
             else:
                 seen.add(name)
                 self.problems += [f"{where}: {text}" for text in result.pop("problems", ())]
@@ -134,7 +137,7 @@ class Coco(Dataset[Any]):
             try:  # no image is of that size
                 size, _ = annotated_size(path, (0, 0), max_pixels=self.max_pixels)
             except OSError as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(first_line(error)) from error
             self.counts["sizes that it lacks, and so the images' own"] += 1
         return {"path": path, "width": size[0], "height": size[1]}
 
@@ -249,7 +252,8 @@ class Coco(Dataset[Any]):
             return torch.from_numpy(thing["mask"].decoded())
         except (ValueError, TypeError, IndexError) as error:
             raise DataError(
-                f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded: {error}"
+                f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded: "
+                f"{first_line(error)}"
             ) from error
 
 
@@ -264,7 +268,7 @@ def _read(images: Path, annotations: Path) -> Record:
     try:
         content = json.loads(annotations.read_bytes(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{annotations}: not JSON: {error}") from error
+        raise DataError(f"{annotations}: not JSON: {first_line(error)}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{annotations}: expected COCO's format, with a list of {key}")

@@ -14,12 +14,13 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms import v2
 
 from .. import vision  # noqa: F401 (registers the models)
+from ..errors import first_line
 from ..images import add_annotated, add_max_pixels
 from ..vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from .coco import Coco
 from .options import add_model_options, key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError, listed
-from .weights import load_pretrained
+from .weights import load_pretrained, require_weights
 
 
 class AveragePrecision(Metrics):
@@ -184,6 +185,7 @@ class Detect(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        require_weights(options.pretrained)
         self.masks = options.detector == "mask_rcnn"
         if min(options.min_size) > options.max_size:
             raise TrainingError(
@@ -260,7 +262,7 @@ class Detect(Task):
         try:
             model: Any = from_card(self.card())
         except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise TrainingError(f"--model: {options.model}: {error}") from error
+            raise TrainingError(f"--model: {options.model}: {first_line(error)}") from error
         if options.pretrained is not None:
             whole = timm.create_model(options.model, **dict(options.model_options))
             load_pretrained(whole, options.pretrained)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import (
     binary_f1_score,
     binary_matthews_corrcoef,
@@ -21,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from .. import language
 from ..language.saved import (
@@ -32,7 +36,7 @@ from ..language.saved import (
 )
 from .glue_data import TASKS, Example, GlueTask, read_task
 from .options import add_model_options, number
-from .task import Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
 
 
 def _accuracy(answers: Tensor, labels: Tensor) -> Tensor:
@@ -49,15 +53,21 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # answers and labels
 
 
 class Scores(Metrics):
-    """The task's own metrics on each of its files, and their mean, the task's score in GLUE."""
+    """The loss, the task's metrics on each of its files, and their mean, its score in GLUE."""
 
     def __init__(self, task: GlueTask) -> None:
         self.task = task
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
         self.rows: list[tuple[str, float, float]] = []  # file, answer, label
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         inputs, labels, parts = batch
         logits = model(**inputs).logits.float()
+        if self.task.classes:
+            loss = F.cross_entropy(logits, labels.long())
+        else:
+            loss = F.mse_loss(logits[:, 0], labels.float())
+        self.loss.update(loss, weight=len(labels))
         answers = logits.argmax(-1) if self.task.classes else logits[:, 0]
         self.rows += zip(parts, answers.tolist(), labels.tolist(), strict=True)
 
@@ -72,7 +82,10 @@ class Scores(Metrics):
                 kind = labels.dtype if not self.task.classes else torch.int64
                 value = METRICS[name](answers.to(kind), labels.to(kind)).item()
                 figures[f"{name}_{part}" if part else name] = value
-        return {"score": sum(figures.values()) / len(figures), **figures}
+        score = sum(figures.values()) / len(figures)
+        loss = self.loss.compute().item()
+        self.loss.reset()
+        return {EVAL_LOSS: loss, "score": score, **figures}
 
 
 class Glue(Task):
@@ -106,8 +119,8 @@ class Glue(Task):
             "--model",
             required=True,
             metavar="DIR",
-            help="pretrained encoder: what train mlm wrote, or any model of transformers that "
-            "classifies sequences, with its tokenizer",
+            help="folder of a pretrained encoder: what train mlm wrote, or any model of "
+            "transformers that classifies sequences, with its tokenizer",
         )
         add_model_options(parser, "of the model's configuration, such as hidden_dropout_prob=0.2")
         parser.add_argument(
@@ -158,6 +171,7 @@ class Glue(Task):
         return text
 
     def make_model(self) -> nn.Module:
+        logging.disable_progress_bar()  # of weights that are read in no time
         try:
             model = load_model(
                 AutoModelForSequenceClassification.from_pretrained,
@@ -221,7 +235,13 @@ def _tokenizer_and_configuration(
 ) -> tuple[PreTrainedTokenizerFast, PreTrainedConfig]:
     """Those of ``--model``, with ``--model-options``, for a task's classes."""
     language.register()
-    folder = Path(options.model)
+    folder, given = Path(options.model), dict(options.model_options)
+    references = given.pop("set_attention", {})  # no configuration's class knows these options
+    if not isinstance(references, dict):
+        raise TrainingError(
+            "--model-options: set_attention must be a mapping such as {'num_references': 64}, "
+            f"got {references!r}"
+        )
     try:
         tokenizer = load_tokenizer(folder)
         config, unknown = load_saved(
@@ -230,7 +250,7 @@ def _tokenizer_and_configuration(
             num_labels=max(1, len(glue.classes)),
             problem_type=None if glue.classes else "regression",
             return_unused_kwargs=True,
-            **dict(options.model_options),
+            **given,
         )
         require_embeddings(tokenizer, config, folder)
     except SavedError as error:
@@ -238,8 +258,8 @@ def _tokenizer_and_configuration(
             f"--model: expected a folder with a model and a tokenizer of transformers, such as "
             f"the --output of train mlm: {error}"
         ) from error
-    if "set_attention" in unknown:  # configurations do not know it
-        config.set_attention = unknown.pop("set_attention")
+    if references:
+        config.set_attention = (getattr(config, "set_attention", None) or {}) | references
     if glue.classes:
         config.id2label = dict(enumerate(glue.classes))
         config.label2id = {name: i for i, name in enumerate(glue.classes)}

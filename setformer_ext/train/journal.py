@@ -3,54 +3,125 @@
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
+from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .checkpoints import CheckpointError, write_atomically
+from .task import Task
 
+LOSS_EVERY = 10  # steps between looks at the loss, each of which waits for the device
+LONG = 5.0  # seconds without a look after which one does no harm
+LINE_EVERY = 60.0  # seconds between the lines of a log
+T = TypeVar("T")
 LISTED = 20  # broken samples named on the screen; metrics.json has them all
 
 
 class Journal:
     """Tells what happens; only the main process speaks.
 
+    On a terminal a bar shows how far the training is; elsewhere, as in a log, a line now and then.
+
     Args:
         output: the training's folder; TensorBoard's logs go to ``logs`` in it.
         speaks: whether this is the main process.
         step: steps taken before; what was logged after them is forgotten.
         steps: of the whole training.
+        samples: of a step, in all processes.
     """
 
-    def __init__(self, output: Path, speaks: bool, step: int, steps: int) -> None:
+    def __init__(self, output: Path, speaks: bool, step: int, steps: int, samples: int) -> None:
         self.output, self.speaks = output, speaks
+        self.first, self.steps, self.samples = step, steps, samples
         self.bar = tqdm(
-            total=steps, initial=step, unit="step", disable=None if speaks else True, leave=False
+            total=steps,
+            initial=step,
+            unit="step",
+            smoothing=0,  # the time left by the mean of all steps, evaluations included
+            disable=None if speaks else True,
+            leave=False,
         )
+        self.began = time.monotonic()
+        self.next_line = self.began
+        self.unseen, self.seconds = 0, 0.0  # steps since the last look at the loss; what they took
         self.logs = output / "logs"
         self.writer = SummaryWriter(str(self.logs), purge_step=step + 1) if speaks else None
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
+        """Print a line, above the bar if there is one."""
         if self.speaks:
-            self.bar.write(text)
+            with self.bar.external_write_mode():
+                print(text, flush=True)
 
-    def step(self, step: int, loss: float | None, lr: float) -> None:
-        """A step was taken; its loss is not always known."""
+    def step(self, step: int, losses: dict[str, Tensor], lr: float, began: float) -> None:
+        """A step was taken; now and then wait for the device and tell its figures.
+
+        Args:
+            step: its number, from 1 on.
+            losses: its losses, scalars.
+            lr: its learning rate.
+            began: when it began, by time.monotonic.
+        """
+        if self.writer is None:
+            return
+        self.unseen += 1
+        logged = step % LOSS_EVERY == 0
+        seen = logged or self.seconds > LONG
+        loss = sum(value.item() for value in losses.values()) if seen else math.nan
+        self.seconds += time.monotonic() - began
+        if seen:
+            speed = self.unseen * self.samples / self.seconds
+            self.unseen, self.seconds = 0, 0.0
+            figures = {
+                "loss": f"{loss:.4g}",
+                "lr": f"{lr:.1e}",
+                "samples/s": tqdm.format_sizeof(speed),
+            }
+            self.bar.set_postfix(figures, refresh=False)
+            told = "  ".join(f"{name} {value}" for name, value in figures.items())
+            self._line(f"step {step}/{self.steps}  {told}  {self._time_left(step)} left")
         self.bar.update()
-        if loss is not None:
-            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        if logged:
             self._log({"step/loss": loss, "step/lr": lr}, step)
 
-    def evaluation(self, entry: dict[str, float], steps: int) -> None:
+    def evaluating(self, batches: DataLoader[T]) -> Iterator[T]:
+        """The batches of an evaluation, telling how many of them are done."""
+        self.next_line = time.monotonic() + LINE_EVERY  # most evaluations take less
+        disable = self.bar.disable
+        bar = tqdm(batches, "evaluation", unit="batch", leave=False, disable=disable)
+        for number, batch in enumerate(bar, start=1):
+            yield batch
+            self._line(f"evaluation: batch {number}/{len(batches)}")
+
+    def evaluation(self, entry: dict[str, float]) -> None:
         """Print and log an evaluation: its step, mean losses and metrics."""
         figures = {name: value for name, value in entry.items() if name != "step"}
         step = int(entry["step"])
         # Figures of single classes, "IoU/sky", may be hundreds: they go to the table at the end.
         short = (f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
-        self.say(f"step {step}/{steps}  " + "  ".join(short))
+        self.say(f"step {step}/{self.steps}  " + "  ".join(short))
         self._log({f"evaluation/{name}": value for name, value in figures.items()}, step)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
+
+    def _line(self, text: str) -> None:
+        """In place of the bar, where there is none, every so often."""
+        if self.bar.disable and time.monotonic() >= self.next_line:
+            self.say(text)
+            self.next_line = time.monotonic() + LINE_EVERY
+
+    def _time_left(self, step: int) -> str:
+        each = (time.monotonic() - self.began) / (step - self.first)
+        return tqdm.format_interval(each * (self.steps - step))
 
     def _log(self, figures: dict[str, float], step: int) -> None:
         if self.writer is None:
@@ -62,15 +133,15 @@ class Journal:
         except OSError as error:
             raise CheckpointError.of_writing(self.logs, error) from error
 
-    def finish(self, history: list[dict[str, float]], monitor: str, skipped: list[str]) -> None:
+    def finish(self, history: list[dict[str, float]], task: Task, skipped: list[str]) -> None:
         """Print the table of the best and the last evaluation, and write ``metrics.json``."""
-        self.bar.close()
+        self.close()
         if self.writer is None:
             return
         self.writer.close()
-        best = max(history, key=lambda entry: (entry[monitor] == entry[monitor], entry[monitor]))
+        best = task.best(history)
         result = {
-            "monitor": monitor,
+            "monitor": task.monitor,
             "best": best,
             "last": history[-1],
             "history": history,
@@ -83,7 +154,7 @@ class Journal:
             if name == "step":
                 print(f"{name:<24}{best[name]:>12}{last:>12}")
             else:
-                print(f"{name:<24}{best[name]:>12.4f}{last:>12.4f}")
+                print(f"{name:<24}{best.get(name, math.nan):>12.4f}{last:>12.4f}")
         if skipped:
             print(f"\n{len(skipped)} broken samples were left out:")
             for failure in skipped[:LISTED]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,10 +69,17 @@ class Learner:
     def backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
         """Add the gradients of a pass, of which ``last`` makes a step; returns the losses."""
         with nullcontext() if last else self.accelerator.no_sync(self.parallel):
-            with self.accelerator.autocast():
-                losses = self.task.losses(self.parallel, batch)
+            losses = self._losses(self.parallel, batch)
             self.accelerator.backward(sum(losses.values()) / self.options.accumulate)
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def again(self, batch: Batch) -> Callable[[], object] | None:
+        """Repeats the losses in this process alone; sharded weights need the others."""
+        return None if self.options.shard else partial(self._losses, self.model, batch)
+
+    def _losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        with self.accelerator.autocast():
+            return self.task.losses(model, batch)
 
     def step(self, number: int) -> None:
         """Take step ``number``, from 0 on."""
@@ -106,6 +115,11 @@ class Learner:
         parallel.load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def lr_of(self, number: int) -> float:
+        """The learning rate that the schedule gives step ``number``."""
+        self.schedule.step_update(number)
+        return self.lr
 
     @property
     def lr(self) -> float:

@@ -37,15 +37,15 @@ def _content(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"--data: cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(
-            f"{path}: expected UTF-8, got UTF-16; save it as UTF-8, as by "
+            f"{path}: not text in UTF-8 but in UTF-16; convert it, as by "
             f"iconv -f UTF-16 -t UTF-8 '{path}' > utf8.txt"
         )
     if b"\0" in content[:1000]:
         raise DataError(
-            f"{path}: expected a text in UTF-8, got bytes of 0, as other files and UTF-16 have them"
+            f"{path}: not text in UTF-8, for there are zeros in it; expected a text file"
         )
     return content.removeprefix(codecs.BOM_UTF8)
 

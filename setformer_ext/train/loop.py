@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from ..errors import first_line
 from .checkpoints import CheckpointError, Checkpoints, clear_partial, save_weights, write_atomically
+from .divergence import explained, require_finite
 from .evaluation import measure
-from .journal import Journal
+from .journal import LOSS_EVERY, Journal
 from .learner import Learner, make_accelerator
-from .options import comparable
+from .options import comparable, differences, total_steps
 from .sampling import (
     EVALUATION,
     SAMPLE,
@@ -30,9 +33,7 @@ from .sampling import (
     Stream,
     seed_generators,
 )
-from .task import DataError, Task, TrainingError
-
-LOSS_EVERY = 10  # steps between looks at the loss, each of which waits for the device
+from .task import EVAL_LOSS, TRAIN_LOSS, DataError, Task, TrainingError
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Progress:
     """How far a training has come; with the weights, all that a checkpoint needs."""
 
     step: int = 0
-    best: float | None = None
+    best: float | None = None  # the monitored figure of the best evaluation
     history: list[dict[str, float]] = field(default_factory=list)  # one entry an evaluation
     losses: dict[str, float] = field(default_factory=dict)  # sums since the last evaluation
     passes: int = 0  # that those sums are of
@@ -75,8 +76,14 @@ class Training:
                 f"{self.eval_data.size} evaluation samples for {self.processes} processes; "
                 "expected one each at least"
             )
+        self.shared = {  # what has to be as it was when a training goes on
+            **comparable(options),
+            "processes": self.processes,
+            "training samples": self.train_data.size,
+            "evaluation samples": self.eval_data.size,
+        }
+        self.steps = total_steps(self.shared)
         per_step = options.batch_size * self.processes * options.accumulate
-        self.steps = options.steps or -(-options.epochs * self.train_data.size // per_step)
         self.eval_every = options.eval_every or max(
             1, options.steps // 10 if options.steps else round(self.train_data.size / per_step)
         )
@@ -88,26 +95,31 @@ class Training:
         self.learner = Learner(task, options, self.accelerator, self.steps)
         self.progress = Progress()
         self.sums: dict[str, Tensor] = {}  # this process's part of progress.losses
-        self.shared = {  # what has to be as it was when a training goes on
-            **comparable(options),
-            "processes": self.processes,
-            "training samples": self.train_data.size,
-            "evaluation samples": self.eval_data.size,
-        }
+        self.extended = ""  # what to say of a training that goes on beyond its end
         if checkpoint is not None:
             self._restore(checkpoint)
         self.journal = Journal(
-            options.output, self.accelerator.is_main_process, self.progress.step, self.steps
+            options.output,
+            self.accelerator.is_main_process,
+            self.progress.step,
+            self.steps,
+            per_step,
         )
 
     def run(self) -> Progress:
         """Train from where the progress is to the end."""
+        try:
+            return self._run()
+        finally:
+            self.journal.close()
+
+    def _run(self) -> Progress:
         progress, save_every = self.progress, self.options.save_every
         self.journal.say(self.task.describe())
         self.journal.say(
             f"{self.learner.num_parameters / 1e6:.1f} million parameters, {self.steps} steps on "
             f"{self.processes} x {self.accelerator.device.type}"
-            + (f", going on after step {progress.step}" if progress.step else "")
+            + (f", going on after step {progress.step}{self.extended}" if progress.step else "")
         )
         if self.accelerator.is_main_process:
             self.task.prepare(self.options.output)
@@ -119,11 +131,11 @@ class Training:
                 self._evaluate()
             if evaluate or (save_every and progress.step % save_every == 0):
                 self._save()
-        self.journal.finish(progress.history, self.task.monitor, progress.skipped)
+        self.journal.finish(progress.history, self.task, progress.skipped)
         return progress
 
     def _step(self, batches: Iterator[Any]) -> None:
-        progress = self.progress
+        progress, learner, began = self.progress, self.learner, time.monotonic()
         for index in range(self.options.accumulate):
             batch, failures = next(batches)
             self._note(failures)
@@ -131,42 +143,48 @@ class Training:
                 raise DataError("no training sample can be read")
             batch = send_to_device(batch, self.accelerator.device)
             seed_generators(self.options.seed, STEP, progress.step, index, self.rank)
-            losses = self.learner.backward(batch, last=index == self.options.accumulate - 1)
+            with explained(self.sums, learner.model, progress.step, learner.again(batch)):
+                losses = learner.backward(batch, last=index == self.options.accumulate - 1)
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, 0) + value.double()
             progress.passes += 1
-        self.learner.step(progress.step)
+        learner.step(progress.step)
         progress.step += 1
-        total = None
         if progress.step % LOSS_EVERY == 0:
-            self._require_finite()
-            total = float(sum(value.item() for value in losses.values()))
-        self.journal.step(progress.step, total, self.learner.lr)
+            require_finite(self.sums, learner.model, progress.step)
+        self.journal.step(progress.step, losses, learner.lr, began)
 
     def _evaluate(self) -> None:
         """Measure, remember, and export the weights if they are the best."""
-        self._require_finite()
         progress = self.progress
+        require_finite(self.sums, self.learner.model, progress.step)
         model = self.learner.evaluated()
         figures = measure(
-            model, self.task.metrics(), self.eval_loader, self.accelerator, self._note
+            model,
+            self.task.metrics(),
+            self.journal.evaluating(self.eval_loader),
+            self.accelerator,
+            self._note,
+            partial(explained, self.sums, model, progress.step),
         )
         self.learner.model.train()
         passes = progress.passes * self.processes
         means = {name: value / passes for name, value in self._all_sums().items()}
         self.sums, progress.passes = {}, 0
-        progress.history.append({"step": progress.step, **means, **figures})
-        self.journal.evaluation(progress.history[-1], self.steps)
-        value, best = figures[self.task.monitor], progress.best
-        if best is None or value > best or best != best:  # NaN is no best
-            progress.best = value
+        if EVAL_LOSS not in figures:
+            means[TRAIN_LOSS] = sum(means.values())
+        entry = {"step": progress.step, **means, **figures}
+        progress.history.append(entry)
+        self.journal.evaluation(entry)
+        if self.task.best(progress.history) is entry:
+            progress.best = entry[self.task.monitor]
             if self.accelerator.is_main_process:
                 output, card = self.options.output, json.dumps(self.task.card(), indent=2)
                 write_atomically(output / "card.json", lambda file: file.write(card.encode()))
                 save_weights(output / "model.safetensors", model.state_dict())
 
     def _save(self) -> None:
-        self._require_finite()
+        require_finite(self.sums, self.learner.model, self.progress.step)
         self.progress.losses = self._all_sums()
         self.progress.skipped = list(dict.fromkeys(gather_object(self.progress.skipped)))
         state = {
@@ -190,16 +208,19 @@ class Training:
         return None
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        before = checkpoint["shared"]
-        differing = [
-            f"{name} was {before.get(name)}, is {self.shared.get(name)}"
-            for name in sorted({*before, *self.shared})
-            if before.get(name) != self.shared.get(name)
-        ]
+        before, step = checkpoint["shared"], checkpoint["progress"]["step"]
+        differing = differences(before, self.shared)
         if differing:
             raise TrainingError(
                 f"--resume: {self.options.output} was trained otherwise: {'; '.join(differing)}; "
                 "go on with what it had, or give another --output"
+            )
+        planned = total_steps(before)
+        if planned != self.steps and not step == planned < self.steps:
+            raise TrainingError(
+                f"--resume: {self.options.output} is at step {step} of {planned}, and its learning "
+                f"rate falls along a cosine of {planned} steps; take these first, then --epochs or "
+                f"--steps may ask for more, but never for fewer; got {self.steps} steps"
             )
         try:
             self.learner.load_state(checkpoint)
@@ -209,6 +230,12 @@ class Training:
                 + first_line(error)
             ) from error
         self.progress = Progress(**checkpoint["progress"])
+        if planned != self.steps:
+            rates = f"from {self.learner.lr:.1e} to {self.learner.lr_of(step):.1e}"
+            self.extended = (
+                f", of {self.steps} steps instead of {planned}: "
+                f"the learning rate goes {rates} now, and down the cosine of {self.steps} steps"
+            )
         share = float(self.rank == 0)  # the sums were those of all processes
         self.sums = {
             name: torch.tensor(share * value, dtype=torch.float64, device=self.accelerator.device)
@@ -244,14 +271,6 @@ class Training:
             name: self.accelerator.reduce(self.sums[name], "sum").item()
             for name in sorted(self.sums)
         }
-
-    def _require_finite(self) -> None:
-        for name, value in self.sums.items():
-            if not value.isfinite():
-                raise TrainingError(
-                    f"the loss {name} is {value.item()} by step {self.progress.step}; "
-                    "try a lower --lr, more --warmup or another --precision"
-                )
 
     def _note(self, failures: list[str]) -> None:
         for failure in failures:

@@ -27,13 +27,12 @@ from ..language.saved import (
 )
 from .options import add_model_options, number
 from .parallel import from_main_process
-from .task import Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
 from .texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
 
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # BERT's shares: of the words; of those, the rest stay
 MANY_UNKNOWN = 0.01  # share of the words that is worth a warning
-DEFAULTS = {"model": "base", "vocab_size": 30522}  # where nothing that is given comes with others
-OF_TOKENIZER = ("vocab_size", "alphabet", "cased")  # options of one that is trained
+VOCAB_SIZE = 30522  # of BERT
 
 
 class Packed(Dataset[tuple[Tensor, Tensor]]):
@@ -85,10 +84,11 @@ class Packed(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Prediction(Metrics):
-    """The share of masked words that are the likeliest, and the perplexity of what they were."""
+    """The loss, the share of masked words that are the likeliest, and their perplexity."""
 
     def __init__(self) -> None:
-        self.right, self.loss = MeanMetric(), MeanMetric()
+        self.right = MeanMetric()
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         tokens, labels = batch
@@ -99,9 +99,11 @@ class Prediction(Metrics):
             self.loss.update(answer.loss, weight=len(known))
 
     def compute(self) -> dict[str, float]:
+        loss = self.loss.compute().item()
         figures = {
+            EVAL_LOSS: loss,
             "accuracy": self.right.compute().item(),
-            "perplexity": math.exp(min(self.loss.compute().item(), 700.0)),  # what a float holds
+            "perplexity": math.exp(min(loss, 700.0)),  # what a float holds
         }
         self.right.reset()
         self.loss.reset()
@@ -112,7 +114,8 @@ class Mlm(Task):
     """Text files with one document a line."""
 
     name = "mlm"
-    monitor = "accuracy"
+    monitor = EVAL_LOSS
+    smaller_is_better = True
     defaults = {"batch_size": 64, "epochs": 10, "lr": 5e-4, "ema_decay": 0.0, "weight_decay": 0.01}
     train: Packed
     eval: Packed
@@ -154,8 +157,7 @@ class Mlm(Task):
         parser.add_argument(
             "--vocab-size",
             type=number(int, 100),
-            help="largest vocabulary of the tokenizer that is trained "
-            f"(default: {DEFAULTS['vocab_size']})",
+            help=f"largest vocabulary of the tokenizer that is trained (default: {VOCAB_SIZE})",
         )
         parser.add_argument(
             "--alphabet",
@@ -185,14 +187,20 @@ class Mlm(Task):
     @staticmethod
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:
         """With the defaults of what no --pretrained or --tokenizer gives."""
-        own = {"pretrained": ("model", *OF_TOKENIZER), "tokenizer": OF_TOKENIZER}
-        sources = [name for name in own if getattr(options, name) is not None]
-        given = {name: source for source in sources for name in own[source]}
-        for name, source in given.items():
-            if getattr(options, name):
-                option = name.replace("_", "-")
-                raise TrainingError(f"--{option}: comes from --{source}; leave one of them out")
-        missing = {n: v for n, v in DEFAULTS.items() if not getattr(options, n) and n not in given}
+        defaults = {"model": "base", "vocab_size": VOCAB_SIZE}
+        of_tokenizer = ("vocab_size", "alphabet", "cased")
+        for source, names in (
+            ("pretrained", ("model", *of_tokenizer)),
+            ("tokenizer", of_tokenizer),
+        ):
+            if getattr(options, source) is None:
+                continue
+            for name in names:
+                defaults.pop(name, None)
+                if getattr(options, name):
+                    option = name.replace("_", "-")
+                    raise TrainingError(f"--{option}: comes from --{source}; leave one of them out")
+        missing = {name: value for name, value in defaults.items() if not getattr(options, name)}
         return [argparse.Namespace(**{**vars(options), **missing})]
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -201,10 +209,10 @@ class Mlm(Task):
         tokenizer = from_main_process(self._saved_tokenizer)
         self.problems: list[str] = []
         notes = self.problems if options.on_error == "skip" else None
-        documents = read_documents(text_files(options.data), notes)
-        if options.eval_data is not None:
-            held_out = read_documents(text_files(options.eval_data), notes)
-        else:
+        files = text_files("--data", options.data)
+        eval_files = text_files("--eval-data", options.eval_data or [])
+        documents, held_out = read_documents(files, notes), read_documents(eval_files, notes)
+        if options.eval_data is None:
             held_out = documents[99::100]
             documents = [d for place, d in enumerate(documents) if place % 100 != 99]
         self.counts = len(documents), len(held_out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from ..weight_decay import undecayed
 from .task import TrainingError
 
 
@@ -51,13 +51,7 @@ def parameter_groups(
             f"--layer-decay: {type(model).__name__} does not say what its layers are "
             "(timm's group_matcher); leave the option out"
         )
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        for pattern in getattr(module, "no_weight_decay", tuple)()
-        for name, parameter in module.named_parameters()
-        if fnmatch(name, pattern)
-    }
+    exempt = undecayed(model)
     groups = []
     inside: set[int] = set()
     if backbone is not None:

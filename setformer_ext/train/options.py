@@ -6,13 +6,17 @@ import argparse
 import ast
 import importlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .configuration import ConfigurationError, read_configuration, with_numbers
 from .task import Task
 
+MOST_WORKERS = 4
+LENGTH = {"epochs", "steps"}  # more of them go on with a training that is at its end
 # Options that may be others when a training is resumed; they do not change its numbers.
 MAY_DIFFER = {
     *("command", "config", "max_pixels", "on_error", "output", "resume", "run", "save_every"),
@@ -28,6 +32,22 @@ def comparable(options: argparse.Namespace) -> dict[str, Any]:
         if name not in MAY_DIFFER
         and not any(isinstance(v, Path) for v in (value if isinstance(value, list) else [value]))
     }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of a training is not as it was, but for its length; of :func:`comparable`, and more."""
+    names = {*before, *now} - LENGTH - MAY_DIFFER
+    return [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted(names)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def total_steps(shared: dict[str, Any]) -> int:
+    """The steps of a training, by :func:`comparable`, "processes" and "training samples"."""
+    per_step = shared["batch_size"] * shared["processes"] * shared["accumulate"]
+    return shared["steps"] or -(-shared["epochs"] * shared["training samples"] // per_step)
 
 
 def task_class(name: str) -> type[Task]:
@@ -70,21 +90,14 @@ class TaskParser(argparse.ArgumentParser):
 
     def _entries(self, path: Path) -> list[str]:
         """A configuration file as arguments of the command line."""
-        import yaml
-
         try:
-            # The base loader leaves words as they are written: `precision: no` is not False.
-            content = yaml.load(path.read_text(), yaml.BaseLoader)
-        except OSError as error:
-            self.error(f"--config: cannot read {path}: {error.strerror}")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"{path}: not YAML: {' '.join(str(error).split())}")
-        if not isinstance(content, dict):
-            self.error(f"{path}: expected lines of `option: value`, got {content!r}")
+            content = read_configuration(path)
+        except ConfigurationError as error:
+            self.error(str(error))
         return [
             argument
             for key, value in content.items()
-            for argument in self._entry(f"{path}: {key}", str(key), value)
+            for argument in self._entry(f"{path}: {key}", key, value)
         ]
 
     def _entry(self, where: str, key: str, value: Any) -> list[str]:
@@ -99,6 +112,8 @@ class TaskParser(argparse.ArgumentParser):
                 + (f"did you mean {' or '.join(close)}?" if close else "--help lists them")
             )
         action = known[option]
+        if value is None:
+            return []
         if action.nargs == 0:
             if str(value).lower() not in ("true", "false"):
                 self.error(f"{where}: expected true or false, got {value!r}")
@@ -106,7 +121,7 @@ class TaskParser(argparse.ArgumentParser):
                 return [option if value.lower() == "true" else f"--no-{option[2:]}"]
             return [option] if value.lower() == "true" else []
         if isinstance(value, dict):
-            value = [f"{name}={_inside(part)}" for name, part in value.items()]
+            value = [f"{name}={with_numbers(part)}" for name, part in value.items()]
         values = value if isinstance(value, list) else [value]
         if action.nargs is None and isinstance(value, list):
             self.error(f"{where}: expected one value, got {value!r}")
@@ -127,22 +142,6 @@ class TaskParser(argparse.ArgumentParser):
         if action.choices is not None and parsed not in action.choices:
             choices = ", ".join(map(str, action.choices))
             self.error(f"{where}: expected one of {choices}, got {value!r}")
-
-
-def _inside(part: Any) -> Any:
-    """A list or mapping with the numbers in it as numbers; words alone stay as they are written."""
-
-    def literal(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: literal(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [literal(inner) for inner in value]
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
-
-    return part if isinstance(part, str) else literal(part)
 
 
 def number(
@@ -187,6 +186,15 @@ def add_model_options(parser: argparse._ArgumentGroup, purpose: str) -> None:
         metavar="KEY=VALUE",
         help=purpose,
     )
+
+
+def default_workers() -> int:
+    """As many as this process may use cores beside the one that it computes on, 4 at most."""
+    here = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, by torchrun
+    return max(0, min(MOST_WORKERS, len(here) // processes - 1))
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -263,8 +271,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workers",
         type=number(int, 0),
-        default=4,
-        help="processes that load samples, for each training process (default: %(default)s)",
+        default=default_workers(),
+        help="processes that load samples, for each training process (default: as many as it "
+        "has cores beside one, 4 at most; here %(default)s)",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -272,7 +281,10 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--config", type=Path, metavar="FILE.yaml", help="options, one a line")
     group.add_argument(
-        "--resume", action="store_true", help="go on with the training in --output, if there is one"
+        "--resume",
+        action="store_true",
+        help="go on with the training in --output, if there is one; if that is at its end and more "
+        "--epochs or --steps are given, go on along the cosine of their number",
     )
     group.add_argument(
         "--eval-every",

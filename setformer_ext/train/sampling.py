@@ -143,8 +143,17 @@ class SeededDataset(Dataset[Loaded]):
                 return Loaded(self.dataset[(index + distance) % self.size], failures)
             except (DataError, OSError) as error:
                 # Given back, not raised: raised in a worker it would come with a traceback.
-                failures.append(str(error))
+                failures.append(first_line(error))
         return Loaded(None, failures)
+
+    def __getitems__(self, places: list[Place]) -> list[Loaded]:
+        """A batch, on one thread, as in a worker: sums depend on how many threads share them."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return [self[place] for place in places]
+        finally:
+            torch.set_num_threads(threads)
 
 
 class Collate:

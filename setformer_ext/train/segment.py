@@ -19,12 +19,13 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
 from .. import vision  # noqa: F401 (registers the models)
+from ..errors import first_line
 from ..images import add_annotated, add_max_pixels
 from ..vision.segmentation import DECODERS, from_card, segment
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
 from .options import add_model_options, key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError
-from .weights import load_pretrained
+from .weights import load_pretrained, require_weights
 
 LISTED = 5  # of what is wrong with the data, in one message
 
@@ -172,6 +173,7 @@ class Segment(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        require_weights(options.pretrained)
         low, high = options.scale_jitter
         if low > high:
             raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")
@@ -222,7 +224,9 @@ class Segment(Task):
         try:
             model = from_card(self.card())
         except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise TrainingError(f"--model, --decoder: {options.model}: {error}") from error
+            raise TrainingError(
+                f"--model, --decoder: {options.model}: {first_line(error)}"
+            ) from error
         if options.pretrained is not None:
             whole = timm.create_model(options.model, **dict(options.model_options))
             load_pretrained(whole, options.pretrained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 NAMED = 3  # problems that a message lists; it counts the others
+# Figures of an evaluation: the mean loss on its data, if the task measures that; else the mean sum
+# of the losses that were trained on since the evaluation before.
+EVAL_LOSS, TRAIN_LOSS = "eval_loss", "train_loss"
 Batch = Any  # whatever Task.collate gives; moved to the device by the loop
 
 
@@ -65,7 +69,8 @@ class Task(ABC):
     """
 
     name: str
-    monitor: str  # the metric, larger is better, that decides which weights are the best
+    monitor: str  # the figure that decides which weights are the best
+    smaller_is_better = False  # of that figure
     defaults: dict[str, Any] = {}  # of the loop's options, where this task's customs differ
     train: Samples  # what __init__ finds to train on
     eval: Samples  # and to evaluate on
@@ -92,6 +97,21 @@ class Task(ABC):
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:
         """The trainings that the options ask for, one after the other; mostly one."""
         return [options]
+
+    @classmethod
+    def best(cls, history: list[dict[str, float]]) -> dict[str, float]:
+        """The evaluation that monitors best; of several, as few samples give, that of least loss.
+
+        What is no number is the worst.
+        """
+        sign = -1 if cls.smaller_is_better else 1
+
+        def merit(entry: dict[str, float]) -> tuple[float, ...]:
+            loss = entry.get(EVAL_LOSS, entry.get(TRAIN_LOSS, math.nan))
+            values = (sign * entry.get(cls.monitor, math.nan), -loss)
+            return tuple(-math.inf if math.isnan(value) else value for value in values)
+
+        return max(history, key=merit)
 
     def prepare(self, output: Path) -> None:  # noqa: B027 (most have nothing to write)
         """Write what the weights in ``output`` need beside the card; before the first step."""

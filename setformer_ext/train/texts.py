@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
+from ..files import files_under
 from .lines import numbered_lines
 from .task import DataError, TrainingError
 
@@ -26,8 +27,8 @@ SPECIAL = {
 }
 
 
-def text_files(given: Iterable[Path]) -> list[Path]:
-    """The files, and those named *.txt in the folders, in the order of their names.
+def text_files(option: str, given: Iterable[Path]) -> list[Path]:
+    """The files, and those named *.txt in the folders, hidden ones aside, in order of names.
 
     Raises:
         DataError: for what is not there, and for folders without such files.
@@ -35,14 +36,16 @@ def text_files(given: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in given:
         if path.is_dir():
-            found = sorted(path.rglob("*.txt"))
+            found = sorted(file for file in files_under(path) if file.suffix.lower() == ".txt")
             if not found:
-                raise DataError(f"--data: no *.txt in {path}")
+                raise DataError(f"{option}: no *.txt in {path}")
             files += found
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError(f"--data: there is no {path}; expected text files, or folders of them")
+            raise DataError(
+                f"{option}: there is no {path}; expected text files, or folders of them"
+            )
     return files
 
 

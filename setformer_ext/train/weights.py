@@ -11,6 +11,16 @@ from ..errors import first_line
 from .task import TrainingError
 
 
+def require_weights(path: Path | None) -> None:
+    """Refuse what is no file before the data are read, which may take long.
+
+    Raises:
+        TrainingError: if there is no such file.
+    """
+    if path is not None and not path.is_file():
+        raise TrainingError(f"--pretrained: cannot read weights from {path}: there is no such file")
+
+
 def load_pretrained(model: nn.Module, path: Path) -> None:
     """Load weights, but for a classifier of another number of classes.
 

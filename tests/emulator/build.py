@@ -83,7 +83,7 @@ def host_compiler() -> str:
 def processor_flags() -> tuple[str, ...]:
     """Fused multiply-add as an instruction, where the processor has it."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
         return ()
     return ("-mavx2", "-mfma") if {"avx2", "fma"} <= flags else ()
@@ -91,7 +91,7 @@ def processor_flags() -> tuple[str, ...]:
 
 def run(command: Sequence[str | Path]) -> None:
     words = [str(word) for word in command]
-    result = subprocess.run(words, capture_output=True, text=True)
+    result = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
     if result.returncode:
         output = result.stdout + result.stderr
         raise BuildError(f"{' '.join(words)}\nfailed with status {result.returncode}:\n{output}")
@@ -105,7 +105,7 @@ def included(source: Path, folders: Sequence[Path], seen: dict[Path, str]) -> di
     """The text of a source and of all that it includes by a name in quotes."""
     if source in seen:
         return seen
-    seen[source] = source.read_text()
+    seen[source] = source.read_text(encoding="utf-8")
     for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', seen[source], re.MULTILINE):
         for folder in (source.parent, *folders):
             path = (folder / name).resolve()
@@ -164,10 +164,10 @@ KERNEL_FLAGS = (
 
 def write(path: Path, text: str) -> Path:
     """A file with that text; one that has it already keeps its time."""
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(path)
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     return path
 
@@ -190,7 +190,7 @@ def runtime_objects(architecture: int, with_cudart: bool) -> list[Path]:
 def cuda_include() -> Path:
     """The folder of cuda_runtime_api.h, asked from nvcc, which may be a wrapper."""
     command = [str(nvcc()), "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
-    output = subprocess.run(command, capture_output=True, text=True)
+    output = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     for folder in re.findall(r'"?-I([^"\s]+)"?', output.stdout + output.stderr):
         if (Path(folder) / "cuda_runtime_api.h").exists():
             return Path(folder)
@@ -239,10 +239,10 @@ def compile_cuda(source: Path, architecture: int, folders: Sequence[Path]) -> tu
         kept.mkdir()
         command: list[str | Path] = [nvcc(), *flags, *includes, "--keep", "--keep-dir", kept]
         run([*command, "-c", source, "-o", part / "host.o"])
-        text = next(kept.glob("*.ptx")).read_text()
+        text = next(kept.glob("*.ptx")).read_text(encoding="utf-8")
         for folder in (*folders, source.parent):
             text = text.replace(f'"{folder}/', '"')
-        (part / f"{source.stem}.ptx").write_text(text)
+        (part / f"{source.stem}.ptx").write_text(text, encoding="utf-8")
         shutil.rmtree(kept)
         try:
             part.rename(target)
@@ -284,7 +284,7 @@ def extension_objects(sources: Path) -> list[Path]:
 
     cpu = sources / "cpu"
     generated = cache() / "generated"
-    facts = (sources / "build_facts.h.in").read_text()
+    facts = (sources / "build_facts.h.in").read_text(encoding="utf-8")
     answers = {
         "PROJECT_VERSION": "emulated", "SETFORMER_INSTRUCTION_SETS": "baseline",
         "SETFORMER_CUDA_DECISION": "compiled for the emulator", "CMAKE_BUILD_TYPE": "Emulated",
@@ -338,7 +338,7 @@ def emulated_library(architecture: int = 80) -> Path:
     Raises: BuildError, PtxError.
     """
     cache().mkdir(parents=True, exist_ok=True)
-    with (cache() / "lock").open("w") as lock:
+    with (cache() / "lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return build_extension(architecture)
 

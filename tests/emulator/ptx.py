@@ -325,4 +325,4 @@ def parse(path: Path) -> Module:
 
     Raises: PtxError for what it does not know.
     """
-    return Parser(path.read_text(), str(path)).module()
+    return Parser(path.read_text(encoding="utf-8"), str(path)).module()

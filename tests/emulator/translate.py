@@ -367,7 +367,7 @@ def translate_module(path: Path) -> Translated:
 def main() -> None:
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
     for name, source in translate_module(path).sources.items():
-        (folder / name).write_text(source)
+        (folder / name).write_text(source, encoding="utf-8")
 
 
 if __name__ == "__main__":

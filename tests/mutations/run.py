@@ -51,7 +51,7 @@ def run(fault: Fault | None, problem_name: str) -> Row:
         shutil.copytree(build.SOURCES, sources)
         if fault is not None:
             file = sources / "cuda" / fault.file
-            file.write_text(fault.apply(file.read_text()))
+            file.write_text(fault.apply(file.read_text(encoding="utf-8")), encoding="utf-8")
         library = build_module(sources, problem.storage, problem.resident, problem.backward)
     found, words = check(library, problem_name)
     return Row(
@@ -71,7 +71,9 @@ def sanitizer() -> dict[str, str]:
     found = []
     for name in ("libasan.so", "libstdc++.so.6"):
         command = [build.host_compiler(), f"-print-file-name={name}"]
-        path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        path = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8"
+        ).stdout.strip()
         if not os.path.isabs(path):
             return {}
         found.append(os.path.realpath(path))
@@ -85,7 +87,13 @@ def check(library: Path, problem: str, orders: Sequence[str] = ()) -> tuple[str,
     environment = os.environ | sanitizer() | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=TESTS, timeout=300
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=TESTS,
+            timeout=300,
+            encoding="utf-8",
         )
         lines, error, status = result.stdout.splitlines(), result.stderr, result.returncode
     except subprocess.TimeoutExpired:

@@ -1,0 +1,18 @@
+"""Which tokens a mask of padding means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def valid_tokens(mask: Tensor) -> Tensor:  # [B, N] -> [B, N] bool
+    """True where a token is valid: where the mask is not 0 or, if it is additive, where it is 0.
+
+    An additive mask is of floats, none of them above 0: 0 for valid tokens, -inf or another
+    negative number for padding. Nothing here waits for a GPU, or breaks a graph of torch.compile.
+    """
+    if not mask.is_floating_point():
+        return mask.bool()
+    additive = (mask <= 0).all()
+    return torch.where(additive, mask == 0, mask != 0)
