@@ -50,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     with _missing_packages_explained(arguments[0] if arguments else ""):
-        options = parser.parse_args(arguments)  # may import what options depend on
+        # Options may stand between files; argparse cannot have that where a task follows.
+        if arguments and arguments[0] in COMMANDS and arguments[0] != "train":
+            options = subparsers.choices[arguments[0]].parse_intermixed_args(arguments[1:])
+        else:
+            options = parser.parse_args(arguments)  # may import what options depend on
         return options.run(options) or 0
 
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from setformer_ext import cli
 from setformer_ext.explain import picture
-from setformer_ext.explain.plans import ExplainError, find_attention, observe
+from setformer_ext.explain.plans import ExplainError, Layer, find_attention, observe
 from setformer_ext.pictures import COLOURS, mutual_information
+from setformer_ext.predict.predictors import PREDICTORS
 from setformer_ext.vision import Setformer
+from test_predict import DETECT
 
 TINY = {
     "dims": (32, 32, 64, 32),
@@ -147,6 +149,46 @@ def test_picture_shows_who_draws_from_where(
     assert is_png(tmp_path / "p.png")
 
 
+def test_tokens_may_reach_over_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of three tokens of 16 pixels over an image of 20 x 40: the rest was padding."""
+    shown: list[Tensor] = []
+    show = picture._show
+    monkeypatch.setattr(
+        picture, "_show", lambda axes, *given: (shown.append(given[0]), show(axes, *given))
+    )
+    layer = Layer(
+        torch.eye(12).unflatten(1, (12,))[None] / 12, (3, 4), torch.ones(3, 48, 64), (48, 64)
+    ).without_padding(20, 40)
+    assert (layer.grid, layer.covered, layer.seen.shape) == ((2, 3), (32, 48), (3, 20, 40))
+    places = [0, 1, 2, 4, 5, 6]
+    assert layer.plans[0].argmax(1).tolist() == places
+    torch.testing.assert_close(layer.plans.sum(), torch.tensor(1.0))
+    path = tmp_path / "p.png"
+    picture.draw_references(layer.seen, layer.plans[0], (2, 3), "x", path, covered=layer.covered)
+    of_token = dict(zip(places, (torch.tensor(to_rgb(c)) for c in COLOURS), strict=False))
+    tint = shown[1]
+    assert tint.shape == (240, 480, 3)
+    for row, column, token in ((190, 190, 0), (190, 194, 1), (194, 0, 4), (239, 479, 6)):
+        torch.testing.assert_close(tint[row, column], of_token[token])
+
+
+def test_padding_of_a_detector_is_cut_off() -> None:
+    """torchvision makes 50 x 90 to 53 x 96, and pads that to multiples of 32."""
+    predictor = PREDICTORS["detect"](DETECT)
+    predictor.model.eval()
+    levels = np.random.default_rng(0).integers(0, 255, (50, 90, 3))
+    image = Image.fromarray(np.uint8(levels))
+    attention, _ = find_attention(predictor.model, 1, 1)
+    layer = observe(predictor.model, attention, lambda: predictor.look(image))
+    assert (layer.grid, layer.seen.shape) == ((16, 24), (3, 64, 96))
+    layer.seen = predictor.as_seen(layer.seen)
+    cut = layer.without_padding(*predictor.size_seen(image))
+    assert (cut.grid, cut.covered, cut.seen.shape) == ((14, 24), (56, 96), (3, 53, 96))
+    pixels = torch.tensor(levels / 255).permute(2, 0, 1)[None]
+    resized = nn.functional.interpolate(pixels, (53, 96), mode="bilinear")[0].float()
+    assert (cut.seen - resized).abs().mean() < 0.02
+
+
 def is_png(path: Path) -> bool:
     with Image.open(path) as image:
         image.load()
@@ -195,7 +237,7 @@ def test_command_draws_a_run(tmp_path: Path, photo: Path, capsys: pytest.Capture
     assert status == 0
     assert "stage 3, block 1 of 2, head 2 of 2" in out
     assert is_png(output)
-    status, out, _ = explain(capsys, run, photo, "--stage", 1, "--output", output)
+    status, out, _ = explain(capsys, run, "--stage", 1, photo, "--output", output)
     assert (status, "stage 1, block 1 of 1, head 1 of 1" in out) == (0, True)
 
 

@@ -40,7 +40,7 @@ def test_the_masses_of_a_words_parts_are_added(
     monkeypatch.setattr(sentence, "draw_words", lambda *given: drawn.append(given))
     name = sentence.explain_sentence(encoder, TEXT, 2, 3, tmp_path / "a.png")
     assert name == "layer 2 of 2, head 3 of 4"
-    ((words, plan, _, _),) = drawn
+    ((words, plan, *_),) = drawn
     assert words == ["[CLS]", "Superb", ",", "the", "film", "is", "unforgettable", ".", "[SEP]"]
     model = SetformerModel.from_pretrained(encoder).eval()
     tokenizer = AutoTokenizer.from_pretrained(encoder)

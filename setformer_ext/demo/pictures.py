@@ -13,7 +13,8 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pictures import COLOURS, mutual_information
+from ..fonts import add_title, shortened
+from ..pictures import CHOICE, COLOURS, covering_references, mutual_information, style
 from .data import Images
 from .model import GRID, Classifier
 from .train import History
@@ -29,33 +30,34 @@ SHOWN_SIZE = 128  # pixels
 
 def draw_curves(histories: dict[str, History], source: str, path: Path) -> None:
     """Training loss and test accuracy of each network against the step."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for (name, history), colour in zip(histories.items(), CURVE_COLOURS, strict=False):
-        steps = np.arange(1, len(history.losses) + 1)
-        loss_axes.plot(steps, history.losses, color=colour, alpha=0.2, linewidth=0.8)
-        loss_axes.plot(steps, _smooth(history.losses), color=colour, label=name)
-        accuracy_axes.plot(
-            history.tested_at,
-            history.accuracies,
-            color=colour,
-            marker="o",
-            markersize=3,
-            label=f"{name}: {history.accuracy:.1%} at the end",
+    with style("light", [source]):
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        for (name, history), colour in zip(histories.items(), CURVE_COLOURS, strict=False):
+            steps = np.arange(1, len(history.losses) + 1)
+            loss_axes.plot(steps, history.losses, color=colour, alpha=0.2, linewidth=0.8)
+            loss_axes.plot(steps, _smooth(history.losses), color=colour, label=name)
+            accuracy_axes.plot(
+                history.tested_at,
+                history.accuracies,
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=f"{name}: {history.accuracy:.1%} at the end",
+            )
+        loss_axes.set(
+            title="Training loss, running mean",
+            xlabel="step",
+            ylabel="cross-entropy (labels smoothed by 0.1)",
         )
-    loss_axes.set(
-        title="Training loss, running mean",
-        xlabel="step",
-        ylabel="cross-entropy (labels smoothed by 0.1)",
-    )
-    accuracy_axes.set(title="Test accuracy", xlabel="step", ylabel="share of images right")
-    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for axes in (loss_axes, accuracy_axes):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.suptitle(f"The same network with two kinds of attention, trained on {source}")
-    figure.savefig(path, dpi=150)
+        accuracy_axes.set(title="Test accuracy", xlabel="step", ylabel="share of images right")
+        accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        for axes in (loss_axes, accuracy_axes):
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
+        add_title(figure, f"The same network with two kinds of attention, trained on {source}", 12)
+        figure.savefig(path, dpi=150)
 
 
 def draw_plans(model: Classifier, images: Images, path: Path) -> None:
@@ -67,50 +69,45 @@ def draw_plans(model: Classifier, images: Images, path: Path) -> None:
     pictures = images.test[chosen]
     depth, head, plan = _most_telling_head(model, pictures)  # plan [K, N, M]
     drawn = plan.mT / plan.sum(1).unsqueeze(-1)  # [K, M, N], the weights of collect
-    references = _largest_from_top_to_bottom(plan.sum((0, 1)), drawn.mean(0))
+    references = _from_top_to_bottom(
+        covering_references(plan.flatten(0, 1), SHOWN_REFERENCES), drawn.mean(0)
+    )
     shares = plan / plan.sum(-1, keepdim=True)  # of token i's mass, the part that goes to j
     colours = torch.tensor([to_rgb(colour) for colour in COLOURS[: len(references)]])
 
     titles = ["image", "all", *(f"reference {j}" for j in range(1, len(references) + 1))]
+    names = [images.classes[label] for label in images.test_labels[chosen].tolist()]
     rows, columns = len(chosen), len(titles)
-    height = 1.05 * rows + 1.1
-    figure = Figure(figsize=(1.05 * columns, height), facecolor="black")
-    figure.subplots_adjust(0.05, 0.01, 0.99, 1 - 1.05 / height, 0.05, 0.05)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for row in range(rows):
-        picture = _enlarge(pictures[row], "bicubic").expand(-1, -1, 3)
-        grey = picture.mean(-1, keepdim=True)
-        mixture = shares[row][:, references] @ colours  # [N, 3]
-        _show(grid[row][0], picture)
-        _show(grid[row][1], _glow(grey, plan[row].sum(-1), mixture))
-        for axes, reference, colour in zip(grid[row][2:], references, colours, strict=True):
-            _show(axes, _glow(grey, drawn[row, reference], colour.expand_as(mixture)))
-        grid[row][0].set_ylabel(images.classes[images.test_labels[chosen[row]]], color="white")
-    for axes, title, shade in zip(grid[0], titles, ["white", "white", *COLOURS], strict=False):
-        axes.set_title(title, color=shade, fontsize=9)
-    figure.suptitle(
-        "Which tokens each reference draws its mass from",
-        color="white",
-        fontsize=15,
-        y=1 - 0.12 / height,
-    )
-    figure.text(
-        0.5,
-        1 - 0.65 / height,
-        f"{len(references)} of {plan.shape[-1]} references of block {depth + 1}, head {head + 1}; "
-        "bright: draws much. All: every token in the colours of those that draw from it.",
-        color="#bbbbbb",
-        fontsize=9,
-        ha="center",
-    )
-    figure.savefig(path, dpi=150)
+    with style("dark", names) as theme:
+        figure = Figure(figsize=(1.05 * columns, 1.05 * rows + 0.6), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for row in range(rows):
+            picture = _enlarge(pictures[row], "bicubic").expand(-1, -1, 3)
+            grey = picture.mean(-1, keepdim=True)
+            mixture = shares[row][:, references] @ colours  # [N, 3]
+            _show(grid[row][0], picture)
+            _show(grid[row][1], _glow(grey, plan[row].sum(-1), mixture))
+            for axes, reference, colour in zip(grid[row][2:], references, colours, strict=True):
+                _show(axes, _glow(grey, drawn[row, reference], colour.expand_as(mixture)))
+            grid[row][0].set_ylabel(shortened(names[row], 10, 1.0), fontsize=10)
+        for axes, title, shade in zip(grid[0], titles, [theme.text] * 2 + COLOURS, strict=False):
+            axes.set_title(title, color=shade, fontsize=9)
+        add_title(
+            figure,
+            "Which tokens each reference draws its mass from",
+            15,
+            f"{len(references)} of {plan.shape[-1]} references of block {depth + 1}, head "
+            f"{head + 1}: {CHOICE}. Bright: draws much. All: every token in the colours of those "
+            "that draw from it.",
+        )
+        figure.savefig(path, dpi=150)
 
 
-def _largest_from_top_to_bottom(mass: Tensor, drawn: Tensor) -> Tensor:  # [M], [M, N] -> [shown]
-    """The references of largest mass, ordered by the mean row that they draw from."""
-    largest = mass.topk(min(SHOWN_REFERENCES, len(mass))).indices
+def _from_top_to_bottom(references: list[int], drawn: Tensor) -> Tensor:  # drawn [M, N]
+    """The references ordered by the mean row that they draw from."""
+    chosen = torch.tensor(references)
     row = torch.arange(drawn.shape[-1]) // GRID[1]
-    return largest[(drawn[largest] @ row.to(drawn.dtype)).argsort()]
+    return chosen[(drawn[chosen] @ row.to(drawn.dtype)).argsort()]
 
 
 def _one_of_each_class(images: Images) -> Tensor:
@@ -144,7 +141,6 @@ def _enlarge(picture: Tensor, mode: str) -> Tensor:  # [channels, H, W] -> [S, S
 def _show(axes: Axes, picture: Tensor) -> None:  # [S, S, 3]
     axes.imshow(picture.clamp(0, 1).numpy())
     axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_color("#444444")
 
 
 def _smooth(values: list[float]) -> np.ndarray:

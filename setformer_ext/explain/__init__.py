@@ -11,21 +11,27 @@ from ..errors import first_line
 from ..images import add_max_pixels
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..predict.predictors import Predictor
+    from .plans import Layer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    from ..pictures import add_background_option
+
     parser.add_argument(
         "training",
         type=Path,
         nargs="?",
         metavar="RUN",
-        help="the --output folder of a `setformer train`; or give --model and --checkpoint",
+        help="the --output folder of a `setformer train`, or where transformers' save_pretrained "
+        "wrote a model with set_attention; or give --model and --checkpoint",
     )
     parser.add_argument("image", type=Path, nargs="?", metavar="IMAGE")
     parser.add_argument("--text", metavar="TEXT", help="in place of IMAGE, for a language encoder")
-    parser.add_argument("--model", metavar="NAME", help="timm's name, as setformer_tiny")
+    parser.add_argument("--model", metavar="NAME", help="timm's, as setformer_tiny; or such a RUN")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="weights of --model, as timm writes them"
     )
@@ -34,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block", type=int, help="of the stage, from 1; -1 is the last (default: -1)"
     )
     parser.add_argument(
-        "--layer", type=int, help="of a language encoder, from 1; -1 is the last (default: -1)"
+        "--layer", type=int, help="of a model of transformers, from 1; -1 is the last (default: -1)"
     )
     parser.add_argument(
         "--head",
@@ -48,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("setformer_references.png"),
         help="the picture (default: %(default)s)",
     )
+    add_background_option(parser)
     add_max_pixels(parser)
 
 
@@ -69,39 +76,68 @@ def run(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> None:
     from ..images import read_image
-    from ..pictures import mutual_information
     from .picture import draw_references
-    from .plans import ExplainError, find_attention, observe, require_head
+    from .plans import ExplainError, choose_head
 
     if options.image is None:  # the only positional argument given was taken for RUN
         options.training, options.image = None, options.training
     if options.image is None:
         raise ExplainError("expected an IMAGE, or --text for a language encoder")
-    if options.layer is not None:
-        raise ExplainError("--layer: of a language encoder; expected --stage and --block for IMAGE")
+    _take_folder(options)
     _prepare_output(options)
     if options.output.resolve() == options.image.resolve():
         raise ExplainError(f"--output: {options.output} is the image itself")
+    look = _look_with_encoder if _is_encoder(options.training) else _look_with_backbone
+    layer, name = look(options, read_image(options.image, options.max_pixels))
+    head = choose_head(layer.plans, options.head)
+    name = f"{name}, head {head} of {len(layer.plans)}"
+    draw_references(
+        layer.seen,
+        layer.plans[head - 1],
+        layer.grid,
+        name,
+        options.output,
+        covered=layer.covered,
+        background=options.background,
+    )
+    print(f"{options.image}: {name}\n  {options.output}")
+
+
+def _look_with_backbone(options: argparse.Namespace, image: Image.Image) -> tuple[Layer, str]:
+    """What a layer of the network that a training of images left does, and what to call it."""
+    from .plans import ExplainError, find_attention, observe
+
+    if options.layer is not None:
+        raise ExplainError(
+            "--layer: of a model of transformers; expected --stage and --block for a backbone"
+        )
     predictor = _predictor(options)
     attention, name = find_attention(
         predictor.model,
         3 if options.stage is None else options.stage,
         -1 if options.block is None else options.block,
     )
-    require_head(attention, options.head)
-    image = read_image(options.image, options.max_pixels)
     layer = observe(predictor.model, attention, lambda: predictor.look(image))
-    head = options.head or 1 + int(mutual_information(layer.plans).argmax())
-    name = f"{name}, head {head} of {attention.num_heads}"
-    seen = predictor.as_seen(layer.seen)
-    draw_references(seen, layer.plans[head - 1], layer.grid, name, options.output)
-    print(f"{options.image}: {name}\n  {options.output}")
+    layer.seen = predictor.as_seen(layer.seen)
+    size = predictor.size_seen(image)
+    return (layer if size is None else layer.without_padding(*size)), name
+
+
+def _look_with_encoder(options: argparse.Namespace, image: Image.Image) -> tuple[Layer, str]:
+    """The same of a vision model of transformers."""
+    from .encoders import observe_image
+    from .plans import ExplainError
+
+    if options.stage is not None or options.block is not None:
+        raise ExplainError("--stage and --block: of a backbone; expected --layer for this model")
+    return observe_image(options.training, _layer(options), image)
 
 
 def _explain_text(options: argparse.Namespace) -> None:
     from .plans import ExplainError
     from .sentence import explain_sentence
 
+    _take_folder(options)
     of_images = ("image", "model", "checkpoint", "stage", "block")
     if options.training is None or any(getattr(options, name) is not None for name in of_images):
         raise ExplainError(
@@ -109,9 +145,36 @@ def _explain_text(options: argparse.Namespace) -> None:
             "--stage or --block; --layer chooses the layer"
         )
     _prepare_output(options)
-    layer = -1 if options.layer is None else options.layer
-    name = explain_sentence(options.training, options.text, layer, options.head, options.output)
+    name = explain_sentence(
+        options.training,
+        options.text,
+        _layer(options),
+        options.head,
+        options.output,
+        options.background,
+    )
     print(f"{name}\n  {options.output}")
+
+
+def _layer(options: argparse.Namespace) -> int:
+    return -1 if options.layer is None else options.layer
+
+
+def _take_folder(options: argparse.Namespace) -> None:
+    """--model may name a folder, which then is the RUN."""
+    if options.training is None and options.checkpoint is None and options.model is not None:
+        folder = Path(options.model)
+        if folder.is_dir():
+            options.training, options.model = folder, None
+
+
+def _is_encoder(folder: Path | None) -> bool:
+    """Whether transformers saved it, and not a training of images."""
+    return (
+        folder is not None
+        and (folder / "config.json").is_file()
+        and not (folder / "card.json").is_file()
+    )
 
 
 def _prepare_output(options: argparse.Namespace) -> None:

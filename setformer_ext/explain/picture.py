@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pictures import COLOURS
+from ..fonts import add_title
+from ..pictures import CHOICE, covering_references, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 SUFFIXES = ("png", "pdf", "svg", "jpg", "webp", "tiff")
 COLUMNS = 5
 PANEL = (2.4, 3.2)  # inches, the largest width and height of an image
-TITLE, HEADER = 0.32, 1.0  # inches over each panel, and over all of them
+TITLE, HEADER = 0.4, 0.5  # inches over each panel, and over all of them
 RESOLUTION = 480  # pixels of an image's longer side
-REST = "#3a3a3a"  # tokens that give most to a reference that is not shown
 
 
 def draw_references(
@@ -30,8 +30,11 @@ def draw_references(
     grid: tuple[int, int],
     layer: str,
     path: Path,
+    *,
+    covered: tuple[float, float] | None = None,
+    background: str = "dark",
 ) -> None:
-    """The references of largest mass, each over the tokens that it draws from.
+    """References that cover the image, each over the tokens that it draws from.
 
     The panel before them shows every token in the colour of the reference that it gives most to.
 
@@ -41,32 +44,43 @@ def draw_references(
         grid: rows and columns of the tokens.
         layer: names the layer in the title.
         path: of the picture, with one of SUFFIXES.
+        covered: height and width of the tokens, from the upper left, in pixels of the image; by
+            default the image's.
+        background: the name of a theme.
     """
-    longer = max(image.shape[1:])
-    size = tuple(max(1, round(RESOLUTION * side / longer)) for side in image.shape[1:])
-    image = _resize(image, size, "bicubic")
+    scale = RESOLUTION / max(image.shape[1:])
+    size = _scaled(image.shape[1:], scale)
+    token_size = size if covered is None else _scaled(covered, scale)
     mass = plan.sum(0) / plan.sum()  # [M]
-    shown = mass.argsort(descending=True, stable=True)[: len(COLOURS)].tolist()
-    colours = {j: torch.tensor(to_rgb(colour)) for j, colour in zip(shown, COLOURS, strict=False)}
-    rest = torch.tensor(to_rgb(REST))
-    of_token = torch.stack([colours.get(j, rest) for j in plan.argmax(1).tolist()])  # [N, 3]
+    with style(background, [layer]) as theme:
+        shown = covering_references(plan, len(theme.colours))
+        # Light on black; on white the same with black and white exchanged, ink instead of light.
+        flip = (lambda x: 1 - x) if background == "light" else (lambda x: x)
+        colours = dict(zip(shown, (flip(_rgb(name)) for name in theme.colours), strict=False))
+        image = _resize(image, size, "bicubic")
+        grey = flip(image.mean(-1, keepdim=True))
 
-    figure, panels = _panels(len(shown) + 2, size[0] / size[1])
-    grey = image.mean(-1, keepdim=True)
-    tint = _resize(of_token.mT.unflatten(1, grid), size, "nearest")
-    _show(panels[0], image, "what the network sees")
-    _show(panels[1], tint * (0.5 + 0.5 * grey), "where each token gives most")
-    for axes, j, name in zip(panels[2:], shown, COLOURS, strict=False):
-        light = _light(plan[:, j]).unflatten(0, grid)
-        glow = 0.85 * _resize(light.unsqueeze(0), size, "nearest") * colours[j]
-        title = f"reference {j + 1}: {mass[j]:.0%} of the mass"
-        _show(axes, 0.25 * grey + glow, title, name)
-    note = "Bright: the reference draws much from there."
-    if len(shown) < len(mass):
-        note += " Dark grey: tokens that give most to a reference that is not shown."
-    which = f"{len(shown)} of {len(mass)} references, those of largest mass"
-    _head(figure, f"{layer}: {which}", note)
-    figure.savefig(path, dpi=150)
+        def over_image(tokens: Tensor) -> Tensor:  # [N, channels] -> [*size, channels]
+            resized = _resize(tokens.mT.unflatten(1, grid), token_size, "nearest")
+            return resized[: size[0], : size[1]]
+
+        rest = flip(_rgb(theme.rest))
+        most = torch.stack([colours.get(j, rest) for j in plan.argmax(1).tolist()])  # [N, 3]
+        figure, panels = _panels(len(shown) + 2, size[0] / size[1])
+        tint = flip(over_image(most) * (0.5 + 0.5 * grey))
+        _show(panels[0], image, "what the network sees", theme.text)
+        _show(panels[1], tint, "where each token gives most", theme.text)
+        for axes, j, name in zip(panels[2:], shown, theme.colours, strict=False):
+            light = over_image(_light(plan[:, j]).unsqueeze(1)) * colours[j]
+            title = f"reference {j + 1}: {mass[j]:.0%} of the mass"
+            _show(axes, flip(0.25 * grey + 0.85 * light), title, name)
+        head = f"Where the references of a layer draw their mass\n{layer}"
+        remark = "Strong colour: the reference draws much from there."
+        if len(shown) < len(mass):
+            head += f": {len(shown)} of {len(mass)} references"
+            remark += f" Shown: {CHOICE}. Grey: tokens that give most to one that is not shown."
+        add_title(figure, head, 13, remark)
+        figure.savefig(path, dpi=150)
 
 
 def _light(drawn: Tensor) -> Tensor:  # [N] -> [N]
@@ -79,37 +93,29 @@ def _panels(count: int, aspect: float) -> tuple[Figure, list[Axes]]:
     """A figure with room for that many images of that height / width, and titles."""
     rows = -(-count // COLUMNS)
     panel = min(PANEL[0] * aspect, PANEL[1])
-    width = PANEL[0] * COLUMNS
-    height = rows * (panel + TITLE) + HEADER + 0.1
-    figure = Figure(figsize=(width, height), facecolor="black")
-    figure.subplots_adjust(
-        0.01, 0.1 / height, 0.99, 1 - (HEADER + TITLE) / height, 0.04, TITLE / panel
-    )
+    size = (PANEL[0] * COLUMNS, rows * (panel + TITLE) + HEADER)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, COLUMNS, squeeze=False).flatten().tolist()
     for axes in panels:
         axes.set_axis_off()
     return figure, panels
 
 
-def _head(figure: Figure, layer: str, note: str) -> None:
-    title = "Where the references of a layer draw their mass"
-    height = figure.get_figheight()
-    for text, fontsize, colour, top in (
-        (title, 16, "white", 0.12),
-        (layer, 11, "white", 0.45),
-        (note, 10, "#bbbbbb", 0.7),
-    ):
-        figure.text(
-            0.5, 1 - top / height, text, fontsize=fontsize, color=colour, ha="center", va="top"
-        )
+def _scaled(size: tuple[float, ...], scale: float) -> tuple[int, int]:
+    height, width = (max(1, round(scale * side)) for side in size)
+    return height, width
 
 
-def _resize(picture: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
+def _rgb(colour: str) -> Tensor:
+    return torch.tensor(to_rgb(colour))
+
+
+def _resize(picture: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """[channels, H, W] to [*size, channels], in [0, 1]."""
     resized = F.interpolate(picture.unsqueeze(0), size, mode=mode, antialias=mode == "bicubic")
     return resized.squeeze(0).permute(1, 2, 0).clamp(0, 1)
 
 
-def _show(axes: Axes, picture: Tensor, title: str, colour: str = "white") -> None:
+def _show(axes: Axes, picture: Tensor, title: str, colour: str) -> None:
     axes.imshow(picture.clamp(0, 1).numpy())
     axes.set_title(title, color=colour, fontsize=10)

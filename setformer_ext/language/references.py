@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import set_attention
+from ..functional import set_attention, transport_plan
 from ..modules import _softmax
 
 # What ``config.set_attention`` may hold; the arguments of References say what it is.
@@ -114,21 +114,42 @@ class References(nn.Module):
         scaling: float,
     ) -> Tensor:  # [B, H, N, Dv]
         self._warn_where_lost()
-        epsilon = 1 / scaling if self.epsilon is None else self.epsilon
         scale = self.query_log_scale.exp()[:, None, None]
         return set_attention(
             query * scale.to(query.dtype),
-            key,
-            value,
-            self.reference.to(query.dtype),
-            mask=mask,
+            value=value,
             query_mask=mask,
-            token_mass=self._token_mass(key, mask, epsilon),
-            reference_mass=self._reference_mass(),
-            kernel="linear",
-            epsilon=epsilon,
-            iterations=self.iterations,
+            **self._transport(key, mask, scaling),
         )
+
+    def transport_plan(
+        self,
+        query: Tensor,  # [B, H, N, D]
+        key: Tensor,  # [B, H, N, D]
+        value: Tensor,  # [B, H, N, Dv]
+        mask: Tensor | None,  # [B, N] bool
+        scaling: float,
+    ) -> Tensor:  # [B, H, N, M]
+        """Which keys each reference draws its mass from, for the arguments of ``forward``.
+
+        Entry [i, j] is the mass that goes from token i to reference j. Of the arguments only keys,
+        mask and scaling matter to it: the queries have a plan of their own.
+        """
+        return transport_plan(**self._transport(key, mask, scaling))
+
+    def _transport(self, key: Tensor, mask: Tensor | None, scaling: float) -> dict[str, Any]:
+        """The arguments of transport_plan, which set_attention has as well."""
+        epsilon = 1 / scaling if self.epsilon is None else self.epsilon
+        return {
+            "key": key,
+            "reference": self.reference.to(key.dtype),
+            "mask": mask,
+            "token_mass": self._token_mass(key, mask, epsilon),
+            "reference_mass": self._reference_mass(),
+            "kernel": "linear",
+            "epsilon": epsilon,
+            "iterations": self.iterations,
+        }
 
     def _warn_where_lost(self) -> None:
         """peft freezes what it does not train, and saves nothing of it."""

@@ -12,6 +12,8 @@ from ..images import add_max_pixels
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    from ..pictures import add_background_option
+
     parser.add_argument(
         "training", type=Path, metavar="RUN", help="the --output folder of a `setformer train`"
     )
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="and there as a table, without the masks"
     )
+    add_background_option(parser)
     add_max_pixels(parser)
 
 

@@ -41,7 +41,7 @@ def answer_images(options: argparse.Namespace) -> tuple[list[dict[str, Any]], st
             continue
         answer = predictor(image, options.threshold)
         picture, mask = _free_names(options.output, path.stem, taken)
-        draw(answer, image, path.name, picture)
+        draw(answer, image, path.name, picture, options.background)
         files = {"picture": str(picture)}
         pixels = mask_image(answer)
         if pixels is not None:

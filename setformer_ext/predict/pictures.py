@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from ..pictures import COLOURS
+from ..fonts import add_title, shortened, width
+from ..pictures import COLOURS, style
 from .answers import Answer, Classification, Detection, Segmentation
 
 if TYPE_CHECKING:
@@ -27,12 +26,16 @@ Colour = tuple[float, float, float]
 BRIGHT = [to_rgb(colour) for colour in COLOURS]
 PALETTE = [*BRIGHT, *((red / 2, green / 2, blue / 2) for red, green, blue in BRIGHT)]
 REST = to_rgb("#777777")  # of the classes beyond the palette
-NAME_LENGTH = 32  # characters
+FRAME = "#777777"  # seen on black and on white
+NAME_WIDTH = 3.2  # inches
 
 
-def draw(answer: Answer, image: Image.Image, name: str, path: Path) -> None:
-    """Write the picture of an answer about an image (RGB) of that name."""
-    with rc_context({"text.parse_math": False}):  # names are not formulas, whatever is in them
+def draw(
+    answer: Answer, image: Image.Image, name: str, path: Path, background: str = "dark"
+) -> None:
+    """Write the picture of an answer about an image (RGB) of that name, in a theme."""
+    classes = answer.names if isinstance(answer, Classification) else getattr(answer, "classes", [])
+    with style(background, [name, *classes]):
         if isinstance(answer, Classification):
             figure = _draw_classification(answer, image, name)
         elif isinstance(answer, Detection):
@@ -43,25 +46,21 @@ def draw(answer: Answer, image: Image.Image, name: str, path: Path) -> None:
 
 
 def _draw_classification(answer: Classification, image: Image.Image, name: str) -> Figure:
-    width, height = _inches(image, 5.0)
-    figure = Figure(
-        figsize=(width + BARS, max(height, 3.0) + 0.6), facecolor="black", layout="constrained"
-    )
-    picture, bars = figure.subplots(1, 2, width_ratios=(width, BARS))
+    wide, high = _inches(image, 5.0)
+    figure = Figure(figsize=(wide + BARS, max(high, 3.0) + 0.6), layout="constrained")
+    picture, bars = figure.subplots(1, 2, width_ratios=(wide, BARS))
     _show(picture, np.asarray(image), image)
     places = np.arange(len(answer.names))
     probabilities = answer.probabilities.numpy()
     bars.barh(places, probabilities, color=COLOURS[0])
     for place, probability in zip(places, probabilities, strict=True):
-        bars.text(
-            probability + 0.02, place, f"{probability:.1%}", color="white", va="center", fontsize=12
-        )
+        bars.text(probability + 0.02, place, f"{probability:.1%}", va="center", fontsize=12)
     bars.set_yticks(places, [_short(name) for name in answer.names], fontsize=12)
-    bars.set(xlim=(0, 1.2), xticks=[], facecolor="black")
+    bars.set(xlim=(0, 1.2), xticks=[])
     bars.invert_yaxis()
-    bars.tick_params(colors="white", length=0)
+    bars.tick_params(length=0)
     bars.spines[:].set_visible(False)
-    bars.set_title("probability of the class", color="white", fontsize=12)
+    bars.set_title("probability of the class", fontsize=12)
     _title(figure, f"{name}: {_short(answer.names[0])}?")
     return figure
 
@@ -85,11 +84,12 @@ def _draw_detection(answer: Detection, image: Image.Image, name: str) -> Figure:
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.8)
         )
         text = f"{_short(answer.classes[label])} {answer.scores[index]:.0%}"
-        if 0.07 * len(text) > 2 * scale * (x1 - x0):  # it would hide the neighbours
+        needed = 1.1 * width(text, 8) / scale  # pixels
+        if needed > min(2 * (x1 - x0), image.width):  # it would hide the neighbours
             continue
         at_the_top = scale * y0 < 0.2
         axes.text(
-            x0,
+            min(x0, image.width - needed),
             y0,
             text,
             color=_readable_on(colour),
@@ -127,10 +127,8 @@ def _draw_segmentation(answer: Segmentation, image: Image.Image, name: str) -> F
 
 def _panels(image: Image.Image, count: int) -> tuple[Figure, np.ndarray]:
     """A figure with room for so many images beside each other."""
-    width, height = _inches(image, PANEL)
-    figure = Figure(
-        figsize=(max(count * width, 5.0), height + 1.2), facecolor="black", layout="constrained"
-    )
+    wide, high = _inches(image, PANEL)
+    figure = Figure(figsize=(max(count * wide, 5.0), high + 1.2), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
@@ -154,18 +152,17 @@ def _legend(figure: Figure, names: list[str], colours: list[Colour]) -> None:
     """Below the images; classes without a colour of their own are counted only."""
     if not names:
         return
-    own = {name: colour for name, colour in zip(names, colours, strict=True) if colour != REST}
+    own = [pair for pair in zip(names, colours, strict=True) if pair[1] != REST]
     if len(own) < len(names):
-        own[f"{len(names) - len(own)} more classes"] = REST
-    columns = int(10 * figure.get_figwidth() / (4 + max(map(len, own))))
+        own.append((f"{len(names) - len(own)} more classes", REST))
+    columns = int(figure.get_figwidth() / (0.8 + max(width(name, 11) for name, _ in own)))
     columns = min(max(columns, 1), len(own))
     figure.legend(
-        [Patch(facecolor=colour) for colour in own.values()],
-        list(own),
+        [Patch(facecolor=colour, edgecolor=FRAME) for _, colour in own],
+        [name for name, _ in own],
         loc="outside lower center",
         ncols=columns,
         frameon=False,
-        labelcolor="white",
         fontsize=11,
     )
     rows = -(-len(own) // columns)
@@ -189,11 +186,11 @@ def _show(axes: Axes, picture: np.ndarray, image: Image.Image) -> None:
 
 
 def _title(figure: Figure, title: str) -> None:
-    figure.suptitle(title, color="white", fontsize=14)
+    add_title(figure, title, 14)
 
 
 def _short(name: str) -> str:
-    return shorten(name, NAME_LENGTH, placeholder="...") if " " in name else name[:NAME_LENGTH]
+    return shortened(name, 12, NAME_WIDTH)
 
 
 def _readable_on(colour: Colour) -> str:

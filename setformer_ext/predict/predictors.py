@@ -46,6 +46,10 @@ class Predictor(ABC):
         """Run the backbone once over the whole of an RGB image, for its layers to be looked at."""
         self(image)
 
+    def size_seen(self, image: Image.Image) -> tuple[int, int] | None:
+        """Height and width of the image in what the backbone sees, where the rest is padding."""
+        return None
+
     def as_seen(self, pixels: Tensor) -> Tensor:  # [1 or 3, H, W], normalised -> [3, H, W]
         """What the network saw, in [0, 1]."""
         return (pixels * self.std + self.mean).clamp(0, 1).expand(3, -1, -1)
@@ -103,6 +107,11 @@ class Detector(Predictor):
         # Before the non-maximum suppression, to which boxes of lower scores make no difference.
         self.heads.score_thresh, self.heads.detections_per_img = threshold, most
         return self.model([pixels])[0]
+
+    def size_seen(self, image: Image.Image) -> tuple[int, int] | None:
+        transform: Any = self.model.transform
+        size: tuple[int, int] = transform([to_tensor(image)])[0].image_sizes[0]
+        return size
 
 
 class Segmenter(Predictor):
