@@ -115,7 +115,7 @@ def _mlm(card: dict[str, Any], options: argparse.Namespace) -> Examination:
         length, share, seed = card["sequence_length"], card["mask_share"], card["seed"]
     problems: list[str] = []
     notes = problems if options.on_error == "skip" else None
-    documents = read_documents(text_files(options.data), notes)
+    documents = read_documents(text_files("--data", options.data), notes)
     samples = pack(documents, predictor.tokenizer, length, share)
     if not len(samples):
         raise DataError(
