@@ -13,13 +13,22 @@ COMMANDS = {
     "info": "print versions, processor, threads and CUDA: what a bug report needs",
     "demo": "train a small vision classifier with SeT attention, then with softmax, on real images",
     "train": "train a network with SeT attention on your own images or texts",
-    "predict": "ask a trained network about your images: classes, boxes and masks, or regions",
+    "predict": "ask a trained network about your images or texts: classes, boxes, masks, words",
+    "evaluate": "measure a trained network on a data set, as its training does",
+    "export": "write a trained network as ONNX, for images or texts of any size and number",
     "explain": "draw where the references of a layer take their mass from in your image or text",
     "profile": "run one shape in a loop, for Nsight Systems and Nsight Compute to look at",
     "selftest": "check every result on this machine and measure its speed: report for bug reports",
 }
 # What commands need that need more than torch.
-EXTRAS = {"demo": "demo", "train": "train", "predict": "train", "explain": "train"}
+EXTRAS = {
+    "demo": "demo",
+    "train": "train",
+    "predict": "train",
+    "evaluate": "train",
+    "export": "train,onnx",
+    "explain": "train",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

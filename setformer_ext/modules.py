@@ -475,8 +475,8 @@ class SetAttention(nn.Module):
         _require(mask.device == x.device, name, on, mask.device)
 
     def _check_grid(self, name: str, grid: Grid | None, x: Tensor) -> None:
-        if grid is None:
-            return
+        if grid is None or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return  # a trace has tensors for sizes
         pair = "a pair of ints (H, W) or None"
         _require_type(isinstance(grid, (tuple, list)), name, pair, grid)
         if not all(is_integer(size) for size in grid):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import reference as definition
 from .ops import Problem, Solution, accumulate_dtype
@@ -40,6 +41,53 @@ def export(
     Raises:
         ModuleNotFoundError: if the packages onnx and onnxscript are not installed.
     """
+    _require_packages()
+    program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
+    program = program.run_decompositions(
+        torch.export.default_decompositions()
+        | {
+            torch.ops.setformer_ext.set_attention.default: _set_attention,
+            torch.ops.setformer_ext.transport_plan.default: _transport_plan,
+            torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
+            torch.ops.aten._adaptive_avg_pool2d.default: _adaptive_average,
+        }
+    )
+    return torch.onnx.export(program, args, file, dynamo=True, **options)
+
+
+def export_traced(
+    model: nn.Module, args: tuple[Any, ...], file: Any, *, dynamic_axes: Any, **options: Any
+) -> None:
+    """Export a model by torch's older way, for what :func:`export` refuses: loops and conditions on
+    values, as torchvision's detectors have them.
+
+    A condition stays as it is for the example. Arguments are those of ``torch.onnx.export`` with
+    ``dynamo=False``.
+
+    Raises:
+        ModuleNotFoundError: if the packages onnx and onnxscript are not installed.
+    """
+    _require_packages()
+    with _WrittenOut():
+        torch.onnx.export(model, args, file, dynamo=False, dynamic_axes=dynamic_axes, **options)
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Calls the definition in place of the operation, and transposes in place of ``mT``."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        operations = torch.ops.setformer_ext
+        if func in (operations.set_attention, operations.set_attention.default):
+            with self:
+                return _set_attention(*args)
+        if func == torch.Tensor.mT.__get__:  # type: ignore[attr-defined]
+            return args[0].transpose(-1, -2)
+        return func(*args, **(kwargs or {}))
+
+
+def _require_packages() -> None:
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
             raise ModuleNotFoundError(
@@ -47,15 +95,25 @@ def export(
                 "is not installed: pip install onnx onnxscript",
                 name=package,
             )
-    program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
-    program = program.run_decompositions(
-        torch.export.default_decompositions()
-        | {
-            torch.ops.setformer_ext.set_attention.default: _set_attention,
-            torch.ops.setformer_ext.transport_plan.default: _transport_plan,
-        }
+
+
+def _adaptive_average(x: Tensor, output_size: list[int]) -> Tensor:  # [..., H, W] -> [..., h, w]
+    """Means over areas as products of matrices: ONNX's pools have windows of one size alone."""
+    rows, columns = (
+        _shares(x, axis, bins) for axis, bins in zip((-2, -1), output_size, strict=True)
     )
-    return torch.onnx.export(program, args, file, dynamo=True, **options)
+    return rows @ x @ columns.mT
+
+
+def _shares(x: Tensor, axis: int, bins: int) -> Tensor:  # -> [bins, x.shape[axis]]
+    """What part of each bin's mean each place along an axis is."""
+    length = x.shape[axis]
+    bin_ = torch.arange(bins, device=x.device).unsqueeze(1)
+    first = bin_ * length // bins
+    last = ((bin_ + 1) * length + bins - 1) // bins  # one past it
+    place = torch.arange(length, device=x.device)
+    inside = ((place >= first) & (place < last)).to(x.dtype)
+    return inside / (last - first)
 
 
 def _set_attention(*arguments: Any) -> Solution:

@@ -1,5 +1,6 @@
 """setformer predict: that it answers as the training measured, on any image, and draws it."""
 
+import csv
 import json
 import shutil
 import sys
@@ -15,8 +16,10 @@ from pycocotools import mask as coco
 from setformer_ext import cli
 from setformer_ext.predict.answers import Classification, Detection, Segmentation
 from setformer_ext.predict.loading import RunError, load_run
+from setformer_ext.predict.masks import mask_image
 from setformer_ext.predict.pictures import PALETTE, REST, _colours, _draw_detection, draw
 from setformer_ext.predict.predictors import PREDICTORS
+from setformer_ext.predict.report import as_csv
 from training import classify, metrics, write_digits
 
 
@@ -127,15 +130,57 @@ def test_goes_on_after_broken_files(
     broken.write_bytes(photo.read_bytes()[:-40])
     text = tmp_path / "text.jpg"
     text.write_text("no image")
-    files = (tmp_path / "missing.png", broken, text, tmp_path, photo)
+    files = (tmp_path / "missing.png", broken, text, photo)
     status, out, err = predict(capsys, training, *files, "--output", tmp_path / "out")
     assert status == 1
     assert f"{tmp_path / 'missing.png'}: no such file" in err
     assert f"{broken}: a broken image" in err
     assert f"{text}: not an image" in err
-    assert "4 of 5 images could not be read" in err
+    assert "3 of 4 images could not be read" in err
     assert str(photo) in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["photo.png"]
+
+
+def test_folders_are_answered_and_written_as_tables(
+    training: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """All images in them that can be read, and none of what systems put beside them."""
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    for name in ("b.png", "a.png", "inner/a.png", ".hidden.png"):
+        shutil.copy(photo, folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "broken.jpg").write_text("no image")
+    report, table = tmp_path / "a.json", tmp_path / "a.csv"
+    given = (training, "--json", report, "--csv", table, "--output", tmp_path / "out", folder)
+    status, _, err = predict(capsys, *given)
+    assert (status, "1 of 4 images could not be read" in err) == (1, True)
+    answers = json.loads(report.read_text())
+    files = [str(folder / name) for name in ("a.png", "b.png", "inner/a.png")]
+    assert [answer["image"] for answer in answers] == files
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "b.png", "a_2.png"}
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    expected = [
+        (answer["image"], entry["name"], entry["probability"])
+        for answer in answers
+        for entry in answer["classes"]
+    ]
+    assert [(row["image"], row["name"], float(row["probability"])) for row in rows] == expected
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    status, _, err = predict(capsys, training, empty)
+    assert (status, f"{empty}: a folder without images" in err) == (1, True)
+
+
+def test_tables_have_a_row_for_each_object_or_image() -> None:
+    box = {"name": "b,\n", "score": 0.5, "box": [1.0, 2.0, 3.0, 4.5], "segmentation": {"size": []}}
+    best = {"name": "b", "score": 0.1}
+    answers = [{"image": "x", "objects": [box, box]}, {"image": "y", "objects": [], "best": best}]
+    rows = list(csv.DictReader(as_csv(answers).splitlines(keepends=True)))
+    row = {"image": "x", "name": "b,\n", "score": "0.5"}
+    row |= {"x0": "1.0", "y0": "2.0", "x1": "3.0", "y1": "4.5"}
+    assert rows == [row, row, dict.fromkeys(row, "") | {"image": "y"}]
 
 
 def test_same_names_do_not_overwrite(
@@ -253,6 +298,22 @@ def test_masks_in_json_are_those_of_coco() -> None:
     for thing, mask in zip(objects, masks, strict=True):
         assert np.array_equal(coco.decode(thing["segmentation"]), mask.numpy())
     assert detection.text() == "1 x y, 1 x x"
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (1, 255), (1, 300)])
+def test_label_images_are_what_trainings_read(first: int, last: int, tmp_path: Path) -> None:
+    """In 8 or 16 bits, with the labels of the training's own files."""
+    from setformer_ext.train.ade20k import Labels, read_labels
+
+    names = tuple(f"{label}" for label in range(first, last + 1))
+    classes = torch.arange(len(names)).repeat(2, 1)
+    answer = Segmentation([*names], classes, Labels(names, 0 if first else None).first)
+    image = mask_image(answer)
+    image.save(tmp_path / "m.png")
+    labels = read_labels(tmp_path / "m.png")
+    assert labels.max() == last
+    read = Labels(names, 0 if first else None).to_classes(labels, tmp_path / "m.png")
+    assert np.array_equal(read, classes.numpy())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 700), (700, 9), (3000, 40)])
@@ -378,6 +439,11 @@ def test_detections_are_the_models(
         assert mask.shape == (60, 90)
         assert (mask != (found["masks"][i, 0] > 0.5).numpy()).mean() < 0.01
     assert is_png(tmp_path / "out" / "photo.png")
+    numbers = np.asarray(Image.open(tmp_path / "out" / "masks" / "photo.png"))
+    expected = np.zeros((60, 90), dtype=np.uint8)
+    for number in range(6, 0, -1):  # the surest covers the others
+        expected[coco.decode(objects[number - 1]["segmentation"]) > 0] = number
+    assert np.array_equal(numbers, expected)
     status, out, _ = predict(capsys, *given, "--threshold=1")
     best = DETECT["classes"][int(found["labels"][0]) - 1], float(found["scores"][0])
     assert status == 0
@@ -429,7 +495,10 @@ def test_segmentations_are_the_models(
     assert 0 < expected.mean() < 1
     for entry in json.loads(report.read_text())[0]["classes"]:
         label = SEGMENT["classes"].index(entry["name"])
-        assert (coco.decode(entry["segmentation"]) != (expected == label)).mean() < 0.001
+        mask = coco.decode(entry["segmentation"])
+        assert (mask != (expected == label)).mean() < 0.001
+        labels = np.asarray(Image.open(tmp_path / "out" / "masks" / "photo.png"))
+        assert np.array_equal(labels == label + 1, mask)  # 0 is of pixels without a class
     assert is_png(tmp_path / "out" / "photo.png")
     run = write_run(tmp_path / "windows", SEGMENT, model)
     assert predict(capsys, run, *given)[0] == 0

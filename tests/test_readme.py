@@ -25,7 +25,7 @@ TYPED = [
     *(x for text in PAGES.values() for x in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)),
 ]
 COMMANDS = re.findall(
-    r"setformer (profile|selftest|train|predict|explain)((?: +[^\s`#]+)+)",
+    r"setformer (profile|selftest|train|predict|evaluate|export|explain)((?: +[^\s`#]+)+)",
     re.sub(r"\\\n\s*", " ", "\n".join(TYPED)),
 )
 
@@ -61,7 +61,9 @@ def test_commands_have_these_options(name: str, options: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    assert {name for name, _ in COMMANDS} == {"profile", "selftest", "train", "predict", "explain"}
+    assert {name for name, _ in COMMANDS} == {
+        *("profile", "selftest", "train", "predict", "evaluate", "export", "explain")
+    }
     assert len(COMMANDS) >= 5
 
 

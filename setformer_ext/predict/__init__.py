@@ -1,18 +1,13 @@
-"""``setformer predict``: what a trained model says about your images, as pictures."""
+"""``setformer predict``: what a trained model says about your images, texts or GLUE's tests."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..errors import first_line
 from ..images import add_max_pixels
-
-if TYPE_CHECKING:
-    from .predictors import Predictor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,13 +17,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "training", type=Path, metavar="RUN", help="the --output folder of a `setformer train`"
     )
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    images = parser.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="files, or folders, of which all images are answered",
+    )
+    images.required = False  # with nargs="*", argparse would not find those after an option
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        action="append",
+        metavar="TEXT",
+        help="in place of images, for a training of glue: one, or the two of a task about pairs; "
+        "or of mlm: one with [MASK] in it; may be given again",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="in place of images, for a training of glue: GLUE's download, whose test files are "
+        "answered as its server wants them, in --output",
+    )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
         default=Path("setformer_predictions"),
-        help="where the pictures go, one PNG for each image (default: %(default)s)",
+        help="where the pictures go, one PNG for each image, and its masks or labels as a PNG of "
+        "that name in masks/ (default: %(default)s)",
     )
     parser.add_argument(
         "--threshold",
@@ -38,66 +56,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out objects of a smaller score, from 0 to 1 (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers there as well")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="and there as a table, without the masks"
+    )
     add_background_option(parser)
     add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer about every image that can be read; returns the exit status."""
-    from .loading import RunError, load_run
+    """Answer about all that is given and can be read; returns the exit status."""
+    from .loading import RunError
 
     if not 0 <= options.threshold <= 1:
         return _fail(f"--threshold must be from 0 to 1, got {options.threshold}")
+    if sum(bool(given) for given in (options.images, options.text, options.data)) != 1:
+        return _fail("expected either IMAGE ..., --text or --data after RUN")
     try:
-        predictor = load_run(options.training)
-        options.output.mkdir(parents=True, exist_ok=True)
-        answers, failed = _answer_all(predictor, options)
-        if options.json is not None:
-            text = json.dumps(answers, indent=1, ensure_ascii=False) + "\n"
-            # File names that are not UTF-8 stay what they are.
-            options.json.write_text(text, encoding="utf-8", errors="surrogateescape")
+        if options.data:
+            from .submission import answer_glue
+
+            answer_glue(options.training, options.data, options.output)
+            return 0
+        if options.text:
+            from .on_texts import answer_texts
+
+            answers, failed = answer_texts(options.training, options.text)
+        else:
+            from .on_images import answer_images
+
+            answers, failed = answer_images(options)
+        _write(answers, options)
     except (RunError, OSError) as error:
         return _fail(first_line(error))
-    if failed:
-        return _fail(f"{failed} of {len(options.images)} images could not be read")
-    return 0
+    return _fail(failed) if failed else 0
 
 
-def _answer_all(
-    predictor: Predictor, options: argparse.Namespace
-) -> tuple[list[dict[str, Any]], int]:
-    """The answers in JSON's types, and how many images could not be read."""
-    from ..files import is_hidden
-    from ..images import read_image
-    from .pictures import draw
+def _write(answers: list[dict], options: argparse.Namespace) -> None:
+    from .report import as_csv, as_json
 
-    answers, failed = [], 0
-    taken = {path.resolve() for path in options.images}
-    for path in options.images:
-        if is_hidden(path):  # a pattern of the shell finds them, too
-            print(f"setformer predict: {path}: hidden or a system's, left out", file=sys.stderr)
-            continue
-        try:
-            image = read_image(path, options.max_pixels)
-        except OSError as error:
-            print(f"setformer predict: {first_line(error)}", file=sys.stderr)
-            failed += 1
-            continue
-        answer = predictor(image, options.threshold)
-        picture = _free_name(options.output, path.stem, taken)
-        draw(answer, image, path.name, picture, options.background)
-        print(f"{path}: {answer.text()}\n  {picture}")
-        answers.append({"image": str(path), "picture": str(picture), **answer.json()})
-    return answers, failed
-
-
-def _free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
-    """``stem.png``, or with a number if that is an input or another input's picture already."""
-    path, number = folder / f"{stem}.png", 2
-    while path.resolve() in taken:
-        path, number = folder / f"{stem}_{number}.png", number + 1
-    taken.add(path.resolve())
-    return path
+    for path, text in ((options.json, as_json), (options.csv, as_csv)):
+        if path is not None:
+            # File names that are not UTF-8 stay what they are.
+            path.write_text(text(answers), encoding="utf-8", errors="surrogateescape")
 
 
 def _fail(message: str) -> int:

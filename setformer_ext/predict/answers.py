@@ -85,6 +85,7 @@ class Segmentation(Answer):
 
     classes: list[str]  # all that the model knows
     labels: Tensor  # [H, W] int64, indices into classes
+    first_label: int = 0  # of the first class in the training's own label files
 
     def present(self) -> list[tuple[int, float]]:
         """The classes in the image with their shares of the pixels, the largest first."""

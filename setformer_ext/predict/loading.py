@@ -1,10 +1,12 @@
-"""What a training left behind, as something to ask about images."""
+"""What a training left behind, as something to ask about images or texts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from torch import Tensor, nn
@@ -12,10 +14,13 @@ from torch import Tensor, nn
 from ..errors import first_line
 from .predictors import PREDICTORS, Predictor
 
+if TYPE_CHECKING:
+    from .texts import TextPredictor
+
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
 LANGUAGE = ("mlm", "glue")
-COMMON_KEYS = {"task": str, "model": str, "model_options": dict, "classes": list}
+COMMON_KEYS = {"model": str, "model_options": dict, "classes": list}
 
 
 class RunError(Exception):
@@ -26,7 +31,53 @@ def load_run(folder: Path) -> Predictor:
     """The model of a training's output folder, with its weights, in eval mode on the CPU.
 
     Raises:
-        RunError: if there is no such training, or its files are broken or do not belong together.
+        RunError: if there is no such training, it is not one on images, or its files are broken or
+            do not belong together.
+    """
+    card = read_card(folder)
+    if card["task"] in LANGUAGE:
+        raise RunError(
+            f"{folder}: a training of {card['task']}, expected one on images; this one takes --text"
+        )
+    for key, kind in COMMON_KEYS.items():
+        if not isinstance(card.get(key), kind):
+            raise RunError(
+                f"{folder / CARD}: expected an object with a {kind.__name__} under {key!r}"
+            )
+    if not timm.is_model(card["model"]):  # timm would look for others in its hub
+        raise RunError(
+            f"{folder / CARD}: no model can be made of it: timm knows no {card['model']!r}"
+        )
+    with cards_explained(folder):
+        predictor = PREDICTORS[card["task"]](card)
+    load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    predictor.model.eval()
+    return predictor
+
+
+def load_text_run(folder: Path) -> TextPredictor:
+    """The same of a training on texts, on a GPU if there is one.
+
+    Raises:
+        RunError: see :func:`load_run`.
+    """
+    card = read_card(folder)
+    if card["task"] not in LANGUAGE:
+        raise RunError(
+            f"{folder}: a training of {card['task']}, expected one of {' or '.join(LANGUAGE)}; "
+            "this one takes images"
+        )
+    from .texts import TEXT_PREDICTORS
+
+    with cards_explained(folder):
+        return TEXT_PREDICTORS[card["task"]](folder, card)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """What a training says of the model in its output folder.
+
+    Raises:
+        RunError: if there is no such training.
     """
     for name in (CARD, WEIGHTS):
         if not (folder / name).is_file():
@@ -34,20 +85,33 @@ def load_run(folder: Path) -> Predictor:
                 f"{folder}: has no {name}; expected the --output folder of a `setformer train` "
                 "that got as far as its first evaluation"
             )
-    card = _read_card(folder / CARD)
+    path = folder / CARD
     try:
-        predictor = PREDICTORS[card["task"]](card)
+        card = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not JSON ({first_line(error)})") from error
+    if not isinstance(card, dict) or not isinstance(card.get("task"), str):
+        raise RunError(f"{path}: expected an object with a str under 'task'")
+    if card["task"] not in (*PREDICTORS, *LANGUAGE):
+        known = ", ".join((*PREDICTORS, *LANGUAGE))
+        raise RunError(f"{path}: task must be one of {known}, got {card['task']!r}")
+    return card
+
+
+@contextmanager
+def cards_explained(folder: Path) -> Iterator[None]:
+    """While something is made of a card, what is wrong with it becomes a RunError."""
+    try:
+        yield
     except KeyError as error:
         raise RunError(
-            f"{folder / CARD}: lacks or does not know {error}; was it edited by hand?"
+            f"{folder / CARD}: lacks or does not know {error}; was it edited by hand, or written "
+            "by an earlier version?"
         ) from error
     except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(
             f"{folder / CARD}: no model can be made of it: {first_line(error)}"
         ) from error
-    load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
-    predictor.model.eval()
-    return predictor
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -86,26 +150,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
             f"{path}: these weights are of another model: {'; '.join(problems[:3])}{more}"
         )
     model.load_state_dict(weights)
-
-
-def _read_card(path: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not JSON ({first_line(error)})") from error
-    if isinstance(card, dict) and card.get("task") in LANGUAGE:
-        raise RunError(
-            f"{path.parent}: a training of {card['task']}, expected one on images; load it by "
-            "transformers' from_pretrained, or see setformer explain RUN --text"
-        )
-    for key, kind in COMMON_KEYS.items():
-        if not isinstance(card, dict) or not isinstance(card.get(key), kind):
-            raise RunError(f"{path}: expected an object with a {kind.__name__} under {key!r}")
-    if not timm.is_model(card["model"]):  # timm would look for others in its hub
-        raise RunError(f"{path}: no model can be made of it: timm knows no {card['model']!r}")
-    if card["task"] not in PREDICTORS:
-        raise RunError(f"{path}: task must be one of {', '.join(PREDICTORS)}, got {card['task']!r}")
-    return card
 
 
 def load_checkpoint(name: str, path: Path) -> Predictor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
 from ..images import middle
+from ..train.ade20k import Labels
 from ..vision import detection, segmentation  # registers the backbone with timm, too
 from .answers import Answer, Classification, Detection, Segmentation
 
@@ -121,6 +122,8 @@ class Segmenter(Predictor):
         super().__init__(card)
         self.model = segmentation.from_card(card)
         self.short_side, self.window = card["short_side"], card["window"]
+        # Cards of earlier trainings lack it; 0 was and is its default.
+        self.labels = Labels(tuple(self.classes), card.get("ignore_label", 0))
 
     def __call__(self, image: Image.Image, threshold: float = 0.5) -> Segmentation:
         return self._segment(image, self.window)
@@ -132,7 +135,7 @@ class Segmenter(Predictor):
     def _segment(self, image: Image.Image, window: int) -> Segmentation:
         pixels = (to_tensor(image) - self.mean) / self.std
         labels = segmentation.segment(self.model, pixels, self.short_side, window)
-        return Segmentation(self.classes, labels)
+        return Segmentation(self.classes, labels, self.labels.first)
 
 
 PREDICTORS: dict[str, type[Predictor]] = {

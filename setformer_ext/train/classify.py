@@ -257,7 +257,8 @@ class Classify(Task):
             load_pretrained(model, self.options.pretrained)
         return model
 
-    def collate(self, samples: list[Any]) -> Batch:
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
         images, labels = zip(*samples, strict=True)
         return torch.stack(images), torch.tensor(labels)
 

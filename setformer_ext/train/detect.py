@@ -210,7 +210,7 @@ class Detect(Task):
             )
         self.eval = self._read("val2017", crowds=True, classes=self.train.classes)
         self.train.transform = self._augmentation()
-        self.eval.transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
+        self.eval.transform = plain()
 
     def _read(self, split: str, **more: Any) -> Coco:
         data: Path = self.options.data
@@ -271,7 +271,8 @@ class Detect(Task):
             body.load_state_dict({name: state[name] for name in body.state_dict()})
         return model
 
-    def collate(self, samples: list[Any]) -> Batch:
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
         images, targets = zip(*samples, strict=True)
         return list(images), list(targets)  # of different sizes: a list of [3, H, W]
 
@@ -304,6 +305,11 @@ class Detect(Task):
             "mean": config["mean"],
             "std": config["std"],
         }
+
+
+def plain() -> v2.Transform:
+    """An image to evaluate on, as it is."""
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
 
 
 def _labels(sample: Any) -> tuple[Tensor, Tensor]:

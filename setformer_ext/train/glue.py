@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +191,7 @@ class Glue(Task):
         self.tokenizer.save_pretrained(output)
 
     def collate(self, samples: list[Example]) -> Batch:
-        """The model's inputs, [B, N] each, labels [B] and the names of the files."""
-        inputs = self.tokenizer(
-            *([s.texts[i] for s in samples] for i in range(len(self.glue.texts))),
-            truncation=True,
-            max_length=self.options.sequence_length,
-            padding=True,
-            return_tensors="pt",
-        )
-        kind = torch.int64 if self.glue.classes else torch.float32
-        labels = torch.tensor([s.label for s in samples], dtype=kind)
-        return dict(inputs), labels, [s.part for s in samples]
+        return make_batch(samples, self.tokenizer, self.glue, self.options.sequence_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         inputs, labels, _ = batch
@@ -216,7 +206,28 @@ class Glue(Task):
             "glue_task": self.options.glue_task,
             "classes": list(self.glue.classes),
             "sequence_length": self.options.sequence_length,
+            "attention_implementation": self.options.attention_implementation,
         }
+
+
+def make_batch(
+    samples: list[Example], tokenizer: PreTrainedTokenizerFast, task: GlueTask, length: int
+) -> Batch:
+    """The model's inputs, [B, N] each, labels [B] and the names of the files."""
+    kind = torch.int64 if task.classes else torch.float32
+    labels = torch.tensor([sample.label for sample in samples], dtype=kind)
+    inputs = encode(tokenizer, [sample.texts for sample in samples], length)
+    return inputs, labels, [sample.part for sample in samples]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, ...]], length: int
+) -> dict[str, Tensor]:
+    """The model's inputs, [B, N] each, of single texts or of pairs, cut to a length of tokens."""
+    columns = map(list, zip(*texts, strict=True))
+    return dict(
+        tokenizer(*columns, truncation=True, max_length=length, padding=True, return_tensors="pt")
+    )
 
 
 def _tokenizer_and_configuration(

@@ -78,10 +78,15 @@ def read_task(
     Args:
         data: the download.
     """
+    train = read_examples(data / task.folder / "train.tsv", task, problems=problems)
+    return train, read_dev(data, task, problems)
+
+
+def read_dev(data: Path, task: GlueTask, problems: list[str] | None = None) -> list[Example]:
+    """A task's rows to evaluate on; arguments and errors are read_task's."""
     folder = data / task.folder
-    train = read_examples(folder / "train.tsv", task, problems=problems)
     parts = (read_examples(folder / name, task, part, problems) for part, name in task.dev.items())
-    return train, [example for part in parts for example in part]
+    return [example for part in parts for example in part]
 
 
 def read_examples(

@@ -53,7 +53,7 @@ def find_data(options: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     data: Path = options.data
     if options.val_share is None:
         layout = f"train/CLASS/*.jpg and val/CLASS/*.jpg in {data}, or CLASS/*.jpg and --val-share"
-        train, val = (_find(data / split, layout) for split in ("train", "val"))
+        train, val = (find_classes(data / split, layout) for split in ("train", "val"))
     else:
         for split in (data / "train", data / "val", data / "test"):
             if split.is_dir() and visible(split)[0]:
@@ -61,7 +61,7 @@ def find_data(options: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
                     f"--val-share: expected a folder of classes, but {split} has folders itself; "
                     "give it as --data, or leave --val-share out"
                 )
-        train, val = _find(data, "CLASS/*.jpg in it").split(options.val_share, options.seed)
+        train, val = find_classes(data, "CLASS/*.jpg in it").split(options.val_share, options.seed)
     unknown = sorted({*val.classes} - {*train.classes})
     if unknown:
         raise DataError(f"--data: {train.name} lacks classes of {val.name}: {', '.join(unknown)}")
@@ -85,7 +85,12 @@ def classes_without_images(train: ImageFolder, val: ImageFolder) -> list[str]:
     ]
 
 
-def _find(folder: Path, layout: str) -> ImageFolder:
+def find_classes(folder: Path, layout: str) -> ImageFolder:
+    """The images of a folder of classes.
+
+    Raises:
+        DataError: if there are none; tells the layout that was expected.
+    """
     if not folder.is_dir():
         raise DataError(f"--data: there is no folder {folder}; expected {layout}")
     found = find_images(folder)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from ..errors import first_line
 from .checkpoints import CheckpointError, Checkpoints, clear_partial, save_weights, write_atomically
 from .divergence import explained, require_finite
+from .evaluation import measure
 from .journal import LOSS_EVERY, Journal
 from .learner import Learner, make_accelerator
 from .options import comparable, differences, total_steps
@@ -158,21 +159,14 @@ class Training:
         progress = self.progress
         require_finite(self.sums, self.learner.model, progress.step)
         model = self.learner.evaluated()
-        metrics = self.task.metrics()
-        metrics.to(self.accelerator.device)
-        read = 0
-        with torch.no_grad(), self.accelerator.autocast():
-            for batch, failures in self.journal.evaluating(self.eval_loader):
-                self._note(failures)
-                if batch is not None:
-                    batch = send_to_device(batch, self.accelerator.device)
-                    measure = partial(metrics.update, model, batch)
-                    with explained(self.sums, model, progress.step, measure):
-                        measure()
-                    read += 1
-        if not sum(gather_object([read])):
-            raise DataError("no evaluation sample can be read")
-        figures = metrics.compute()
+        figures = measure(
+            model,
+            self.task.metrics(),
+            self.journal.evaluating(self.eval_loader),
+            self.accelerator,
+            self._note,
+            partial(explained, self.sums, model, progress.step),
+        )
         self.learner.model.train()
         passes = progress.passes * self.processes
         means = {name: value / passes for name, value in self._all_sums().items()}

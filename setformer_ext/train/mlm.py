@@ -270,12 +270,8 @@ class Mlm(Task):
         return wrap_tokenizer(from_main_process(lambda: train_tokenizer(documents, *how)))
 
     def _pack(self, documents: list[str]) -> Packed:
-        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(
-            documents, add_special_tokens=False
-        )
-        tokens = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         options = self.options
-        return Packed(tokens, options.sequence_length, self.tokenizer, options.mask_share)
+        return pack(documents, self.tokenizer, options.sequence_length, options.mask_share)
 
     def describe(self) -> str:
         text = (
@@ -321,7 +317,8 @@ class Mlm(Task):
         ).save_pretrained(output)
         self.tokenizer.save_pretrained(output)
 
-    def collate(self, samples: list[Any]) -> Batch:
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
         tokens, labels = zip(*samples, strict=True)
         return torch.stack(tokens), torch.stack(labels)
 
@@ -333,7 +330,24 @@ class Mlm(Task):
         return Prediction()
 
     def card(self) -> dict[str, Any]:
-        return {"task": self.name, "model_options": self.model_options}
+        options = self.options
+        return {
+            "task": self.name,
+            "model_options": self.model_options,
+            # What the words are masked by that are evaluated on.
+            "sequence_length": options.sequence_length,
+            "mask_share": options.mask_share,
+            "seed": options.seed,
+        }
+
+
+def pack(
+    documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int, chosen: float
+) -> Packed:
+    """Documents as sequences of tokens; arguments as of :class:`Packed`."""
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    tokens = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    return Packed(tokens, length, tokenizer, chosen)
 
 
 def _encoder_configuration(folder: Path | None) -> SetformerConfig | None:

@@ -185,12 +185,10 @@ class Segment(Task):
             )
         config = timm.get_pretrained_cfg(options.model).to_dict()
         self.mean, self.std = list(config["mean"]), list(config["std"])
-        normalise = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        )
+        normalise = _normalisation(self.mean, self.std)
         reading = (options.annotated, options.max_pixels)
         self.train = Ade20k(options.data, "training", self._augmentation(normalise), *reading)
-        self.eval = Ade20k(options.data, "validation", partial(_plain, normalise), *reading)
+        self.eval = Ade20k(options.data, "validation", plain(self.mean, self.std), *reading)
         self.labels, self.failures = look_over(
             options.data, self.train, self.eval, options.ignore_label
         )
@@ -237,7 +235,8 @@ class Segment(Task):
             model.backbone.load_state_dict({name: state[name] for name in own})
         return model
 
-    def collate(self, samples: list[Any]) -> Batch:
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
         images, classes = zip(*samples, strict=True)
         return list(images), list(classes)  # those of evaluation are of different sizes
 
@@ -264,6 +263,7 @@ class Segment(Task):
             "decoder": options.decoder,
             "decoder_options": dict(options.decoder_options),
             "classes": list(self.labels.names),
+            "ignore_label": options.ignore_label,
             "mean": self.mean,
             "std": self.std,
             "short_side": options.short_side,
@@ -280,6 +280,15 @@ def _augment(
     image, mask = v2.functional.resize(image, size), v2.functional.resize(mask, size)
     image, mask = rest(image, mask)
     return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+def plain(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
+    """Of an image to evaluate on and its mask: as they are, normalised."""
+    return partial(_plain, _normalisation(mean, std))
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 def _plain(normalise: Callable[..., Any], image: Image, mask: Mask) -> tuple[Tensor, Tensor]:

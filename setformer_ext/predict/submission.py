@@ -1,0 +1,122 @@
+"""GLUE's test files, and answers to them as gluebenchmark.com takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import methodcaller
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from ..train.checkpoints import write_atomically
+from ..train.glue_data import TASKS, GlueTask
+from ..train.lines import numbered_lines
+from ..train.task import DataError, TrainingError
+from .loading import CARD, RunError, load_text_run
+from .texts import TextClassifier, Texts
+
+BATCH = 64
+INDICES = ("index", "id")  # what the files call the number of a row
+# Of MNLI: its two, and the diagnostic, which is for models of MNLI and not in every download.
+MNLI = {
+    "MNLI/test_matched.tsv": "MNLI-m.tsv",
+    "MNLI/test_mismatched.tsv": "MNLI-mm.tsv",
+    "diagnostic/diagnostic.tsv": "AX.tsv",
+}
+
+
+class Question(NamedTuple):
+    """A row of a test file: its number there, and its text or two."""
+
+    row: str
+    texts: Texts
+
+
+def answer_glue(training: Path, data: Path, output: Path) -> None:
+    """Answer the test files of a training's task, or of all in the folder of several trainings.
+
+    Args:
+        training: the output folder of ``train glue``, of one task or several.
+        data: GLUE's download.
+        output: the files are written there, CoLA.tsv and so on.
+
+    Raises:
+        RunError: if the training or a test file cannot be used.
+    """
+    runs = [training]
+    if not (training / CARD).exists():
+        runs = sorted(path.parent for path in training.glob(f"*/{CARD}")) or runs
+    for run in runs:
+        predictor = load_text_run(run)
+        if not isinstance(predictor, TextClassifier):
+            raise RunError(f"{run}: a training of mlm, expected one of glue to answer --data")
+        try:
+            _answer_files(predictor, data, output)
+        except TrainingError as error:
+            raise RunError(str(error)) from error
+
+
+def _answer_files(predictor: TextClassifier, data: Path, output: Path) -> None:
+    task = predictor.glue
+    single = {f"{task.folder}/test.tsv": f"{task.folder}.tsv"}
+    files = MNLI if task is TASKS["mnli"] else single
+    found = {
+        source: read_questions(data / source, task)  # all, before hours of answering the others
+        for source, name in files.items()
+        if name != "AX.tsv" or (data / source).exists()
+    }
+    for source, questions in found.items():
+        target = output / files[source]
+        labels = _labels(predictor, questions, target.name)
+        rows = [f"{index}\t{label}\n" for (index, _), label in zip(questions, labels, strict=True)]
+        content = "".join(["index\tprediction\n", *rows]).encode()
+        write_atomically(target, methodcaller("write", content))
+        print(f"{data / source}: {len(questions)} rows answered\n  {target}")
+    for source in files.keys() - found.keys():
+        print(f"there is no {data / source}: {files[source]} is left out")
+
+
+def _labels(predictor: TextClassifier, questions: list[Question], name: str) -> Iterator[str]:
+    """The name of the class that is the likeliest for each, or the number, from 0 to 5."""
+    for first in tqdm(range(0, len(questions), BATCH), desc=name, leave=False):
+        logits = predictor.logits([texts for _, texts in questions[first : first + BATCH]])
+        if predictor.classes:
+            yield from (predictor.classes[i] for i in logits.argmax(-1).tolist())
+        else:
+            yield from (f"{value:.4f}" for value in logits[:, 0].clamp(0, 5).tolist())
+
+
+def read_questions(path: Path, task: GlueTask) -> list[Question]:
+    """The rows of one of a task's test files, which all have a header.
+
+    Texts may be empty, as some are in QQP's: the server wants an answer to every row.
+
+    Raises:
+        DataError: for a file that cannot be read or is none of the task's, and for malformed rows.
+    """
+    if not path.is_file():
+        raise DataError(f"--data: there is no {path}; expected GLUE's own download")
+    lines = iter(numbered_lines(path, None))
+    columns = next(lines, (0, ""))[1].split("\t")
+    index = next((name for name in INDICES if name in columns), INDICES[0])
+    missing = [name for name in (index, *task.texts) if name not in columns]
+    if missing:
+        raise DataError(
+            f"{path}, line 1: expected the columns {', '.join((index, *task.texts))}, "
+            f"got {', '.join(columns)[:120] or 'nothing'}"
+        )
+    questions = []
+    for number, line in lines:
+        cells = line.split("\t")
+        if len(cells) == len(columns):
+            row = dict(zip(columns, cells, strict=True))
+            questions.append(Question(row[index], tuple(row[name] for name in task.texts)))
+        elif line:
+            raise DataError(
+                f"{path}, line {number}: expected {len(columns)} tab-separated columns, "
+                f"got {len(cells)}"
+            )
+    if not questions:
+        raise DataError(f"{path}: has no rows, expected at least one")
+    return questions

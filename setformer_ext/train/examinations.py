@@ -1,0 +1,144 @@
+"""Trained models and the data to measure them on, for each task, without that of its training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..predict.loading import cards_explained, load_run, load_text_run, read_card
+from .ade20k import Ade20k, read_names
+from .classify import Accuracy, Classify
+from .coco import Coco
+from .detect import AveragePrecision, Detect
+from .detect import plain as plain_detection
+from .glue import Scores, make_batch
+from .glue_data import read_dev
+from .labelled_images import LabelledImages, find_classes
+from .mlm import Mlm, Prediction, pack
+from .segment import IntersectionOverUnion, Segment
+from .segment import plain as plain_segmentation
+from .task import Batch, DataError, Metrics, Samples, TrainingError
+from .texts import read_documents, text_files
+
+SPLITS = {"classify": "val", "detect": "val2017", "segment": "validation"}
+
+
+class Examination(NamedTuple):
+    """A model in eval mode, and all that its evaluation needs."""
+
+    task: str
+    model: nn.Module
+    samples: Samples
+    collate: Callable[[list[Any]], Batch]
+    metrics: Metrics
+    problems: list[str]  # records that were left out
+    seed: int = 0  # of what is drawn
+
+
+def prepare(options: argparse.Namespace) -> Examination:
+    """The examination of a training that ``setformer evaluate``'s options ask for.
+
+    Raises:
+        RunError: if the training's output cannot be used.
+        TrainingError: for data that cannot.
+    """
+    card = read_card(options.training)
+    task = card["task"]
+    if task != "mlm" and len(options.data) > 1:
+        raise TrainingError(f"--data: expected one folder for {task}, got {len(options.data)}")
+    if options.split is not None and task not in SPLITS:
+        raise TrainingError(f"--split: of images; a training of {task} has none")
+    options = argparse.Namespace(**{**vars(options), "split": options.split or SPLITS.get(task)})
+    return EXAMINATIONS[task](card, options)
+
+
+def _classify(card: dict[str, Any], options: argparse.Namespace) -> Examination:
+    predictor: Any = load_run(options.training)
+    folder = find_classes(options.data[0] / options.split, "CLASS/*.jpg in it (see --split)")
+    unknown = sorted({*folder.classes} - {*predictor.classes})
+    if unknown:
+        raise DataError(
+            f"--data: the training lacks classes of {folder.name}: {', '.join(unknown)}"
+        )
+    samples = LabelledImages(folder, predictor.classes, predictor.mode, options.max_pixels)
+    samples.transform = predictor.transform
+    metrics = Accuracy(len(predictor.classes))
+    return Examination("classify", predictor.model, samples, Classify.collate, metrics, [])
+
+
+def _detect(card: dict[str, Any], options: argparse.Namespace) -> Examination:
+    predictor = load_run(options.training)
+    data: Path = options.data[0]
+    masks = card["detector"] == "mask_rcnn"
+    samples = Coco(
+        data / options.split,
+        data / "annotations" / f"instances_{options.split}.json",
+        masks=masks,
+        crowds=True,
+        classes=predictor.classes,
+        skip=options.on_error == "skip",
+        annotated=options.annotated,
+        max_pixels=options.max_pixels,
+    )
+    samples.transform = plain_detection()
+    metrics = AveragePrecision(masks)
+    return Examination(
+        "detect", predictor.model, samples, Detect.collate, metrics, samples.problems
+    )
+
+
+def _segment(card: dict[str, Any], options: argparse.Namespace) -> Examination:
+    predictor: Any = load_run(options.training)
+    data: Path = options.data[0]
+    transform = plain_segmentation(card["mean"], card["std"])
+    samples = Ade20k(data, options.split, transform, options.annotated, options.max_pixels)
+    samples.labels = predictor.labels
+    names = read_names(data, predictor.labels.first)
+    if names is not None and names != predictor.classes:
+        raise DataError(
+            f"--data: {data} has the classes {', '.join(names)}; the training has "
+            f"{', '.join(predictor.classes)}"
+        )
+    metrics = IntersectionOverUnion(predictor.classes, card["short_side"], card["window"])
+    return Examination("segment", predictor.model, samples, Segment.collate, metrics, [])
+
+
+def _mlm(card: dict[str, Any], options: argparse.Namespace) -> Examination:
+    predictor = load_text_run(options.training)
+    predictor.model.config.sparse_prediction = True  # as while training
+    with cards_explained(options.training):
+        length, share, seed = card["sequence_length"], card["mask_share"], card["seed"]
+    problems: list[str] = []
+    notes = problems if options.on_error == "skip" else None
+    documents = read_documents(text_files("--data", options.data), notes)
+    samples = pack(documents, predictor.tokenizer, length, share)
+    if not len(samples):
+        raise DataError(
+            f"--data: {len(samples.tokens)} tokens, expected at least one sequence of {length}"
+        )
+    return Examination("mlm", predictor.model, samples, Mlm.collate, Prediction(), problems, seed)
+
+
+def _glue(card: dict[str, Any], options: argparse.Namespace) -> Examination:
+    predictor: Any = load_text_run(options.training)
+    problems: list[str] = []
+    notes = problems if options.on_error == "skip" else None
+    samples = read_dev(options.data[0], predictor.glue, notes)
+    collate = partial(
+        make_batch, tokenizer=predictor.tokenizer, task=predictor.glue, length=predictor.length
+    )
+    return Examination("glue", predictor.model, samples, collate, Scores(predictor.glue), problems)
+
+
+EXAMINATIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], Examination]] = {
+    "classify": _classify,
+    "detect": _detect,
+    "segment": _segment,
+    "mlm": _mlm,
+    "glue": _glue,
+}

@@ -1,0 +1,172 @@
+"""setformer evaluate: its figures are those that the training measured with the best weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import test_train_detect as detection
+import test_train_language as language
+import test_train_segment as segmentation
+from setformer_ext import cli
+from text_runs import write_text_run
+from training import classify, metrics, write_digits
+
+
+@pytest.fixture(autouse=True)
+def fresh_processes() -> None:
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def evaluate(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = cli.main(["evaluate", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def assert_figures_are_the_trainings(
+    capsys: pytest.CaptureFixture, run: Path, *arguments: object
+) -> dict[str, float]:
+    """All that both measure; returns it."""
+    report = run / "evaluation.json"
+    given = (run, *arguments, "--workers=0", "--output", report)
+    status, out, err = evaluate(capsys, *given)
+    assert status == 0, err
+    result = json.loads(report.read_text())
+    figures = result["metrics"]
+    best = {name: value for name, value in metrics(run)["best"].items() if name in figures}
+    assert figures == pytest.approx(best, rel=1e-5, abs=1e-7)
+    for name, value in figures.items():
+        assert f"{name:<24}{value:>12.4f}\n" in out
+    assert result["skipped"] == []
+    assert f"{result['samples']} samples\n" in out
+    return figures
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"), train=64, val=40)
+
+
+@pytest.fixture(scope="module")
+def classifier(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    classify(digits, output, "--steps=8", "--batch-size=16", "--lr=3e-3", "--eval-every=4")
+    return output
+
+
+def test_classes(
+    digits: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Without the images that were trained on, in batches of another size."""
+    shutil.copytree(digits / "val", tmp_path / "data" / "val")
+    given = ("--data", tmp_path / "data", "--batch-size=7")
+    figures = assert_figures_are_the_trainings(capsys, classifier, *given)
+    assert 0 < figures["top1"] < figures["top5"] < 1
+    given = ("--data", tmp_path / "data" / "val", "--split=.")
+    assert_figures_are_the_trainings(capsys, classifier, *given)
+
+
+def test_broken_samples_and_unknown_classes(
+    digits: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(digits / "val", tmp_path / "val")
+    broken = tmp_path / "val" / "3" / "broken.png"
+    broken.write_text("no image")
+    given = (classifier, "--data", tmp_path, "--workers=0")
+    status, _, err = evaluate(capsys, *given)
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"{broken}: not an image" in err
+    report = tmp_path / "a.json"
+    status, out, _ = evaluate(capsys, *given, "--on-error=skip", "--output", report)
+    assert (status, "41 samples, 1 left out" in out) == (0, True)
+    assert str(broken) in json.loads(report.read_text())["skipped"][0]
+    (tmp_path / "val" / "zebra").mkdir()
+    status, _, err = evaluate(capsys, *given)
+    assert (status, "the training lacks classes of" in err, "zebra" in err) == (1, True, True)
+
+
+def test_objects(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = detection.write_shapes(tmp_path / "data", train=8, val=5)
+    given = ("--detector-options", "score_thresh=0.0", "--detector=retinanet", "--steps=12")
+    detection.train(data, tmp_path / "run", *given, "--batch-size=2", "--lr=2e-3", "--ema-decay=0")
+    shutil.rmtree(data / "train2017")
+    figures = assert_figures_are_the_trainings(capsys, tmp_path / "run", "--data", data)
+    assert figures["AP50"] > 0
+
+
+def test_pixels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, run = segmentation.write_shapes(tmp_path / "data", train=6, val=4), tmp_path / "run"
+    (data / "classes.txt").write_text("red\ngreen\nblue\n")
+    segmentation.train(data, run, "--steps=6", "--window=32", "--ema-decay=0")
+    shutil.rmtree(data / "images" / "training")
+    figures = assert_figures_are_the_trainings(capsys, run, "--data", data)
+    assert 0 < figures["mIoU"] < 1
+    out = tmp_path / "out"
+    images = data / "images" / "validation"
+    assert cli.main(["predict", str(run), str(images), "--output", str(out)]) == 0
+    right = total = 0
+    for path in sorted((data / "annotations" / "validation").iterdir()):
+        truth, answer = (np.asarray(Image.open(p)) for p in (path, out / "masks" / path.name))
+        assert answer.shape == truth.shape
+        assert {*np.unique(answer)} <= {1, 2, 3}
+        right += int((answer == truth).sum())
+        total += int((truth > 0).sum())
+    assert right / total == pytest.approx(figures["pixel_accuracy"])
+    (data / "classes.txt").write_text("red\nblue\ngreen\n")
+    status, _, err = evaluate(capsys, run, "--data", data)
+    assert (status, "has the classes red, blue, green; the training has" in err) == (1, True)
+
+
+def test_masked_words_and_glue(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text, encoder, run = tmp_path / "a.txt", tmp_path / "encoder", tmp_path / "run"
+    for path, count, seed in ((text, 200, 0), (text.with_suffix(".dev"), 60, 1)):
+        path.write_text("\n".join(text for text, _ in language.reviews(count, seed)))
+    given = language.pretraining(text, encoder, "--steps=40", "--lr=1e-2", "--seed=5")
+    assert cli.main([*given, "--mask-share=0.3"]) == 0
+    given = ("--data", text.with_suffix(".dev"))
+    figures = assert_figures_are_the_trainings(capsys, encoder, *given)
+    assert 0 < figures["accuracy"] < 1
+    data = language.write_reviews(tmp_path / "glue")
+    given = language.glue(data, encoder, run, "--steps=4", "--lr=2e-3")
+    assert cli.main(given) == 0
+    (data / "SST-2" / "train.tsv").unlink()
+    figures = assert_figures_are_the_trainings(capsys, run, "--data", data)
+    assert 0 < figures["accuracy"] < 1
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "message"),
+    [
+        ("rte", ["--data", "a", "b"], "--data: expected one folder for glue, got 2"),
+        ("rte", ["--data", "a", "--split=b"], "--split: of images; a training of glue has none"),
+        ("rte", ["--data", "nowhere"], "there is no nowhere"),
+        ("mlm", ["--data", "nowhere"], "there is no nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_explained(
+    task: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = write_text_run(tmp_path / "run", task)
+    status, _, err = evaluate(capsys, run, *arguments)
+    assert status == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_trainings_of_earlier_versions_are_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = write_text_run(tmp_path / "run", "mlm")
+    (run / "card.json").write_text('{"task": "mlm", "model_options": {}}')
+    status, _, err = evaluate(capsys, run, "--data", tmp_path)
+    assert (status, "lacks or does not know 'sequence_length'" in err) == (1, True)
+    assert "an earlier version" in err

@@ -1,0 +1,216 @@
+"""setformer export: other runtimes give the model's answers, at any size and number."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+import setformer_ext.export
+from setformer_ext import cli
+from setformer_ext.onnx import _adaptive_average
+from setformer_ext.onnx import export as export_onnx
+from setformer_ext.predict.loading import load_run, load_text_run
+from setformer_ext.predict.networks import Texts
+from setformer_ext.vision.detection import from_card as make_detector
+from setformer_ext.vision.segmentation import from_card as make_segmenter
+from test_predict import BODY, COMMON, DETECT, SEGMENT, write_run
+from text_runs import LENGTH, write_text_run
+
+CLASSIFY = COMMON | {
+    "task": "classify",
+    "model_options": BODY | {"num_classes": 2},
+    "input_size": [3, 64, 64],
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+}
+
+
+def export(capsys: pytest.CaptureFixture, run: Path, file: Path) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = cli.main(["export", str(run), str(file)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def answer(file: Path, **inputs: Tensor) -> tuple[Tensor, dict[str, str]]:
+    """The logits of onnxruntime, and the file's metadata."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file)
+    (logits,) = session.run(["logits"], {name: x.numpy() for name, x in inputs.items()})
+    return torch.from_numpy(logits), session.get_modelmeta().custom_metadata_map
+
+
+def make(card: dict) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if card["task"] == "segment":
+        return make_segmenter(card)
+    return timm.create_model(card["model"], **card["model_options"])
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        CLASSIFY | {"model": "test_resnet", "model_options": {"num_classes": 2}},
+        SEGMENT | {"model": "test_resnet", "model_options": {}},
+    ],
+    ids=["classify", "segment"],
+)
+def test_images_of_any_size(card: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, file = write_run(tmp_path / "run", card, make(card)), tmp_path / "new" / "model.onnx"
+    status, out, err = export(capsys, run, file)
+    assert status == 0, err
+    assert "images -> logits; differs from torch by" in out
+    assert "at 2 x 96 x 128, 1 x 160 x 64, 3 x 131 x 77" in out
+    model = load_run(run).model
+    for shape in ((1, 3, 64, 64), (5, 3, 70, 201)):
+        images = torch.randn(shape)
+        logits, metadata = answer(file, images=images)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(images), rtol=1e-3, atol=1e-3)
+    assert json.loads(metadata["classes"]) == ["cat", "dog"]
+    assert json.loads(metadata["mean"]) == COMMON["mean"]
+    assert json.loads(metadata["std"]) == COMMON["std"]
+    assert "RGB images" in metadata["preprocessing"]
+    assert "minus mean, divided by std" in metadata["preprocessing"]
+
+
+def test_images_of_the_one_size_that_a_model_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = {"num_classes": 2, "img_size": 64, "in_chans": 1}
+    card = CLASSIFY | {"model": "test_vit", "model_options": options, "input_size": [1, 64, 64]}
+    card |= {"mean": [0.5], "std": [0.2]}
+    run, file = write_run(tmp_path / "run", card, make(card)), tmp_path / "model.onnx"
+    status, out, err = export(capsys, run, file)
+    assert status == 0, err
+    assert "at 2 x 64 x 64, 1 x 64 x 64, 3 x 64 x 64" in out
+    logits, metadata = answer(file, images=torch.randn(4, 1, 64, 64))
+    assert logits.shape == (4, 2)
+    assert "grey images" in metadata["preprocessing"]
+
+
+@pytest.mark.parametrize("task", ["mlm", "sst2"])
+def test_texts_of_any_length(task: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, file = write_text_run(tmp_path / "run", task), tmp_path / "model.onnx"
+    status, out, err = export(capsys, run, file)
+    assert status == 0, err
+    assert f"at 2 x 8, 1 x 5, 3 x {LENGTH}" in out
+    predictor = load_text_run(run)
+    texts = ["the film is superb .", "is it ?", "a plot so dull , and a cast so tired ! " * 3]
+    inputs = dict(predictor.tokenizer(texts, padding=True, return_tensors="pt"))
+    logits, metadata = answer(file, **inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, predictor.model(**inputs).logits, rtol=1e-3, atol=1e-4)
+    assert "texts as the tokenizer of the training gives them" in metadata["preprocessing"]
+    if task == "sst2":
+        assert json.loads(metadata["classes"]) == ["0", "1"]
+
+
+@pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet"])
+def test_objects_in_an_image_of_any_size(
+    detector: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """SeT attention is in them, written out."""
+    name = "score_thresh" if detector == "retinanet" else "box_score_thresh"
+    card = DETECT | {"detector": detector}
+    few = {"detections_per_img" if detector == "retinanet" else "box_detections_per_img": 30}
+    card["detector_options"] = DETECT["detector_options"] | {name: 0.0} | few
+    torch.manual_seed(0)
+    model = make_detector(card)
+    for name, parameter in model.named_parameters():  # so that there are no near ties
+        if "cls_" in name and name.endswith("weight"):
+            parameter.detach().mul_(5)
+    run, file = write_run(tmp_path / "run", card, model), tmp_path / "model.onnx"
+    status, out, err = export(capsys, run, file)
+    assert status == 0, err
+    assert "image -> boxes, labels, scores" in out
+    assert "objects in noise, at 96 x 128, 160 x 64, 131 x 77" in out
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file)
+    image = torch.rand(3, 64, 96)  # which is not resized
+    found = dict(
+        zip(
+            (output.name for output in session.get_outputs()),
+            map(torch.from_numpy, session.run(None, {"image": image.numpy()})),
+            strict=True,
+        )
+    )
+    with torch.no_grad():
+        (expected,) = load_run(run).model([image])
+    assert len(expected["boxes"]) > 10
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-5)
+    # Those of equal scores may have changed places.
+    distances = (found["boxes"][:, None] - expected["boxes"]).abs().amax(-1)
+    distances[found["labels"][:, None] != expected["labels"]] = torch.inf
+    nearest, places = distances.min(0)
+    assert (nearest < 0.01).float().mean() > 0.95
+    if detector == "mask_rcnn":
+        difference = (found["masks"][places] - expected["masks"])[nearest < 0.01].abs()
+        assert difference.flatten(1).amax(1).median() < 1e-3
+
+
+def test_batches_of_other_sizes_than_the_examples_are_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of one size alone is not written."""
+    monkeypatch.setattr(Texts, "dynamic_shapes", lambda self: None)
+    run, file = write_text_run(tmp_path / "run", "sst2"), tmp_path / "model.onnx"
+    status, _, err = export(capsys, run, file)
+    assert (status, "onnxruntime fails at 1 x 5" in err) == (1, True)
+    assert not file.exists()
+
+
+def test_wrong_answers_are_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, file = write_text_run(tmp_path / "run", "sst2"), tmp_path / "model.onnx"
+    file.write_bytes(b"before")
+    made = setformer_ext.export._export
+
+    def spoiled(network):
+        data = made(network)
+        with torch.no_grad():
+            network.model.model.classifier.bias.add_(1)
+        return data
+
+    monkeypatch.setattr(setformer_ext.export, "_export", spoiled)
+    status, _, err = export(capsys, run, file)
+    assert (status, "onnxruntime's answers differ from torch's by" in err) == (1, True)
+    assert file.read_bytes() == b"before"
+
+
+def test_pooling_into_bins_is_torchs() -> None:
+    for size, bins in (((7, 12), (3, 5)), ((3, 4), (6, 6)), ((9, 1), (1, 2))):
+        x = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, *size)))
+        expected = torch.nn.functional.adaptive_avg_pool2d(x, bins)
+        torch.testing.assert_close(_adaptive_average(x, list(bins)), expected)
+
+
+def test_pooling_into_bins_of_any_size(tmp_path: Path) -> None:
+    """UPerNet has it; torch's own decomposition is of the example's size."""
+    model, file = torch.nn.AdaptiveAvgPool2d((3, 5)), tmp_path / "pool.onnx"
+    shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    options = {"input_names": ["images"], "output_names": ["logits"]}
+    export_onnx(model, (torch.randn(2, 3, 9, 11),), file, dynamic_shapes=shapes, **options)
+    for size in ((9, 11), (2, 30), (17, 6)):
+        images = torch.randn(4, 3, *size)
+        torch.testing.assert_close(answer(file, images=images)[0], model(images))
+
+
+def test_missing_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_text_run(tmp_path / "run", "sst2")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(SystemExit, match=r'onnxscript.*pip install "\.\[train,onnx\]"'):
+        cli.main(["export", str(run), str(tmp_path / "model.onnx")])
