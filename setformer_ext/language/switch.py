@@ -239,7 +239,7 @@ def _read_masks(model: PreTrainedModel) -> None:
         if isinstance(module, PreTrainedModel) and not hasattr(module, "_mask_place"):
             names = list(inspect.signature(module.forward).parameters)
             if "attention_mask" in names:
-                module._mask_place = names.index("attention_mask")
+                module._mask_place = names.index("attention_mask")  # type: ignore[assignment]
                 module.register_forward_pre_hook(_read_mask, with_kwargs=True)
 
 
@@ -247,7 +247,7 @@ def _read_mask(
     model: PreTrainedModel, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """transformers takes what is not 0 for valid, which would turn an additive mask around."""
-    place: int = model._mask_place
+    place: int = model._mask_place  # type: ignore[assignment]
     given = len(arguments) > place
     mask = arguments[place] if given else options.get("attention_mask")
     if (

@@ -16,7 +16,7 @@ def respect_no_weight_decay() -> None:
 
     By itself it goes by names and types of layers, and has no hook for anything else.
     """
-    Trainer.get_decay_parameter_names = _without_exempt(Trainer.get_decay_parameter_names)  # type: ignore[method-assign]
+    Trainer.get_decay_parameter_names = _without_exempt(Trainer.get_decay_parameter_names)  # type: ignore[method-assign, assignment]
 
 
 def _without_exempt(
