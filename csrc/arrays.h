@@ -132,6 +132,13 @@ class Array {
     return *this;
   }
 
+  bool has_elements() const {
+    for (int i = 0; i < rank(); ++i) {
+      if (size(i) == 0) return false;
+    }
+    return true;
+  }
+
   const Array& expect_host_memory() const {
     if (tensor_->device.type != dlpack::kCpu) {
       throw py::value_error(label_ + " must be in the memory of the CPU, got " +
@@ -142,6 +149,7 @@ class Array {
 
   const Array& expect_writable() const {
     if (read_only_) throw py::value_error(label_ + " must be writable, got a read-only array");
+    if (!has_elements()) return *this;  // NumPy gives such arrays strides of 0
     for (int i = 0; tensor_->strides != nullptr && i < rank(); ++i) {
       if (size(i) > 1 && tensor_->strides[i] == 0) {
         throw py::value_error(label_ + " must hold every element once, got an expanded array");
@@ -153,9 +161,7 @@ class Array {
   // Throws unless C-contiguous: outputs whose layout the kernels fix.
   const Array& expect_contiguous() const {
     int64_t stride = 1;
-    for (int i = 0; i < rank(); ++i) {
-      if (size(i) == 0) return *this;
-    }
+    if (!has_elements()) return *this;
     for (int i = rank() - 1; i >= 0; --i) {
       if (size(i) > 1 && tensor_->strides != nullptr && tensor_->strides[i] != stride) {
         throw py::value_error(label_ + " must be contiguous");

@@ -26,8 +26,8 @@ Dimension = tuple[str, int | None]
 class Arguments:
     """Checks arguments of `function` against the key, which decides device and type."""
 
-    def __init__(self, function: str, key: Tensor):
-        self.function = function
+    def __init__(self, function: str, key: Tensor, packed: bool = False):
+        self.function, self.packed = function, packed
         if not isinstance(key, Tensor):
             raise TypeError(f"{function}: key must be a tensor, got {type(key).__name__}")
         self.key = key
@@ -68,11 +68,17 @@ class Arguments:
     def _hint(self, name: str, x: Tensor, shapes: Sequence[Sequence[Dimension]]) -> str:
         """Where tokens come before heads, as in flash-attention and in transformers' models."""
         rows = "[B, N, H, D]: heads come before tokens here, so give"
+        if self.packed:
+            return ""
         if name in ("query", "value") and x.dim() == 4:
             swapped = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
             sizes = [size for _, size in shapes[0]]
             fits = all(size in (None, s) for size, s in zip(sizes, swapped, strict=True))
-            return f"; {name} or key looks like {rows} its .transpose(1, 2)" if fits else ""
+            # Where both are so, what the heads should be agrees instead.
+            alike = name == "query" and x.shape[2] == self.key.shape[2] != x.shape[1]
+            if fits or alike:
+                return f"; {name} or key looks like {rows} its .transpose(1, 2)"
+            return ""
         heads = x.shape[-3] if name == "reference" and x.dim() in (3, 4) else None
         if heads is not None and heads == self.key.shape[2] != self.key.shape[1]:
             return f"; key looks like {rows} key.transpose(1, 2), and query and value likewise"

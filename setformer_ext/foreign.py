@@ -7,7 +7,14 @@ from typing import ParamSpec, TypeVar
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-_MASK = "give mask, bool [B, N], True = valid; there are no N x N scores to mask or to add to"
+_MASK = (
+    "give mask, bool [B, N], True = valid (of packed sequences cu_seqlens); there are no N x N "
+    "scores to mask or to add to"
+)
+_SCALE = (
+    "give epsilon, which divides the similarities, .02 to .1 for vectors of unit length; 1 / scale "
+    "is its value with kernel='linear', normalize=False alone"
+)
 # From torch's scaled_dot_product_attention and MultiheadAttention, transformers and timm.
 FOREIGN_NAMES = {
     "attn_mask": _MASK,
@@ -16,8 +23,8 @@ FOREIGN_NAMES = {
     "key_padding_mask": "give mask=~key_padding_mask: here True = valid",
     "src_key_padding_mask": "give mask=~src_key_padding_mask: here True = valid",
     "is_causal": "there is no causal form: the references collect from all tokens; leave it out",
-    "scale": "give epsilon = 1 / scale, the entropy by which similarities are divided",
-    "scaling": "give epsilon = 1 / scaling, the entropy by which similarities are divided",
+    "scale": _SCALE,
+    "scaling": _SCALE,
     "dropout_p": "there are no attention weights to drop; leave it out",
     "enable_gqa": "repeat keys and values for each head of queries; leave it out",
     "need_weights": "transport_plan gives the weights; leave it out",
@@ -38,7 +45,7 @@ def answers_foreign_names(
     def answering(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         for name in kwargs:
             if name in FOREIGN_NAMES:
-                who = function.__qualname__.removesuffix(".forward")
+                who = function.__qualname__.removesuffix(".forward").removesuffix(".transport_plan")
                 raise TypeError(f"{who}: has no argument {name}: {FOREIGN_NAMES[name]}")
         return function(*args, **kwargs)
 

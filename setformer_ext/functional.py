@@ -11,7 +11,8 @@ from .arguments import Arguments
 from .autograd import differentiable_call
 from .foreign import answers_foreign_names
 from .ops import Problem, accumulate_dtype
-from .reference import unit, zero_invalid
+from .reference import zero_invalid
+from .unit import unit
 
 __all__ = ["set_attention", "set_pooling", "transport_plan"]
 

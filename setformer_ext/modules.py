@@ -15,7 +15,7 @@ from .foreign import answers_foreign_names
 from .functional import set_attention, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
-from .reference import unit
+from .unit import unit
 from .varlen import set_attention_varlen
 
 LEAST_SHARE = 1e-30  # which float32 holds in full, and by far too little to be noticed
@@ -293,6 +293,7 @@ class SetAttention(nn.Module):
         output = set_attention(query, transport.pop("key"), value, **transport)  # [B, H, N, D]
         return _zero_invalid(self._projected(output.transpose(1, 2)), mask)
 
+    @answers_foreign_names
     def transport_plan(
         self,
         x: Tensor,  # [B, N, C]
@@ -469,7 +470,11 @@ class SetAttention(nn.Module):
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
             shape = f"bool [B={x.shape[0]}, N={x.shape[1]}]"
             error = TypeError if mask.dtype != torch.bool else ValueError
-            got = f"{mask.dtype} {list(mask.shape)} (True = valid; of 0 and 1: .bool())"
+            got = f"{mask.dtype} {list(mask.shape)}"
+            if mask.dtype != torch.bool:
+                got += "; of 0 and 1, 1 = valid: .bool(); added to scores, of 0 and -inf: == 0"
+            if mask.dim() == 3:
+                got += "; another sequence to attend to is context="
             raise error(_message(name, shape, got))
         on = f"on {tokens}'s device, {x.device}"
         _require(mask.device == x.device, name, on, mask.device)

@@ -109,7 +109,8 @@ def transport_plan(key: Array, reference: Array, **options: Unpack[Options]) -> 
     """The plan of :func:`set_attention`, [B, H, N, M] of the key's type."""
     arrays = _arrays(key, reference, **options)
     key = arrays["key"]
-    solution = _solve(arrays | {"value": key[..., :1]})  # any will do
+    value = key[..., :1] if key.ndim else key  # any will do
+    solution = _solve(arrays | {"value": value})
     plan = np.empty((*key.shape[:3], arrays["reference"].shape[-2]), key.dtype)
     write_plan(**arrays, rows=solution["rows"], columns=solution["columns"], plan=plan)
     return plan
@@ -133,6 +134,8 @@ def _arrays(
         "key": _native("key", key),
         "reference": _native("reference", reference),
     }
+    if not isinstance(normalize, bool):
+        raise TypeError(f"set_attention: normalize must be a bool, got {normalize!r}")
     if normalize:
         arrays = {name: _unit(x) for name, x in arrays.items()}
     for name, x in (("bandwidth", bandwidth), ("epsilon", epsilon), *others.items()):
@@ -151,6 +154,8 @@ def _arrays(
 
 def _number(convert: Callable[[Any], Any], name: str, x: object) -> Any:
     try:
+        if isinstance(x, bool):
+            raise TypeError
         return convert(x)
     except (TypeError, ValueError):
         raise TypeError(f"set_attention: {name} must be a number, got {x!r}") from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import ops
-from .reference import unit
+from .unit import scaled
 
 # Who wants to see calls with a tensor on the CPU, and who all calls of a thread, where nobody but
 # the kernels and autograd does: without and with inference mode.
@@ -99,7 +99,7 @@ def set_attention(
     try:
         if normalize:
             for name in given.keys() & {"key", "query", "reference"}:
-                given[name] = unit(given[name])
+                given[name] = scaled(given[name])[0]
         rows = key if query is None else query
         output = ops.empty_rows(rows, value.shape[3])
         options = {"kernel": kernel, "iterations": iterations}

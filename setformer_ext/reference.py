@@ -136,8 +136,11 @@ def unit(x: Tensor) -> Tensor:  # [..., D]
     So do shorter ones than 1e-12, whose direction is rounding: they stay as they are.
     """
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate)
-    return (x / torch.where(length > 1e-12, length, 1)).to(x.dtype)
+    short = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=accumulate) <= 1e-12
+    # Of ones in place of short vectors: second derivatives of the length of 0 are NaN.
+    safe = torch.where(short, 1, x)
+    length = torch.linalg.vector_norm(safe, dim=-1, keepdim=True, dtype=accumulate)
+    return (x / torch.where(short, 1, length)).to(x.dtype)
 
 
 def similarity(

@@ -70,7 +70,7 @@ def set_attention_varlen(
         raise TypeError(f"{name}: key must be a tensor, got {type(key).__name__}")
     if key.dim() != 3 or key.shape[2] < 1:
         raise ValueError(f"{name}: key must be [N, H, D] with D >= 1, got {list(key.shape)}")
-    arguments = Arguments(name, _heads_first(key))
+    arguments = Arguments(name, _heads_first(key), packed=True)
     tokens, heads, depth = key.shape
     arguments.storage("value", value, [("N", tokens), ("H", heads), ("Dv", None)])
     if value.shape[2] < 1:

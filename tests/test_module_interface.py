@@ -205,8 +205,18 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_names_of_other_attentions_are_answered(name: str, advice: str) -> None:
     with pytest.raises(TypeError, match=f"SetAttention: has no argument {name}: .*{advice}"):
         make()(tokens(2, 6, 24), **{name: None})
+    with pytest.raises(TypeError, match=f"SetAttention: has no argument {name}: .*{advice}"):
+        make().transport_plan(tokens(2, 6, 24), **{name: None})
     with pytest.raises(TypeError, match="unexpected keyword argument 'msak'"):
         make()(tokens(2, 6, 24), msak=None)
+
+
+def test_masks_of_numbers_are_answered_with_what_to_do() -> None:
+    x = tokens(2, 6, 24)
+    with pytest.raises(TypeError, match=r"mask must be bool .*\.bool\(\).*== 0"):
+        make()(x, torch.zeros(2, 6))
+    with pytest.raises(TypeError, match="context="):
+        make()(x, x, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

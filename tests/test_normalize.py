@@ -1,5 +1,6 @@
 """Scaling to unit length, which is the default: what it computes and what follows from it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import setformer_ext
 from conftest import Backend
 from problems import assert_as_exact_as_definition, call, random_problem, run
 from setformer_ext import set_attention, set_attention_varlen
+from setformer_ext.unit import unit
 
 SCALED = ("query", "key", "reference")
 
@@ -151,3 +153,29 @@ def test_who_comes_from_softmax_attention_gets_more_than_the_mean() -> None:
 def test_other_types_are_refused(given: Any) -> None:
     with pytest.raises(TypeError, match="set_attention: normalize must be a bool, got"):
         set_attention(**problem() | {"normalize": given})
+
+
+@pytest.mark.parametrize("function", [unit, setformer_ext.reference.unit])
+def test_both_derivatives_of_unit_length(function: Callable[[Tensor], Tensor]) -> None:
+    """Finite at zero vectors too, whose gradient is as if their length were 1."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(function(x), F.normalize(x, dim=-1))
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+    zero = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(zero), zero, upstream, create_graph=True)
+    assert torch.equal(gradient, upstream)
+    second = torch.autograd.grad(gradient.square().sum(), (zero, upstream), materialize_grads=True)
+    assert all(x.isfinite().all() for x in second)
+
+
+def test_second_derivatives_beside_a_zero_key() -> None:
+    key = torch.randn(1, 1, 4, 3, dtype=torch.float64)
+    key[..., 1, :] = 0
+    key.requires_grad_()
+    reference = torch.randn(1, 2, 3, dtype=torch.float64)
+    output = set_attention(None, key, key, reference, iterations=2)
+    (gradient,) = torch.autograd.grad(output.square().sum(), key, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), key)
+    assert second.isfinite().all()

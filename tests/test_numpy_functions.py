@@ -70,6 +70,16 @@ def test_byte_order_and_lists() -> None:
     np.testing.assert_allclose(found, expected, 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 0, 4), (0, 2, 9, 4)])
+def test_nothing_to_attend_to(shape: tuple[int, ...]) -> None:
+    key, reference = np.ones(shape), np.ones((2, 3, 4))
+    assert arrays.set_attention(None, key, key, reference).shape == shape
+    pooled = arrays.set_pooling(key, key, reference)
+    assert pooled.shape == (shape[0], 2, 3, 4)
+    assert (pooled == 0).all()
+    assert arrays.transport_plan(key, reference).shape == (*shape[:3], 3)
+
+
 X, Y = np.ones((1, 2, 9, 4)), np.ones((2, 3, 4))
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"key": X[0]}, ValueError, r"key must be \[B, H, N, D\], got \[2, 9, 4\]"),
@@ -90,6 +100,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"epsilon": [0.1, 0.2, 0.3]}, ValueError, r"epsilon must be \[H=2\], got \[3\]"),
     ({"bandwidth": "wide"}, TypeError, "bandwidth must be"),
     ({"iterations": 1.5}, TypeError, "iterations must be a number, got 1.5"),
+    ({"iterations": True}, TypeError, "iterations must be a number, got True"),
+    ({"normalize": "no"}, TypeError, "normalize must be a bool, got 'no'"),
     ({"iterations": -2}, ValueError, "iterations must be >= 0"),
     ({"kernel": "cosine"}, ValueError, "kernel must be 'gaussian' or 'linear', got 'cosine'"),
     (

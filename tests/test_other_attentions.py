@@ -57,8 +57,14 @@ def test_tokens_before_heads_are_recognised(per_sample: bool) -> None:
     for value in (key, KEY):
         with pytest.raises(ValueError, match=r"value or key looks like \[B, N, H, D\]"):
             set_attention(None, value.transpose(1, 2), value, reference)
-    with pytest.raises(ValueError, match=r"query or key looks like \[B, N, H, D\]"):
-        set_attention(torch.randn(2, 7, 4, 8), KEY, KEY, reference)
+    for query, other in ((torch.randn(2, 7, 4, 8), KEY), (torch.randn(2, 7, 4, 8), key)):
+        with pytest.raises(ValueError, match=r"query or key looks like \[B, N, H, D\]"):
+            set_attention(query, other, other, reference)
+
+
+def test_packed_sequences_have_tokens_first() -> None:
+    with pytest.raises(ValueError, match=r"reference must be \[H=9, M, D=8\].*got \[4, 3, 8\]$"):
+        setformer_ext.set_attention_varlen(None, KEY[0], KEY[0], REFERENCE, torch.tensor([0, 4]))
 
 
 @pytest.mark.parametrize("tokens", [4, 5])
