@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -262,6 +263,7 @@ def test_sizes() -> None:
         ("hidden_size", 33),
         ("attention", "linear"),
         ("conv_kernel_size", 4),
+        ("conv_kernel_size", 3.0),
         ("max_position_embeddings", 0),
         ("hidden_dropout_prob", 1.0),
         ("classifier_pooling", "max"),
@@ -270,6 +272,41 @@ def test_sizes() -> None:
 def test_bad_options_are_named(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"SetformerConfig: {option} must be .*, got "):
         config(**{option: value})
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    """Every number of the configuration, as saved JSON that is the same as of Python's numbers."""
+    given = config(
+        max_position_embeddings=9,
+        intermediate_size=48,
+        classifier_dropout=0.25,
+        attention_options={"epsilon": 0.5, "iterations": 2},
+        num_labels=3,
+        bos_token_id=1,
+    ).to_dict()
+    kinds = {int: np.int64, float: np.float64}
+
+    def of_numpy(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: of_numpy(each) for name, each in value.items()}
+        return kinds.get(type(value), lambda same: same)(value)
+
+    numbers = SetformerConfig(**of_numpy(given))
+    numbers.save_pretrained(tmp_path)
+    assert SetformerConfig.from_pretrained(tmp_path).to_dict() == SetformerConfig(**given).to_dict()
+    numbers.layer_norm_eps = np.float32(0.5)
+    assert '"layer_norm_eps": 0.5' in numbers.to_json_string()
+    assert make(conv_kernel_size=np.int64(3))(tokens(1, 4))[0].isfinite().all()
+
+
+def test_integer_masks_may_be_additive() -> None:
+    model, text = make(SetformerForSequenceClassification), tokens(2, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    expected = model(text, mask).logits
+    for padding in (-10000, -1):
+        assert torch.equal(model(text, (1 - mask) * padding).logits, expected)
+    nothing = model(text, torch.zeros_like(mask)).logits
+    assert torch.equal(nothing, model(text, torch.zeros_like(mask).bool()).logits)
 
 
 def test_softmax_attention_has_no_options() -> None:

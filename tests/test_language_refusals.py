@@ -123,6 +123,8 @@ def test_a_module_without_references_says_what_to_do() -> None:
         ({"references": 5}, r"options must be of .*num_references.*got \['references'\]"),
         ({"num_references": 0}, "num_references must be an int >= 1, got 0"),
         ({"iterations": -1}, "iterations must be an int >= 0, got -1"),
+        ({"iterations": True}, "iterations must be an int >= 0, got True"),
+        ({"epsilon": True}, r"epsilon must be a finite number > 0.*got True"),
         ({"epsilon": 0.0}, r"epsilon must be a finite number > 0.*got 0\.0"),
     ],
 )

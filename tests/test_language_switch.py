@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -173,9 +174,12 @@ def test_additive_masks_are_understood(dtype: torch.dtype, positional: bool, aut
         for padding in (-torch.inf, torch.finfo(torch.float32).min, -1e4):
             additive = torch.zeros(valid.shape).masked_fill(valid == 0, padding)
             assert torch.equal(call(additive), expected)
+    for integers in (torch.int64, torch.int32, torch.int8):
+        assert torch.equal(call((1 - some.to(integers)) * -100), model(words, some)[0])
     assert torch.equal(call(torch.full(some.shape, -1e4)), call(torch.zeros_like(some)))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(words, additive)[0], expected)
+    torch.testing.assert_close(compiled(words, (1 - some) * -100)[0], model(words, some)[0])
 
 
 def test_attention_of_padding_is_zero_and_without_gradient() -> None:
@@ -244,6 +248,45 @@ def test_an_ordinary_checkpoint_gets_references(auto: str, tmp_path: Path) -> No
     for name, tensor in original.state_dict().items():
         assert torch.equal(base[name], tensor), name
     assert model(**inputs())[0].isfinite().all()
+
+
+def test_options_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+    model = make(
+        num_references=np.int64(6), epsilon=np.float32(0.5), iterations=np.array([2], np.int32)[0]
+    )
+    assert model.config.set_attention == {"num_references": 6, "epsilon": 0.5, "iterations": 2}
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation=NAME)
+    batch = inputs()
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("option", "value"), [("iterations", 0), ("num_references", 64), ("epsilon", 2.0)]
+)
+def test_options_stay_those_of_the_references(
+    option: str, value: float, inside: bool, tmp_path: Path
+) -> None:
+    """Changed later they are refused; what is saved gives the same answers, and says what it is."""
+    auto = transformers.AutoModelForSequenceClassification
+    model = make("bert", auto if inside else transformers.AutoModel)
+    batch, own = inputs(), dict(model.config.set_attention)
+    expected = model(**batch)[0]
+    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(NAME)
+    model.config.set_attention = own | {option: value}
+    refusal = rf"config\.set_attention: {option} must stay {own[option]}.*got {value}.*anew"
+    with pytest.raises(ValueError, match=refusal):
+        model.set_attn_implementation(NAME)
+    assert torch.equal(model(**batch)[0], expected)
+    with pytest.warns(UserWarning, match=r"config\.set_attention: saved as"):
+        model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation=NAME)
+    assert loaded.config.set_attention == model.config.set_attention == own
+    assert torch.equal(loaded(**batch)[0], expected)
+    model.set_attn_implementation(NAME)
 
 
 def test_switching_to_and_fro() -> None:

@@ -101,6 +101,19 @@ def test_an_adapter_whose_references_would_be_lost_says_so(
         model(**inputs())
 
 
+def test_an_adapter_around_references_that_were_distilled_since_says_so(tmp_path: Path) -> None:
+    """Those of the checkpoint, which the next loading has, are others."""
+    make("bert", CLASSIFIER).save_pretrained(tmp_path / "base")
+    base, batch = loaded(tmp_path / "base", 1), inputs()
+    distill_attention(base, [batch], steps=2)
+    base.save_pretrained(tmp_path / "distilled")
+    with pytest.warns(UserWarning, match=r"references are frozen.*modules_to_save"):
+        lora(base).train()(**batch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="set_attention")
+        lora(loaded(tmp_path / "distilled", 2)).train()(**batch)
+
+
 def test_adapters_come_after_switching() -> None:
     model = lora(CLASSIFIER.from_config(CONFIGS["bert"]()))
     with pytest.raises(ValueError, match="must be switched before it gets adapters"):

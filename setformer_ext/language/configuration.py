@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..arguments import is_integer
+from ..arguments import is_integer, is_number
 
 # Widths and depths of BERT-mini and BERT-base, whose 110 million parameters base about has.
 SIZES: dict[str, dict[str, int]] = {
@@ -103,17 +103,18 @@ class SetformerConfig(PreTrainedConfig):
         _require(attention in ("set", "softmax"), "attention", "'set' or 'softmax'", attention)
         if attention == "softmax":
             _require(not attention_options, "attention_options", "None", attention_options)
+        width, positions = conv_kernel_size, max_position_embeddings
         _require(
-            conv_kernel_size == 0 or (conv_kernel_size > 0 and conv_kernel_size % 2 == 1),
+            is_integer(width) and (width == 0 or (width > 0 and width % 2 == 1)),
             "conv_kernel_size",
-            "odd, or 0",
-            conv_kernel_size,
+            "an odd int, or 0",
+            width,
         )
         _require(
-            max_position_embeddings is None or max_position_embeddings >= 1,
+            positions is None or (is_integer(positions) and positions >= 1),
             "max_position_embeddings",
-            "at least 1, or None",
-            max_position_embeddings,
+            "an int >= 1, or None",
+            positions,
         )
         _require(hidden_act in ACT2FN, "hidden_act", "a name that transformers knows", hidden_act)
         rates = {
@@ -121,15 +122,15 @@ class SetformerConfig(PreTrainedConfig):
             "classifier_dropout": classifier_dropout,
         }
         for name, rate in rates.items():
-            _require(rate is None or 0 <= rate < 1, name, "in [0, 1)", rate)
+            _require(rate is None or (is_number(rate) and 0 <= rate < 1), name, "in [0, 1)", rate)
         _require(
             classifier_pooling in ("mean", "cls"),
             "classifier_pooling",
             "'mean' or 'cls'",
             classifier_pooling,
         )
-        for name, count in counts.items():  # saved as JSON, which takes no integers of NumPy
-            setattr(self, name, int(count))
+        for name, count in counts.items():
+            setattr(self, name, count)
         self.intermediate_size = int(intermediate_size or 4 * hidden_size)
         self.attention = attention
         self.attention_options = attention_options
@@ -145,6 +146,16 @@ class SetformerConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _for_json(value))
+
+
+def _for_json(value: Any) -> Any:
+    """Numbers of NumPy as those of Python, for a configuration is saved as JSON."""
+    if isinstance(value, dict):
+        return {name: _for_json(each) for name, each in value.items()}
+    return int(value) if is_integer(value) else float(value) if is_number(value) else value
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:

@@ -56,10 +56,13 @@ def distill_attention(
     """
     if steps < 1:
         raise ValueError(f"distill_attention: steps must be at least 1, got {steps}")
-    parameters = [p for layer in _layers(model) for p in layer.parameters()]
+    layers = _layers(model)
+    parameters = [p for layer in layers for p in layer.parameters()]
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
+    for layer in layers:  # no checkpoint has what comes now
+        layer.stored = False
     with _evaluating(model), _thawed(parameters), torch.compiler.set_stance("force_eager"):
         if initialize:
             _start_from_queries(model, batches)

@@ -173,8 +173,9 @@ class SetformerModel(SetformerPreTrainedModel):
 
         Args:
             input_ids: tokens [B, N], int64.
-            attention_mask: [B, N], nonzero = valid or, of floats none of which is above 0, an
-                additive one, 0 = valid; padding neither gives nor changes anything.
+            attention_mask: [B, N], nonzero = valid or, where none is above 0, an additive one,
+                0 = valid (integers that are all 0 are all padding); padding neither gives nor
+                changes anything.
             token_type_ids: segments [B, N], by default all 0.
             position_ids: places [B, N], by default 0 ... N - 1; matters to absolute positions.
             inputs_embeds: embeddings [B, N, C] in place of ``input_ids``.

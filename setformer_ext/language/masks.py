@@ -9,10 +9,13 @@ from torch import Tensor
 def valid_tokens(mask: Tensor) -> Tensor:  # [B, N] -> [B, N] bool
     """True where a token is valid: where the mask is not 0 or, if it is additive, where it is 0.
 
-    An additive mask is of floats, none of them above 0: 0 for valid tokens, -inf or another
-    negative number for padding. Nothing here waits for a GPU, or breaks a graph of torch.compile.
+    An additive mask has nothing above 0: 0 for valid tokens, -inf or another negative number for
+    padding. 0 everywhere is additive in floats; in integers it says that no token is valid.
+    Nothing here waits for a GPU, or breaks a graph of torch.compile.
     """
-    if not mask.is_floating_point():
-        return mask.bool()
+    if mask.dtype == torch.bool:
+        return mask
     additive = (mask <= 0).all()
+    if not mask.is_floating_point():
+        additive = additive & (mask < 0).any()
     return torch.where(additive, mask == 0, mask != 0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import is_integer, is_number
 from ..functional import set_attention, transport_plan
 from ..modules import _softmax
 
@@ -71,16 +72,19 @@ class References(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _require(_is_int(num_references, 1), "num_references", "an int >= 1", num_references)
-        _require(_is_int(iterations, 0), "iterations", "an int >= 0", iterations)
+        for name, count, least in (
+            ("num_references", num_references, 1),
+            ("iterations", iterations, 0),
+        ):
+            _require(is_integer(count) and count >= least, name, f"an int >= {least}", count)
         _require(
-            epsilon is None or (isinstance(epsilon, int | float) and 0 < epsilon < math.inf),
+            epsilon is None or (is_number(epsilon) and 0 < epsilon < math.inf),
             "epsilon",
             "a finite number > 0, or None for 1 / scaling",
             epsilon,
         )
-        self.epsilon = epsilon
-        self.iterations = iterations
+        self.epsilon = None if epsilon is None else float(epsilon)
+        self.iterations = int(iterations)
         self.stored = False  # whether the checkpoint that the model was loaded from has the values
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -94,6 +98,15 @@ class References(nn.Module):
         self.mass_point = parameter(num_heads, points, head_dim) if transport else None  # u
         self.reference_log_mass = parameter(num_heads, num_references) if transport else None
         self.reset_parameters()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``config.set_attention`` says of them, as JSON can have it."""
+        return {
+            "num_references": self.reference.shape[1],
+            "epsilon": self.epsilon,
+            "iterations": self.iterations,
+        }
 
     def reset_parameters(self) -> None:
         """Draw the references anew, and the points u; b starts uniform, and c at 1."""
@@ -161,9 +174,10 @@ class References(nn.Module):
         frozen = trained and not any(trained)
         if frozen and self.training and not self.stored and not torch.compiler.is_compiling():
             warnings.warn(
-                "set_attention: the references are frozen, and the model was loaded without them: "
-                "an adapter that learns around them does not fit those of the next loading. Train "
-                'and save them with it, peft.LoraConfig(modules_to_save=["set_attention"], ...), '
+                "set_attention: the references are frozen, and no checkpoint that was loaded has "
+                "them as they are: an adapter that learns around them does not fit those of the "
+                "next loading. Train and save them with it, by "
+                'peft.LoraConfig(modules_to_save=["set_attention"], ...), '
                 "or save the whole model and load it again before it gets the adapter.",
                 stacklevel=2,
             )
@@ -197,7 +211,3 @@ class References(nn.Module):
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"config.set_attention: {name} must be {expected}, got {got!r}")
-
-
-def _is_int(x: object, least: int) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= least

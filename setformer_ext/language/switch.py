@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,8 @@ def register() -> None:
 
     Options are a dict ``config.set_attention``, saved with the configuration:
     ``num_references`` (64), ``epsilon`` (None) and ``iterations`` (1; 0 for two softmaxes without
-    transport) of :class:`References`. Masks [B, N] may be additive, floats with 0 for valid tokens.
+    transport) of :class:`References`; they are given before the references are made, and refused
+    with a ValueError where they change later. Masks [B, N] may be additive, 0 for valid tokens.
 
     Encoders can have it whose attention goes through transformers' interface and masks padding
     only, such as BERT, RoBERTa, ViT and DINOv2; several heads of queries may share one of keys.
@@ -71,6 +73,7 @@ def register() -> None:
         ("post_init", _attach_before),
         ("set_attn_implementation", _attach_after),
         ("_initialize_weights", _initialize_references),
+        ("save_pretrained", _save_own_options),
     ):
         setattr(PreTrainedModel, method, wrap(getattr(PreTrainedModel, method)))
 
@@ -208,6 +211,27 @@ def _initialize_references(initialize_weights: Callable) -> Callable:
     return wrapped
 
 
+def _save_own_options(save_pretrained: Callable) -> Callable:
+    """A checkpoint says of its references what they are, or it could not be loaded."""
+
+    @functools.wraps(save_pretrained)
+    def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        for module in filter(_is_attention, self.modules()):
+            config: Any = module.config
+            for references in _own_references(module):
+                own, said = references.options, getattr(config, NAME, None)
+                if said != own:  # an error would lose what was trained
+                    warnings.warn(
+                        f"config.set_attention: saved as {own}, which the references have, "
+                        f"not as {said}",
+                        stacklevel=2,
+                    )
+                config.set_attention = own
+        return save_pretrained(self, *args, **kwargs)
+
+    return wrapped
+
+
 def _attach(model: PreTrainedModel) -> None:
     """Give every attention module that should have references its own, or refuse the model."""
     modules = [
@@ -219,6 +243,7 @@ def _attach(model: PreTrainedModel) -> None:
         raise _not_recognised(model)
     for name, module in modules:
         _require_bidirectional(name, module)
+        _require_own_options(name, module)
     made = [
         (module, _references(name, module)) for name, module in modules if not hasattr(module, NAME)
     ]
@@ -229,6 +254,8 @@ def _attach(model: PreTrainedModel) -> None:
         )
     for module, references in made:  # all or, where one is refused, none
         module.set_attention = references
+        # Defaults may change, but not those of a model that was trained with them.
+        module.config.set_attention = references.options
     if modules:
         _read_masks(model)
 
@@ -253,7 +280,7 @@ def _read_mask(
     if (
         model.config._attn_implementation == NAME
         and isinstance(mask, Tensor)
-        and mask.is_floating_point()
+        and mask.dtype != torch.bool
         and mask.dim() == 2
     ):
         mask = valid_tokens(mask).long()  # as tokenizers make it
@@ -280,12 +307,27 @@ def _require_bidirectional(name: str, module: nn.Module) -> None:
         raise _refusal(name, "of full attention", f"sliding_window {module.sliding_window}")
 
 
-def _references(name: str, module: nn.Module) -> References:
-    """With the module's heads, device and dtype, and its configuration's options."""
-    heads = _size(name, module, "num_attention_heads", "num_heads")
-    depth = _size(name, module, "head_dim", "attention_head_size")
-    config: Any = module.config
-    given = getattr(config, NAME, None) or {}
+def _require_own_options(name: str, module: nn.Module) -> None:
+    """References have the shapes of the options that they were made with, and learn with them."""
+    options = _options(module)
+    for references in _own_references(module):
+        for option, own in references.options.items():
+            if options[option] != own:
+                raise ValueError(
+                    f"config.set_attention: {option} must stay {own}, as the references of {name} "
+                    f"have it, got {options[option]!r}; set it back, or give it to the "
+                    "configuration with which a model is built or loaded anew"
+                )
+
+
+def _own_references(module: nn.Module) -> list[References]:
+    """Those that an attention module has, also where something wraps them."""
+    return [part for part in module.modules() if isinstance(part, References)]
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """What an attention module's configuration says of references, with the defaults."""
+    given = getattr(module.config, NAME, None) or {}
     if not isinstance(given, dict):
         raise ValueError(f"config.set_attention must be a dict of options, got {given!r}")
     unknown = set(given) - set(DEFAULT_OPTIONS)
@@ -294,13 +336,17 @@ def _references(name: str, module: nn.Module) -> References:
             f"config.set_attention: options must be of {sorted(DEFAULT_OPTIONS)}, "
             f"got {sorted(unknown)}"
         )
-    options = DEFAULT_OPTIONS | given
+    return DEFAULT_OPTIONS | given
+
+
+def _references(name: str, module: nn.Module) -> References:
+    """With the module's heads, device and dtype, and its configuration's options."""
+    heads = _size(name, module, "num_attention_heads", "num_heads")
+    depth = _size(name, module, "head_dim", "attention_head_size")
     like = _floating(module)
-    references = References(heads, depth, **options, device=like.device, dtype=like.dtype)
+    references = References(heads, depth, **_options(module), device=like.device, dtype=like.dtype)
     # What has been drawn is not drawn again when the model becomes part of another one.
     references._is_hf_initialized = like.device.type != "meta"  # type: ignore[assignment]
-    # Defaults may change, but not those of a model that was trained with them.
-    config.set_attention = options
     return references
 
 
