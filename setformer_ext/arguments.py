@@ -85,7 +85,9 @@ class Arguments:
         return ""
 
     def device(self, name: str, x: Tensor) -> None:
-        if _is_dtensor(x) != self.distributed:
+        # Positions have no gradient, which all processes would add up: a plain tensor will do.
+        plain_will_do = self.distributed and name.endswith("positions")
+        if _is_dtensor(x) != self.distributed and not plain_will_do:
             kind = "a DTensor" if self.distributed else "a plain tensor"
             raise self.type_error(name, f"{kind} as the key is", type(x).__name__)
         if x.device != self.key.device:

@@ -86,9 +86,10 @@ def set_attention(
         [B, H, Nq, Dv] of the key's type (Nq = N in self attention). Under autocast query, key,
         value and reference take the autocast type. Computation is in float32 (float64 for float64).
 
-    With DTensors (then all tensors must be) each process works on its own samples or heads, where
-    they are sharded on those; what is sharded on the tokens is gathered first, which
-    :func:`setformer_ext.distributed.set_attention` does without.
+    With DTensors (then all tensors must be, but for positions that all processes have alike) each
+    process works on its own samples or heads, where they are sharded on those; what is sharded on
+    the tokens is gathered first, which :func:`setformer_ext.distributed.set_attention` does
+    without.
 
     On CUDA all work goes onto the current stream of the tensors' device, without waiting for it: a
     call can be captured in a CUDA graph, after one call outside of it. Values of tensors are
@@ -367,7 +368,7 @@ def _problem(
         query = None if query is None else unit(zero_invalid(query, query_mask))
 
     accumulate = accumulate_dtype(key.dtype)
-    return Problem(
+    problem = Problem(
         key=key,
         value=value,
         reference=reference,
@@ -388,6 +389,11 @@ def _problem(
         iterations=iterations if isinstance(iterations, torch.SymInt) else int(iterations),
         distribute=distribute,
     )
+    if arguments.distributed:
+        from .distributed.sharding import placed
+
+        problem = placed(problem)
+    return problem
 
 
 def _by_head(x: float | Tensor, heads: int, key: Tensor, dtype: torch.dtype) -> Tensor:  # [H]

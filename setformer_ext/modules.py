@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import _autocast_enabled, is_integer, is_number
+from .arguments import _autocast_enabled, _is_dtensor, is_integer, is_number
 from .foreign import answers_foreign_names
 from .functional import set_attention, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
@@ -45,7 +45,7 @@ class SetAttention(nn.Module):
         num_heads: heads H.
         num_references: references M per head.
         pooled_references: compute the references from the input, as the average keys of M even
-            parts of the sequence or of the grid, instead of learning them.
+            parts of the sequence or of the grid, instead of learning them. Not of DTensors.
         query_projection: give the tokens queries of their own (a second solve) instead of q = k.
         kernel: "gaussian", kappa(k, y) = exp(-\|k - y\|^2 / (2 bandwidth^2)), or "linear", <k, y>.
         bandwidth: of the gaussian kernel, > 0; the initial value if ``learned_bandwidth``.
@@ -494,6 +494,8 @@ class SetAttention(nn.Module):
         """Tokens, on the device and of the dtype of the key's weight, where that has the usual
         form."""
         _require_type(isinstance(x, Tensor), name, "a tensor", x)
+        plain = "a plain tensor where pooled_references=True"
+        _require_type(not (self.pooled_references and _is_dtensor(x)), name, plain, x)
         shape = f"floating point [{rows}, C={dim}]"
         if not x.is_floating_point():
             raise TypeError(_message(name, shape, f"{x.dtype} {list(x.shape)}"))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .arguments import Arguments, _readable
+from .arguments import Arguments, _is_dtensor, _readable
 from .autograd import differentiable_call
 from .foreign import answers_foreign_names
 from .functional import _problem
@@ -41,6 +41,7 @@ def set_attention_varlen(
     Args:
         query: [Nq, H, D] of all sequences. ``None`` or ``key`` itself is self attention.
         key: [N, H, D] of all sequences, float32, float64, bfloat16 or float16. Any strides.
+            No DTensor, nor is any other tensor.
         value: [N, H, Dv], of the key's type.
         reference: [H, M, D] (learned) or [S, H, M, D] (one set for each sequence).
         cu_seqlens: int32 or int64 [S + 1], ascending from 0 to N; a sequence may be empty. Read on
@@ -68,6 +69,11 @@ def set_attention_varlen(
     name = "set_attention_varlen"
     if not isinstance(key, Tensor):
         raise TypeError(f"{name}: key must be a tensor, got {type(key).__name__}")
+    if _is_dtensor(key):
+        raise TypeError(
+            f"{name}: key must be a plain tensor, got a DTensor: set_attention takes those, padded "
+            "and with a mask"
+        )
     if key.dim() != 3 or key.shape[2] < 1:
         raise ValueError(f"{name}: key must be [N, H, D] with D >= 1, got {list(key.shape)}")
     arguments = Arguments(name, _heads_first(key), packed=True)
@@ -124,7 +130,7 @@ def _heads_first(x: Tensor) -> Tensor:  # [N, H, D] -> [1, H, N, D]
 
 def _offsets(arguments: Arguments, name: str, x: object, tokens: int) -> Tensor:
     """As int64 on the CPU, ascending from 0 to ``tokens``; when tracing, the kernel checks that."""
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or _is_dtensor(x):
         raise arguments.type_error(name, "an int32 or int64 tensor [S + 1]", type(x).__name__)
     if x.dtype not in (torch.int32, torch.int64):
         raise arguments.type_error(name, "int32 or int64", str(x.dtype).removeprefix("torch."))

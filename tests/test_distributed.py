@@ -292,6 +292,7 @@ def attend_to_what_disagrees(changes: dict[int, dict[str, Any]]) -> str:
             r"ValueError: .*position_bandwidth must .* 1.5 on rank 2",
             "",
         ),
+        ({"normalize": True}, r"ValueError: .*normalize must .* False on rank 0 and True on", ""),
         ({"dtype": torch.float32}, r"ValueError: .*the type of the key .* float64 .* float32", ""),
         ({"bandwidth": 10**400}, r"OverflowError: ", "refused"),
         ({"detach": True}, r"ValueError: .*whether a gradient is wanted must .*True.*False", ""),

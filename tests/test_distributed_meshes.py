@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import setformer_ext
@@ -222,6 +229,7 @@ def attend_by_samples_or_heads(dimension: int, compiled: bool) -> tuple[Tensor, 
     }
     attend = setformer_ext.set_attention
     output = (torch.compile(attend, fullgraph=True) if compiled else attend)(**problem | own)
+    assert output.transpose(1, 2).flatten(-2).shape == (2, 7, 10)  # as it lies in memory
     loss_of(output).backward()
     if dimension < 2:
         assert output.placements == (Shard(dimension),)
@@ -273,6 +281,16 @@ def pool_and_plan() -> tuple[Tensor, Tensor]:
         setformer_ext.set_pooling(key, problem["value"], reference)
     with pytest.raises(TypeError, match="value must be a plain tensor as the key is, got DTensor"):
         setformer_ext.set_pooling(problem["key"], value, problem["reference"])
+    with pytest.raises(TypeError, match="key must be a plain tensor, got a DTensor: set_attention"):
+        setformer_ext.set_attention_varlen(None, key[0], value[0], reference, torch.tensor([0, 2]))
+    ends = distribute_tensor(torch.tensor([0, 2]), mesh, [Replicate()])
+    plain = (problem[name][0] for name in ("key", "value", "reference"))
+    with pytest.raises(TypeError, match=r"cu_seqlens must be an int32 or .* got DTensor"):
+        setformer_ext.set_attention_varlen(None, *plain, ends)
+    module = distribute_module(setformer_ext.SetAttention(8, 2, pooled_references=True), mesh)
+    x = distribute_tensor(torch.randn(2, 5, 8), mesh, [Shard(0)])
+    with pytest.raises(TypeError, match="x must be a plain tensor where pooled_references=True"):
+        module(x)
     return pooled.full_tensor(), plan.full_tensor()
 
 
@@ -282,3 +300,37 @@ def test_pooling_and_plan_of_dtensors() -> None:
     plan = setformer_ext.transport_plan(problem["key"], problem["reference"])
     for found in values(run_on_ranks(2, pool_and_plan)):
         torch.testing.assert_close(found, (expected, plan), **CLOSE)
+
+
+MODULES: tuple[dict[str, Any], ...] = (
+    {"position_bandwidth": 0.5, "learned_epsilon": True},
+    {"query_projection": True, "adaptive_reference_mass": True, "num_anchors": 4},
+)
+
+
+def of_a_module(options: dict[str, Any], mesh: Any = None, dimension: int = 0) -> list[Tensor]:
+    """Output and gradients of SetAttention, of DTensors sharded on samples or tokens."""
+    torch.manual_seed(0)
+    module = setformer_ext.SetAttention(16, 2, 4, **options).double()
+    x, mask = torch.randn(4, 7, 16).double(), torch.rand(4, 7) > 0.3
+    if mesh is not None:
+        module = distribute_module(module, mesh)
+        x, mask = (distribute_tensor(tensor, mesh, [Shard(dimension)]) for tensor in (x, mask))
+    found = []
+    for valid in (None, mask):
+        output = module(x, valid)
+        output.square().sum().backward()
+        found.append(output.detach())
+    found += [weight.grad for weight in module.parameters() if weight.grad is not None]
+    return [x.full_tensor() if isinstance(x, DTensor) else x for x in found]
+
+
+def of_modules() -> list[list[Tensor]]:
+    mesh = init_device_mesh("cpu", (2,))
+    return [of_a_module(options, mesh, sharded) for options in MODULES for sharded in (0, 1)]
+
+
+def test_modules_take_dtensors() -> None:
+    expected = [of_a_module(options) for options in MODULES for _ in range(2)]
+    for found in values(run_on_ranks(2, of_modules)):
+        torch.testing.assert_close(found, expected, **CLOSE)

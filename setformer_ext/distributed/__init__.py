@@ -77,7 +77,7 @@ def set_attention(
         group: a process group, a one-dimensional device mesh, or None for all processes, with a
             backend for the tensors' device (gloo for the CPU, nccl for CUDA).
         check: compare on all ranks what must be the same, ``check`` included, and whether backward
-            is of the same call, at the cost of 152 and 16 bytes more to every other rank, a look at
+            is of the same call, at the cost of 160 and 16 bytes more to every other rank, a look at
             all references and, on CUDA, of waiting for the device. Without it ranks that disagree
             may wait for each other until the group's timeout, or give wrong results.
 
@@ -158,7 +158,7 @@ def _set_attention(
         isinstance(x, Tensor) and x.requires_grad for x in problem
     )
     output: Tensor = torch.ops.setformer_ext.distributed_set_attention(
-        *problem, group.group_name, check, differentiated
+        *problem, group.group_name, check, options["normalize"], differentiated
     )[0]
     return output
 

@@ -1,6 +1,6 @@
 """DTensors in, a DTensor out: the local shards go through the function for plain tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from ..ops import OF_KEYS, OF_QUERIES
 from .ranks import FUNCTION, Ranks
-from .sharding import where
+from .sharding import strides_like, where
 
 TOKENS = OF_KEYS | OF_QUERIES
 
@@ -52,7 +52,7 @@ def call(
         key.placements,
         run_check=False,
         shape=shape,
-        stride=_strides(shape, output),
+        stride=strides_like(output, shape),
     )
 
 
@@ -89,12 +89,3 @@ def _expected(name: str, x: DTensor, of_key: Placement, over_tokens: bool) -> Pl
     placement = where(name, x, of_key)
     assert placement is not None  # x is a tensor
     return placement
-
-
-def _strides(shape: Sequence[int], local: Tensor) -> tuple[int, ...]:
-    """Of a tensor of this shape that is laid out as the local one is."""
-    strides, stride = [0] * len(shape), 1
-    for dimension in sorted(range(len(shape)), key=lambda d: (local.stride(d), -d)):
-        strides[dimension] = stride
-        stride *= max(shape[dimension], 1)
-    return tuple(strides)

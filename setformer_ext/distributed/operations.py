@@ -21,7 +21,8 @@ BACKWARD = "setformer_ext::distributed_set_attention_backward"
 _FIELDS = len(Problem._fields)
 
 ops.LIBRARY.define(
-    f"{OPERATION}({ops.PROBLEM}, str group, bool check, bool differentiated) -> ({ops.SOLUTION})",
+    f"{OPERATION}({ops.PROBLEM}, str group, bool check, bool normalized, bool differentiated) "
+    f"-> ({ops.SOLUTION})",
 )
 ops.LIBRARY.define(
     f"{BACKWARD}(Tensor? grad_output, Tensor? grad_pooled, {ops.SOLUTION}, {ops.PROBLEM}, "
@@ -36,7 +37,7 @@ def _ranks(group: str) -> Ranks:
 @torch.library.impl(OPERATION, ops.DISPATCH_KEYS, lib=ops.LIBRARY)
 def _set_attention(*arguments: Any) -> Solution:
     problem = Problem(*arguments[:_FIELDS])
-    group, check, differentiated = arguments[_FIELDS:]
+    group, check, normalized, differentiated = arguments[_FIELDS:]
     ranks = _ranks(group)
     if not check:
         return ops.solve(problem, ranks.merge)
@@ -45,7 +46,7 @@ def _set_attention(*arguments: Any) -> Solution:
     except RuntimeError:
         ranks.refuse(problem.key)
         raise
-    ranks.agree(problem, differentiated)
+    ranks.agree(problem, normalized, differentiated)
     return ops.solve(problem, ranks.merge, solution)
 
 
@@ -89,7 +90,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
     gradients = torch.ops.setformer_ext.distributed_set_attention_backward(
         grad_output, None, *solution, *problem, *ctx.ranks
     )
-    return *autograd.gradients_of_inputs(tuple(problem), gradients), None, None, None
+    return *autograd.gradients_of_inputs(tuple(problem), gradients), None, None, None, None
 
 
 def _setup_no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -42,6 +42,7 @@ ARGUMENTS: Sequence[tuple[str, Show]] = (
     ("iterations", int),
     ("kernel", lambda index: repr(KERNELS[index])),
     ("position_bandwidth", _double),
+    ("normalize", bool),
     ("whether a gradient is wanted", bool),
     *((f"whether {name} is given", bool) for name in GIVEN),
     *((name, lambda sum_: f"values with the checksum {sum_ % 2**64:x}") for name in REPLICAS),
@@ -87,7 +88,7 @@ class Ranks:
         for array, part in zip(own, everything.split(sizes), strict=True):
             array.copy_(part.view_as(array))
 
-    def agree(self, problem: Problem, differentiated: bool) -> None:
+    def agree(self, problem: Problem, normalized: bool, differentiated: bool) -> None:
         """Raises, on every rank, where the ranks' problems do not fit together."""
         batch, heads, _, depth = problem.key.shape
         numbers = (
@@ -96,6 +97,7 @@ class Ranks:
             problem.iterations,
             KERNELS.index(problem.kernel),
             struct.unpack("q", struct.pack("d", problem.position_bandwidth))[0],
+            normalized,
             differentiated,
             *(getattr(problem, name) is not None for name in GIVEN),
         )

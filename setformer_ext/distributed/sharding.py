@@ -1,7 +1,8 @@
 """How the operations of one process work on DTensors: on shards of the batch or of the heads.
 
-Neither needs another's numbers. Tokens do: DTensors that are sharded on them are gathered first;
-`setformer_ext.distributed.set_attention` leaves them where they are. Importing this registers it.
+Neither needs another's numbers. Tokens do: DTensors that are sharded on them are gathered first
+(`placed`); `setformer_ext.distributed.set_attention` leaves them where they are. Importing this
+registers it.
 """
 
 import math
@@ -9,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..autograd import PLAN_ARGUMENTS
@@ -38,6 +40,51 @@ def where(name: str, x: Any, key: Placement) -> Placement | None:
         name in ("mask", "query_mask") or name.endswith("positions") or math.prod(x.shape) == 1
     )
     return Replicate() if of_all_heads else Shard(1 if per_sample else 0)
+
+
+def placed(problem: Problem) -> Problem:
+    """The DTensors of a problem where the operations want them, so that those move none.
+
+    An operation lays its results out as the whole tensors lie in memory, and each process as its
+    part does. The two must not differ, or no view of the results works; but what is sent comes in
+    an order of its own. Plain tensors are the same in all processes.
+    """
+    key: Any = problem.key
+    mesh = key.device_mesh
+    of_key = [
+        p if p in (Shard(0), Shard(1)) and key.shape[p.dim] >= mesh.size(axis) else Replicate()
+        for axis, p in enumerate(key.placements)
+    ]
+
+    def place(name: str, x: Any) -> Any:
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        x = x.redistribute(placements=[where(name, x, p) for p in of_key])
+        if name not in ("key", "value", "query"):
+            return x
+        local = x.to_local()
+        return DTensor.from_local(
+            local,
+            mesh,
+            x.placements,
+            run_check=False,
+            shape=x.shape,
+            stride=strides_like(local, x.shape),
+        )
+
+    tensors = {
+        name: place(name, x) for name, x in problem._asdict().items() if isinstance(x, Tensor)
+    }
+    return problem._replace(**tensors)
+
+
+def strides_like(local: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a tensor of this shape that is laid out as the local one is."""
+    strides, stride = [0] * len(shape), 1
+    for dimension in sorted(range(len(shape)), key=lambda d: (local.stride(d), -d)):
+        strides[dimension] = stride
+        stride *= max(shape[dimension], 1)
+    return tuple(strides)
 
 
 def _results(fields: Sequence[Any], key: Placement, given: Sequence[bool]) -> list[Placement]:
