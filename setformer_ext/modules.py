@@ -231,12 +231,12 @@ class SetAttention(nn.Module):
     @property
     def bandwidth(self) -> float | Tensor:
         """The bandwidth in use: a float, or the learned one per head, [H]."""
-        return self.initial_bandwidth if self.log_bandwidth is None else self.log_bandwidth.exp()
+        return self.initial_bandwidth if self.log_bandwidth is None else _exp(self.log_bandwidth)
 
     @property
     def epsilon(self) -> float | Tensor:
         """The epsilon in use: a float, or the learned one per head, [H]."""
-        return self.initial_epsilon if self.log_epsilon is None else self.log_epsilon.exp()
+        return self.initial_epsilon if self.log_epsilon is None else _exp(self.log_epsilon)
 
     @answers_foreign_names
     def forward(
@@ -547,6 +547,11 @@ def _softmax(x: Tensor) -> Tensor:
     """Over the last dimension, in float32 at least, and never 0: that is no mass of a reference."""
     shares = x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return shares.clamp(min=LEAST_SHARE)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """In float32 at least, and so that its square and inverse are finite, whatever training does."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-20, 20).exp()
 
 
 def _zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]

@@ -55,7 +55,8 @@ def unit(x: Tensor) -> Tensor:  # [..., D]
     Raises:
         NotImplementedError: for forward-mode derivatives.
     """
-    if torch._C._are_functorch_transforms_active():
+    # A compiler fuses the passes itself, and torch.func asks for derivatives of its own.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return reference.unit(x)
     refuse_tangents((x,))
     u: Tensor = _Unit.apply(x)[0]

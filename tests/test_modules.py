@@ -158,15 +158,20 @@ def test_masses_start_uniform() -> None:
     torch.testing.assert_close(plan.sum(-2), torch.full_like(plan[..., 0, :], 1 / 7))
 
 
-@pytest.mark.parametrize("shift", [-80.0, 80.0])
+@pytest.mark.parametrize("shift", [-500.0, -80.0, 80.0, 500.0])
 def test_learned_scales_stay_positive(shift: float) -> None:
     module = SetAttention(24, 3, learned_bandwidth=True, learned_epsilon=True)
     assert torch.allclose(module.bandwidth, torch.ones(3))
     assert torch.allclose(module.epsilon, torch.full((3,), 0.1))
     nn.init.constant_(module.log_bandwidth, shift)
     nn.init.constant_(module.log_epsilon, shift)
-    assert (module.bandwidth > 0).all()
-    assert (module.epsilon > 0).all()
+    for scale in (module.bandwidth, module.epsilon):
+        assert (scale > 0).all()
+        assert scale.isfinite().all()
+    output = module(tokens(2, 5, 24).float())
+    output.sum().backward()
+    assert output.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_huge_token_logits_stay_finite() -> None:
