@@ -550,7 +550,7 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def _exp(x: Tensor) -> Tensor:
-    """In float32 at least, and so that its square and inverse are finite, whatever training does."""
+    """In float32 at least, and so that its square and inverse are finite, whatever was learned."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-20, 20).exp()
 
 
