@@ -16,7 +16,7 @@ LISTED = 20  # broken samples named on the screen; --output has them all
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from .train.options import number
+    from .train.options import add_workers, number
 
     parser.add_argument(
         "training", type=Path, metavar="RUN", help="the --output folder of a `setformer train`"
@@ -48,12 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="no",
         help="that of the training gives the figures that it reported (default: %(default)s)",
     )
-    parser.add_argument(
-        "--workers",
-        type=number(int, 0),
-        default=4,
-        help="processes that load samples (default: %(default)s)",
-    )
+    add_workers(parser)
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),

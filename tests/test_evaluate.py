@@ -1,5 +1,6 @@
 """setformer evaluate: its figures are those that the training measured with the best weights."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ import test_train_detect as detection
 import test_train_language as language
 import test_train_segment as segmentation
 from setformer_ext import cli
+from setformer_ext.evaluate import add_arguments
+from setformer_ext.train import options
 from text_runs import write_text_run
 from training import classify, metrics, write_digits
 
@@ -73,6 +76,13 @@ def test_classes(
     assert 0 < figures["top1"] < figures["top5"] < 1
     given = ("--data", tmp_path / "data" / "val", "--split=.")
     assert_figures_are_the_trainings(capsys, classifier, *given)
+
+
+def test_workers_are_those_of_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "default_workers", lambda: 3)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(["run", "--data", "data"]).workers == 3
 
 
 def test_broken_samples_and_unknown_classes(
