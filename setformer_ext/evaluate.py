@@ -120,16 +120,24 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
         "data": [str(path) for path in options.data],
         "samples": samples.size,
         "metrics": figures,
-        "skipped": [*examination.problems, *broken],
+        "skipped": broken,
+        "left_out": examination.problems,
+        "notes": examination.notes,
     }
 
 
 def _print(result: dict[str, Any]) -> None:
     for name, value in result["metrics"].items():
         print(f"{name:<24}{value:>12.4f}")
-    skipped = result["skipped"]
-    print(f"\n{result['samples']} samples" + (f", {len(skipped)} left out:" if skipped else ""))
-    for problem in skipped[:LISTED]:
+    print()
+    for note in result["notes"]:
+        print(note)
+    samples, skipped, records = (result[k] for k in ("samples", "skipped", "left_out"))
+    counts = {f"{len(skipped)} left out": skipped, f"{len(records)} records left out": records}
+    problems = [*skipped, *records]
+    told = [f"{samples} samples", *(count for count, what in counts.items() if what)]
+    print(", ".join(told) + (":" if problems else ""))
+    for problem in problems[:LISTED]:
         print(f"  {problem}")
-    if len(skipped) > LISTED:
-        print(f"  and {len(skipped) - LISTED} more, which --output has")
+    if len(problems) > LISTED:
+        print(f"  and {len(problems) - LISTED} more, which --output has")
