@@ -16,7 +16,7 @@ LISTED = 20  # broken samples named on the screen; --output has them all
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from .train.options import number
+    from .train.options import add_workers, number
 
     parser.add_argument(
         "training", type=Path, metavar="RUN", help="the --output folder of a `setformer train`"
@@ -48,12 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="no",
         help="that of the training gives the figures that it reported (default: %(default)s)",
     )
-    parser.add_argument(
-        "--workers",
-        type=number(int, 0),
-        default=4,
-        help="processes that load samples (default: %(default)s)",
-    )
+    add_workers(parser)
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
@@ -125,16 +120,24 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
         "data": [str(path) for path in options.data],
         "samples": samples.size,
         "metrics": figures,
-        "skipped": [*examination.problems, *broken],
+        "skipped": broken,
+        "left_out": examination.problems,
+        "notes": examination.notes,
     }
 
 
 def _print(result: dict[str, Any]) -> None:
     for name, value in result["metrics"].items():
         print(f"{name:<24}{value:>12.4f}")
-    skipped = result["skipped"]
-    print(f"\n{result['samples']} samples" + (f", {len(skipped)} left out:" if skipped else ""))
-    for problem in skipped[:LISTED]:
+    print()
+    for note in result["notes"]:
+        print(note)
+    samples, skipped, records = (result[k] for k in ("samples", "skipped", "left_out"))
+    counts = {f"{len(skipped)} left out": skipped, f"{len(records)} records left out": records}
+    problems = [*skipped, *records]
+    told = [f"{samples} samples", *(count for count, what in counts.items() if what)]
+    print(", ".join(told) + (":" if problems else ""))
+    for problem in problems[:LISTED]:
         print(f"  {problem}")
-    if len(skipped) > LISTED:
-        print(f"  and {len(skipped) - LISTED} more, which --output has")
+    if len(problems) > LISTED:
+        print(f"  and {len(problems) - LISTED} more, which --output has")

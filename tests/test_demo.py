@@ -83,6 +83,7 @@ def test_end_to_end_on_a_folder(
     assert "skipped 1 unreadable file(s)" in captured.err
     assert "broken.png" in captured.err
     assert "notes.txt" not in captured.err
+    assert "reading images" not in captured.err, "a log has lines, not bars"
 
 
 def test_learns_the_digits() -> None:

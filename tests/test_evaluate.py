@@ -1,5 +1,6 @@
 """setformer evaluate: its figures are those that the training measured with the best weights."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ import test_train_detect as detection
 import test_train_language as language
 import test_train_segment as segmentation
 from setformer_ext import cli
+from setformer_ext.evaluate import add_arguments
+from setformer_ext.train import options
 from text_runs import write_text_run
 from training import classify, metrics, write_digits
 
@@ -75,6 +78,13 @@ def test_classes(
     assert_figures_are_the_trainings(capsys, classifier, *given)
 
 
+def test_workers_are_those_of_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "default_workers", lambda: 3)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(["run", "--data", "data"]).workers == 3
+
+
 def test_broken_samples_and_unknown_classes(
     digits: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -94,6 +104,24 @@ def test_broken_samples_and_unknown_classes(
     assert (status, "the training lacks classes of" in err, "zebra" in err) == (1, True, True)
 
 
+def test_what_a_training_says_of_its_data_is_told(
+    digits: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(digits / "val", tmp_path / "val")
+    shutil.rmtree(tmp_path / "val" / "3")
+    (tmp_path / "val" / "list.csv").write_text("")
+    report = tmp_path / "a.json"
+    status, out, _ = evaluate(
+        capsys, classifier, "--data", tmp_path, "--workers=0", "--output", report
+    )
+    notes = [
+        f"{tmp_path / 'val'} has no images of these classes: 3",
+        f"1 files are no images or in no class: {tmp_path / 'val' / 'list.csv'}",
+    ]
+    assert (status, json.loads(report.read_text())["notes"]) == (0, notes)
+    assert "".join(f"{note}\n" for note in notes) in out
+
+
 def test_objects(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = detection.write_shapes(tmp_path / "data", train=8, val=5)
     given = ("--detector-options", "score_thresh=0.0", "--detector=retinanet", "--steps=12")
@@ -101,6 +129,18 @@ def test_objects(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.rmtree(data / "train2017")
     figures = assert_figures_are_the_trainings(capsys, tmp_path / "run", "--data", data)
     assert figures["AP50"] > 0
+    path, report = data / "annotations" / "instances_val2017.json", tmp_path / "a.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][2] = 10_000
+    content["annotations"] += [{"id": f"bad {i}"} for i in range(6)]
+    path.write_text(json.dumps(content))
+    given = (tmp_path / "run", "--data", data, "--workers=0", "--output", report)
+    status, out, err = evaluate(capsys, *given, "--on-error=skip")
+    assert (status, "5 samples, 6 records left out:\n" in out) == (0, True), err
+    result = json.loads(report.read_text())
+    assert (len(result["left_out"]), result["skipped"]) == (6, [])
+    note = "boxes that reach out of their images, and were cut: 1"
+    assert (note in result["notes"], note in out) == (True, True)
 
 
 def test_pixels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

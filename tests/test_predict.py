@@ -155,6 +155,8 @@ def test_folders_are_answered_and_written_as_tables(
     given = (training, "--json", report, "--csv", table, "--output", tmp_path / "out", folder)
     status, _, err = predict(capsys, *given)
     assert (status, "1 of 4 images could not be read" in err) == (1, True)
+    note = f"1 files are no images by their endings: {folder / 'notes.txt'}\n"
+    assert (note in err, ".hidden" in err) == (True, False)
     answers = json.loads(report.read_text())
     files = [str(folder / name) for name in ("a.png", "b.png", "inner/a.png")]
     assert [answer["image"] for answer in answers] == files

@@ -110,12 +110,27 @@ def test_mnlis_diagnostic_may_be_missing_and_several_trainings_answer_at_once(
         write_test_files(tmp_path / "glue", task, rows=2)
     (tmp_path / "glue" / "diagnostic" / "diagnostic.tsv").unlink()
     given = (tmp_path / "runs", "--data", tmp_path / "glue", "--output", tmp_path / "out")
-    status, out, _ = predict(capsys, *given)
+    status, out, err = predict(capsys, *given)
     assert status == 0
     assert "AX.tsv is left out" in out
+    assert "it/s" not in err  # no bar, as nobody watches
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("MNLI-m.tsv", "MNLI-mm.tsv", "RTE.tsv")
     }
+
+
+@pytest.mark.parametrize("spoil", ["no file", "mlm"])
+def test_nothing_is_answered_if_a_later_training_cannot(
+    spoil: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for folder, task in (("a", "rte"), ("b", "mlm" if spoil == "mlm" else "cola")):
+        write_text_run(tmp_path / "runs" / folder, task)
+    write_test_files(tmp_path / "glue", "rte", rows=2)
+    given = (tmp_path / "runs", "--data", tmp_path / "glue", "--output", tmp_path / "out")
+    status, _, err = predict(capsys, *given)
+    message = "b: a training of mlm, expected one of glue" if spoil == "mlm" else "there is no "
+    assert (status, message in err) == (1, True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

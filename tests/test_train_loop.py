@@ -103,6 +103,24 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
         assert lines == ["step 7/400  loss 0.75  lr 1.0e-03  samples/s 64.0  06:33 left"]
 
 
+def test_evaluations_that_come_often_do_not_silence_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Steps of a second, evaluated after each 20, for ten minutes."""
+    now = 0.0
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now)
+    told = Journal(tmp_path, True, step=0, steps=600, samples=64)
+    for step in range(1, 601):
+        began, now = now, now + 1.0
+        told.step(step, {"a": torch.tensor(0.5)}, 1e-3, began)
+        if step % 20 == 0:
+            assert list(told.evaluating([7, 8])) == [7, 8]
+    told.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert 9 <= len(lines) <= 11
+    assert all("lr 1.0e-03  samples/s 64.0" in line and " left" in line for line in lines)
+
+
 def test_a_log_gets_a_line_every_so_often_and_at_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

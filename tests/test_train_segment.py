@@ -338,6 +338,22 @@ def test_broken_samples_stop_or_are_left_out(
             assert len(task.train[index]) == 2
 
 
+def test_files_that_are_no_images_are_described(data: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "data"))
+    train = [root / "images/training/0.jpg_", root / "annotations/training/0.txt"]
+    other = root / "annotations/validation/a.json"
+    for path in (*train, other):
+        path.write_text("no image")
+    assert (
+        make_task(root)
+        .describe()
+        .endswith(
+            f"; 2 files are no images by their endings: {train[0]}; {train[1]}"
+            f"; 1 files are no images by their endings: {other}"
+        )
+    )
+
+
 def test_turned_photographs_fit_upright_labels(tmp_path: Path) -> None:
     """EXIF's orientation 6 has the picture turned by a quarter when it is shown."""
     root = write_shapes(tmp_path, train=3, val=2)

@@ -64,7 +64,7 @@ def load_folder(folder: Path, image_size: int, seed: int, max_pixels: int = MAX_
 
     images, labels, broken = [], [], []
     todo = [(label, path) for label, name in enumerate(classes) for path in files[name]]
-    for label, path in tqdm(todo, desc="reading images", unit="image", leave=False):
+    for label, path in tqdm(todo, desc="reading images", unit="image", leave=False, disable=None):
         try:
             images.append(_read(path, image_size, max_pixels))
             labels.append(label)

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import first_line
 from ..files import files_under, is_hidden
 from ..images import is_image, read_image
+from ..train.task import NO_IMAGES, named
 from .loading import RunError, load_run
 from .masks import mask_image
 from .pictures import draw
@@ -60,9 +61,13 @@ def _files(given: Path) -> list[Path]:
         return []
     if not given.is_dir():
         return [given]
-    found = [path for path in files_under(given) if is_image(path)]
+    files = list(files_under(given))
+    found = [path for path in files if is_image(path)]
+    others = named([path for path in files if not is_image(path)], NO_IMAGES)
     if not found:
-        raise RunError(f"{given}: a folder without images")
+        raise RunError("; ".join([f"{given}: a folder without images", *others]))
+    for note in others:
+        print(f"setformer predict: {note}", file=sys.stderr)
     return found
 
 

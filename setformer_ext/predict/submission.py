@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import methodcaller
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -13,7 +13,7 @@ from ..train.checkpoints import write_atomically
 from ..train.glue_data import TASKS, GlueTask
 from ..train.lines import numbered_lines
 from ..train.task import DataError, TrainingError
-from .loading import CARD, RunError, load_text_run
+from .loading import CARD, RunError, cards_explained, load_text_run, read_card
 from .texts import TextClassifier, Texts
 
 BATCH = 64
@@ -47,25 +47,46 @@ def answer_glue(training: Path, data: Path, output: Path) -> None:
     runs = [training]
     if not (training / CARD).exists():
         runs = sorted(path.parent for path in training.glob(f"*/{CARD}")) or runs
-    for run in runs:
-        predictor = load_text_run(run)
-        if not isinstance(predictor, TextClassifier):
-            raise RunError(f"{run}: a training of mlm, expected one of glue to answer --data")
-        try:
-            _answer_files(predictor, data, output)
-        except TrainingError as error:
-            raise RunError(str(error)) from error
+    tasks = {run: _task(run) for run in runs}
+    try:  # all files, before hours of answering some
+        found = {run: _read_files(task, data) for run, task in tasks.items()}
+    except TrainingError as error:
+        raise RunError(str(error)) from error
+    for run, task in tasks.items():
+        predictor: Any = load_text_run(run)
+        _answer_files(predictor, found[run], _files(task), data, output)
 
 
-def _answer_files(predictor: TextClassifier, data: Path, output: Path) -> None:
-    task = predictor.glue
-    single = {f"{task.folder}/test.tsv": f"{task.folder}.tsv"}
-    files = MNLI if task is TASKS["mnli"] else single
-    found = {
-        source: read_questions(data / source, task)  # all, before hours of answering the others
-        for source, name in files.items()
+def _task(run: Path) -> GlueTask:
+    card = read_card(run)
+    if card["task"] != "glue":
+        raise RunError(
+            f"{run}: a training of {card['task']}, expected one of glue to answer --data"
+        )
+    with cards_explained(run):
+        return TASKS[card["glue_task"]]
+
+
+def _files(task: GlueTask) -> dict[str, str]:
+    """A task's test files in the download, and what the answers to each are called."""
+    return MNLI if task is TASKS["mnli"] else {f"{task.folder}/test.tsv": f"{task.folder}.tsv"}
+
+
+def _read_files(task: GlueTask, data: Path) -> dict[str, list[Question]]:
+    return {
+        source: read_questions(data / source, task)
+        for source, name in _files(task).items()
         if name != "AX.tsv" or (data / source).exists()
     }
+
+
+def _answer_files(
+    predictor: TextClassifier,
+    found: dict[str, list[Question]],
+    files: dict[str, str],
+    data: Path,
+    output: Path,
+) -> None:
     for source, questions in found.items():
         target = output / files[source]
         labels = _labels(predictor, questions, target.name)
@@ -79,7 +100,7 @@ def _answer_files(predictor: TextClassifier, data: Path, output: Path) -> None:
 
 def _labels(predictor: TextClassifier, questions: list[Question], name: str) -> Iterator[str]:
     """The name of the class that is the likeliest for each, or the number, from 0 to 5."""
-    for first in tqdm(range(0, len(questions), BATCH), desc=name, leave=False):
+    for first in tqdm(range(0, len(questions), BATCH), desc=name, leave=False, disable=None):
         logits = predictor.logits([texts for _, texts in questions[first : first + BATCH]])
         if predictor.classes:
             yield from (predictor.classes[i] for i in logits.argmax(-1).tolist())

@@ -19,7 +19,7 @@ from ..files import visible
 from ..images import MAX_PIXELS, annotated_size, is_image, opened, read_image
 from .lines import numbered_lines
 from .sampling import transformed
-from .task import DataError
+from .task import NO_IMAGES, DataError, named
 
 IGNORED = -1  # the class of pixels that count neither in losses nor in metrics
 UNKNOWN = -2
@@ -92,7 +92,9 @@ class Ade20k(Dataset[Any]):
         self.transform, self.annotated, self.max_pixels = transform, annotated, max_pixels
         self.labels = Labels((), None)
         self.folder = root / "annotations" / split
-        images, annotations = _by_stem(root / "images" / split), _by_stem(self.folder)
+        images, others = _by_stem(root / "images" / split)
+        annotations, more = _by_stem(self.folder)
+        self.notes = named([*others, *more], NO_IMAGES)
         if not images:
             raise DataError(f"--data: no images in {root / 'images' / split}")
         # What lacks its other half stays, so that reading it names it.
@@ -265,19 +267,20 @@ def _total(counts: list[np.ndarray]) -> np.ndarray:
     return total
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """The images by the names that they share with their labels, and files that are none."""
     if not folder.is_dir():
         raise DataError(
             f"--data: there is no folder {folder}; expected images/training, images/validation, "
             f"annotations/training and annotations/validation in {folder.parent.parent}"
         )
     found: dict[str, Path] = {}
-    for path in visible(folder)[1]:
-        if is_image(path):
-            if path.stem in found:
-                raise DataError(f"{path}: has the same name as {found[path.stem]}; remove one")
-            found[path.stem] = path
-    return found
+    files = visible(folder)[1]
+    for path in filter(is_image, files):
+        if path.stem in found:
+            raise DataError(f"{path}: has the same name as {found[path.stem]}; remove one")
+        found[path.stem] = path
+    return found, [path for path in files if not is_image(path)]
 
 
 def _lines(path: Path) -> list[str]:

@@ -20,9 +20,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from .. import vision  # noqa: F401 (registers the models)
 from ..errors import first_line
 from ..images import add_max_pixels
-from .labelled_images import LabelledImages, classes_without_images, find_data
+from .labelled_images import LabelledImages, classes_without_images, files_left_out, find_data
 from .options import add_model_options, number
-from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError
 from .weights import load_pretrained, require_weights
 
 
@@ -160,10 +160,10 @@ class Classify(Task):
         require_weights(options.pretrained)
         train, val = find_data(options)
         self.classes = [*train.classes]
-        self.without = classes_without_images(train, val)
+        self.without = classes_without_images(self.classes, train, val)
         if self.without and options.on_error == "stop":
             raise DataError(f"--data: {'; '.join(self.without)} (--on-error skip: go on without)")
-        self.others = [*map(str, train.others + val.others)]
+        self.notes = [*self.without, *files_left_out(train, val)]
         mode = "L" if options.in_chans == 1 else "RGB"
         self.train = LabelledImages(train, self.classes, mode, options.max_pixels)
         self.eval = LabelledImages(val, self.classes, mode, options.max_pixels)
@@ -236,14 +236,9 @@ class Classify(Task):
 
     def describe(self) -> str:
         size = "x".join(str(s) for s in self.config["input_size"])
-        left_out = [*self.without]
-        if self.others:
-            left_out.append(
-                f"{len(self.others)} files are no images or in no class: {listed(self.others)}"
-            )
         return (
             f"{len(self.train)} training and {len(self.eval)} evaluation images of "
-            f"{len(self.classes)} classes, read as {size}" + "".join(f"; {s}" for s in left_out)
+            f"{len(self.classes)} classes, read as {size}" + "".join(f"; {s}" for s in self.notes)
         )
 
     def make_model(self) -> nn.Module:

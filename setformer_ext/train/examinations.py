@@ -18,7 +18,7 @@ from .detect import AveragePrecision, Detect
 from .detect import plain as plain_detection
 from .glue import Scores, make_batch
 from .glue_data import read_dev
-from .labelled_images import LabelledImages, find_classes
+from .labelled_images import LabelledImages, classes_without_images, files_left_out, find_classes
 from .mlm import Mlm, Prediction, pack
 from .segment import IntersectionOverUnion, Segment
 from .segment import plain as plain_segmentation
@@ -37,6 +37,7 @@ class Examination(NamedTuple):
     collate: Callable[[list[Any]], Batch]
     metrics: Metrics
     problems: list[str]  # records that were left out
+    notes: list[str]  # what else a training says of such data
     seed: int = 0  # of what is drawn
 
 
@@ -68,7 +69,8 @@ def _classify(card: dict[str, Any], options: argparse.Namespace) -> Examination:
     samples = LabelledImages(folder, predictor.classes, predictor.mode, options.max_pixels)
     samples.transform = predictor.transform
     metrics = Accuracy(len(predictor.classes))
-    return Examination("classify", predictor.model, samples, Classify.collate, metrics, [])
+    notes = [*classes_without_images(predictor.classes, folder), *files_left_out(folder)]
+    return Examination("classify", predictor.model, samples, Classify.collate, metrics, [], notes)
 
 
 def _detect(card: dict[str, Any], options: argparse.Namespace) -> Examination:
@@ -88,7 +90,13 @@ def _detect(card: dict[str, Any], options: argparse.Namespace) -> Examination:
     samples.transform = plain_detection()
     metrics = AveragePrecision(masks)
     return Examination(
-        "detect", predictor.model, samples, Detect.collate, metrics, samples.problems
+        "detect",
+        predictor.model,
+        samples,
+        Detect.collate,
+        metrics,
+        samples.problems,
+        samples.notes,
     )
 
 
@@ -105,7 +113,8 @@ def _segment(card: dict[str, Any], options: argparse.Namespace) -> Examination:
             f"{', '.join(predictor.classes)}"
         )
     metrics = IntersectionOverUnion(predictor.classes, card["short_side"], card["window"])
-    return Examination("segment", predictor.model, samples, Segment.collate, metrics, [])
+    model, notes = predictor.model, samples.notes
+    return Examination("segment", model, samples, Segment.collate, metrics, [], notes)
 
 
 def _mlm(card: dict[str, Any], options: argparse.Namespace) -> Examination:
@@ -121,7 +130,8 @@ def _mlm(card: dict[str, Any], options: argparse.Namespace) -> Examination:
         raise DataError(
             f"--data: {len(samples.tokens)} tokens, expected at least one sequence of {length}"
         )
-    return Examination("mlm", predictor.model, samples, Mlm.collate, Prediction(), problems, seed)
+    model, metrics = predictor.model, Prediction()
+    return Examination("mlm", model, samples, Mlm.collate, metrics, problems, [], seed)
 
 
 def _glue(card: dict[str, Any], options: argparse.Namespace) -> Examination:
@@ -132,7 +142,8 @@ def _glue(card: dict[str, Any], options: argparse.Namespace) -> Examination:
     collate = partial(
         make_batch, tokenizer=predictor.tokenizer, task=predictor.glue, length=predictor.length
     )
-    return Examination("glue", predictor.model, samples, collate, Scores(predictor.glue), problems)
+    model, metrics = predictor.model, Scores(predictor.glue)
+    return Examination("glue", model, samples, collate, metrics, problems, [])
 
 
 EXAMINATIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], Examination]] = {

@@ -91,18 +91,20 @@ class Journal:
             }
             self.bar.set_postfix(figures, refresh=False)
             told = "  ".join(f"{name} {value}" for name, value in figures.items())
-            self._line(f"step {step}/{self.steps}  {told}  {self._time_left(step)} left")
+            text = f"step {step}/{self.steps}  {told}  {self._time_left(step)} left"
+            self.next_line = self._line(text, self.next_line)
         self.bar.update()
         if logged:
             self._log({"step/loss": loss, "step/lr": lr}, step)
 
     def evaluating(self, batches: DataLoader[T]) -> Iterator[T]:
         """The batches of an evaluation, telling how many of them are done."""
-        self.next_line = time.monotonic() + LINE_EVERY  # most evaluations take less
+        # Most evaluations take less. Not next_line: those that come often would silence the steps.
+        next_line = time.monotonic() + LINE_EVERY
         bar = make_bar(iterable=batches, desc="evaluation", disable=self.bar.disable)
         for number, batch in enumerate(bar, start=1):
             yield batch
-            self._line(f"evaluation: batch {number}/{len(batches)}")
+            next_line = self._line(f"evaluation: batch {number}/{len(batches)}", next_line)
 
     def evaluation(self, entry: dict[str, float]) -> None:
         """Print and log an evaluation: its step, mean losses and metrics."""
@@ -117,11 +119,12 @@ class Journal:
         """Take the bar away."""
         self.bar.close()
 
-    def _line(self, text: str) -> None:
-        """In place of the bar, where there is none, every so often."""
-        if self.bar.disable and time.monotonic() >= self.next_line:
-            self.say(text)
-            self.next_line = time.monotonic() + LINE_EVERY
+    def _line(self, text: str, due: float) -> float:
+        """In place of the bar, where there is none, a line if it is due; when the next one is."""
+        if not self.bar.disable or time.monotonic() < due:
+            return due
+        self.say(text)
+        return time.monotonic() + LINE_EVERY
 
     def _time_left(self, step: int) -> str:
         each = (time.monotonic() - self.began) / (step - self.first)

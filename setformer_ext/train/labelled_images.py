@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..files import visible
 from ..image_folder import ImageFolder, find_images
 from ..images import middle, read_image
 from .sampling import transformed
-from .task import DataError, listed
+from .task import DataError, listed, named
 
 
 class LabelledImages(Dataset[Any]):
@@ -72,17 +72,22 @@ def find_data(options: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     return train, val
 
 
-def classes_without_images(train: ImageFolder, val: ImageFolder) -> list[str]:
-    """Says which classes either of them lacks."""
+def classes_without_images(classes: Iterable[str], *folders: ImageFolder) -> list[str]:
+    """Says which classes each of them lacks."""
     empty = {
-        folder.name: [name for name in train.classes if not folder.classes.get(name)]
-        for folder in (train, val)
+        folder.name: [name for name in classes if not folder.classes.get(name)]
+        for folder in folders
     }
     return [
         f"{folder} has no images of these classes: {', '.join(names)}"
         for folder, names in empty.items()
         if names
     ]
+
+
+def files_left_out(*folders: ImageFolder) -> list[str]:
+    """Says which files are not read."""
+    return named([path for folder in folders for path in folder.others], "no images or in no class")
 
 
 def find_classes(folder: Path, layout: str) -> ImageFolder:

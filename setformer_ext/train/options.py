@@ -197,6 +197,17 @@ def default_workers() -> int:
     return max(0, min(MOST_WORKERS, len(here) // processes - 1))
 
 
+def add_workers(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Declare ``--workers``, of all that loads samples."""
+    parser.add_argument(
+        "--workers",
+        type=number(int, 0),
+        default=default_workers(),
+        help="processes that load samples, for each process that computes (default: as many as "
+        "it has cores beside one, 4 at most; here %(default)s)",
+    )
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Declare what every training has: length, optimizer, processes, precision, checkpoints."""
     group = parser.add_argument_group("training")
@@ -268,13 +279,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="recompute the backbone's blocks in backward: slower, less memory",
     )
-    group.add_argument(
-        "--workers",
-        type=number(int, 0),
-        default=default_workers(),
-        help="processes that load samples, for each training process (default: as many as it "
-        "has cores beside one, 4 at most; here %(default)s)",
-    )
+    add_workers(group)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="a folder that all processes see"

@@ -214,10 +214,12 @@ class Segment(Task):
         return partial(_augment, options.short_side, options.scale_jitter, v2.Compose(steps))
 
     def describe(self) -> str:
-        return (
+        text = (
             f"{len(self.train)} training and {len(self.eval)} evaluation images of "
-            f"{len(self.labels.names)} classes" + (f"; {self._failures()}" if self.failures else "")
+            f"{len(self.labels.names)} classes"
         )
+        failures = [self._failures()] if self.failures else []
+        return "; ".join([text, *failures, *self.train.notes, *self.eval.notes])
 
     def make_model(self) -> nn.Module:
         options = self.options

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+NO_IMAGES = "no images by their endings"
 NAMED = 3  # problems that a message lists; it counts the others
 # Figures of an evaluation: the mean loss on its data, if the task measures that; else the mean sum
 # of the losses that were trained on since the evaluation before.
@@ -30,6 +32,11 @@ def listed(problems: list[str]) -> str:
     """The first problems, and how many more there are."""
     rest = len(problems) - NAMED
     return "; ".join(problems[:NAMED]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def named(files: Sequence[Path], what: str) -> list[str]:
+    """Says of files, if there are any, what they are; of ``listed`` names."""
+    return [f"{len(files)} files are {what}: {listed([*map(str, files)])}"] if files else []
 
 
 class Metrics(ABC):
