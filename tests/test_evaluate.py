@@ -160,7 +160,8 @@ def test_pixels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert {*np.unique(answer)} <= {1, 2, 3}
         right += int((answer == truth).sum())
         total += int((truth > 0).sum())
-    assert right / total == pytest.approx(figures["pixel_accuracy"])
+    # Normalised in another order, so that a pixel between two classes may fall to either.
+    assert abs(right - figures["pixel_accuracy"] * total) < 2.5
     (data / "classes.txt").write_text("red\nblue\ngreen\n")
     status, _, err = evaluate(capsys, run, "--data", data)
     assert (status, "has the classes red, blue, green; the training has" in err) == (1, True)
