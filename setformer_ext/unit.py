@@ -55,7 +55,8 @@ def unit(x: Tensor) -> Tensor:  # [..., D]
     Raises:
         NotImplementedError: for forward-mode derivatives.
     """
-    if torch._C._are_functorch_transforms_active():
+    # A trace does not see into the function, and would keep what it gave as a constant.
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return reference.unit(x)
     refuse_tangents((x,))
     u: Tensor = _Unit.apply(x)[0]
