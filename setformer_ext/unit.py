@@ -56,7 +56,8 @@ def unit(x: Tensor) -> Tensor:  # [..., D]
         NotImplementedError: for forward-mode derivatives.
     """
     # A trace does not see into the function, and would keep what it gave as a constant.
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+    traced = torch._C._get_tracing_state() is not None
+    if traced or torch._C._are_functorch_transforms_active():
         return reference.unit(x)
     refuse_tangents((x,))
     u: Tensor = _Unit.apply(x)[0]

@@ -198,7 +198,8 @@ class Objects(Network):
         super().__init__(card)
         masks = ["masks"] if card["detector"] == "mask_rcnn" else []
         self.outputs = ["boxes", "labels", "scores", *masks]
-        self.model = _OfImage(load_run(folder).model, self.outputs).eval()
+        self.detector = load_run(folder).model.eval()
+        self.model = _OfImage(self.detector, self.outputs).eval()
         self.insides: list[str] = []  # names of what the heads give
         self.compared = self.others = 0
 
@@ -215,7 +216,7 @@ class Objects(Network):
 
         file = io.BytesIO()
         axes: dict[str, Any] = {"image": {1: "height", 2: "width"}}
-        model = _WithInsides(self.model.model, self.model.names).eval()
+        model = _WithInsides(self.detector, self.outputs).eval()
         example = self.example(*self.sizes[0])
         with torch.no_grad():
             count = len(model(*example)) - len(self.outputs)
@@ -251,12 +252,12 @@ class Objects(Network):
             if answer.shape != (count, *tensor.shape[1:]) or not answer.isfinite().all():
                 return math.inf, 0.0
         self._count_others(found, expected)
-        exact = deepcopy(self.model.model).double()
+        exact = deepcopy(self.detector).double()
         pairs = [
             _difference(*of_one)
             for of_one in zip(
                 insides,
-                _heads(self.model.model, inputs[0], insides),
+                _heads(self.detector, inputs[0], insides),
                 _heads(exact, inputs[0].double(), insides),
                 strict=True,
             )
