@@ -55,8 +55,10 @@ def unit(x: Tensor) -> Tensor:  # [..., D]
     Raises:
         NotImplementedError: for forward-mode derivatives.
     """
-    # A compiler fuses the passes itself, and torch.func asks for derivatives of its own.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    # A compiler fuses the passes itself, torch.func asks for derivatives of its own, and a trace by
+    # torch.jit, which does not see into the function, would keep its result as a constant.
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if traced or torch._C._are_functorch_transforms_active():
         return reference.unit(x)
     refuse_tangents((x,))
     u: Tensor = _Unit.apply(x)[0]

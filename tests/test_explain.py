@@ -288,6 +288,8 @@ def test_bad_input_is_explained(tmp_path: Path, photo: Path, capsys: pytest.Capt
     assert "--head must be from 1 to 2 in this layer, got 0" in message(run, photo, "--head", 0)
     assert "missing.png: no such file" in message(run, tmp_path / "missing.png")
     assert "has no card.json" in message(tmp_path, photo)
+    assert "expected an IMAGE after RUN, or --text" in message(run)
+    assert f"{tmp_path}: a folder, expected an image" in message(run, tmp_path)
     assert "give the RUN of a training before IMAGE" in message(photo)
     assert "give the RUN" in message(photo, "--model", "setformer_mini")
     named = ("--model", "setformer_mini", "--checkpoint")

@@ -77,6 +77,8 @@ def test_the_picture_has_a_bright_place_for_each_reference(encoder: Path, tmp_pa
         (["--output=a.txt"], "pictures can be written as"),
         (["--model=bert"], "expected the RUN of a train mlm or glue, and no IMAGE, --model"),
         (["--block=1"], "--stage or --block; --layer chooses the layer"),
+        (["--text", ""], "--text: expected words, got none"),
+        (["--text", " \n"], "--text: expected words, got none"),
         (["--text", "word " * 61], "expected at most 60 words, got 63"),
     ],
 )
@@ -85,6 +87,11 @@ def test_what_cannot_be_drawn(
 ) -> None:
     assert cli.main(["explain", str(encoder), "--text", TEXT, *given]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--model", "nope", "--text", TEXT]) == 1
+    assert "--model: there is no folder nope" in capsys.readouterr().err
 
 
 def test_encoders_without_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,28 @@ def test_wrong_answers_are_not_written(
     assert file.read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("part", ["rpn.head.bbox_pred", "roi_heads.box_predictor.cls_score"])
+def test_detectors_with_a_wrong_head_are_not_written(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where no object is sure enough to be found."""
+    torch.manual_seed(0)
+    run = write_run(tmp_path / "run", DETECT, make_detector(DETECT))
+    file = tmp_path / "model.onnx"
+    made = setformer_ext.export._export
+
+    def spoiled(network):
+        data = made(network)
+        with torch.no_grad():
+            network.model.model.get_submodule(part).weight.mul_(1.01)
+        return data
+
+    monkeypatch.setattr(setformer_ext.export, "_export", spoiled)
+    status, _, err = export(capsys, run, file)
+    assert (status, "of the largest output of a head" in err) == (1, True)
+    assert not file.exists()
+
+
 def test_pooling_into_bins_is_torchs() -> None:
     for size, bins in (((7, 12), (3, 5)), ((3, 4), (6, 6)), ((9, 1), (1, 2))):
         x = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, *size)))

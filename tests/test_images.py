@@ -26,18 +26,22 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # beside the refusal
 def test_large_images_are_read_once_they_are_allowed(
     photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond what Pillow warns of and refuses of itself, too."""
     for own_limit in (50, 200, None):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", own_limit)
-        with pytest.raises(OSError, match=r"photo.png: more than 299 pixels .*by --max-pixels"):
-            read_image(photo, max_pixels=299)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            with pytest.raises(OSError, match=r"photo.png: more than 299 pixels .*by --max-pixels"):
+                read_image(photo, max_pixels=299)
             assert read_image(photo, max_pixels=300).size == (20, 15)
+
+
+def test_a_folder_is_not_called_a_broken_image(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r": a folder, expected an image$"):
+        read_image(tmp_path)
 
 
 def test_a_file_made_to_fill_the_memory_is_refused_from_its_head(tmp_path: Path) -> None:

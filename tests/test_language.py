@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.utils import logging
 
 from fresh import fresh
 from setformer_ext.language import (
@@ -26,6 +27,7 @@ from setformer_ext.language import (
     SetformerForTokenClassification,
     SetformerModel,
 )
+from setformer_ext.language.saved import load_model
 
 TINY = {
     "vocab_size": 50,
@@ -326,3 +328,14 @@ def test_bad_inputs_are_named() -> None:
         model(tokens(2, 7))
     with pytest.raises(ValueError, match="output_attentions must be False"):
         model(tokens(2, 5), output_attentions=True)
+
+
+def test_a_new_head_on_a_trained_body_needs_no_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit otherwise is an error; transformers would print a table of both."""
+    SetformerForMaskedLM(SetformerConfig(**TINY)).save_pretrained(tmp_path)
+    logging.set_verbosity_warning()
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    load_model(SetformerForSequenceClassification.from_pretrained, tmp_path, "classifier")
+    assert caplog.text == ""

@@ -179,3 +179,10 @@ def test_second_derivatives_beside_a_zero_key() -> None:
     (gradient,) = torch.autograd.grad(output.square().sum(), key, create_graph=True)
     (second,) = torch.autograd.grad(gradient.square().sum(), key)
     assert second.isfinite().all()
+
+
+def test_a_trace_scales_what_it_is_given() -> None:
+    """And not, as a constant, what the trace was made with."""
+    x, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    traced = torch.jit.trace(unit, (x,), check_trace=False)
+    torch.testing.assert_close(traced(other), F.normalize(other, dim=-1))

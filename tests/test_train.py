@@ -472,6 +472,14 @@ def test_layer_decay_and_weight_decay() -> None:
         assert group["lr"] == pytest.approx(expected)
 
 
+def test_a_single_step_is_not_called_no_schedule(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
+    schedule = make_schedule(optimizer, argparse.Namespace(lr=1.0, warmup=0.0), 1)
+    assert caplog.text == ""
+    schedule.step_update(1)
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
 def test_layer_decay_of_a_backbone_inside_a_detector() -> None:
     """The rest learns at the full rate; what a module there exempts does not decay."""
 

@@ -81,8 +81,8 @@ def _explain(options: argparse.Namespace) -> None:
 
     if options.image is None:  # the only positional argument given was taken for RUN
         options.training, options.image = None, options.training
-    if options.image is None:
-        raise ExplainError("expected an IMAGE, or --text for a language encoder")
+        if options.image is None or options.image.is_dir():
+            raise ExplainError("expected an IMAGE after RUN, or --text for a language encoder")
     _take_folder(options)
     _prepare_output(options)
     if options.output.resolve() == options.image.resolve():
@@ -138,6 +138,8 @@ def _explain_text(options: argparse.Namespace) -> None:
     from .sentence import explain_sentence
 
     _take_folder(options)
+    if options.training is None and options.checkpoint is None and options.model is not None:
+        raise ExplainError(f"--model: there is no folder {options.model}")
     of_images = ("image", "model", "checkpoint", "stage", "block")
     if options.training is None or any(getattr(options, name) is not None for name in of_images):
         raise ExplainError(

@@ -39,8 +39,11 @@ def explain_sentence(
         background: the name of a theme.
 
     Raises:
-        ExplainError: if there is no such layer or head, or it has another kind of attention.
+        ExplainError: if the text has no words, there is no such layer or head, or it has another
+            kind of attention.
     """
+    if not text.strip():
+        raise ExplainError("--text: expected words, got none")
     model = load_encoder(run)
     require_input(model, "input_ids", "an IMAGE")
     try:

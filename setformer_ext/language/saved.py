@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ..errors import first_line
 
@@ -71,6 +72,7 @@ def load_model(load: Callable[..., Any], folder: Path, head: str, **more: object
     Raises:
         SavedError: also if other weights are of another shape, or a SeTformer's are missing.
     """
+    logging.set_verbosity_error()  # weights that do not fit are named here
     model, found = load_saved(
         load,
         folder,

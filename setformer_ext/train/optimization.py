@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ def make_schedule(
     optimizer: torch.optim.Optimizer, options: argparse.Namespace, steps: int
 ) -> CosineLRScheduler:
     """Half a cosine down to 0 over all steps, after a linear rise over ``--warmup`` of them."""
+    # Which takes a single step for none.
+    logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)
     return CosineLRScheduler(
         optimizer,
         t_initial=steps,
