@@ -75,7 +75,7 @@ def find_device(name: str | None) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name}")
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name or 'nothing'}")
     if reason:
         raise ValueError(f"--device {name} cannot be used: {reason}")
     index = torch.cuda.current_device() if device.index is None else device.index

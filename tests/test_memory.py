@@ -22,7 +22,7 @@ def attend(tokens, backward):
     key.requires_grad_(backward)
     value.requires_grad_(backward)
     output = setformer_ext.set_attention(
-        None, key, value, reference if backward else reference.detach(), iterations=5
+        None, key, value, reference if backward else reference.detach(), normalize=False
     )
     if backward:
         output.backward(upstream)

@@ -23,6 +23,7 @@ def problem(dtype: str = "float64", **options: object) -> Arrays:
     )
     accumulate = "float64" if dtype == "float64" else "float32"
     storage = ("query", "key", "value", "reference")
+    del arguments["normalize"]  # which is none of the compiled module's
     arrays = {}
     for name, x in arguments.items():
         if isinstance(x, torch.Tensor):
@@ -90,7 +91,7 @@ def as_torch(arrays: Arrays) -> Arrays:
         else x
         for name, x in arrays.items()
     }
-    return {"query": None} | tensors
+    return {"query": None, "normalize": False} | tensors
 
 
 OPTIONS = [

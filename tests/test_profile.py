@@ -92,7 +92,7 @@ def test_no_iterations_and_no_warmup() -> None:
 @pytest.mark.parametrize("name", ["tpu", "mps", "cpu:x", ""])
 def test_bad_device(name: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["profile", "--device", name]) == 1
-    expected = f"setformer profile: --device must be cpu, cuda or cuda:N, got {name}\n"
+    expected = f"setformer profile: --device must be cpu, cuda or cuda:N, got {name or 'nothing'}\n"
     assert capsys.readouterr().err == expected
 
 

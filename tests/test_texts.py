@@ -71,7 +71,7 @@ def glue(data: Path, model: Path, output: Path, *tasks: str) -> list[str]:
 READERS = """
     from pathlib import Path
     from setformer_ext import cli
-    from setformer_ext.predict.loading import _read_card
+    from setformer_ext.predict.loading import read_card
     from setformer_ext.train.ade20k import read_names
     from setformer_ext.train.coco import _read
     from setformer_ext.train.glue_data import TASKS, read_examples
@@ -88,7 +88,7 @@ READERS = """
             read_names(root, 0),
             read_names(root / "info", 1),
             [category["name"] for category in _read(root, root / "coco.json")["categories"]],
-            _read_card(root / "card.json")["classes"],
+            read_card(root)["classes"],
             parser._entries(root / "config.yaml"),
         ]
         for root in map(Path, ROOTS)
@@ -116,6 +116,7 @@ def test_text_is_read_as_utf_8_whatever_the_locale(tmp_path: Path) -> None:
         "coco.json": json.dumps(coco, ensure_ascii=False),
         "card.json": json.dumps(card, ensure_ascii=False),
         "config.yaml": "colour: B\xe4ume\n",
+        "model.safetensors": "",
     }
     expected = [
         ["B\xe4ume", "\u6728"],

@@ -18,4 +18,4 @@ def valid_tokens(mask: Tensor) -> Tensor:  # [B, N] -> [B, N] bool
     additive = (mask <= 0).all()
     if not mask.is_floating_point():
         additive = additive & (mask < 0).any()
-    return torch.where(additive, mask == 0, mask != 0)
+    return (mask != 0) ^ additive  # not torch.where: runtimes of ONNX have none of bools
