@@ -32,8 +32,6 @@ class Arguments:
             raise TypeError(f"{function}: key must be a tensor, got {type(key).__name__}")
         self.key = key
         self.distributed = _is_dtensor(key)
-        if self.distributed:  # how the operations are cut into shards is known from then on
-            from .distributed import sharding  # noqa: F401
         self.autocast = _autocast_enabled(key.device.type)
         if key.dtype not in STORAGE_TYPES:
             raise self.type_error("key", "float32, float64, bfloat16 or float16", _name(key.dtype))

@@ -390,7 +390,7 @@ def _problem(
         distribute=distribute,
     )
     if arguments.distributed:
-        from .distributed.sharding import placed
+        from .distributed.sharding import placed  # registers how operations are cut, too
 
         problem = placed(problem)
     return problem

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..autograd import PLAN_ARGUMENTS
-from ..ops import BEFORE_PROBLEM, RANKS, Gradients, Problem, Solution
+from ..ops import BEFORE_PROBLEM, RANKS, Gradients, Problem
 
 Placements = Sequence[Placement | None]
 OPERATIONS = torch.ops.setformer_ext
@@ -87,9 +87,9 @@ def strides_like(local: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _results(fields: Sequence[Any], key: Placement, given: Sequence[bool]) -> list[Placement]:
+def _results(key: Placement, given: Sequence[bool]) -> list[Placement]:
     """Of results [B, H, ..]; those that a problem lacks are empty."""
-    return [key if there else Replicate() for _, there in zip(fields, given, strict=True)]
+    return [key if there else Replicate() for there in given]
 
 
 def _choices(of_key: Callable[[Placement], tuple[Placements, Placements]]) -> list[Any]:
@@ -104,7 +104,7 @@ def _of_problem(problem: Problem, key: Placement) -> list[Placement | None]:
 def _of_solution(problem: Problem, key: Placement) -> list[Placement]:
     cross = problem.query is not None
     given = (problem.distribute, True, True, True, cross, cross)
-    return _results(Solution._fields, key, given)
+    return _results(key, given)
 
 
 def _set_attention(*arguments: Any) -> list[Any]:
@@ -119,7 +119,7 @@ def _set_attention_backward(*arguments: Any) -> list[Any]:
     def of_key(key: Placement) -> tuple[Placements, Placements]:
         gradients = [None if x is None else key for x in arguments[:2]]
         before = [*gradients, *_of_solution(problem, key)]
-        return _results(Gradients._fields, key, given), [*before, *_of_problem(problem, key)]
+        return _results(key, given), [*before, *_of_problem(problem, key)]
 
     return _choices(of_key)
 
