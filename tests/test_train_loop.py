@@ -1,13 +1,11 @@
 """What a training tells, which weights it keeps, how it goes on, and how it ends if it diverges."""
 
 import argparse
-import os
 import pty
-import subprocess
 import sys
-from contextlib import suppress
 from io import StringIO
 from pathlib import Path
+from select import select
 from typing import Any
 
 import pytest
@@ -50,22 +48,24 @@ class Terminal(StringIO):
         return True
 
 
-def test_a_terminal_that_does_not_know_its_width_has_a_bar_too(data: Path, tmp_path: Path) -> None:
+def test_a_terminal_that_does_not_know_its_width_has_a_bar_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pseudo-terminals are 0 x 0 before someone says otherwise."""
     leader, follower = pty.openpty()
-    given = arguments(data, tmp_path, "--batch-size=8", "--steps=20", "--eval-every=20")
-    with subprocess.Popen(
-        [sys.executable, "-m", "setformer_ext", *given], stdout=subprocess.PIPE, stderr=follower
-    ) as process:
-        os.close(follower)
-        seen = ""
-        with suppress(OSError):  # which is how a terminal ends
-            while part := os.read(leader, 4096):
-                seen += part.decode()
-        assert b"\r" not in process.stdout.read()
-    os.close(leader)
-    assert process.returncode == 0
-    for figure in ("| 10/20 [", "loss=", "lr=", "samples/s="):
+    with (
+        open(leader, "rb", buffering=0) as screen,
+        open(follower, "w", encoding="utf-8") as terminal,
+    ):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        told = Journal(tmp_path, speaks=True, step=0, steps=20, samples=8)
+        for step in range(1, 11):
+            told.step(step, {"loss": torch.tensor(0.5)}, 1e-3, began=0.0)
+        told.bar.refresh()
+        assert select([screen], [], [], 10)[0]  # or the terminal has shown nothing
+        seen = screen.read(4096).decode()
+        told.close()
+    for figure in ("| 10/20 [", "loss=0.5", "lr=1.0e-03", "samples/s="):
         assert figure in seen
 
 
