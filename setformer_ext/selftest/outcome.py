@@ -129,7 +129,13 @@ def execute(task: Task, device: torch.device, backward: bool = True) -> Outcome:
         error = "".join(traceback.format_exception(exception, limit=-4)).rstrip()
     seconds = time.perf_counter() - start
     return Outcome(
-        task.name, result, skipped, error, seconds, task.section, lost=bool(error) and not works(device)
+        task.name,
+        result,
+        skipped,
+        error,
+        seconds,
+        task.section,
+        lost=bool(error) and not works(device),
     )
 
 

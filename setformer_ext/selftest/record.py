@@ -1,4 +1,4 @@
-"""The report as JSON: written anew after every task, so that a run that is cut short still tells."""
+"""The report as JSON, written anew after every task: a run that is cut short still tells."""
 
 import json
 import math

@@ -12,10 +12,10 @@ from .smoke_checks import FAMILIES
 from .tasks import all_tasks, deadline
 from .worker import Worker
 
-# Given up is what is left when so many seconds went into processes that were lost; and, as long as
-# nothing has passed, when two were lost and so many seconds have gone by.
+# Given up is what is left when so many seconds went into processes that were lost; and when one was
+# lost and nothing has passed in so many seconds since the first task began.
 MOST_LOST_SECONDS = 180
-MOST_SECONDS_WITHOUT_SUCCESS = 20
+MOST_SECONDS_WITHOUT_SUCCESS = 15
 
 
 def run_here(
@@ -63,13 +63,16 @@ class Experience:
     """What the outcomes so far tell of the tasks to come."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
+        self._began: float | None = None  # the first task, without the start of its process
         self._raised: dict[Kernels, bool] = {}  # rather than returned numbers, right or wrong
         self._lost, self._lost_seconds, self._any_passed = 0, 0.0, False
         self._gave_up = ""
 
     def learn(self, task: Task, outcome: Outcome) -> None:
         """Of one outcome."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now - outcome.seconds
         if task.smoke is not None:
             self._raised[task.smoke] = bool(outcome.error or outcome.not_run)
         self._any_passed |= outcome.status == "ok"
@@ -77,12 +80,11 @@ class Experience:
             return
         self._lost += 1
         self._lost_seconds += outcome.seconds
-        since = time.monotonic() - self._started
-        if self._any_passed:
-            if self._lost_seconds > MOST_LOST_SECONDS:
-                self._gave_up = f"{self._lost} processes and {self._lost_seconds:.0f} s were lost"
-        elif self._lost > 1 and since > MOST_SECONDS_WITHOUT_SUCCESS:
-            self._gave_up = f"nothing passed in {since:.0f} s, {self._lost} processes were lost"
+        since = now - self._began
+        if not self._any_passed and since > MOST_SECONDS_WITHOUT_SUCCESS:
+            self._gave_up = f"nothing passed in {since:.0f} s"
+        elif self._lost_seconds > MOST_LOST_SECONDS:
+            self._gave_up = f"{self._lost} processes and {self._lost_seconds:.0f} s were lost"
 
     def why_not(self, task: Task) -> str:
         """Why the task cannot but fail; empty where it may pass."""
@@ -111,14 +113,14 @@ class Experience:
 
 
 class Workers:
-    """Does tasks in another process, and has the next one, should that be lost, come up."""
+    """Does tasks in another process, and has the next one come up where that may be needed."""
 
     def __init__(self, device: torch.device, quick: bool) -> None:
         self._device, self._quick = device, quick
         self._names = [task.name for task in all_tasks(device, quick)]
         self._current: Worker | None = None
         self._next: Worker | None = None
-        self._blocking = False
+        self._blocking = self._any_started = False
         self._slowness = 1.0
         self._why_none = ""
 
@@ -148,7 +150,7 @@ class Workers:
         return outcome
 
     def _start(self, blocking: bool) -> Worker:
-        first = self._next is None
+        first, self._any_started = not self._any_started, True
         self._current = worker = self._next or Worker(self._device, self._quick)
         self._blocking, self._next = blocking, None
         if not worker.take_device(blocking):
@@ -156,7 +158,8 @@ class Workers:
             return worker
         if first:
             self._slowness = worker.slowness
-        self._next = Worker(self._device, self._quick)
+        if not first or self._device.type == "cuda":
+            self._next = Worker(self._device, self._quick)
         return worker
 
     def _drop(self) -> None:

@@ -33,8 +33,7 @@ def kernels() -> list[Kernels]:
         for direction in DIRECTIONS
         for turn in range(len(families))
         for i, dtype in enumerate(DTYPES)
-        if (family := families[(i + turn) % len(families)]) != "resident"
-        or dtype != torch.float64
+        if (family := families[(i + turn) % len(families)]) != "resident" or dtype != torch.float64
     ]
 
 
@@ -45,9 +44,7 @@ def tasks() -> list[Task]:
 
 def _check(kernels: Kernels, device: torch.device) -> Result:
     name, sizes = FAMILIES[kernels.family]
-    arguments = random_problem(
-        9, **sizes, **OPTIONS, dtype=kernels.dtype, device=str(device)
-    )
+    arguments = random_problem(9, **sizes, **OPTIONS, dtype=kernels.dtype, device=str(device))
     function = getattr(setformer_ext, name)
     backward = kernels.direction == "backward"
     return Result(compare_with_definition(function, arguments, backward=backward))

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from .outcome import CHECKS
 from .processes import Process
-from .suite_plugin import LOST
+from .tasks import deadline
 from .worker import MARK
 
 MOST_SECONDS = 1800.0
-MOST_SECONDS_OF_A_TEST = 120  # on a GPU, where it may hang
 MOST_LOST_PROCESSES = 5
+LOST = 90  # the status of a process whose GPU fails every call
 SECONDS_BETWEEN_LINES = 30  # that tell how far it is
 
 
@@ -59,7 +60,7 @@ class Suite:
     @property
     def verdict(self) -> str:
         error = f" ({self.error.splitlines()[0]})" if self.error else ""
-        word = "passed" if self.passed else "FAILED"
+        word = "passed" if self.passed else "FAILED" if self.count("failed") else "did not pass"
         return f"the suite {self.folder} on {self.device} {word}: {self.progress}{error}"
 
     def to_json(self) -> dict[str, Any]:
@@ -95,28 +96,38 @@ def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
 
 def _command(device: torch.device, done: str) -> list[str]:
     # with this process's path, without which the plugin may not be found
-    code = f"import sys; sys.path = {sys.path!r}; import pytest; sys.exit(pytest.console_main())"
+    code = (
+        "import os, sys; os.environ.pop('PYTEST_ADDOPTS', None); "
+        f"sys.path = {sys.path!r}; import pytest; sys.exit(pytest.console_main())"
+    )
     plugin = f"{__package__}.suite_plugin"
     options = ["-p", plugin, f"--selftest-device={device}", f"--selftest-done={done}"]
     report = ["-q", "-p", "no:cacheprovider", "--tb=short", "--no-header", "--no-summary"]
     return [sys.executable, "-c", code, *report, *options, "."]
 
 
-def _follow(suite: Suite, process: Process, end: float, seconds: float) -> Iterator[str]:
+def _follow(
+    suite: Suite, process: Process, end: float, seconds: float
+) -> Generator[str, None, bool]:
     """Whether the process was lost over a test, rather than came to its end."""
     running, other = "", deque[str](maxlen=30)
     told = time.monotonic()
+
+    def fail(text: str) -> str:
+        suite.tests[running] = Test("failed", 0.0, text)
+        return _failure(running, text)
+
     while True:
         left = end - time.monotonic()
-        limit = MOST_SECONDS_OF_A_TEST if running and suite.device.type == "cuda" else left
+        # on a CPU nothing hangs for certain, and tests may take minutes
+        limit = deadline(CHECKS, suite.device) if running and suite.device.type == "cuda" else left
         line = process.line(min(limit, left))
         if line is None and limit >= left:
             during = f", during {running}" if running else ""
             suite.error = f"ended after {seconds:g} s{during}"
             return False
         if line is None:
-            suite.tests[running] = Test("failed", limit, f"hung for {limit:g} s\n{process.stack()}")
-            yield _failure(running, suite.tests[running])
+            yield fail(f"hung for {limit:g} s\n{process.stack()}")
             return True
         if not line:
             break
@@ -125,28 +136,29 @@ def _follow(suite: Suite, process: Process, end: float, seconds: float) -> Itera
             continue
         event = json.loads(line.removeprefix(MARK))
         suite.collected = max(suite.collected, event.get("collected", 0))
-        running = event.get("start", running)
+        running = event.get("running", running)
         if name := event.pop("test", ""):
-            running = ""
             before = suite.tests.get(name)
             if before is None or before.outcome == "passed":  # a later phase of it may fail
                 suite.tests[name] = Test(**event)
             if event["outcome"] == "failed":
-                yield _failure(name, suite.tests[name])
+                yield _failure(name, event["text"])
         if time.monotonic() > told + SECONDS_BETWEEN_LINES:
             told = time.monotonic()
             yield suite.progress
     status = process.status()
-    if running and status != LOST:
-        text = f"the process ended with status {status}\n{process.stderr()}"
-        suite.tests[running] = Test("failed", 0.0, text)
-        yield _failure(running, suite.tests[running])
+    if running and status == LOST:
+        if suite.tests.get(running, Test("passed", 0.0, "")).outcome == "passed":
+            yield fail("the GPU fails every call after it")
         return True
-    if status not in (0, 1, LOST):
+    if running:
+        yield fail(f"the process ended with status {status}\n{process.stderr()}")
+        return True
+    if status not in (0, 1):
         suite.error = f"pytest ended with status {status}"
         yield "\n".join([suite.error, *other, process.stderr()])
-    return status == LOST
+    return False
 
 
-def _failure(name: str, test: Test) -> str:
-    return "\n".join([f"FAILED {name}", *(f"  {line}" for line in test.text.splitlines())])
+def _failure(name: str, text: str) -> str:
+    return "\n".join([f"FAILED {name}", *(f"  {line}" for line in text.splitlines())])

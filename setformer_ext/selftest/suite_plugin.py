@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from .outcome import works
+from .suite import LOST
 from .worker import MARK
 
 _stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
 _stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")
-LOST = 90  # the status of a process whose GPU fails every call
 
 
 def _tell(**event: Any) -> None:
@@ -35,11 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _is_for(item: pytest.Item, device: torch.device) -> bool:
-    """On a GPU those with the backend cuda among their parameters, on the CPU those without."""
+    """On a GPU those whose backend it is, on the CPU all that are not about GPUs."""
     if device.type == "cpu":
         return "cuda" not in item.nodeid  # nor cuda-emulated
     parameters = getattr(item, "callspec", None)
-    return parameters is not None and "cuda" in parameters.params.values()
+    return parameters is not None and parameters.params.get("backend") == "cuda"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,7 +57,11 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    _tell(start=nodeid)
+    _tell(running=nodeid)
+
+
+def pytest_runtest_logfinish() -> None:
+    _tell(running="")
 
 
 @pytest.hookimpl(trylast=True)
