@@ -17,7 +17,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # On a GPU that is not there: its plugin finds that it works until a test says otherwise.
 CONFTEST = """
 import pytest
-from setformer_ext.selftest import suite_plugin
+import suite_plugin
 
 suite_plugin.works = lambda device: not hasattr(pytest, "lost")
 """

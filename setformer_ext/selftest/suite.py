@@ -95,15 +95,18 @@ def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
 
 
 def _command(device: torch.device, done: str) -> list[str]:
-    # with this process's path, without which the plugin may not be found
+    # with this process's path, and the plugin's folder in it: its package needs all of torch
+    path = [*sys.path, str(Path(__file__).parent)]
     code = (
         "import os, sys; os.environ.pop('PYTEST_ADDOPTS', None); "
-        f"sys.path = {sys.path!r}; import pytest; sys.exit(pytest.console_main())"
+        f"sys.path = {path!r}; import pytest; sys.exit(pytest.console_main())"
     )
-    plugin = f"{__package__}.suite_plugin"
-    options = ["-p", plugin, f"--selftest-device={device}", f"--selftest-done={done}"]
-    report = ["-q", "-p", "no:cacheprovider", "--tb=short", "--no-header", "--no-summary"]
-    return [sys.executable, "-c", code, *report, *options, "."]
+    return [
+        *(sys.executable, "-c", code, "-q", "--tb=short", "--no-header", "--no-summary"),
+        *("-p", "no:cacheprovider", "-p", "suite_plugin", "."),
+        *(f"--selftest-device={device}", f"--selftest-done={done}"),
+        *(f"--selftest-mark={MARK}", f"--selftest-lost={LOST}"),
+    ]
 
 
 def _follow(
@@ -132,7 +135,8 @@ def _follow(
         if not line:
             break
         if not line.startswith(MARK):
-            other.append(line.rstrip())
+            if line.strip():
+                other.append(line.rstrip())
             continue
         event = json.loads(line.removeprefix(MARK))
         suite.collected = max(suite.collected, event.get("collected", 0))

@@ -1,6 +1,7 @@
 """What pytest loads (-p) to run the tests of one device and to tell of each as it goes.
 
-Lines of JSON on the stdout that pytest was started with, whatever it captures.
+Lines of JSON on the stdout that pytest was started with, whatever it captures. Imports nothing of
+this package: what cannot be imported is for the tests to tell.
 """
 
 import faulthandler
@@ -11,41 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from .outcome import works
-from .suite import LOST
-from .worker import MARK
 
 _stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
 _stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")
+_mark = ""
 
 
 def _tell(**event: Any) -> None:
-    print(MARK + json.dumps(event), file=_stdout, flush=True)
+    # a line of its own: pytest does not end those that its dots are in
+    print("\n" + _mark + json.dumps(event), file=_stdout, flush=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--selftest-device", default="cpu")
+    parser.addoption("--selftest-device", help="cpu or cuda:N")
     parser.addoption("--selftest-done", type=Path, help="a file of tests to leave out")
+    parser.addoption("--selftest-mark", help="begins the lines that are for suite.py")
+    parser.addoption("--selftest-lost", type=int, help="the status where the GPU fails every call")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    global _mark
+    _mark = config.option.selftest_mark
     faulthandler.register(signal.SIGUSR1, file=_stderr)
 
 
-def _is_for(item: pytest.Item, device: torch.device) -> bool:
+def _is_for(item: pytest.Item, device: str) -> bool:
     """On a GPU those whose backend it is, on the CPU all that are not about GPUs."""
-    if device.type == "cpu":
+    if device == "cpu":
         return "cuda" not in item.nodeid  # nor cuda-emulated
     parameters = getattr(item, "callspec", None)
     return parameters is not None and parameters.params.get("backend") == "cuda"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    device = torch.device(config.option.selftest_device)
     done = set(config.option.selftest_done.read_text(encoding="utf-8").splitlines())
-    chosen = [item for item in items if _is_for(item, device)]
+    chosen = [item for item in items if _is_for(item, config.option.selftest_device)]
     _tell(collected=len(chosen))
     items[:] = [item for item in chosen if item.nodeid not in done]
 
@@ -64,7 +65,6 @@ def pytest_runtest_logfinish() -> None:
     _tell(running="")
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     outcome = report.outcome
     if hasattr(report, "wasxfail") and outcome == "skipped":
@@ -75,9 +75,18 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Nothing can be told of tests that run after the GPU is lost."""
-    device = torch.device(item.config.option.selftest_device)
-    if device.type == "cuda" and not works(device):
-        pytest.exit("the GPU is lost", returncode=LOST)
+    options = item.config.option
+    if options.selftest_device != "cpu" and not works(options.selftest_device):
+        pytest.exit("the GPU is lost", returncode=options.selftest_lost)
+
+
+def works(device: str) -> bool:
+    """Whether the GPU still answers."""
+    import torch
+
+    from setformer_ext.selftest.outcome import works
+
+    return works(torch.device(device))
 
 
 def _text(report: pytest.CollectReport | pytest.TestReport) -> str:
