@@ -27,14 +27,16 @@ CPU = torch.device("cpu")
 
 def run_emulated(tmp_path: Path, fault: str, *options: str) -> dict[str, Any]:
     """The record of `setformer selftest` with kernels that fail."""
-    BACKENDS["cuda-emulated"]()  # builds it
+    library = str(BACKENDS["cuda-emulated"]().module.__file__)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "emulator.command", "selftest", "--device=cpu", "--quick"),
             *("--output", str(tmp_path / "report.txt"), *options),
         ],
         cwd=Path(command.__file__).parents[1],
-        env=os.environ | {"EMULATOR_FAULT": fault, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ
+        | {"EMULATOR_FAULT": fault, "EMULATOR_LIBRARY": library}
+        | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -275,7 +277,7 @@ def test_a_worker_ends_with_the_process_that_asks_it() -> None:
     process = processes.Process([sys.executable, "-c", worker.code(CPU, True)])
     assert process.process.stdin is not None
     process.process.stdin.close()
-    assert process.status(60) == 0
+    assert process.process.wait(60) == 0
     process.close()
 
 

@@ -97,10 +97,10 @@ def test_kind(backend, kind):
         **dict.fromkeys(("ok", "well", "right", "good"), "passed"),
         **dict.fromkeys(("crash", "lose", "hang"), "failed"),
     }
-    assert found["crash"].text.startswith("the process ended with status -6\n")
-    assert found["lose"].text == "the GPU fails every call after it"
-    assert found["hang"].text.startswith("hung for 2 s\n")
-    assert "in test_kind" in found["hang"].text
+    assert found["crash"].why.startswith("the process ended with status -6\n")
+    assert found["lose"].why == "the GPU fails every call after it"
+    assert found["hang"].why.startswith("hung for 2 s\n")
+    assert "in test_kind" in found["hang"].why
     assert suite.collected == 7
     assert not suite.error
 

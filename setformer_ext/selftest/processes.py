@@ -55,10 +55,10 @@ class Process:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
-    def status(self, seconds: float = SECONDS_TO_END) -> int | None:
-        """What it ended with; None if it still runs then."""
+    def status(self) -> int | None:
+        """What it ended with; None if it still runs after a while."""
         try:
-            return self.process.wait(timeout=seconds)
+            return self.process.wait(timeout=SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             return None
 
@@ -82,8 +82,8 @@ class Process:
         self.process.kill()
         self.status()
         self.errors.close()
+        assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # of what it has not read
-            assert self.process.stdin is not None
             self.process.stdin.close()
 
 

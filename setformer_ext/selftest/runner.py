@@ -113,14 +113,14 @@ class Experience:
 
 
 class Workers:
-    """Does tasks in another process, and has the next one come up where that may be needed."""
+    """Does tasks in another process, and has the next one, should that be lost, come up."""
 
     def __init__(self, device: torch.device, quick: bool) -> None:
         self._device, self._quick = device, quick
         self._names = [task.name for task in all_tasks(device, quick)]
         self._current: Worker | None = None
         self._next: Worker | None = None
-        self._blocking = self._any_started = False
+        self._blocking = False
         self._slowness = 1.0
         self._why_none = ""
 
@@ -150,7 +150,7 @@ class Workers:
         return outcome
 
     def _start(self, blocking: bool) -> Worker:
-        first, self._any_started = not self._any_started, True
+        first = self._next is None
         self._current = worker = self._next or Worker(self._device, self._quick)
         self._blocking, self._next = blocking, None
         if not worker.take_device(blocking):
@@ -158,8 +158,7 @@ class Workers:
             return worker
         if first:
             self._slowness = worker.slowness
-        if not first or self._device.type == "cuda":
-            self._next = Worker(self._device, self._quick)
+        self._next = Worker(self._device, self._quick)
         return worker
 
     def _drop(self) -> None:

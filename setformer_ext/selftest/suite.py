@@ -31,7 +31,7 @@ class Test:
 
     outcome: str  # passed, failed or skipped
     seconds: float
-    text: str
+    why: str  # it was skipped, or failed
 
 
 @dataclass
@@ -88,7 +88,7 @@ def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
         if suite.lost == MOST_LOST_PROCESSES:
             suite.error = f"{suite.lost} processes were lost"
             break
-    skipped = [test.text for test in suite.tests.values() if test.outcome == "skipped"]
+    skipped = [test.why for test in suite.tests.values() if test.outcome == "skipped"]
     for reason in sorted(set(skipped)):
         yield f"skipped {skipped.count(reason)}: {reason}"
     yield suite.verdict
@@ -146,7 +146,7 @@ def _follow(
             if before is None or before.outcome == "passed":  # a later phase of it may fail
                 suite.tests[name] = Test(**event)
             if event["outcome"] == "failed":
-                yield _failure(name, event["text"])
+                yield _failure(name, event["why"])
         if time.monotonic() > told + SECONDS_BETWEEN_LINES:
             told = time.monotonic()
             yield suite.progress

@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Files that cannot be imported, or leave themselves out."""
     if report.outcome != "passed":
-        _tell(test=report.nodeid, outcome=report.outcome, seconds=0.0, text=_text(report))
+        _tell(test=report.nodeid, outcome=report.outcome, seconds=0.0, why=_why(report))
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -70,7 +70,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if hasattr(report, "wasxfail") and outcome == "skipped":
         outcome = "passed"  # it fails as it is expected to
     if report.when == "call" or outcome != "passed":
-        _tell(test=report.nodeid, outcome=outcome, seconds=report.duration, text=_text(report))
+        _tell(test=report.nodeid, outcome=outcome, seconds=report.duration, why=_why(report))
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
@@ -89,7 +89,7 @@ def works(device: str) -> bool:
     return works(torch.device(device))
 
 
-def _text(report: pytest.CollectReport | pytest.TestReport) -> str:
+def _why(report: pytest.CollectReport | pytest.TestReport) -> str:
     """Why it was skipped, or the end of how it failed."""
     if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")

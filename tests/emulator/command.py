@@ -3,8 +3,10 @@
 python -m emulator.command selftest --only smoke        # from tests/
 
 To its options a device is the CPU. EMULATOR_FAULT makes kernels fail, see runtime/cudart.cpp.
+EMULATOR_LIBRARY is a library that `python -m emulator.build` has named: no look for changes then.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from .build import emulated_library, load
 
 
 def main(arguments: list[str]) -> int:
-    library = str(emulated_library())
+    library = os.environ.get("EMULATOR_LIBRARY") or str(emulated_library())
     here = str(Path(__file__).resolve().parents[1])
     own = worker.code
 

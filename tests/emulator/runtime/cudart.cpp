@@ -127,7 +127,8 @@ cudaError_t check_launch(const Kernel* kernel, dim3 grid, dim3 block, size_t sha
 }
 
 // EMULATOR_FAULT is "fault" or "hang" for kernels that access memory that is not theirs, or never
-// end; "fault:REGEX" and "hang:REGEX" for those alone in whose mangled name the expression is found.
+// end; "fault:REGEX" and "hang:REGEX" for those alone in whose mangled name the expression is
+// found.
 struct Fault {
   bool hangs = false;
   std::optional<std::regex> kernels;
