@@ -20,12 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the report."""
-    print(report())
+    print(table(collect()))
 
 
-def report() -> str:
+def table(facts: dict[str, str]) -> str:
     """One line per fact, names on the left."""
-    facts = collect()
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
 

@@ -1,18 +1,21 @@
 """Backends to run the numeric tests on, and the profile hypothesis runs under."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-import hypothesis
 import pytest
 import torch
 from torch import Tensor
 
 import setformer_ext
 from emulator.build import emulated_module, find_nvcc
+from optional import pytest_make_collect_report, pytest_runtest_makereport
 from setformer_ext import ops
+
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # hooks for pytest
 
 # Small problems take all threads too, here and in the processes that tests start: read once.
 os.environ.setdefault("SETFORMER_LEAST_PARALLEL_WORK", "0")
@@ -20,10 +23,13 @@ os.environ.setdefault("SETFORMER_LEAST_PARALLEL_WORK", "0")
 os.environ.pop("PYTEST_ADDOPTS", None)
 
 # The same examples on every machine, and no deadline: shared machines stall.
-hypothesis.settings.register_profile(
-    "setformer", derandomize=True, deadline=None, max_examples=60, print_blob=True
-)
-hypothesis.settings.load_profile("setformer")
+with contextlib.suppress(ModuleNotFoundError):
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "setformer", derandomize=True, deadline=None, max_examples=60, print_blob=True
+    )
+    hypothesis.settings.load_profile("setformer")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """The command `selftest`: green where all is well, and a report of everything that is not."""
 
 import contextlib
-import importlib.util
 import itertools
 import json
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Backend
+from conftest import BACKENDS, Backend
+from emulator.device import Emulator
 from setformer_ext import cli, ops
-from setformer_ext import selftest as command
-from setformer_ext.selftest import cuda_checks, report, runner, selftest
-from setformer_ext.selftest.outcome import Outcome, Result, SkippedError, Task, Timing, execute
-from setformer_ext.selftest.suite import run_suite
+from setformer_ext.selftest import cuda_checks, report, runner, selftest, smoke_checks
+from setformer_ext.selftest.outcome import (
+    CHECKS,
+    SECTIONS,
+    SMOKE,
+    SPEED,
+    Outcome,
+    Result,
+    SkippedError,
+    Task,
+    Timing,
+    execute,
+)
 from setformer_ext.selftest.tolerance import Comparison
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -42,6 +51,46 @@ def test_full_holds_quick() -> None:
         assert len(set(quick)) == len(quick)
         assert len(set(full)) == len(full)
         assert {name for name in quick if not name.startswith("time of ")} < set(full)
+
+
+def test_smoke_then_speed_then_the_rest() -> None:
+    for device in (CPU, GPU):
+        sections = [task.section for task in runner.all_tasks(device, False)]
+        assert sections == sorted(sections, key=SECTIONS.index)
+        assert set(sections) == set(SECTIONS)
+        for section in SECTIONS:
+            few = runner.all_tasks(device, False, [section])
+            assert [task.section for task in few] == sections.count(section) * [section]
+
+
+def test_smoke_checks_run_every_family_in_every_type_and_direction() -> None:
+    kernels = smoke_checks.kernels()
+    assert len(set(kernels)) == len(kernels) == (3 * 4 - 1) * 2
+    for family in ("resident", "streaming", "plan"):
+        types = {x.dtype for x in kernels if x.family == family}
+        assert len(types) == (3 if family == "resident" else 4)
+    # a process that is lost over each of them: two tell more where nothing is alike
+    first, second = kernels[:2]
+    assert first.family != second.family
+    assert first.dtype != second.dtype
+
+
+def test_smoke_checks_run_the_family_they_name() -> None:
+    """As far as the launch code chooses on a device of capability 8.0."""
+    own = {"resident": "resident_kernel", "streaming": "step_kernel", "plan": "plan_kernel"}
+    backend = BACKENDS["cuda-emulated"]()
+    emulator = Emulator(backend.module.__file__)
+    for task in smoke_checks.tasks():
+        if task.smoke.dtype == torch.bfloat16 and task.smoke.direction == "forward":
+            emulator.clear_launches()
+            ops._C = backend.module
+            assert execute(task, CPU).status == "ok"
+            found = {
+                x for x in own.values() for launch in emulator.launches() if x in launch.kernel
+            }
+            family = own[task.smoke.family]
+            assert family in found
+            assert task.smoke.family == "plan" or found == {family}
 
 
 # What a wrong kernel does to its arrays, and a check that must notice.
@@ -136,7 +185,7 @@ def test_a_wrong_kernel_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(ops, "run", run)
     tasks = [task for task in runner.all_tasks(CPU, quick=True) if task.name == check]
-    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: tasks)
+    monkeypatch.setattr(runner, "all_tasks", lambda *_: tasks)
     result = selftest(CPU, quick=True)
     assert not result.passed
     assert [outcome.name for outcome in result.outcomes] == [check]
@@ -177,12 +226,13 @@ MIXED = [
 def test_one_failure_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: MIXED)
+    monkeypatch.setattr(runner, "all_tasks", lambda *_: MIXED)
     file = tmp_path / "report.txt"
     options = ["--device=cpu", "--quick", "--in-process", "--output", str(file)]
     assert cli.main(["selftest", *options]) == 1
     text = capsys.readouterr().out
     assert text == file.read_text()
+    assert_record_has_it_all(json.loads(file.with_suffix(".json").read_text()), text)
     checks = text.partition("allowed")[2].splitlines()[1 : len(MIXED) + 1]
     assert [line.split()[0] for line in checks] == [
         *("ok", "FAILED", "FAILED", "FAILED", "skipped", "ok")
@@ -197,7 +247,53 @@ def test_one_failure_does_not_stop_the_others(
     assert "torch finds one GPU" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("B=1"))
     assert row == ["B=1", "2", "2.50", "failed"]
-    assert text.splitlines()[-1].startswith("FAILED: 2 ok, 3 failed, 1 skipped in ")
+    assert text.splitlines()[-1].startswith("FAILED: 2 ok, 3 failed, 1 skipped, 0 not run in ")
+
+
+def assert_record_has_it_all(record: dict[str, Any], text: str) -> None:
+    assert [task["status"] for task in record["tasks"]] == [
+        *("ok", "FAILED", "FAILED", "FAILED", "skipped", "ok")
+    ]
+    assert record["tasks"][1]["comparisons"][1] == {
+        "name": "y",
+        "error": 2e-3,
+        "allowed": 1e-3,
+        "note": "a note",
+        "passed": False,
+    }
+    assert record["tasks"][2]["comparisons"][1]["error"] == "nan"
+    assert "illegal memory access" in record["tasks"][3]["error"]
+    assert record["tasks"][5]["timings"][0]["milliseconds"]["definition"] == 5.0
+    assert record["facts"]["torch"] == report.facts(CPU)["torch"]
+    assert record["verdict"] == text.splitlines()[-1]
+    assert (record["finished"], record["passed"]) == (True, False)
+
+
+def test_record_is_whole_after_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run that is cut short leaves what it found, in a file that can be read at any time."""
+    file = tmp_path / "report.json"
+    seen = []
+
+    def looking(device: torch.device) -> Result:
+        seen.append(json.loads(file.read_text(), parse_constant=pytest.fail))
+        return Result()
+
+    tasks = [Task("infinite", lambda _: Result([Comparison("x", float("inf"), 0)]), SMOKE)]
+    tasks += [Task(f"look {i}", looking, SPEED) for i in range(2)]
+    monkeypatch.setattr(runner, "all_tasks", lambda *_: tasks)
+    selftest(CPU, json=file)
+    assert [len(record["tasks"]) for record in seen] == [1, 2]
+    assert not seen[1]["finished"]
+    assert seen[1]["tasks"][0]["comparisons"][0]["error"] == "inf"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_times_come_before_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [Task("measured", measuring, SPEED), Task("last", failing, CHECKS)]
+    monkeypatch.setattr(runner, "all_tasks", lambda *_: tasks)
+    lines = selftest(CPU).text.splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith("B=1"))
+    assert row < next(i for i, line in enumerate(lines) if "last" in line)
 
 
 def test_what_is_ok_does_not_look_like_an_error() -> None:
@@ -211,17 +307,17 @@ def test_what_is_ok_does_not_look_like_an_error() -> None:
 
 
 def test_report_has_what_a_bug_report_needs() -> None:
-    text = report.facts(CPU)
+    facts = report.facts(CPU)
     for name in ("setformer_ext", "Python", "torch", "CUDA driver", "compiler", "this run on"):
-        assert any(line.startswith(name) for line in text.splitlines()), name
+        assert facts[name]
 
 
 def test_a_report_without_facts_is_better_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise OSError("no /proc here")
 
-    monkeypatch.setattr(report.info, "report", broken)
-    assert "setformer info: OSError: no /proc here" in report.facts(CPU)
+    monkeypatch.setattr(report.info, "collect", broken)
+    assert report.facts(CPU)["setformer info"] == "OSError: no /proc here"
 
 
 def test_in_a_process_of_its_own(
@@ -238,114 +334,10 @@ def test_in_a_process_of_its_own(
     assert lines[-1].startswith(f"PASSED: {count} ok, 0 failed, 0 skipped")
 
 
-# A worker that tells of the tasks from its number on, except that it dies or hangs over some.
-WORKER = """
-import os, sys, time
-tasks, start = {tasks!r}, {start}
-for name, kind in tasks[start:]:
-    if kind == "crash":
-        print("a kernel's assertion", file=sys.stderr, flush=True)
-        os.abort()
-    if kind == "hang":
-        time.sleep(1000)
-    if kind == "leave":
-        sys.exit(0)
-    print("printed by a kernel")
-    print({mark!r} + {lines!r}[name], flush=True)
-    if kind == "lost":
-        sys.exit(0)
-"""
-
-
-def run_pretended(
-    kinds: list[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[Outcome], list[int]]:
-    """The outcomes of tasks of these kinds, and with which task each process started."""
-    tasks = [(f"task {i}", kind) for i, kind in enumerate(kinds)]
-    lines = {
-        name: json.dumps(Outcome(name, error="" if kind == "ok" else "raised").to_json())
-        for name, kind in tasks
-    }
-    starts = []
-
-    def worker(device: torch.device, quick: bool, start: int) -> list[str]:
-        starts.append(start)
-        code = WORKER.format(tasks=tasks, start=start, mark=runner.MARK, lines=lines)
-        return [sys.executable, "-c", code]
-
-    named = [Task(name, passing) for name, _ in tasks]
-    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: named)
-    monkeypatch.setattr(runner, "_command", worker)
-    monkeypatch.setattr(runner, "SECONDS", 3)
-    outcomes = list(runner.run_apart(CPU, True))
-    assert [outcome.name for outcome in outcomes] == [name for name, _ in tasks]
-    return outcomes, starts
-
-
-def test_a_crash_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes, starts = run_pretended(["ok", "crash", "ok", "crash"], monkeypatch)
-    assert [outcome.status for outcome in outcomes] == ["ok", "FAILED", "ok", "FAILED"]
-    assert outcomes[1].error == "the process ended with status -6; it wrote:\na kernel's assertion"
-    assert starts == [0, 2]
-
-
-def test_a_hang_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.1)
-    outcomes, starts = run_pretended(["ok", "hang", "ok"], monkeypatch)
-    assert [outcome.status for outcome in outcomes] == ["ok", "FAILED", "ok"]
-    assert outcomes[1].error == "no result within 3 s"
-    assert starts == [0, 2]
-
-
-def test_a_lost_gpu_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes, starts = run_pretended(["lost", "error", "ok", "lost", "lost", "ok"], monkeypatch)
-    assert [outcome.status for outcome in outcomes].count("FAILED") == 4
-    assert {outcome.error for outcome in outcomes} == {"", "raised"}
-    assert starts == [0, 1, 4, 5]
-
-
-def test_a_process_that_leaves_without_a_word_is_no_endless_loop(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    outcomes, starts = run_pretended(["leave", "ok"], monkeypatch)
-    assert outcomes[0].error == "the process ended with status 0"
-    assert starts == [0, 1]
-
-
-def test_a_worker_stops_when_the_device_is_lost(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: MIXED)
-
-    def told(start: int) -> list[str]:
-        runner.work("cpu", True, start)
-        lines = capsys.readouterr().out.splitlines()
-        return [json.loads(line.removeprefix(runner.MARK))["name"] for line in lines]
-
-    assert told(1) == [task.name for task in MIXED[1:]]
-    monkeypatch.setattr(runner, "_works", lambda device: False)
-    assert told(1) == ["failing", "not_a_number", "raising"]
-
-
-def test_a_lost_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runner._works(CPU)
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: raising(CPU))
-    assert not runner._works(CPU)
-
-
-def test_gives_up_after_many_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    most = runner.MOST_LOST_PROCESSES
-    outcomes, starts = run_pretended(["crash"] * most + ["ok"] * 2, monkeypatch)
-    assert len(starts) == most
-    assert {outcome.error for outcome in outcomes[most:]} == {
-        f"not run: {most} processes were lost before"
-    }
-
-
 def test_outcomes_survive_the_crossing() -> None:
     comparison = Comparison("x", float("inf"), 1.5, "note")
     result = Result([comparison], [Timing("B=1", {"setformer_ext": 1.0})])
-    outcome = Outcome("name", result, "", "error", 0.5)
+    outcome = Outcome("name", result, "", "error", 0.5, SPEED, "", "a note", lost=True)
     assert Outcome.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
 
 
@@ -355,6 +347,8 @@ def test_outcomes_survive_the_crossing() -> None:
         (["--device=tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
         (["--suite=missing"], "--suite must be a folder of tests, got missing"),
         (["--output=no/such/folder.txt"], "no/such/folder.txt"),
+        (["--output=report.json"], "--output must be the text's name, .* try report.txt"),
+        (["--suite-seconds=0"], "--suite-seconds must be above 0, got 0.0"),
     ],
 )
 def test_bad_options(
@@ -364,41 +358,7 @@ def test_bad_options(
     assert cli.main(["selftest", *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith("setformer selftest: ")
-    assert message in error
-
-
-@pytest.fixture
-def suite(tmp_path: Path) -> Path:
-    """A test that passes on the CPU's backend alone."""
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n"
-        "@pytest.mark.parametrize('backend', ['cpu', 'cuda-emulated', 'cuda'])\n"
-        "def test_backend(backend): assert backend == 'cpu', 'wrong on ' + backend\n"
-    )
-    return tmp_path
-
-
-def test_suite(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "all_tasks", lambda device, quick: MIXED[:1])
-    result = selftest(CPU, suite=suite)
-    assert result.passed
-    assert "1 passed, 2 deselected" in result.text
-    assert result.text.splitlines()[-1].endswith(", the suite passed")
-    passed, text = run_suite(suite, GPU)
-    assert not passed
-    assert "AssertionError: wrong on cuda\n" in text
-    assert "emulated" not in text.partition("\n")[2]
-    monkeypatch.setattr(command, "run_suite", lambda folder, device: (passed, text))
-    result = selftest(CPU, suite=suite)
-    assert not result.passed
-    assert result.text.splitlines()[-1].startswith("FAILED: 1 ok, 0 failed")
-
-
-def test_suite_without_pytest(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    passed, text = run_suite(suite, CPU)
-    assert not passed
-    assert text.startswith("needs pytest")
+    assert re.search(message, error)
 
 
 class PretendedGraph:

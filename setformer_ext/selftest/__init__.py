@@ -1,29 +1,49 @@
 """``setformer selftest``: every check of the numbers, and a benchmark, on the user's own device."""
 
 import argparse
+import itertools
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from .. import info
 from ..errors import first_line
 from ..timing import find_device
 from . import report
-from .outcome import Outcome
+from .outcome import SECTIONS, Outcome
+from .record import Record, path_beside
 from .runner import run_apart, run_here
-from .suite import run_suite
+from .suite import MOST_SECONDS, Suite, run_suite
+
+EXIT_STATUS = (
+    "The exit status is 0 where everything passed, 1 where something failed or was not run (or the "
+    "report cannot be made), 2 for options it does not know."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.epilog = EXIT_STATUS
     parser.add_argument(
         "--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if it can be used)"
     )
     parser.add_argument("--quick", action="store_true", help="a few small problems only")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the report to this file as well"
+        "--only",
+        action="append",
+        choices=SECTIONS,
+        help="run this part only: smoke (each kernel family, type and direction once: seconds), "
+        "speed or checks; may be given again for another",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the report to this file as well, and beside it, named .json, all numbers",
     )
     parser.add_argument(
         "--in-process",
@@ -36,18 +56,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="run pytest on this folder too, the tests of a checkout, with the device's backend",
     )
+    parser.add_argument(
+        "--suite-seconds",
+        type=float,
+        default=MOST_SECONDS,
+        metavar="S",
+        help="end the suite after so many seconds, and report what it found (default: %(default)s)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report as it grows; returns 0 if every check passed, else 1."""
+    """Print the report as it grows; returns 0 if everything passed, else 1."""
     try:
         device = find_device(options.device)
         if options.suite is not None and not options.suite.is_dir():
             raise ValueError(f"--suite must be a folder of tests, got {options.suite}")
+        if not options.suite_seconds > 0:
+            raise ValueError(f"--suite-seconds must be above 0, got {options.suite_seconds}")
+        json = None
         if options.output is not None:
-            options.output.write_text(
-                "", encoding="utf-8"
-            )  # a path that cannot be written shows before the work
+            json = path_beside(options.output)
+            # paths that cannot be written show before the work
+            options.output.write_text("", encoding="utf-8")
+            Record(json)
     except (ValueError, OSError) as error:
         print(f"setformer selftest: {first_line(error)}", file=sys.stderr)
         return 1
@@ -59,7 +90,14 @@ def run(options: argparse.Namespace) -> int:
                 print(text, file=file)
 
     passed = selftest(
-        device, options.quick, apart=not options.in_process, suite=options.suite, write=write
+        device,
+        options.quick,
+        sections=options.only or SECTIONS,
+        apart=not options.in_process,
+        suite=options.suite,
+        suite_seconds=options.suite_seconds,
+        write=write,
+        json=json,
     ).passed
     return 0 if passed else 1
 
@@ -77,21 +115,26 @@ def selftest(
     device: torch.device | str = "cpu",
     quick: bool = False,
     *,
+    sections: Collection[str] = SECTIONS,
     apart: bool = False,
     suite: Path | None = None,
+    suite_seconds: float = MOST_SECONDS,
     write: Callable[[str], None] = lambda text: None,
+    json: Path | None = None,
 ) -> Report:
-    """Run every check and measurement on the device; a failing one does not stop the others.
+    """Run checks and measurements on the device; what fails does not stop what does not need it.
 
     Args:
         device: the CPU or a GPU, with its index.
         quick: small problems only.
+        sections: of smoke, speed and checks, which run in this order.
         apart: run in another process, which is replaced should it crash or hang.
         suite: a folder of tests for pytest to run as well.
+        suite_seconds: after which the suite is ended.
         write: is given each part of the report when it is known.
+        json: a file for all of it as JSON (`record.Record`).
     """
-    device = torch.device(device)
-    outcomes: list[Outcome] = []
+    device, start = torch.device(device), time.monotonic()
     parts: list[str] = []
 
     def add(*texts: str) -> None:
@@ -99,18 +142,33 @@ def selftest(
             parts.append(text)
             write(text)
 
-    add(f"setformer selftest{' --quick' if quick else ''}", "", report.facts(device))
-    add("", report.heading())
-    for outcome in (run_apart if apart else run_here)(device, quick):
-        outcomes.append(outcome)
-        add(report.line(outcome))
-    for text in (report.times(outcomes), report.failures(outcomes)):
-        if text:
-            add("", text)
-    suite_passed = True
+    facts = report.facts(device)
+    record = Record(json, device=str(device), quick=quick, sections=list(sections), facts=facts)
+    add(f"setformer selftest{' --quick' if quick else ''}", "", info.table(facts))
+
+    outcomes: list[Outcome] = []
+    running = (run_apart if apart else run_here)(device, quick, sections)
+    for section, group in itertools.groupby(running, key=lambda outcome: outcome.section):
+        add("", report.heading(section))
+        first = len(outcomes)
+        for outcome in group:
+            outcomes.append(outcome)
+            record.add(outcome)
+            add(report.line(outcome))
+        for text in (report.times(outcomes[first:]), report.failures(outcomes[first:])):
+            if text:
+                add("", text)
+
+    of_suite: Suite | None = None
     if suite is not None:
-        suite_passed, text = run_suite(suite, device)
-        add("", text)
-    add("", report.verdict(outcomes, suite_passed if suite else None))
-    passed = suite_passed and all(outcome.status != "FAILED" for outcome in outcomes)
+        add("")
+        of_suite = Suite(suite, device)
+        for line in run_suite(of_suite, suite_seconds):
+            add(line)
+            record.set(suite=of_suite.to_json())
+    verdict = report.verdict(outcomes, of_suite, time.monotonic() - start)
+    add("", verdict)
+    passed = verdict.startswith("PASSED")
+    seconds = time.monotonic() - start
+    record.set(verdict=verdict, passed=passed, seconds=seconds, finished=True)
     return Report(outcomes, "\n".join(parts), passed)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import SetAttention, set_attention, set_pooling, transport_plan
 from ..errors import first_line
 from .definition_checks import DTYPES
-from .outcome import Result, Task
+from .outcome import Result, Task, short
 from .problems import (
     Arguments,
     call,
@@ -33,14 +33,14 @@ def tasks(quick: bool) -> list[Task]:
     by_type = {"any layout": layouts, "two runs alike": two_runs, "extreme similarities": extremes}
     return [
         *(
-            Task(f"{name}, {str(dtype).removeprefix('torch.')}", partial(check, quick, dtype))
+            Task(f"{name}, {short(dtype)}", partial(check, quick, dtype), needs=(dtype,))
             for name, check in by_type.items()
             for dtype in dtypes
         ),
-        Task("sizes of 0 and no valid token", empty),
-        Task("not a number stays in its batch item", not_a_number),
-        Task("finite differences", partial(finite_differences, quick)),
-        Task("the module", module),
+        Task("sizes of 0 and no valid token", empty, needs=(torch.float32,)),
+        Task("not a number stays in its batch item", not_a_number, needs=(torch.float32,)),
+        Task("finite differences", partial(finite_differences, quick), needs=(torch.float64,)),
+        Task("the module", module, needs=(torch.float32, torch.bfloat16)),
         Task("wrong arguments are refused", wrong_arguments),
     ]
 

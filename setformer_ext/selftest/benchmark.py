@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference, set_attention
 from ..timing import DTYPES, SHAPES, Shape, inputs, milliseconds, step
-from .outcome import Result, Task, Timing
+from .outcome import SPEED, Result, Task, Timing
 
 QUICK = {"small": Shape(1, 2, 49, 8, 8, 16)}
 ROUNDS = 7
@@ -35,6 +35,9 @@ def tasks(device: torch.device, quick: bool) -> list[Task]:
         Task(
             f"time of {name}, {dtype}, forward{' + backward' if gradient else ''}",
             partial(_measure, shape, dtype, gradient),
+            SPEED,
+            needs=(DTYPES[dtype],),
+            backward=gradient,
         )
         for name, shape in shapes.items()
         for dtype in dtypes

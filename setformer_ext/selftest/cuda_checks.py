@@ -1,5 +1,6 @@
 """What holds on a GPU alone: streams, graphs, several devices, memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +24,18 @@ CYCLES = 200_000_000  # for which a stream is kept busy: about a tenth of a seco
 
 def tasks() -> list[Task]:
     """The checks; each skips itself where the machine lacks what it needs."""
+    checks: dict[str, Callable[[torch.device], Result]] = {
+        "work is put on the current stream": current_stream,
+        "calls return before their work is done": no_waiting,
+        "two streams at once": two_streams,
+        "a CUDA graph": graph,
+        "the second GPU while the first is current": second_device,
+        "no memory of the size N x M": memory,
+        "an epsilon that is not positive": invalid_epsilon,
+    }
     return [
-        Task("work is put on the current stream", current_stream),
-        Task("calls return before their work is done", no_waiting),
-        Task("two streams at once", two_streams),
-        Task("a CUDA graph", graph),
-        Task("the second GPU while the first is current", second_device),
-        Task("no memory of the size N x M", memory),
-        Task("an epsilon that is not positive", invalid_epsilon),
+        Task(name, check, needs=(torch.float32,), backward=check is not invalid_epsilon)
+        for name, check in checks.items()
     ]
 
 

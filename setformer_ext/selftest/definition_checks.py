@@ -7,7 +7,7 @@ import torch
 
 import setformer_ext
 
-from .outcome import Result, Task
+from .outcome import Result, Task, short
 from .problems import random_problem
 from .tolerance import Comparison, compare_with_definition
 
@@ -72,15 +72,24 @@ def tasks(quick: bool) -> list[Task]:
             ("epsilon of 0.01", SMALL_EPSILON, dtype) for dtype in (torch.float32, torch.float64)
         ]
     return [
-        Task(f"{name}, {str(dtype).removeprefix('torch.')}", partial(_check, options, dtype))
+        Task(
+            f"{name}, {short(dtype)}",
+            partial(_check, options, dtype, True),
+            needs=(dtype,),
+            forward_only=partial(_check, options, dtype, False),
+        )
         for name, options, dtype in problems
     ]
 
 
-def _check(options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Result:
+def _check(
+    options: dict[str, Any], dtype: torch.dtype, backward: bool, device: torch.device
+) -> Result:
     arguments = random_problem(7, **options, dtype=dtype, device=str(device))
     comparisons = []
     for name in FUNCTIONS:
-        for x in compare_with_definition(getattr(setformer_ext, name), arguments):
+        for x in compare_with_definition(
+            getattr(setformer_ext, name), arguments, backward=backward
+        ):
             comparisons.append(Comparison(f"{name}, {x.name}", x.error, x.allowed, x.note))
     return Result(comparisons)

@@ -5,11 +5,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .tolerance import Comparison
+
+SMOKE, SPEED, CHECKS = SECTIONS = ("smoke", "speed", "checks")  # in the order they run in
 
 
 class SkippedError(Exception):
@@ -32,12 +34,28 @@ class Result:
     timings: list[Timing] = field(default_factory=list)
 
 
+class Kernels(NamedTuple):
+    """The kernels that a smoke check runs."""
+
+    family: str  # resident, streaming or plan
+    dtype: torch.dtype
+    direction: str  # forward or backward
+
+    def __str__(self) -> str:
+        return f"{self.family}, {short(self.dtype)}, {self.direction}"
+
+
 @dataclass(frozen=True)
 class Task:
     """A check or a measurement under a name of its own."""
 
     name: str
     function: Callable[[torch.device], Result]
+    section: str = CHECKS
+    smoke: Kernels | None = None  # what it alone runs, if it is a smoke check
+    needs: tuple[torch.dtype, ...] = ()  # it calls set_attention in these types,
+    backward: bool = True  # in both directions,
+    forward_only: Callable[[torch.device], Result] | None = None  # where it cannot do with this
 
 
 @dataclass(frozen=True)
@@ -49,12 +67,22 @@ class Outcome:
     skipped: str = ""  # why
     error: str = ""  # the end of a traceback, or how the process ended
     seconds: float = 0.0
+    section: str = CHECKS
+    not_run: str = ""  # why: what it needs has failed before
+    note: str = ""  # what was left out of it, and why
+    lost: bool = False  # the process can do nothing more on the device, or is gone
 
     @property
     def status(self) -> str:
+        if self.not_run:
+            return "not run"
         if self.skipped:
             return "skipped"
         return "FAILED" if self.error or self.failures else "ok"
+
+    @property
+    def passed(self) -> bool:
+        return self.status in ("ok", "skipped")
 
     @property
     def failures(self) -> list[Comparison]:
@@ -77,14 +105,43 @@ class Outcome:
         return cls(**fields | {"result": result})
 
 
-def execute(task: Task, device: torch.device) -> Outcome:
-    """Run the task; whatever it raises becomes part of the outcome."""
+def short(dtype: torch.dtype) -> str:
+    """Its name without that of torch."""
+    return str(dtype).removeprefix("torch.")
+
+
+def execute(task: Task, device: torch.device, backward: bool = True) -> Outcome:
+    """Run the task, or what of it is forward only; what it raises becomes part of the outcome.
+
+    Waits for the device, so that no later task is blamed for this one's kernels.
+    """
     start = time.perf_counter()
     result, skipped, error = Result(), "", ""
+    function = task.function if backward else task.forward_only
+    assert function is not None
     try:
-        result = task.function(device)
+        result = function(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except SkippedError as reason:
         skipped = str(reason)
     except Exception as exception:
         error = "".join(traceback.format_exception(exception, limit=-4)).rstrip()
-    return Outcome(task.name, result, skipped, error, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Outcome(
+        task.name,
+        result,
+        skipped,
+        error,
+        seconds,
+        task.section,
+        lost=bool(error) and not works(device),
+    )
+
+
+def works(device: torch.device) -> bool:
+    """After some errors of a kernel every call fails until the process ends."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False

@@ -1,7 +1,6 @@
 """The report: facts of the machine, a line a check, times, what failed, a verdict."""
 
 import shutil
-import subprocess
 from collections.abc import Sequence
 
 import torch
@@ -11,51 +10,48 @@ from ..errors import first_line
 from ..timing import why_no_cuda
 from .benchmark import COMPETITORS
 from .outcome import Outcome, Timing
+from .processes import output
+from .suite import Suite
 
 COLUMNS = "{:<8} {:<44} {:>15} {:>6}  {}"
+MOST_OF_ERROR = 100  # characters in the line of a check
+SECONDS_OF_NVIDIA_SMI = 30
+STATUSES = ("ok", "FAILED", "skipped", "not run")
 
 
-def facts(device: torch.device) -> str:
+def facts(device: torch.device) -> dict[str, str]:
     """What `setformer info` says, and the device of this run."""
     try:
-        lines = [info.report()]
+        found = info.collect()
     except Exception as error:
-        lines = [f"setformer info: {type(error).__name__}: {first_line(error)}"]
+        found = {"setformer info": f"{type(error).__name__}: {first_line(error)}"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        lines.append(
-            f"this run on {device}: {properties.name}, capability {properties.major}."
-            f"{properties.minor}, {properties.multi_processor_count} multiprocessors"
+        found["this run on"] = (
+            f"{device}: {properties.name}, capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} multiprocessors"
         )
-        lines.append(_driver())
+        found["nvidia-smi"] = _driver()
     else:
-        lines.append(f"this run on the CPU; a GPU: {why_no_cuda() or 'found, but not asked for'}")
-    return "\n".join(lines)
+        found["this run on"] = f"the CPU; a GPU: {why_no_cuda() or 'found, but not asked for'}"
+    return found
 
 
 def _driver() -> str:
     """The driver's version and the clocks, where nvidia-smi tells them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return "nvidia-smi not found"
+        return "not found"
     query = "index,name,driver_version,pstate,clocks.sm,clocks.max.sm,power.limit,memory.used"
     try:
-        done = subprocess.run(
-            [tool, f"--query-gpu={query}", "--format=csv"],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=30,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi: {first_line(error)}"
-    return (done.stdout + done.stderr).strip()
+        return output([tool, f"--query-gpu={query}", "--format=csv"], SECONDS_OF_NVIDIA_SMI).strip()
+    except (OSError, TimeoutError) as error:
+        return first_line(error)
 
 
-def heading() -> str:
+def heading(section: str) -> str:
     """Above the lines."""
-    return COLUMNS.format("", "check", "error / allowed", "s", "of")
+    return COLUMNS.format("", section, "error / allowed", "s", "of")
 
 
 def line(outcome: Outcome) -> str:
@@ -64,13 +60,17 @@ def line(outcome: Outcome) -> str:
     The error is told as a share of the tolerance: what is small differs from check to check.
     """
     tightest = outcome.tightest
-    error, of = "", outcome.skipped
+    error, of = "", outcome.skipped or outcome.not_run
     if outcome.error:
-        of = "raised an error, see below"
+        lines = outcome.error.splitlines()
+        of = lines[-1 if lines[0].startswith("Traceback") else 0][:MOST_OF_ERROR] + ", see below"
     elif tightest is not None:
         error = f"{100 * tightest.share:.2g}%"
         of = f"{tightest.name} (of {len(outcome.result.comparisons)})"
-    text = COLUMNS.format(outcome.status, outcome.name, error, f"{outcome.seconds:.1f}", of)
+    if outcome.note:
+        of += f"; {outcome.note}"
+    seconds = "" if outcome.not_run else f"{outcome.seconds:.1f}"
+    text = COLUMNS.format(outcome.status, outcome.name, error, seconds, of)
     return text.rstrip()
 
 
@@ -115,16 +115,9 @@ def _multiple(timing: Timing, name: str) -> str:
     return f"{milliseconds / timing.milliseconds['setformer_ext']:.2f}"
 
 
-def verdict(outcomes: Sequence[Outcome], suite_passed: bool | None) -> str:
+def verdict(outcomes: Sequence[Outcome], suite: Suite | None, seconds: float) -> str:
     """One line."""
-    count = {
-        status: sum(outcome.status == status for outcome in outcomes)
-        for status in ("ok", "FAILED", "skipped")
-    }
-    failed = count["FAILED"] > 0 or suite_passed is False
-    seconds = sum(outcome.seconds for outcome in outcomes)
-    suite = "" if suite_passed is None else f", the suite {'passed' if suite_passed else 'FAILED'}"
-    return (
-        f"{'FAILED' if failed else 'PASSED'}: {count['ok']} ok, {count['FAILED']} failed, "
-        f"{count['skipped']} skipped in {seconds:.0f} s{suite}"
-    )
+    count = [f"{sum(x.status == status for x in outcomes)} {status.lower()}" for status in STATUSES]
+    passed = all(outcome.passed for outcome in outcomes) and (suite is None or suite.passed)
+    of_suite = "" if suite is None else f"; {suite.verdict}"
+    return f"{'PASSED' if passed else 'FAILED'}: {', '.join(count)} in {seconds:.0f} s{of_suite}"

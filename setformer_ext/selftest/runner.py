@@ -1,143 +1,173 @@
 """Runs the tasks, here or in a process of their own that may crash or hang."""
 
-import json
-import queue
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
-from typing import IO
+from dataclasses import replace
 
 import torch
 
-from . import behaviour_checks, benchmark, cuda_checks, definition_checks
-from .outcome import Outcome, Task, execute
+from .outcome import SECTIONS, SMOKE, Kernels, Outcome, Task, execute, short
+from .smoke_checks import FAMILIES
+from .tasks import all_tasks, deadline
+from .worker import Worker
 
-# One task's, with starting Python, loading torch and compiling the PTX for a newer GPU.
-SECONDS = 600
-SECONDS_TO_END = 10  # of a process that has closed its stdout
-MOST_LOST_PROCESSES = 5
-
-
-def all_tasks(device: torch.device, quick: bool) -> list[Task]:
-    """Every task for this device, the same list in every process."""
-    return [
-        *definition_checks.tasks(quick),
-        *behaviour_checks.tasks(quick),
-        *(cuda_checks.tasks() if device.type == "cuda" else []),
-        *benchmark.tasks(device, quick),
-    ]
+# Given up is what is left when so many seconds went into processes that were lost; and when one was
+# lost and nothing has passed in so many seconds since the first task began.
+MOST_LOST_SECONDS = 180
+MOST_SECONDS_WITHOUT_SUCCESS = 15
 
 
-def run_here(device: torch.device, quick: bool) -> Iterator[Outcome]:
-    """In this process."""
-    for task in all_tasks(device, quick):
-        yield execute(task, device)
+def run_here(
+    device: torch.device, quick: bool, sections: Collection[str] = SECTIONS
+) -> Iterator[Outcome]:
+    """In this process, which can do no more once it has lost the GPU."""
+    lost = False
+
+    def do(task: Task, backward: bool) -> Outcome:
+        nonlocal lost
+        if lost:
+            return Outcome(task.name, not_run=f"this process has lost {device}")
+        outcome = execute(task, device, backward)
+        lost = outcome.lost
+        return outcome
+
+    yield from run_tasks(all_tasks(device, quick, sections), do)
 
 
-def run_apart(device: torch.device, quick: bool) -> Iterator[Outcome]:
+def run_apart(
+    device: torch.device, quick: bool, sections: Collection[str] = SECTIONS
+) -> Iterator[Outcome]:
     """In a process that is replaced when it crashes, hangs or has lost the GPU."""
-    names = [task.name for task in all_tasks(device, quick)]
-    lost = position = 0
-    while position < len(names):
-        if lost == MOST_LOST_PROCESSES:
-            error = f"not run: {lost} processes were lost before"
-            yield from (Outcome(name, error=error) for name in names[position:])
+    with closing(Workers(device, quick)) as workers:
+        yield from run_tasks(all_tasks(device, quick, sections), workers.do)
+
+
+def run_tasks(tasks: list[Task], do: Callable[[Task, bool], Outcome]) -> Iterator[Outcome]:
+    """The outcome of each task; of what cannot but fail, that and why it was not run."""
+    experience = Experience()
+    for task in tasks:
+        reason, note = experience.why_not(task), ""
+        if reason:
+            outcome = Outcome(task.name, not_run=reason)
+        else:
+            broken = experience.broken(task, "backward") if task.backward else ""
+            outcome = do(task, not broken)
+            note = f"forward only: {broken}" if broken else ""
+        outcome = replace(outcome, section=task.section, note=note)
+        experience.learn(task, outcome)
+        yield outcome
+
+
+class Experience:
+    """What the outcomes so far tell of the tasks to come."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None  # the first task, without the start of its process
+        self._raised: dict[Kernels, bool] = {}  # rather than returned numbers, right or wrong
+        self._lost, self._lost_seconds, self._any_passed = 0, 0.0, False
+        self._gave_up = ""
+
+    def learn(self, task: Task, outcome: Outcome) -> None:
+        """Of one outcome."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now - outcome.seconds
+        if task.smoke is not None:
+            self._raised[task.smoke] = bool(outcome.error or outcome.not_run)
+        self._any_passed |= outcome.status == "ok"
+        if not outcome.lost:
             return
-        start = position
-        with closing(_Worker(device, quick, start)) as worker:
-            while position < len(names):
-                outcome = worker.next_outcome()
-                if outcome is None and position > start and worker.status() == 0:
-                    break  # it ended because it lost the GPU, after telling of that task
-                if outcome is None:
-                    lost += 1
-                    yield Outcome(names[position], error=worker.how_it_was_lost())
-                    position += 1
-                    break
-                yield outcome
-                position += 1
+        self._lost += 1
+        self._lost_seconds += outcome.seconds
+        since = now - self._began
+        if not self._any_passed and since > MOST_SECONDS_WITHOUT_SUCCESS:
+            self._gave_up = f"nothing passed in {since:.0f} s"
+        elif self._lost_seconds > MOST_LOST_SECONDS:
+            self._gave_up = f"{self._lost} processes and {self._lost_seconds:.0f} s were lost"
+
+    def why_not(self, task: Task) -> str:
+        """Why the task cannot but fail; empty where it may pass."""
+        if self._gave_up:
+            return self._gave_up
+        if task.smoke is not None and task.smoke.direction == "backward":
+            forward = task.smoke._replace(direction="forward")
+            return "its forward failed" if self._raised.get(forward) else ""
+        reason = self.broken(task, "forward")
+        if not reason and task.backward and task.forward_only is None:
+            reason = self.broken(task, "backward")
+        return reason
+
+    def broken(self, task: Task, direction: str) -> str:
+        """That set_attention failed all smoke checks in this direction and a type of the task."""
+        for dtype in task.needs:
+            raised = [
+                raised
+                for kernels, raised in self._raised.items()
+                if FAMILIES[kernels.family][0] == "set_attention"
+                and (kernels.dtype, kernels.direction) == (dtype, direction)
+            ]
+            if raised and all(raised):
+                return f"all smoke checks of {short(dtype)}, {direction} failed"
+        return ""
 
 
-def _command(device: torch.device, quick: bool, start: int) -> list[str]:
-    # with this process's path: a source folder that one happens to be in is not this package
-    code = (
-        f"import sys; sys.path = {sys.path!r}; "
-        f"from {__name__} import work; work({str(device)!r}, {quick!r}, {start!r})"
-    )
-    return [sys.executable, "-c", code]
+class Workers:
+    """Does tasks in another process, and has the next one, should that be lost, come up."""
 
+    def __init__(self, device: torch.device, quick: bool) -> None:
+        self._device, self._quick = device, quick
+        self._names = [task.name for task in all_tasks(device, quick)]
+        self._current: Worker | None = None
+        self._next: Worker | None = None
+        self._blocking = False
+        self._slowness = 1.0
+        self._why_none = ""
 
-class _Worker:
-    """`work` below in a process of its own, with what it writes to stderr kept."""
+    def do(self, task: Task, backward: bool) -> Outcome:
+        """The outcome, whatever happens to the process."""
+        if self._why_none:
+            return Outcome(task.name, not_run=self._why_none)
+        blocking = self._device.type == "cuda" and task.section == SMOKE
+        if self._current is not None and blocking != self._blocking:
+            self._drop()
+        worker = self._current or self._start(blocking)
+        if self._why_none:
+            error = worker.how_it_was_lost()
+            self._drop()
+            return Outcome(task.name, error=f"{self._why_none}: {error}", lost=True)
+        start = time.monotonic()
+        seconds = deadline(task.section, self._device) * self._slowness
+        request = {"task": self._names.index(task.name), "backward": backward}
+        answer = worker.ask(request, seconds)
+        if answer is not None:
+            outcome = Outcome.from_json(answer)
+        else:
+            outcome = Outcome(task.name, error=worker.how_it_was_lost(), lost=True)
+        if outcome.lost:
+            self._drop()
+            outcome = replace(outcome, seconds=time.monotonic() - start)
+        return outcome
 
-    def __init__(self, device: torch.device, quick: bool, start: int) -> None:
-        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            _command(device, quick, start),
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            encoding="utf-8",
-            errors="replace",
-        )
-        self.lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
+    def _start(self, blocking: bool) -> Worker:
+        first = self._next is None
+        self._current = worker = self._next or Worker(self._device, self._quick)
+        self._blocking, self._next = blocking, None
+        if not worker.take_device(blocking):
+            self._why_none = f"no process could take {self._device}"
+            return worker
+        if first:
+            self._slowness = worker.slowness
+        self._next = Worker(self._device, self._quick)
+        return worker
 
-    def _read(self, stdout: IO[str]) -> None:
-        for line in stdout:
-            if line.startswith(MARK):
-                self.lines.put(line.removeprefix(MARK))
-        self.lines.put("")
-
-    def next_outcome(self) -> Outcome | None:
-        """The next task's outcome; None if the process was lost over it."""
-        try:
-            line = self.lines.get(timeout=SECONDS)
-        except queue.Empty:
-            return None
-        return Outcome.from_json(json.loads(line)) if line else None
-
-    def status(self) -> int | None:
-        """What the process ended with; None if it still runs."""
-        try:
-            return self.process.wait(timeout=SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def how_it_was_lost(self) -> str:
-        """Its status, or that it hung, and the end of what it wrote to stderr."""
-        status = self.status()
-        how = f"no result within {SECONDS} s"
-        if status is not None:
-            how = f"the process ended with status {status}"
-        self.errors.seek(0)
-        wrote = self.errors.read()[-2000:].strip()
-        return f"{how}; it wrote:\n{wrote}" if wrote else how
+    def _drop(self) -> None:
+        if self._current is not None:
+            self._current.close()
+        self._current = None
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.errors.close()
-
-
-MARK = "setformer_ext selftest: "  # before each outcome, for others may write to stdout too
-
-
-def work(name: str, quick: bool, start: int) -> None:
-    """The tasks from `start` on, each outcome a line of stdout, until the device is lost."""
-    device = torch.device(name)
-    for task in all_tasks(device, quick)[start:]:
-        outcome = execute(task, device)
-        print(MARK + json.dumps(outcome.to_json()), flush=True)
-        if outcome.error and not _works(device):
-            return
-
-
-def _works(device: torch.device) -> bool:
-    """After some errors of a kernel every call fails until the process ends."""
-    try:
-        return torch.ones(2, device=device).sum().item() == 2
-    except RuntimeError:
-        return False
+        """End both processes."""
+        self._drop()
+        if self._next is not None:
+            self._next.close()

@@ -1,31 +1,168 @@
-"""The tests of a checkout, run by pytest on one device."""
+"""The tests of a checkout, run by pytest on one device, in processes that may crash or hang."""
 
 import importlib.util
-import subprocess
+import json
 import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-LAST_LINES = 60
+from .outcome import CHECKS
+from .processes import Process
+from .tasks import deadline
+from .worker import MARK
+
+MOST_SECONDS = 1800.0
+MOST_LOST_PROCESSES = 5
+LOST = 90  # the status of a process whose GPU fails every call
+SECONDS_BETWEEN_LINES = 30  # that tell how far it is
 
 
-def run_suite(folder: Path, device: torch.device) -> tuple[bool, str]:
-    """Whether pytest passed, and the end of what it printed."""
+@dataclass
+class Test:
+    """What came of a test."""
+
+    outcome: str  # passed, failed or skipped
+    seconds: float
+    why: str  # it was skipped, or failed
+
+
+@dataclass
+class Suite:
+    """The outcomes so far, by pytest's node id."""
+
+    folder: Path
+    device: torch.device
+    collected: int = 0
+    tests: dict[str, Test] = field(default_factory=dict)
+    error: str = ""  # why it did not come to its end
+    lost: int = 0  # processes
+
+    def count(self, outcome: str) -> int:
+        return sum(test.outcome == outcome for test in self.tests.values())
+
+    @property
+    def passed(self) -> bool:
+        return not self.error and self.count("passed") > 0 and self.count("failed") == 0
+
+    @property
+    def progress(self) -> str:
+        counts = [f"{self.count(x)} {x}" for x in ("passed", "failed", "skipped")]
+        return f"{', '.join(counts)} of {self.collected} tests"
+
+    @property
+    def verdict(self) -> str:
+        error = f" ({self.error.splitlines()[0]})" if self.error else ""
+        word = "passed" if self.passed else "FAILED" if self.count("failed") else "did not pass"
+        return f"the suite {self.folder} on {self.device} {word}: {self.progress}{error}"
+
+    def to_json(self) -> dict[str, Any]:
+        tests = {name: asdict(test) for name, test in self.tests.items()}
+        facts = {"folder": str(self.folder), "device": str(self.device), "error": self.error}
+        return facts | {"collected": self.collected, "passed": self.passed, "tests": tests}
+
+
+def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
+    """Lines that tell how far it is and of each test that failed; `suite` has it all."""
     if importlib.util.find_spec("pytest") is None:
-        return False, 'needs pytest, which is not installed. In the checkout: pip install ".[test]"'
-    # the tests' parameters are named after the backends: cpu, cuda, cuda-emulated
-    backend = "cuda and not emulated" if device.type == "cuda" else "not cuda"
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", "--tb=short", "-k", backend, "."]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
+        suite.error = 'needs pytest, which is not installed. In the checkout: pip install ".[test]"'
+        yield suite.verdict
+        return
+    end = time.monotonic() + seconds
+    while True:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as done:
+            done.write("\n".join(suite.tests))
+            done.flush()
+            with closing(Process(_command(suite.device, done.name), suite.folder)) as process:
+                lost = yield from _follow(suite, process, end, seconds)
+        suite.lost += lost
+        if not lost or suite.error:
+            break
+        if suite.lost == MOST_LOST_PROCESSES:
+            suite.error = f"{suite.lost} processes were lost"
+            break
+    skipped = [test.why for test in suite.tests.values() if test.outcome == "skipped"]
+    for reason in sorted(set(skipped)):
+        yield f"skipped {skipped.count(reason)}: {reason}"
+    yield suite.verdict
+
+
+def _command(device: torch.device, done: str) -> list[str]:
+    # with this process's path, and the plugin's folder in it: its package needs all of torch
+    path = [*sys.path, str(Path(__file__).parent)]
+    code = (
+        "import os, sys; os.environ.pop('PYTEST_ADDOPTS', None); "
+        f"sys.path = {path!r}; import pytest; sys.exit(pytest.console_main())"
     )
-    lines = done.stdout.splitlines()[-LAST_LINES:]
-    text = "\n".join([f"pytest -k '{backend}' in {folder}, status {done.returncode}", *lines])
-    return done.returncode == 0, text
+    return [
+        *(sys.executable, "-c", code, "-q", "--tb=short", "--no-header", "--no-summary"),
+        *("-p", "no:cacheprovider", "-p", "suite_plugin", "."),
+        *(f"--selftest-device={device}", f"--selftest-done={done}"),
+        *(f"--selftest-mark={MARK}", f"--selftest-lost={LOST}"),
+    ]
+
+
+def _follow(
+    suite: Suite, process: Process, end: float, seconds: float
+) -> Generator[str, None, bool]:
+    """Whether the process was lost over a test, rather than came to its end."""
+    running, other = "", deque[str](maxlen=30)
+    told = time.monotonic()
+
+    def fail(text: str) -> str:
+        suite.tests[running] = Test("failed", 0.0, text)
+        return _failure(running, text)
+
+    while True:
+        left = end - time.monotonic()
+        # on a CPU nothing hangs for certain, and tests may take minutes
+        limit = deadline(CHECKS, suite.device) if running and suite.device.type == "cuda" else left
+        line = process.line(min(limit, left))
+        if line is None and limit >= left:
+            during = f", during {running}" if running else ""
+            suite.error = f"ended after {seconds:g} s{during}"
+            return False
+        if line is None:
+            yield fail(f"hung for {limit:g} s\n{process.stack()}")
+            return True
+        if not line:
+            break
+        if not line.startswith(MARK):
+            if line.strip():
+                other.append(line.rstrip())
+            continue
+        event = json.loads(line.removeprefix(MARK))
+        suite.collected = max(suite.collected, event.get("collected", 0))
+        running = event.get("running", running)
+        if name := event.pop("test", ""):
+            before = suite.tests.get(name)
+            if before is None or before.outcome == "passed":  # a later phase of it may fail
+                suite.tests[name] = Test(**event)
+            if event["outcome"] == "failed":
+                yield _failure(name, event["why"])
+        if time.monotonic() > told + SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            yield suite.progress
+    status = process.status()
+    if running and status == LOST:
+        if suite.tests.get(running, Test("passed", 0.0, "")).outcome == "passed":
+            yield fail("the GPU fails every call after it")
+        return True
+    if running:
+        yield fail(f"the process ended with status {status}\n{process.stderr()}")
+        return True
+    if status not in (0, 1):
+        suite.error = f"pytest ended with status {status}"
+        yield "\n".join([suite.error, *other, process.stderr()])
+    return False
+
+
+def _failure(name: str, text: str) -> str:
+    return "\n".join([f"FAILED {name}", *(f"  {line}" for line in text.splitlines())])

@@ -2,13 +2,17 @@
 // devices: memory is the host's, a launch runs at once.
 #include <cuda_runtime_api.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
+#include <regex>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -122,10 +126,41 @@ cudaError_t check_launch(const Kernel* kernel, dim3 grid, dim3 block, size_t sha
   return cudaSuccess;
 }
 
+// EMULATOR_FAULT is "fault" or "hang" for kernels that access memory that is not theirs, or never
+// end; "fault:REGEX" and "hang:REGEX" for those alone in whose mangled name the expression is
+// found.
+struct Fault {
+  bool hangs = false;
+  std::optional<std::regex> kernels;
+
+  Fault() {
+    const char* variable = std::getenv("EMULATOR_FAULT");
+    const std::string text = variable ? variable : "";
+    if (text.empty()) return;
+    const size_t colon = text.find(':');
+    const std::string kind = text.substr(0, colon);
+    hangs = kind == "hang";
+    if (!hangs && kind != "fault") {
+      std::fprintf(stderr, "emulator: expected EMULATOR_FAULT fault or hang, got \"%s\"\n",
+                   kind.c_str());
+      std::abort();
+    }
+    kernels.emplace(colon == std::string::npos ? "" : text.substr(colon + 1));
+  }
+  bool is_in(const Kernel& kernel) const {
+    return kernels && std::regex_search(kernel.name, *kernels);
+  }
+};
+
 cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                    cudaStream_t stream) {
+  static const Fault fault;
   const std::lock_guard lock(mutex);
   cudaError_t status = check_launch(kernel, grid, block, shared, stream);
+  if (status == cudaSuccess && fault.is_in(*kernel)) {
+    while (fault.hangs) std::this_thread::sleep_for(std::chrono::hours(1));
+    status = cudaErrorIllegalAddress;
+  }
   if (status == cudaSuccess) {
     status = cudaError_t(emulator::run(*kernel, {grid.x, grid.y, grid.z},
                                        {block.x, block.y, block.z}, uint32_t(shared), arguments));
