@@ -90,7 +90,7 @@ class Emulated:
     emulated = True
 
     def __init__(self) -> None:
-        self.module = load(Path(PACKAGE))
+        self.module = load(Path(PACKAGE).resolve())  # its name says what it is
         ops._C = self.module
         self.torch = torch.device("cpu")
 

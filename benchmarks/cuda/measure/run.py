@@ -17,7 +17,7 @@ from . import results
 POLL = 0.1  # seconds between looks at the process and its output
 TO_END = 3.0  # seconds for a process to end when asked to, and again when killed
 MOST_LOG = 256 << 20  # bytes that a step may write
-LOG_END = 3000  # characters of them that a report shows
+LOG_END = 1500  # characters of them that a report shows
 PIECE = 1 << 20  # bytes that are read at once
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
