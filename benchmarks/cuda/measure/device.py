@@ -1,5 +1,6 @@
 """The card, or the emulated device in its place: where tensors live and how calls are timed."""
 
+import itertools
 import statistics
 import time
 from collections import Counter
@@ -13,16 +14,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from emulator.build import load
 from emulator.device import Emulator
-from setformer_ext import ops
-from setformer_ext.timing import find_device, milliseconds
 
 from . import PACKAGE
 
+Call = Callable[[], object]
+
 CALLS = 20  # that a graph holds at most
-GRAPH_US = 1000.0  # work of a graph that makes its launch small
-REPLAYS = 15
-NAMESPACE = "setformer::"  # of the kernels' names
-HOST_CALLS = 8  # that no queue is full of
+GRAPH_US = 1000.0  # of work in a graph: much more than launching it takes
+LEAST_REPLAYS, MOST_REPLAYS = 3, 15
+REPLAYS_US = 300_000.0  # for all of them
+HOST_CALLS = 8  # in a row: few enough that the queue of launches is never full
+NAMESPACE = "setformer::"  # of the kernels
 
 
 class Device(Protocol):
@@ -31,10 +33,13 @@ class Device(Protocol):
     emulated: bool
     torch: torch.device
 
-    def microseconds(self, call: Callable[[], object]) -> list[float]:
+    def microseconds(self, call: Call) -> list[float]:
         """Of single calls on the device, several times."""
 
-    def kernels(self, call: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    def host_microseconds(self, call: Call) -> float:
+        """Median of a call until it returns, which is before its work is done."""
+
+    def kernels(self, call: Call) -> dict[str, tuple[int, float]]:
         """This package's kernels in one call: launches, and the microseconds of all of them."""
 
     def usable(self) -> bool:
@@ -47,30 +52,39 @@ class Card:
     emulated = False
 
     def __init__(self) -> None:
-        self.torch = find_device("cuda")
+        self.torch = torch.device("cuda", torch.cuda.current_device())
 
-    def microseconds(self, call: Callable[[], object]) -> list[float]:
+    def microseconds(self, call: Call) -> list[float]:
         """By replays of a CUDA graph of several calls, between two events."""
-        stream = torch.cuda.Stream(self.torch)
-        with torch.cuda.stream(stream):  # what is captured has run before
-            for _ in range(2):
-                call()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # for the inputs
+        with torch.cuda.stream(stream):  # all that is set up at a first call is so before capture
+            call()
+            call()
         stream.synchronize()
-        once = 1e3 * min(milliseconds(call, self.torch, 3))
-        calls = max(1, min(CALLS, round(GRAPH_US / once)))
+        calls = max(1, min(CALLS, round(GRAPH_US / min(self._elapsed(call, 3)))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(calls):
                 call()
-        milliseconds(graph.replay, self.torch, 2)
-        return [1e3 * ms / calls for ms in milliseconds(graph.replay, self.torch, REPLAYS)]
+        replays = round(REPLAYS_US / min(self._elapsed(graph.replay, 2)))
+        replays = max(LEAST_REPLAYS, min(MOST_REPLAYS, replays))
+        return [us / calls for us in self._elapsed(graph.replay, replays)]
 
-    def kernels(self, call: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    def host_microseconds(self, call: Call) -> float:
+        times = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            times += _by_the_clock(call, HOST_CALLS)
+        torch.cuda.synchronize()
+        return statistics.median(times)
+
+    def kernels(self, call: Call) -> dict[str, tuple[int, float]]:
         call()
-        torch.cuda.synchronize(self.torch)
+        torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             call()
-            torch.cuda.synchronize(self.torch)
+            torch.cuda.synchronize()
         return {
             shorten(event.key): (event.count, event.self_device_time_total)
             for event in profiler.key_averages()
@@ -83,6 +97,16 @@ class Card:
         except RuntimeError:
             return False
 
+    @staticmethod
+    def _elapsed(call: Call, repeats: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        events[-1].synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
 
 class Emulated:
     """The kernels of the emulated device on CPU tensors. Its times mean nothing."""
@@ -90,15 +114,19 @@ class Emulated:
     emulated = True
 
     def __init__(self) -> None:
+        from setformer_ext import ops
+
         self.module = load(Path(PACKAGE).resolve())  # its name says what it is
         ops._C = self.module
         self.torch = torch.device("cpu")
 
-    def microseconds(self, call: Callable[[], object]) -> list[float]:
-        """By the clock."""
-        return [1e3 * ms for ms in milliseconds(call, self.torch, 1)]
+    def microseconds(self, call: Call) -> list[float]:
+        return _by_the_clock(call, 1)
 
-    def kernels(self, call: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    def host_microseconds(self, call: Call) -> float:
+        return _by_the_clock(call, 1)[0]
+
+    def kernels(self, call: Call) -> dict[str, tuple[int, float]]:
         emulator = Emulator(self.module.__file__)
         emulator.clear_launches()
         call()
@@ -115,17 +143,10 @@ def find(name: str) -> Device:
     return Emulated() if name == "emulated" else Card()
 
 
-def host_microseconds(device: Device, call: Callable[[], object]) -> float:
-    """Of a call until it returns, which does not wait for the device."""
-    call()
+def _by_the_clock(call: Call, repeats: int) -> list[float]:
     times = []
-    for _ in range(3 if not device.emulated else 1):
-        if not device.emulated:
-            torch.cuda.synchronize(device.torch)
-        for _ in range(HOST_CALLS if not device.emulated else 1):
-            start = time.perf_counter()
-            call()
-            times.append(1e6 * (time.perf_counter() - start))
-    if not device.emulated:
-        torch.cuda.synchronize(device.torch)
-    return statistics.median(times)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return times

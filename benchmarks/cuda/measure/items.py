@@ -41,7 +41,7 @@ def work(items: Iterable[Item], start: int, seconds: float, usable: Callable[[],
     for i, item in enumerate(listed[start:], start):
         began = time.monotonic()
         if began + longest > end:
-            tell("left out", items=len(listed) - i)
+            tell("left out", rows=len(listed) - i, why="no time")
             return
         tell("begin", item=i, **item.label)
         try:

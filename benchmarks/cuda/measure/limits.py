@@ -43,8 +43,13 @@ def counted(dtype: str) -> bool:
     return dtype in ("bfloat16", "float16") and optin >= MOST_RESIDENT
 
 
-def limit(shape: Shape, iterations: int, gradient: bool, device: Device) -> tuple[float, str]:
-    """Microseconds of all launches, each at its slowest resource; the resource of most of them."""
+def limit(
+    shape: Shape, iterations: int, gradient: bool, device: Device
+) -> tuple[float, str] | None:
+    """Microseconds of all launches, each at its slowest resource; the resource of most of them.
+
+    None where no ceiling was measured.
+    """
     problem = Problem(
         shape.batch, shape.heads, shape.tokens, shape.depth, shape.references, iterations
     )
@@ -54,7 +59,9 @@ def limit(shape: Shape, iterations: int, gradient: bool, device: Device) -> tupl
         resource, time = slowest(launch, device)
         seconds[resource] += launch.times * time
     total = sum(seconds.values())
-    return 1e6 * total, max(seconds, key=lambda name: seconds[name]) if total else "nothing"
+    if total == 0:
+        return None
+    return 1e6 * total, max(seconds, key=lambda name: seconds[name])
 
 
 def slowest(launch: Launch, device: Device) -> tuple[str, float]:

@@ -6,20 +6,22 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .items import Item, options, work
 from .results import found, tell
 
 COUNT = 5
-SECONDS = 55  # of one kernel
+SECONDS = 40  # of one kernel
+NO_PERMISSION = "ERR_NVGPUCTRPERM"
 # Shown in the report, by ncu's name; all others are in the .ncu-rep beside it.
 METRICS = {
     "us": "gpu__time_duration.sum",
     "SM %": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
     "DRAM %": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
     "L1 %": "l1tex__throughput.avg.pct_of_peak_sustained_active",
-    "L2 %": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
+    "L2 %": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "issue active %": "sm__inst_issued.avg.pct_of_peak_sustained_active",
     "occupancy %": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
@@ -65,6 +67,8 @@ def profile(kernel: dict[str, Any], device: str) -> dict[str, Any]:
         sys.executable, "-m", "setformer_ext", "profile", *sizes, "--dtype", "bfloat16",
         "--device", device, "--repeats", "1", "--warmup", "1",
     )  # fmt: skip
+    if not Path(f"{file}.ncu-rep").exists():
+        raise RuntimeError("ncu has profiled nothing: see the log")
     raw = run(
         "ncu", "--import", f"{file}.ncu-rep", "--page", "raw", "--csv", "--print-units", "base"
     )
@@ -72,12 +76,14 @@ def profile(kernel: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def run(*command: str) -> str:
-    """Its stdout; what else it says is in the log."""
+    """Its stdout, whose beginning is in the log too."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", timeout=SECONDS
     )
+    print(done.stdout[:2000], flush=True)
+    if NO_PERMISSION in done.stdout:
+        raise PermissionError(f"{NO_PERMISSION}: the driver lets only root read the counters")
     if done.returncode != 0:
-        print(done.stdout[-2000:], flush=True)
         raise RuntimeError(f"{command[0]} ended with status {done.returncode}: see the log")
     return done.stdout
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ class Record:
         self.data["steps"][-1]["results"].append(result)
         self.write()
 
-    def end(self, status: str, seconds: float, note: str = "", log_end: str = "") -> None:
+    def end(self, status: str, note: str = "", log_end: str = "") -> None:
         """How the step that runs ended; log_end is the end of what it wrote."""
-        self.data["steps"][-1] |= {"status": status, "seconds": round(seconds, 1)}
-        self.data["steps"][-1] |= {"note": note, "log_end": log_end}
+        step = self.data["steps"][-1]
+        step |= {"status": status, "note": note, "log_end": log_end}
+        step["seconds"] = round(self.elapsed() - step["began_s"], 1)
         self.write()
 
     def skip(self, name: str, reason: str) -> None:
@@ -65,8 +67,11 @@ class Record:
 
     def write(self) -> None:
         """Both files; a reader finds the old or the new one, never a part."""
-        _replace(self.output / "report.json", json.dumps(self.data, indent=1) + "\n")
-        _replace(self.output / "report.md", report.markdown(self.data))
+        try:
+            _replace(self.output / "report.json", json.dumps(self.data, indent=1) + "\n")
+            _replace(self.output / "report.md", report.markdown(self.data))
+        except OSError as error:  # a full disk: what follows may still be worth it
+            print(f"measure: the report cannot be written: {error}", file=sys.stderr)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ def markdown(data: dict[str, Any]) -> str:
     """All of it, whatever has been found so far."""
     steps = data["steps"]
     parts = [
-        "# The CUDA kernels, measured on a card",
+        "# The CUDA kernels on a card",
         state(data),
         table(
             [

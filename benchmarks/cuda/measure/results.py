@@ -22,7 +22,9 @@ def read(line: str) -> dict[str, Any] | None:
         result = json.loads(line.removeprefix(MARK))
     except ValueError:
         return None
-    return result if isinstance(result, dict) and isinstance(result.get("kind"), str) else None
+    if not isinstance(result, dict) or not isinstance(result.get("kind"), str):
+        return None
+    return result if isinstance(result.get("item", 0), int) else None
 
 
 def _finite(value: Any) -> Any:

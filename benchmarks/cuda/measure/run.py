@@ -44,19 +44,26 @@ class Log:
     def new_results(self) -> list[dict[str, Any]]:
         """Of the lines written since the last call."""
         found = []
+        end = self.size
         with self.path.open("rb") as file:
             file.seek(self.position)
-            while piece := file.read(PIECE):
+            while self.position < end:  # and no further: the process may write faster than this
+                piece = file.read(min(PIECE, end - self.position))
                 self.position += len(piece)
                 *lines, self.line = (self.line + piece).split(b"\n")
                 self.line = self.line[-PIECE:]  # a line without end is no result
                 found += [results.read(line.decode(errors="replace")) for line in lines]
         return [result for result in found if result is not None]
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.path.stat().st_size
+
     def end(self) -> str:
         """Its last lines, without the results."""
         with self.path.open("rb") as file:
-            file.seek(max(0, self.path.stat().st_size - 4 * LOG_END))
+            file.seek(max(0, self.size - 4 * LOG_END))
             lines = file.read(4 * LOG_END).decode(errors="replace").splitlines()
         return "\n".join(x for x in lines if not x.startswith(results.MARK))[-LOG_END:].strip()
 
@@ -91,7 +98,7 @@ def run(
                 status, note = "timed out", f"ended after {seconds:.0f} s"
             elif now - last > patience:
                 status, note = "timed out", f"ended after {patience:.0f} s without a new result"
-            elif log.path.stat().st_size > MOST_LOG:
+            elif log.size > MOST_LOG:
                 status, note = "failed", f"ended for having written {MOST_LOG >> 20} MiB"
         if status != "ok" and not _end(process):
             note += "; it could not be killed and was left behind"

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from setformer_ext import set_attention
 from setformer_ext.timing import DTYPES, SHAPES, Shape, inputs, step
 
-from .device import Device, find, host_microseconds
+from .device import Device, find
 from .items import Item, options, work
 from .limits import counted, limit, measured_device
 
@@ -97,13 +97,14 @@ def call_of(device: Device, case: Case) -> Callable[[], object]:
 def measure(device: Device, case: Case) -> dict[str, Any]:
     """The row's figures."""
     call = call_of(device, case)
-    host = host_microseconds(device, call)
+    call()  # the first loads the kernels
+    host = device.host_microseconds(call)
     times = device.microseconds(call)
     us = statistics.median(times)
     row: dict[str, Any] = {"us": us, "least_us": min(times), "host_us": host}
-    if counted(case.dtype):
-        least, resource = limit(case.shape, case.iterations, case.gradient, measured_device())
-        row |= {"limit_us": least, "limit": resource, "share": least / us}
+    least = limit(case.shape, case.iterations, case.gradient, measured_device())
+    if least is not None and counted(case.dtype):
+        row |= {"limit_us": least[0], "limit": least[1], "share": least[0] / us}
     sdpa = softmax_times(device, case.shape, case.dtype, case.gradient)
     if not sdpa:
         return row | {"sdpa": "none took it"}
@@ -115,20 +116,25 @@ def measure(device: Device, case: Case) -> dict[str, Any]:
 @cache
 def softmax_times(device: Device, shape: Shape, dtype: str, gradient: bool) -> dict[str, float]:
     """Median microseconds of each backend of SDPA that takes these tokens."""
-    key, value, _ = inputs(shape, dtype=DTYPES[dtype], device=device.torch, gradient=gradient)
-    call = step(lambda k, v: F.scaled_dot_product_attention(k, k, v), (key, value), gradient)
+    tensors = inputs(shape, dtype=DTYPES[dtype], device=device.torch, gradient=gradient)[:2]
     times: dict[str, float] = {}
     for name, backend in BACKENDS.items():
         if name == "math" and times:
             continue
         try:
             with sdpa_kernel(backend):
+                call = step(softmax_attention, tensors, gradient)
                 times[name] = statistics.median(device.microseconds(call))
         except RuntimeError as error:  # it does not take the problem, or memory is short
             print(f"{shape} {dtype}: SDPA's {name}: {str(error).splitlines()[0]}", flush=True)
             if not device.usable():
                 raise
     return times
+
+
+def softmax_attention(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """As the models have it: each token asks with its key. [B, H, N, D], [B, H, N, Dv]"""
+    return F.scaled_dot_product_attention(key, key, value)
 
 
 if __name__ == "__main__":
