@@ -369,8 +369,9 @@ def test_the_limit_is_that_of_what_was_measured(
     assert not limits.counted("bfloat16")  # other heads are resident there
 
 
+SIZES = asdict(SHAPES["v1"])
 KERNELS = [
-    {"kind": "kernel", "kernel": f"k{i}_kernel<float>", "shape": shape, "us": us, "sizes": asdict(SHAPES["v1"])}
+    {"kind": "kernel", "kernel": f"k{i}_kernel<float>", "shape": shape, "us": us, "sizes": SIZES}
     for i, shape, us in [
         (0, "v1", 1), (0, "v2", 9), (1, "v1", 3), (2, "v1", 4), (3, "v1", 5), (4, "v1", 6),
         (5, "v1", 7), (6, "v1", 2),
@@ -498,7 +499,7 @@ def test_the_emulated_device_in_place_of_a_card(tmp_path: Path) -> None:
         assert row["share"] == pytest.approx(row["limit_us"] / row["us"])
         assert math.isfinite(row["host_us"])
         assert row["limit"] in limits.CEILINGS
-    assert [row["design"] for row in found["knobs"]] == ["default", "SETFORMER_CUDA_RESIDENT=0"]
+    assert [row["design"] for row in found["knobs"]] == ["default", "SETFORMER_CUDA_RESIDENT=off"]
     kernels = {x["kernel"] for x in found["kernels"] if x["kind"] == "kernel"}
     assert "attention_forward_resident_kernel<__nv_bfloat16>" in kernels
     text = (output / "report.md").read_text(encoding="utf-8")

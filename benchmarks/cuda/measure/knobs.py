@@ -14,9 +14,9 @@ from .results import read
 
 DESIGNS: tuple[dict[str, str], ...] = (
     {},
-    {"SETFORMER_CUDA_RESIDENT": "0"},
+    {"SETFORMER_CUDA_RESIDENT": "off"},
     *({"SETFORMER_CUDA_TILES": str(tiles)} for tiles in (1, 2, 8, 16)),
-    {"SETFORMER_CUDA_RESIDENT": "0", "SETFORMER_CUDA_TILES": "1"},
+    {"SETFORMER_CUDA_RESIDENT": "off", "SETFORMER_CUDA_TILES": "1"},
 )
 EMULATED = 2  # of them, where times mean nothing
 SECONDS = 25  # of one design
