@@ -1,15 +1,18 @@
 """benchmarks/cuda/measure.sh: whatever becomes of a step, the run goes on and its report tells."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,25 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "cuda"))
 
-from measure import ROOT, build, execute, limits, outcomes, plan, profiles, report, results, run
+import sass
+from measure import (
+    ROOT,
+    build,
+    device,
+    execute,
+    limits,
+    machine,
+    outcomes,
+    plan,
+    profiles,
+    report,
+    results,
+    run,
+)
 from measure.plan import Step
 from measure.record import Record
 
+from emulator.build import find_nvcc
 from setformer_ext import profile, selftest
 from setformer_ext.timing import SHAPES
 
@@ -116,7 +134,7 @@ def test_a_step_that_fails_hangs_or_prints_garbage_does_not_stop_the_next(tmp_pa
     assert by_name["fails"]["log_end"] == "the reason"
     assert by_name["faults"]["note"] == "ended by SIGSEGV"
     assert by_name["hangs"]["note"] == "ended after 2 s"
-    assert by_name["needs"]["note"] == "needs fails, which did not succeed"
+    assert by_name["needs"]["note"] == "needs fails, which is not ok"
     assert by_name["garbage"]["results"] == [{"kind": "row", "x": "| ``` \u2028"}]
     assert by_name["good"]["results"] == [{"kind": "row", "us": 1.5, "bad": None}]
     assert record["finished"]
@@ -338,6 +356,71 @@ def test_the_build_is_for_the_card_alone(tmp_path: Path, monkeypatch: pytest.Mon
     assert build.environment()["CUDAARCHS"] == "89-real"
 
 
+def test_what_the_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.ask_driver("name,compute_cap") == {"nvidia-smi": "not found"}
+    tool(tmp_path, "nvidia-smi", "echo 'NVIDIA H200, 9.0'\n")
+    found = machine.ask_driver("name,compute_cap")
+    assert found == {"name": "NVIDIA H200", "compute_cap": "9.0"}
+    tool(tmp_path, "nvidia-smi", "echo 'no devices'; exit 6\n")
+    assert machine.ask_driver("name") == {"nvidia-smi": "no devices"}
+
+
+class FakeCuda:
+    """torch.cuda as far as Card uses it, with a clock that calls and replays move."""
+
+    def __init__(self) -> None:
+        self.us = 0.0
+        self.captured: list[float] | None = None
+        self.most_in_graph = 0
+        self.synchronize = self.current_stream = self.Stream = lambda: self
+        self.stream = lambda stream: contextlib.nullcontext()
+        self.wait_stream = lambda stream: None
+        self.CUDAGraph, self.Event = types.SimpleNamespace, self.make_event
+
+    def call(self) -> None:
+        """Takes 70 microseconds on the device, and 200 until it is launched."""
+        if self.captured is not None:
+            self.captured.append(70.0)
+        else:
+            self.us += 200.0
+
+    def current_device(self) -> int:
+        return 0
+
+    @contextlib.contextmanager
+    def graph(self, graph: types.SimpleNamespace) -> Iterator[None]:
+        self.captured = []
+        yield
+        times, self.captured = self.captured, None
+        self.most_in_graph = max(self.most_in_graph, len(times))
+
+        def replay() -> None:
+            self.us += sum(times)
+
+        graph.replay = replay
+
+    def make_event(self, enable_timing: bool) -> Any:
+        event = types.SimpleNamespace(at=0.0, synchronize=lambda: None)
+
+        def record() -> None:
+            event.at = self.us
+
+        event.record = record
+        event.elapsed_time = lambda end: (end.at - event.at) / 1e3
+        return event
+
+
+def test_the_card_is_timed_by_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(device.torch, "cuda", cuda)
+    card = device.Card()
+    times = card.microseconds(cuda.call)
+    assert times == [pytest.approx(70)] * device.MOST_REPLAYS
+    assert cuda.most_in_graph == 5  # 1000 us of calls that take 200
+    assert card.host_microseconds(cuda.call) > 0
+
+
 def test_the_limit_is_that_of_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +450,46 @@ def test_the_limit_is_that_of_what_was_measured(
     assert not limits.counted("float32")
     report_of(tmp_path, fact("shared memory of a block", 101376))
     assert not limits.counted("bfloat16")  # other heads are resident there
+
+
+# What the longest loop of each kernel of ceilings.cu is made of, and what must not be in it.
+LOOPS = {
+    "3Ex2E": ("MUFU.EX2", 256, "MUFU.(?!EX2)"),
+    "4MovmE": ("MOVM", 256, "MUFU|FFMA"),
+    "3FmaE": ("FFMA", 256, "MUFU|FMUL"),
+    "read_shared": ("LDS.128", 32, "LDG|LDL"),
+    "read_cache": ("LDG.E.128.STRONG", 8, "LDL"),
+    "ILi8EL8Exchange2E": ("STAS", 1, "MEMBAR|UCGABAR|CCTL"),  # st.async
+    "ILi8EL8Exchange1E": ("UCGABAR_ARV", 1, "STAS"),  # the cluster's barrier
+    "ILi1EL8Exchange0E": ("BAR.SYNC", 1, "MEMBAR|UCGABAR"),
+}
+
+
+def test_the_loops_of_the_ceilings_are_what_they_say(tmp_path: Path) -> None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    cubin = tmp_path / "ceilings.cubin"
+    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-o"]
+    subprocess.run([nvcc, *flags, cubin, CUDA / "measure" / "ceilings.cu"], check=True)
+    functions: dict[str, list[tuple[int, str]]] = {}
+    for line in sass._cuobjdump(cubin, "-sass"):
+        if match := re.match(r"\s*Function : (\S+)", line):
+            code = functions.setdefault(match[1], [])
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?([A-Z].*?) *;", line):
+            code.append((int(match[1], 16), match[2]))
+    for name, (wanted, least, unwanted) in LOOPS.items():
+        (code,) = (code for function, code in functions.items() if name in function)
+        loops = [
+            [text for at, text in code if int(match[1], 16) <= at <= end]
+            for end, branch in code
+            if (match := re.match(r"BRA.* 0x([0-9a-f]+)$", branch)) and int(match[1], 16) < end
+        ]
+        loop = max(loops, key=len)
+        count = sum(text.startswith(wanted) for text in loop)
+        assert count >= least, name
+        assert count % least == 0, name
+        assert not [text for text in loop if re.match(unwanted, text)], name
 
 
 SIZES = asdict(SHAPES["v1"])

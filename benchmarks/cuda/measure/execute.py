@@ -20,7 +20,7 @@ def execute(plan: list[Step], record: Record, environment: dict[str, str]) -> li
         kept = sum(later.least for later in plan[i + 1 :])
         seconds = min(step.most, left, max(left - kept, step.least))
         if missing:
-            record.skip(step.name, f"needs {' and '.join(missing)}, which did not succeed")
+            record.skip(step.name, f"needs {' and '.join(missing)}, which is not ok")
         elif seconds < MARGIN:
             record.skip(step.name, f"no time left of {record.data['limit_s']:.0f} s")
         else:

@@ -30,7 +30,8 @@ def measure(device: Device, case: Case) -> dict[str, Any]:
         raise RuntimeError("the profiler saw no kernel of this package")
     for kernel, (launches, us) in sorted(found.items(), key=lambda each: -each[1][1]):
         sizes = asdict(case.shape)
-        tell("kernel", kernel=kernel, shape=case.name, launches=launches, us=us, sizes=sizes)
+        row = {"kernel": kernel, "shape": case.name, "batch": case.shape.batch, "sizes": sizes}
+        tell("kernel", **row, launches=launches, us=us)
     return {"us": sum(us for _, us in found.values())}
 
 

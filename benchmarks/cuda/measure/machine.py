@@ -12,8 +12,10 @@ from .items import options
 from .results import tell
 
 SECONDS = 15  # for a tool to answer
-CARD = "name,driver_version,compute_cap,memory.total,power.limit,temperature.gpu"
-CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,clocks_throttle_reasons.active"
+CARD = (  # of nvidia-smi
+    "name,driver_version,compute_cap,memory.total,power.limit,temperature.gpu,"
+    "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
+)
 
 
 def main() -> None:
@@ -35,9 +37,8 @@ def main() -> None:
     if device == "emulated":
         tell("fact", name="card", value="emulated: times mean nothing")
     else:
-        for query in (CARD, CLOCKS):
-            for name, value in ask_driver(query).items():
-                tell("fact", name=name, value=value)
+        for name, value in ask_driver(CARD).items():
+            tell("fact", name=name, value=value)
     ask_torch(device)
 
 

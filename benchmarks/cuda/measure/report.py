@@ -2,7 +2,7 @@
 
 from typing import Any
 
-HIDDEN = {"kind", "item", "all_sdpa_us"}  # in the JSON only
+HIDDEN = {"kind", "item", "all_sdpa_us", "sizes"}  # in the JSON only
 
 
 def markdown(data: dict[str, Any]) -> str:

@@ -76,12 +76,15 @@ def run(
     add: Callable[[dict[str, Any]], None],
     patience: float = math.inf,
 ) -> Ended:
-    """Each result in the log is handed to `add` within moments; patience is for the next of them.
+    """Each result in the log is handed to `add` within moments.
+
+    Patience is for the next of them; twice that for the first, before which much is loaded.
 
     The process leads a group, of which all that is left is killed in the end. Nothing is waited for
     without a bound: a process that a GPU holds may stay beyond any signal.
     """
-    start = last = time.monotonic()
+    start = time.monotonic()
+    last = start + patience
     try:
         process = _start(command, log.path, environment)
     except OSError as error:
