@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChains = 8;    // independent ones of a thread: they hide each other's latency
+constexpr int kChains = 8;     // independent ones of a thread: they hide each other's latency
 constexpr int kUnrolled = 32;  // links of each chain in one round of the loop
 constexpr int kRepeats = 5;
 

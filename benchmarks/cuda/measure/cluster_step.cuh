@@ -28,9 +28,8 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
 }
 
 __device__ __forceinline__ void synchronize_cluster() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 }
 
 __device__ __forceinline__ void expect(uint32_t barrier, int bytes) {
@@ -94,8 +93,7 @@ __global__ void __launch_bounds__(kStepThreads)
       if constexpr (exchange == Exchange::barrier) {
         if (warp < ranks) {
           const uint32_t to = address_in(shared_address(&of_ranks[side][rank][lane]), warp);
-          asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(sum.x),
-                       "f"(sum.y)
+          asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(sum.x), "f"(sum.y)
                        : "memory");
         }
         synchronize_cluster();
