@@ -1,0 +1,71 @@
+"""The least time of a call that the card allows: counted work over the rates that were measured."""
+
+import math
+from collections import Counter
+from dataclasses import fields
+
+import model
+from counts import Work
+from devices import Device
+from layout import MOST_RESIDENT, Problem
+from model import Launch
+
+from setformer_ext.timing import Shape
+
+from .results import fact, found
+
+# The ceiling that bounds each resource of a Work.
+CEILINGS = {
+    "memory": "copy",
+    "cache": "cache",
+    "shared": "shared",
+    "tensor": "matmul bfloat16",
+    "float32": "fma",
+    "special": "ex2",
+}
+
+
+def measured_device() -> Device:
+    """The card by its ceilings; what was not measured never binds."""
+    rates = {result["name"]: result.get("rate") for result in found("ceiling")}
+    known = {resource: rates.get(name) or math.inf for resource, name in CEILINGS.items()}
+    return Device(
+        name=str(fact("card")),
+        multiprocessors=fact("multiprocessors") or 1,
+        flash_attention=math.inf,
+        **known,
+    )
+
+
+def counted(dtype: str) -> bool:
+    """Whether counts.py describes the kernels that run: half types, and residency as on sm_80."""
+    optin = fact("shared memory of a block") or MOST_RESIDENT
+    return dtype in ("bfloat16", "float16") and optin >= MOST_RESIDENT
+
+
+def limit(
+    shape: Shape, iterations: int, gradient: bool, device: Device
+) -> tuple[float, str] | None:
+    """Microseconds of all launches, each at its slowest resource; the resource of most of them.
+
+    None where no ceiling was measured.
+    """
+    problem = Problem(
+        shape.batch, shape.heads, shape.tokens, shape.depth, shape.references, iterations
+    )
+    launches = model.forward(problem) + (model.backward(problem) if gradient else [])
+    seconds: Counter[str] = Counter()
+    for launch in launches:
+        resource, time = slowest(launch, device)
+        seconds[resource] += launch.times * time
+    total = sum(seconds.values())
+    if total == 0:
+        return None
+    return 1e6 * total, max(seconds, key=lambda name: seconds[name])
+
+
+def slowest(launch: Launch, device: Device) -> tuple[str, float]:
+    """The resource that takes longest for one launch, and its seconds."""
+    parts = {field.name: launch.part(device, field.name) for field in fields(Work)}
+    name = max(parts, key=lambda resource: parts[resource])
+    return name, parts[name]
