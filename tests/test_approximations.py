@@ -106,13 +106,14 @@ def test_special_inputs_have_the_results_of_the_manual(library: Path, name: str)
         assert found[-1] != EXACT[name](np.float32(1))
 
 
-# Small, with a tail in every dimension; 300 tokens are streamed, by two blocks.
+# Small, with a tail in every dimension.
 SMALL = {"B": 1, "H": 1, "M": 19, "D": 24, "Dv": 21, "iterations": 3}
 LEARNED = {"epsilon": "learned", "bandwidth": "learned", "reference_mass": "learned"}
 PROBLEMS = {
     "small": SMALL | LEARNED | {"N": 45, "Nq": 41, "token_mass": True, "masked": True},
     "sharp": SMALL | {"N": 45, "epsilon": 0.01},  # in the log domain
     "linear": SMALL | {"N": 45, "kernel": "linear", "P": 2},
+    "deep": SMALL | LEARNED | {"N": 100, "D": 200},  # streamed: one block has no room for it
 }
 
 
