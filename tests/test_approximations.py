@@ -113,7 +113,6 @@ PROBLEMS = {
     "small": SMALL | LEARNED | {"N": 45, "Nq": 41, "token_mass": True, "masked": True},
     "sharp": SMALL | {"N": 45, "epsilon": 0.01},  # in the log domain
     "linear": SMALL | {"N": 45, "kernel": "linear", "P": 2},
-    "deep": SMALL | LEARNED | {"N": 100, "D": 200},  # streamed: one block has no room for it
 }
 
 
