@@ -73,6 +73,8 @@ struct ForwardParams {
   int64_t iterations = 5;  // T
   bool cross = false;      // queries are not the keys: they get a Sinkhorn solve of their own
   bool distribute = true;  // false: pooled outputs only
+  // On CUDA blocks that share a head take 2^tiles_shift tiles of its tokens each: cuda/knobs.h.
+  int32_t tiles_shift = 2;
   // Where tokens and queries are a rank's own among those of a group. Gradients of what all ranks
   // have alike are then the rank's shares, but for grad_reference_mass, which is the whole.
   const RankGroup* group = nullptr;

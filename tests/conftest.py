@@ -54,6 +54,12 @@ class Backend:
         """The CUDA kernels run, on a GPU or emulated."""
         return self.name != "cpu"
 
+    @property
+    def approximate(self) -> bool:
+        """Exponentials of float32 may err by 2 units in the last place: on a GPU, or perturbed."""
+        perturbed = os.environ.get("EMULATOR_ARITHMETIC") == "perturbed"
+        return self.on_cuda and (perturbed or not self.emulated)
+
 
 def cpu() -> Backend:
     return Backend("cpu", "cpu", setformer_ext._C, examples=60)

@@ -37,6 +37,15 @@ def test_pictures_are_there() -> None:
         assert all((ROOT / page.parent / picture).exists() for picture in pictures), page
 
 
+def test_memory_is_checked_without_the_pools_of_torch() -> None:
+    """Within which memcheck does not see where a tensor ends."""
+    typed = re.sub(r"\\\n\s*", " ", "\n".join(PAGES.values()))
+    checks = re.findall(r"^.*compute-sanitizer .*$", typed, re.MULTILINE)
+    assert checks
+    for line in checks:
+        assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer" in line
+
+
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 3
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Flag
 
 MOST_RESIDENT = 163 * 1024
+MOST_STREAMING = 99 * 1024
 MOST_SPLITS = 256
 TILES_OF_A_BLOCK = 4
 MOST_DEPTH = 256
@@ -132,16 +133,19 @@ class Problem:
             total += deep
         if Needs.OPERAND in needs and not lean:
             total += operand
-        steps = (8 if stages > 1 else 2) if Needs.STEPS in needs else 0
         sets = self.chunks if resident else 2
         numbers = (
             (self.tiles if resident else 2)  # norms of keys
             + sets * (1 + 3)  # norms and positions of references
             + 2 * s.rows // 16  # sums of the warps
             + 4 * self.chunks
-            + 3 * steps
         ) * s.rows
-        return s.head + total + numbers * s.accumulate
+        total += s.head + numbers * s.accumulate
+        if Needs.STEPS not in needs:
+            return total
+        step = 3 * s.rows * s.accumulate
+        eight = resident or total + 8 * step <= MOST_STREAMING
+        return total + (2 if stages == 1 else 8 if eight else 4) * step
 
 
 NEEDS = {

@@ -25,7 +25,7 @@ struct SelectBackward {
     head.find_center();
   }
   __device__ int64_t splits() const {
-    return Splits<Storage>(of_queries ? p.queries : p.tokens).count;
+    return Splits<Storage>(p, of_queries ? p.queries : p.tokens).count;
   }
 };
 
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
 template <class Storage>
 BackwardWorkspace BackwardKernels<Storage>::workspace(const BackwardParams& p) {
   const int64_t heads = p.batch * p.heads, references = p.references;
-  const int64_t keys = Splits<Storage>(p.tokens).count;
-  const int64_t queries = p.cross ? Splits<Storage>(p.queries).count : 1;
+  const int64_t keys = Splits<Storage>(p, p.tokens).count;
+  const int64_t queries = p.cross ? Splits<Storage>(p, p.queries).count : 1;
   const int64_t splits = keys > queries ? keys : queries;
   BackwardWorkspace parts;
   const auto take = [&](int64_t numbers) {
@@ -272,38 +272,39 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads, references = p.references;
-  const Splits<Storage> splits((of_queries ? queries_of(p) : keys_of(p)).count);
+  const Splits<Storage> splits(p, (of_queries ? queries_of(p) : keys_of(p)).count);
   const int64_t chunks = divide_up(references, S::kRows);
   const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
   const T* partial = workspace + parts.partial;
   for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
     if (t == 0 && of_queries) break;
-    launch(stream, "sinkhorn_step_backward_kernel", sinkhorn_step_backward_kernel<Storage>,
-           heads * splits.count, S::kThreads, bytes(step_needs(p, of_queries, t)), p, parts,
-           workspace, of_queries, t);
+    launch<sinkhorn_step_backward_kernel<Storage>>(
+        stream, "sinkhorn_step_backward_kernel", heads * splits.count, S::kThreads,
+        bytes(step_needs(p, of_queries, t)), p, parts, workspace, of_queries, t);
     if (t <= 1) continue;
     T* adjoints = workspace + parts.column_adjoints[of_queries] + (t - 1) * references;
     const int64_t adjoints_of_head = (p.iterations + 1) * references;
     if (splits.count > 1) {
-      launch(stream, "merge_sums_kernel", merge_sums_kernel<T>,
-             divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
-             splits.count, adjoints, adjoints_of_head, partial);
+      launch<merge_sums_kernel<T>>(
+          stream, "merge_sums_kernel", divide_up(heads * references, kMergeThreads), kMergeThreads,
+          0, heads, references, splits.count, adjoints, adjoints_of_head, partial);
     }
     const Shared shared{adjoints, heads, references, adjoints_of_head, Merge::kSum};
     merge(p, stream, &shared, 1);
   }
   const bool in_one = gradient_in_one<Storage>(p);
   const int64_t groups = divide_up(p.depth, S::kGroup * S::kDepth);
-  launch(stream, "gradient_kernel", gradient_kernel<Storage>, heads * splits.count, S::kThreads,
-         bytes(kDifferentiates), p, parts, workspace, of_queries, true, in_one);
+  launch<gradient_kernel<Storage>>(stream, "gradient_kernel", heads * splits.count, S::kThreads,
+                                   bytes(kDifferentiates), p, parts, workspace, of_queries, true,
+                                   in_one);
   if (!in_one) {
-    launch(stream, "gradient_kernel", gradient_kernel<Storage>,
-           heads * splits.count * chunks * groups, S::kThreads, bytes(kDifferentiates), p, parts,
-           workspace, of_queries, false, true);
+    launch<gradient_kernel<Storage>>(
+        stream, "gradient_kernel", heads * splits.count * chunks * groups, S::kThreads,
+        bytes(kDifferentiates), p, parts, workspace, of_queries, false, true);
   }
-  launch(stream, "merge_gradient_kernel", merge_gradient_kernel<Storage>,
-         heads * divide_up(references, S::kWarps), S::kThreads, kHeadBytes<Storage>, p, parts,
-         workspace, of_queries);
+  launch<merge_gradient_kernel<Storage>>(stream, "merge_gradient_kernel",
+                                         heads * divide_up(references, S::kWarps), S::kThreads,
+                                         kHeadBytes<Storage>, p, parts, workspace, of_queries);
 }
 
 template <class Storage>
@@ -315,43 +316,44 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
   const int64_t heads = p.batch * p.heads, references = p.references;
   if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDifferentiates, stream)) {
-      launch(stream, "attention_backward_resident_kernel",
-             attention_backward_resident_kernel<Storage>, heads, S::kThreads,
-             resident_bytes<Storage>(p, kDifferentiates, stream), p, parts, workspace);
+      launch<attention_backward_resident_kernel<Storage>>(
+          stream, "attention_backward_resident_kernel", heads, S::kThreads,
+          resident_bytes<Storage>(p, kDifferentiates, stream), p, parts, workspace);
       return;
     }
   }
   const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
-  const Splits<Storage> splits(receivers_of(p).count);
+  const Splits<Storage> splits(p, receivers_of(p).count);
   const bool distributes = p.distribute && p.grad_output.data != nullptr;
   if (distributes) {
-    launch(stream, "output_product_kernel", output_product_kernel<Storage>, heads * splits.count,
-           S::kThreads, kHeadBytes<Storage>, p, parts, workspace);
-    launch(stream, "distribute_backward_kernel", distribute_backward_kernel<Storage>,
-           heads * splits.count * divide_up(references, S::kRows) *
-               divide_up(p.value_depth, S::kGroup * S::kDepth),
-           S::kThreads, bytes(kPools), p, parts, workspace);
+    launch<output_product_kernel<Storage>>(stream, "output_product_kernel", heads * splits.count,
+                                           S::kThreads, kHeadBytes<Storage>, p, parts, workspace);
+    launch<distribute_backward_kernel<Storage>>(stream, "distribute_backward_kernel",
+                                                heads * splits.count *
+                                                    divide_up(references, S::kRows) *
+                                                    divide_up(p.value_depth, S::kGroup * S::kDepth),
+                                                S::kThreads, bytes(kPools), p, parts, workspace);
   }
   int64_t partials = distributes ? splits.count : 0;
   if (distributes && p.group != nullptr) {
     const int64_t numbers = references * (p.value_depth + 1);
-    launch(stream, "merge_blocks_kernel", merge_blocks_kernel<T>,
-           divide_up(heads * numbers, kMergeThreads), kMergeThreads, 0, heads, splits.count,
-           numbers, workspace + parts.partial);
+    launch<merge_blocks_kernel<T>>(stream, "merge_blocks_kernel",
+                                   divide_up(heads * numbers, kMergeThreads), kMergeThreads, 0,
+                                   heads, splits.count, numbers, workspace + parts.partial);
     const Shared shared{workspace + parts.partial, heads, numbers, splits.count * numbers,
                         Merge::kSum};
     merge(p, stream, &shared, 1);
     partials = 1;
   }
-  launch(stream, "merge_pooled_gradient_kernel", merge_pooled_gradient_kernel<Storage>,
-         heads * divide_up(references, S::kWarps), S::kThreads, kHeadBytes<Storage>, p, parts,
-         workspace, partials);
+  launch<merge_pooled_gradient_kernel<Storage>>(
+      stream, "merge_pooled_gradient_kernel", heads * divide_up(references, S::kWarps), S::kThreads,
+      kHeadBytes<Storage>, p, parts, workspace, partials);
   launch_side_backward<Storage>(p, parts, workspace, false, stream);
   if (p.cross) launch_side_backward<Storage>(p, parts, workspace, true, stream);
-  launch(stream, "head_gradient_kernel", head_gradient_kernel<Storage>,
-         divide_up(heads, kMergeThreads / 32), kMergeThreads, 0, p, parts,
-         static_cast<const T*>(workspace), Splits<Storage>(p.tokens).count,
-         Splits<Storage>(p.queries).count);
+  launch<head_gradient_kernel<Storage>>(
+      stream, "head_gradient_kernel", divide_up(heads, kMergeThreads / 32), kMergeThreads, 0, p,
+      parts, static_cast<const T*>(workspace), Splits<Storage>(p, p.tokens).count,
+      Splits<Storage>(p, p.queries).count);
 }
 
 }  // namespace setformer::cuda

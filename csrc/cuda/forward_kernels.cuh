@@ -11,7 +11,7 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     sinkhorn_step_kernel(const int64_t first, const ForwardParams p, const Side side,
                          const int64_t t, Accumulate<Storage>* const partial) {
-  at_work(first, Splits<Storage>(side.count).count, 1,
+  at_work(first, Splits<Storage>(p, side.count).count, 1,
           Select<Storage>{p, side, kScoresOnly, partial},
           [&](int64_t) { sinkhorn_step<Storage, false>(t); });
 }
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     collect_kernel(const int64_t first, const ForwardParams p, Accumulate<Storage>* const partial) {
   using S = Shape<Storage>;
   const int64_t groups = divide_up(p.value_depth, S::kGroup * S::kDepth);
-  at_work(first, Splits<Storage>(p.tokens).count, groups * divide_up(p.references, S::kRows),
+  at_work(first, Splits<Storage>(p, p.tokens).count, groups * divide_up(p.references, S::kRows),
           Select<Storage>{p, keys_of(p), kPools, partial},
           [&](int64_t part) { collect<Storage, false>(int(part / groups), int(part % groups)); });
 }
@@ -30,7 +30,7 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     distribute_kernel(const int64_t first, const ForwardParams p) {
   const Select<Storage> select{p, receivers_of(p), kDistributes};
-  at_work(first, Splits<Storage>(select.side.count).count, 1, select,
+  at_work(first, Splits<Storage>(p, select.side.count).count, 1, select,
           [&](int64_t) { distribute<Storage, false>(); });
 }
 
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     transport_plan_kernel(const int64_t first, const PlanParams p) {
-  at_work(first, Splits<Storage>(p.tokens).count, 1, Select<Storage>{p, keys_of(p), kScoresOnly},
+  at_work(first, Splits<Storage>(p, p.tokens).count, 1, Select<Storage>{p, keys_of(p), kScoresOnly},
           [&](int64_t) { plan<Storage>(p.plan); });
 }
 
@@ -127,17 +127,18 @@ void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>*
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads, references = p.references;
-  const Splits<Storage> splits(side.count);
+  const Splits<Storage> splits(p, side.count);
   const int64_t bytes = streaming_bytes<Storage>(p, kScoresOnly, stream);
   for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
-    launch(stream, "sinkhorn_step_kernel", sinkhorn_step_kernel<Storage>, heads * splits.count,
-           S::kThreads, bytes, p, side, t, partial);
+    launch<sinkhorn_step_kernel<Storage>>(stream, "sinkhorn_step_kernel", heads * splits.count,
+                                          S::kThreads, bytes, p, side, t, partial);
     T* columns = static_cast<T*>(side.columns) + (t > 0 ? t - 1 : 0) * references;
     const int64_t columns_of_head = side.column_rows * references;
     if (splits.count > 1) {
-      launch(stream, "merge_columns_kernel", merge_columns_kernel<T>,
-             divide_up(heads * references, kMergeThreads), kMergeThreads, 0, heads, references,
-             splits.count, columns, columns_of_head, static_cast<const T*>(partial));
+      launch<merge_columns_kernel<T>>(stream, "merge_columns_kernel",
+                                      divide_up(heads * references, kMergeThreads), kMergeThreads,
+                                      0, heads, references, splits.count, columns, columns_of_head,
+                                      static_cast<const T*>(partial));
     }
     const Shared shared{columns, heads, references, columns_of_head, Merge::kLogSum};
     merge(p, stream, &shared, 1);
@@ -151,9 +152,10 @@ void merge_pooled(const ForwardParams& p, T* scales, int64_t scales_of_head, Str
   const int64_t heads = p.batch * p.heads, references = p.references;
   const int64_t pooled = references * p.value_depth;
   const auto rescale = [&] {
-    launch(stream, "rescale_pooled_kernel", rescale_pooled_kernel<T>,
-           divide_up(heads * references, kMergeThreads / 32), kMergeThreads, 0, heads, references,
-           p.value_depth, static_cast<T*>(p.pooled.data), scales, scales_of_head);
+    launch<rescale_pooled_kernel<T>>(stream, "rescale_pooled_kernel",
+                                     divide_up(heads * references, kMergeThreads / 32),
+                                     kMergeThreads, 0, heads, references, p.value_depth,
+                                     static_cast<T*>(p.pooled.data), scales, scales_of_head);
   };
   rescale();
   const Shared shared[2] = {{p.pooled.data, heads, pooled, pooled, Merge::kSum},
@@ -165,8 +167,8 @@ void merge_pooled(const ForwardParams& p, T* scales, int64_t scales_of_head, Str
 template <class Storage>
 ForwardWorkspace ForwardKernels<Storage>::workspace(const ForwardParams& p) {
   const int64_t heads = p.batch * p.heads;
-  const int64_t keys = Splits<Storage>(p.tokens).count;
-  const int64_t queries = p.cross ? Splits<Storage>(p.queries).count : 1;
+  const int64_t keys = Splits<Storage>(p, p.tokens).count;
+  const int64_t queries = p.cross ? Splits<Storage>(p, p.queries).count : 1;
   ForwardWorkspace parts;
   if (keys > 1) parts.total = heads * keys * p.references * (p.value_depth + 1);
   const int64_t states = heads * (keys > queries ? keys : queries) * p.references * 2;
@@ -182,39 +184,41 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
   T* partial = static_cast<T*>(workspace);
   if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDistributes, stream)) {
-      launch(stream, "attention_forward_resident_kernel",
-             attention_forward_resident_kernel<Storage>, heads, S::kThreads,
-             resident_bytes<Storage>(p, kDistributes, stream), p);
+      launch<attention_forward_resident_kernel<Storage>>(
+          stream, "attention_forward_resident_kernel", heads, S::kThreads,
+          resident_bytes<Storage>(p, kDistributes, stream), p);
       return;
     }
   }
-  const Splits<Storage> splits(p.tokens);
+  const Splits<Storage> splits(p, p.tokens);
   launch_solve<Storage>(p, keys_of(p), partial, stream);
-  launch(stream, "collect_kernel", collect_kernel<Storage>,
-         heads * splits.count * divide_up(p.value_depth, S::kGroup * S::kDepth) *
-             divide_up(p.references, S::kRows),
-         S::kThreads, streaming_bytes<Storage>(p, kPools, stream), p, partial);
+  launch<collect_kernel<Storage>>(
+      stream, "collect_kernel",
+      heads * splits.count * divide_up(p.value_depth, S::kGroup * S::kDepth) *
+          divide_up(p.references, S::kRows),
+      S::kThreads, streaming_bytes<Storage>(p, kPools, stream), p, partial);
   T* scales = static_cast<T*>(p.columns.data) + steps_kept(p) * p.references;
   const int64_t scales_of_head = keys_of(p).column_rows * p.references;
   if (splits.count > 1) {
-    launch(stream, "merge_pooled_kernel", merge_pooled_kernel<T>,
-           divide_up(heads * p.references * p.value_depth, kMergeThreads), kMergeThreads, 0, heads,
-           p.references, p.value_depth, splits.count, static_cast<T*>(p.pooled.data), scales,
-           scales_of_head, static_cast<const T*>(partial));
+    launch<merge_pooled_kernel<T>>(stream, "merge_pooled_kernel",
+                                   divide_up(heads * p.references * p.value_depth, kMergeThreads),
+                                   kMergeThreads, 0, heads, p.references, p.value_depth,
+                                   splits.count, static_cast<T*>(p.pooled.data), scales,
+                                   scales_of_head, static_cast<const T*>(partial));
   }
   merge_pooled(p, scales, scales_of_head, stream);
   if (!p.distribute) return;
   if (p.cross) launch_solve<Storage>(p, queries_of(p), partial, stream);
-  launch(stream, "distribute_kernel", distribute_kernel<Storage>,
-         heads * Splits<Storage>(receivers_of(p).count).count, S::kThreads,
-         streaming_bytes<Storage>(p, kDistributes, stream), p);
+  launch<distribute_kernel<Storage>>(
+      stream, "distribute_kernel", heads * Splits<Storage>(p, receivers_of(p).count).count,
+      S::kThreads, streaming_bytes<Storage>(p, kDistributes, stream), p);
 }
 
 template <class Storage>
 void ForwardKernels<Storage>::plan(const PlanParams& p, Stream& stream) {
-  launch(stream, "transport_plan_kernel", transport_plan_kernel<Storage>,
-         p.batch * p.heads * Splits<Storage>(p.tokens).count, Shape<Storage>::kThreads,
-         streaming_bytes<Storage>(p, kScoresOnly, stream), p);
+  launch<transport_plan_kernel<Storage>>(
+      stream, "transport_plan_kernel", p.batch * p.heads * Splits<Storage>(p, p.tokens).count,
+      Shape<Storage>::kThreads, streaming_bytes<Storage>(p, kScoresOnly, stream), p);
 }
 
 }  // namespace setformer::cuda

@@ -11,8 +11,10 @@ namespace setformer::cuda {
 // Where and how the launches of one call go; remembers the first that failed.
 struct Stream {
   cudaStream_t stream;
-  int stages;              // buffers per tile: 2 where copies run in the background (sm_80 on)
-  int64_t resident_bytes;  // shared memory a block may have
+  int device;
+  int stages;           // buffers per tile: 2 where copies run in the background (sm_80 on)
+  int64_t block_bytes;  // shared memory that the device gives a block
+  bool resident;        // whether heads that fit a block are worked on by one
   cudaError_t error = cudaSuccess;
   const char* kernel = nullptr;
 };

@@ -6,6 +6,7 @@
 
 #include "../sequences.h"
 #include "kernels.h"
+#include "knobs.h"
 #include "launch.h"
 
 namespace setformer::cuda {
@@ -51,7 +52,8 @@ Result run(int device, void* stream, Call call) {
     cudaGetLastError();
     return {int(error), "cudaDeviceGetAttribute"};
   }
-  Stream target{static_cast<cudaStream_t>(stream), major >= 8 ? 2 : 1, bytes};
+  Stream target{static_cast<cudaStream_t>(stream), device, major >= 8 ? 2 : 1, bytes,
+                knobs().resident};
   call(target);
   return {int(target.error), target.kernel};
 }
@@ -71,8 +73,15 @@ void visit(ScalarType type, Call call) {
   }
 }
 
+template <class Params>
+Params with_knobs(Params p) {
+  p.tiles_shift = knobs().tiles_shift;
+  return p;
+}
+
 template <template <class> class Kernels, class Params>
-int64_t workspace_bytes(const Params& p) {
+int64_t workspace_bytes(const Params& given) {
+  const Params p = with_knobs(given);
   const int64_t number = p.type == ScalarType::kFloat64 ? sizeof(double) : sizeof(float);
   int64_t numbers = 0;
   visit<Kernels>(p.type, [&](auto kernels) {
@@ -91,7 +100,8 @@ int64_t workspace_bytes(const Params& p) {
 // One problem, or those of packed sequences one after another on the stream, which share the
 // workspace.
 template <template <class> class Kernels, class Params>
-void run_kernels(const Params& p, void* workspace, Stream& target) {
+void run_kernels(const Params& given, void* workspace, Stream& target) {
+  const Params p = with_knobs(given);
   visit<Kernels>(p.type, [&](auto kernels) {
     if (p.offsets == nullptr) return kernels.run(p, workspace, target);
     for (int64_t s = 0; s < p.batch; ++s) kernels.run(sequence(p, s), workspace, target);
@@ -115,7 +125,7 @@ Result set_attention_backward(const BackwardParams& p, void* workspace, int devi
 
 Result transport_plan(const PlanParams& p, int device, void* stream) {
   return run(device, stream, [&](Stream& target) {
-    visit<ForwardKernels>(p.type, [&](auto kernels) { kernels.plan(p, target); });
+    visit<ForwardKernels>(p.type, [&](auto kernels) { kernels.plan(with_knobs(p), target); });
   });
 }
 

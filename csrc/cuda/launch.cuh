@@ -1,6 +1,8 @@
 // How kernels are launched, and what each does around its pass.
 #pragma once
 
+#include <atomic>
+
 #include "kernels.h"
 #include "problem.cuh"
 
@@ -13,14 +15,30 @@ inline constexpr int64_t kLargestGrid = 2147483647;
 // Of the kernels that merge what blocks have left: a thread, or a warp, per result.
 inline constexpr int kMergeThreads = 128;
 
-template <class Kernel, class... Arguments>
-void launch(Stream& stream, const char* name, Kernel kernel, int64_t blocks, int threads,
-            int64_t shared_bytes, Arguments... arguments) {
+// Lets a kernel have all the shared memory that the device gives a block; 48 KiB are what it has
+// unasked. What is set is the same whoever calls: a limit that followed each launch's own size
+// could be lowered by another host thread between being set and the launch.
+template <auto kernel>
+cudaError_t allow_shared_memory(const Stream& stream) {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device; those beyond are set each time
+  const uint64_t bit = stream.device < 64 ? uint64_t(1) << stream.device : 0;
+  if (allowed.load() & bit) return cudaSuccess;
+  cudaFuncAttributes facts{};
+  cudaError_t error = cudaFuncGetAttributes(&facts, kernel);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(stream.block_bytes - int64_t(facts.sharedSizeBytes)));
+  }
+  if (error == cudaSuccess) allowed.fetch_or(bit);
+  return error;
+}
+
+template <auto kernel, class... Arguments>
+void launch(Stream& stream, const char* name, int64_t blocks, int threads, int64_t shared_bytes,
+            Arguments... arguments) {
   if (stream.error != cudaSuccess || blocks == 0) return;
-  // More than 48 KiB must be asked for, per kernel and device.
   if (shared_bytes > 48 * 1024) {
-    stream.error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        int(shared_bytes));
+    stream.error = allow_shared_memory<kernel>(stream);
     if (stream.error != cudaSuccess) cudaGetLastError();  // reported by us, not by the next launch
   }
   for (int64_t first = 0; first < blocks && stream.error == cudaSuccess; first += kLargestGrid) {
@@ -55,11 +73,12 @@ int64_t resident_bytes(const ForwardParams& p, int needs, const Stream& stream) 
 template <class Storage>
 bool fits_one_block(const ForwardParams& p, int needs, const Stream& stream) {
   constexpr int64_t kMost = 163 * 1024;
+  if (!stream.resident) return false;
   if (p.group != nullptr) return false;  // which merges between launches
   // first the room for a bare key, so that no size overflows in Layout
   if (p.tokens > kMost || p.queries > kMost) return false;
   return resident_bytes<Storage>(p, needs, stream) <=
-         (stream.resident_bytes < kMost ? stream.resident_bytes : kMost);
+         (stream.block_bytes < kMost ? stream.block_bytes : kMost);
 }
 
 template <class Storage>

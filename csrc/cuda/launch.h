@@ -5,7 +5,8 @@
 // `stream` of `device`, so that a call can be captured in a CUDA graph. A first call may load code,
 // which CUDA does lazily; capture after one call outside of the graph. Values cannot be checked
 // without waiting for the device: where the CPU backend refuses a mass, bandwidth or epsilon, the
-// head's results are NaN here.
+// head's results are NaN here. All but the names of errors throw std::invalid_argument where an
+// environment variable of knobs.h is nonsense.
 #pragma once
 
 #include <cstdint>

@@ -38,19 +38,20 @@ __host__ __device__ inline Side receivers_of(const ForwardParams& p) {
 
 __host__ __device__ inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Which tokens a block takes. It follows from their number alone, so that results do not depend on
-// the batch or the device: four tiles a block keep what a block does once (references, merging)
-// below what it does per token, and no more than 256 partial sums are merged. Tiles of a block are
-// a power of two, for a division of 64 bits is a call that registers would be spilled for.
+// Which tokens a block takes. It follows from their number alone, or a knob, so that results do not
+// depend on the batch or the device: four tiles a block keep what a block does once (references,
+// merging) below what it does per token, and no more than 256 partial sums are merged. Tiles of a
+// block are a power of two, for a division of 64 bits is a call that registers would be spilled
+// for.
 template <class Storage>
 struct Splits {
   int64_t tiles, tiles_each, count;
-  __host__ __device__ explicit Splits(int64_t tokens, bool whole = false) {
+  __host__ __device__ Splits(const ForwardParams& p, int64_t tokens, bool whole = false) {
     tiles = divide_up(tokens, Shape<Storage>::kRows);
     tiles_each = tiles;
     count = 1;
     if (whole) return;
-    int shift = 2;
+    int shift = p.tiles_shift;
     while (tiles > (int64_t(256) << shift)) ++shift;
     tiles_each = int64_t(1) << shift;
     count = (tiles + tiles_each - 1) >> shift;
@@ -68,6 +69,10 @@ inline constexpr bool kFactors = sizeof(Storage) < 8;
 template <class Storage>
 inline constexpr int kHeadBytes =
     2304 + (kIsHalf<Storage> ? 0 : kMostDepth * int(sizeof(Accumulate<Storage>)));
+
+// What a streaming pass may take of shared memory: what sm_86, 89 and 120 give a block. Code for
+// sm_80 runs there too, so that the device must not decide.
+inline constexpr int kMostStreaming = 99 * 1024;
 
 // What a pass keeps in shared memory beside the tiles that scores are formed of.
 enum Needs : int {
@@ -118,7 +123,6 @@ struct Layout {
                                 : lean                 ? 1
                                 : chunks * depths == 1 ? 1
                                                        : stages;
-    steps_at_once = needs & kNeedsSteps ? (stages == 1 ? 2 : 8) : 0;
     references = kHeadBytes<Storage> + key_slots * tile_bytes;
     int end = references + reference_slots * reference_bytes;
     const auto take = [&](int bytes) {
@@ -129,7 +133,12 @@ struct Layout {
     rows = lean ? kHeadBytes<Storage> : needs & kNeedsRows ? take(kRowsBytes) : 0;
     operand = lean ? references : needs & kNeedsOperand ? take(kOperandBytes) : 0;
     numbers = end;
-    total = numbers + count_numbers() * int(sizeof(T));
+    total = numbers + steps() * int(sizeof(T));
+    steps_at_once = 0;
+    if (!(needs & kNeedsSteps)) return;
+    constexpr int kStepBytes = 3 * S::kRows * int(sizeof(T));
+    steps_at_once = stages == 1 ? 2 : resident || total + 8 * kStepBytes <= kMostStreaming ? 8 : 4;
+    total += steps_at_once * kStepBytes;
   }
 
   // The references are a single tile that stays.
@@ -138,8 +147,8 @@ struct Layout {
   }
 
   // Norms of keys and references (two tiles' worth each, or all of the resident ones), positions of
-  // two tiles of references, sums of the warps, four values for each reference, and three
-  // for those of one tile in each of some steps.
+  // two tiles of references, sums of the warps, four values for each reference, and three for those
+  // of one tile in each of steps_at_once steps, on whose number no result depends.
   __host__ __device__ int key_norms() const { return 0; }
   __host__ __device__ int reference_norms() const {
     return key_norms() + (resident ? key_slots / depths : 2) * S::kRows;
@@ -152,7 +161,6 @@ struct Layout {
   }
   __host__ __device__ int terms() const { return sums() + 2 * S::kWarps * S::kRows; }
   __host__ __device__ int steps() const { return terms() + 4 * chunks * S::kRows; }
-  __host__ __device__ int count_numbers() const { return steps() + 3 * steps_at_once * S::kRows; }
 };
 
 extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -196,7 +204,7 @@ struct Head {
   __device__ void select(const ForwardParams& params, const Side& side, int needs, bool resident,
                          int64_t head, int64_t part, T* sums) {
     partial = sums;
-    const Splits<Storage> parts(side.count, resident);
+    const Splits<Storage> parts(params, side.count, resident);
     p = params;
     index = head;
     b = head / p.heads;

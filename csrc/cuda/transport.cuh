@@ -275,9 +275,10 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
 template <class Storage>
 __device__ __forceinline__ Accumulate<Storage> fitting_scale(Accumulate<Storage> largest) {
   if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
-    // bounded, so that sums of other tiles stay finite in this one's unit
-    const float exponent = largest > 0 && largest < infinity<float>() ? float(ilogbf(largest)) : 0;
-    return exp2f(13 - fmaxf(fminf(exponent, 100.0f), -60.0f));
+    // Bounded, so that sums of other tiles stay finite in this one's unit. By the bits of a float,
+    // for a device's exponential need not be exact at whole numbers.
+    const int exponent = largest > 0 && largest < infinity<float>() ? ilogbf(largest) : 0;
+    return __int_as_float((127 + 13 - max(min(exponent, 100), -60)) << 23);
   } else {
     return Accumulate<Storage>(1);
   }

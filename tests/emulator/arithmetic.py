@@ -136,7 +136,7 @@ def div(e: Emitter) -> str:
     method = e.need(*ROUNDINGS, "approx", "full")
     ftz = bool(e.take("ftz"))
     type_ = e.type("f32") if ftz or method in ("approx", "full") else e.type(*FLOATS)
-    function = {"approx": "div_approx", "full": "div<Rounding::nearest>"}.get(method)
+    function = {"approx": "div_approx", "full": "div_full"}.get(method)
     return float_call(e, function or f"div<{ROUNDINGS[method]}>", type_, ftz, False, 2)
 
 

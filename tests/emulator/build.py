@@ -302,6 +302,7 @@ def extension_objects(sources: Path) -> list[Path]:
         (sources / "bindings.cpp", ("-O1",)),
         (sources / "build_info.cpp", ("-O1",)),
         (sources / "sequences.cpp", ("-O1",)),
+        (sources / "cuda" / "knobs.cpp", ("-O1",)),
         (cpu / "dispatch.cpp", ("-O1",)),
         (cpu / "kernels.cpp", ("-O1", "-DSETFORMER_ISA=baseline")),
     ]
@@ -323,8 +324,9 @@ def build_extension(architecture: int = 80, sources: Path = SOURCES) -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    """The extension module at that path; each path is a module of its own."""
-    spec = importlib.util.spec_from_file_location("_C", path)
+    """The extension module at that path; each path is a module of its own: pybind11 gives the one
+    that it has of a name."""
+    spec = importlib.util.spec_from_file_location(f"emulated_{digest(str(path))}._C", path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 Order = Literal["forward", "reverse", "random"]
 Mode = Literal["plain", "address", "race", "trace"]
+Arithmetic = Literal["exact", "perturbed"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,15 @@ class Launch:
     device: int
     stream: int
     status: int  # cudaError_t
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What cudaFuncSetAttribute has allowed a kernel on a device, static shared memory included."""
+
+    kernel: str  # the mangled name
+    device: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,14 @@ class _Launch(ctypes.Structure):
     ]
 
 
+class _Limit(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("device", ctypes.c_int),
+        ("bytes", ctypes.c_uint64),
+    ]
+
+
 def three(size: int | Sequence[int]) -> ctypes.Array[ctypes.c_uint32]:
     sizes = (size,) if isinstance(size, int) else tuple(size)
     return (ctypes.c_uint32 * 3)(*sizes, *[1] * (3 - len(sizes)))
@@ -69,20 +88,35 @@ class Emulator:
             ctypes.c_char_p,
             ctypes.c_uint64,
             ctypes.c_char_p,
+            ctypes.c_char_p,
         ]
         self.library.emulator_configure.restype = ctypes.c_bool
 
-    def configure(self, order: Order = "forward", seed: int = 1, mode: Mode = "plain") -> None:
-        """In which order threads and blocks run, and what is checked."""
-        if not self.library.emulator_configure(order.encode(), seed, mode.encode()):
-            raise ValueError(f"unknown order {order!r} or mode {mode!r}")
+    def configure(
+        self,
+        order: Order = "forward",
+        seed: int = 1,
+        mode: Mode = "plain",
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        """In which order threads and blocks run, what is checked, and whether ex2, lg2, rcp and
+        their like are exact or err by as much as the PTX manual allows, in directions that the
+        seed chooses; by default as EMULATOR_ARITHMETIC has it."""
+        arithmetic = arithmetic or os.environ.get("EMULATOR_ARITHMETIC") or "exact"
+        words = [word.encode() for word in (order, mode, arithmetic)]
+        if not self.library.emulator_configure(words[0], seed, *words[1:]):
+            raise ValueError(f"unknown order {order!r}, mode {mode!r} or arithmetic {arithmetic!r}")
 
     @contextlib.contextmanager
     def configured(
-        self, order: Order = "forward", seed: int = 1, mode: Mode = "plain"
+        self,
+        order: Order = "forward",
+        seed: int = 1,
+        mode: Mode = "plain",
+        arithmetic: Arithmetic | None = None,
     ) -> Iterator[None]:
         """configure() for a while."""
-        self.configure(order, seed, mode)
+        self.configure(order, seed, mode, arithmetic)
         try:
             yield
         finally:
@@ -121,6 +155,25 @@ class Emulator:
     def clear_launches(self) -> None:
         self.library.emulator_clear_launches()
 
+    def limits(self) -> list[Limit]:
+        """All that cudaFuncSetAttribute has set, in order."""
+        found = []
+        for i in range(self.library.emulator_limit_count()):
+            raw = _Limit()
+            self.library.emulator_limit(i, ctypes.byref(raw))
+            found.append(Limit(raw.kernel.decode(), raw.device, raw.bytes))
+        return found
+
+    @contextlib.contextmanager
+    def after_limit(self, function: Callable[[], None]) -> Iterator[None]:
+        """For a while calls function() whenever cudaFuncSetAttribute has set a limit."""
+        called = ctypes.CFUNCTYPE(None)(function)
+        self.library.emulator_after_limit(called)
+        try:
+            yield
+        finally:
+            self.library.emulator_after_limit(None)
+
     def trace(self) -> list[AccessCount]:
         """Counts of mode trace since the last clear_trace()."""
         self.library.emulator_trace.restype = ctypes.c_char_p
@@ -142,6 +195,12 @@ class Emulator:
 
     def get_device(self) -> int:
         return int(self.library.emulator_get_device())
+
+    def set_capability(self, capability: int) -> None:
+        """What the devices are, as 86 for 8.6, whatever the kernels were compiled for."""
+        self.library.emulator_set_capability.restype = ctypes.c_bool
+        if not self.library.emulator_set_capability(capability):
+            raise ValueError(f"no facts are known about compute capability {capability}")
 
     def run(
         self,

@@ -14,12 +14,14 @@ EMULATOR_API void emulator_clear_errors() {
   emulator::last_message.clear();
 }
 
-// order: forward, reverse or random; mode: plain, address, race or trace. False for another word.
-EMULATOR_API bool emulator_configure(const char* order, uint64_t seed, const char* mode) {
+// order: forward, reverse or random; mode: plain, address, race or trace; arithmetic: exact or
+// perturbed. False for another word.
+EMULATOR_API bool emulator_configure(const char* order, uint64_t seed, const char* mode,
+                                     const char* arithmetic) {
   using emulator::Options;
   Options options;
   options.seed = seed;
-  const std::string order_word = order, mode_word = mode;
+  const std::string order_word = order, mode_word = mode, arithmetic_word = arithmetic;
   if (order_word == "reverse") {
     options.order = Options::Order::reverse;
   } else if (order_word == "random") {
@@ -32,6 +34,8 @@ EMULATOR_API bool emulator_configure(const char* order, uint64_t seed, const cha
   options.trace = mode_word == "trace";
   const bool watching = options.address || options.race || options.trace;
   if (!watching && mode_word != "plain") return false;
+  options.perturbed = arithmetic_word == "perturbed";
+  if (!options.perturbed && arithmetic_word != "exact") return false;
   emulator::options = options;
   emulator::watching = watching;
   return true;
@@ -49,7 +53,7 @@ EMULATOR_API int emulator_run(const char* name, const uint32_t* grid, const uint
 
 namespace {
 
-// EMULATOR_ORDER, EMULATOR_SEED and EMULATOR_MODE set the options of a process.
+// EMULATOR_ORDER, _SEED, _MODE and _ARITHMETIC set the options of a process.
 const bool configured = [] {
   const auto variable = [](const char* name, const char* otherwise) {
     const char* value = std::getenv(name);
@@ -57,12 +61,14 @@ const bool configured = [] {
   };
   const char* order = variable("EMULATOR_ORDER", "forward");
   const char* mode = variable("EMULATOR_MODE", "plain");
+  const char* arithmetic = variable("EMULATOR_ARITHMETIC", "exact");
   const uint64_t seed = std::strtoull(variable("EMULATOR_SEED", "1"), nullptr, 10);
-  if (emulator_configure(order, seed, mode)) return true;
+  if (emulator_configure(order, seed, mode, arithmetic)) return true;
   std::fprintf(stderr,
-               "emulator: expected EMULATOR_ORDER forward, reverse or random and EMULATOR_MODE "
-               "plain, address, race or trace, got \"%s\" and \"%s\"\n",
-               order, mode);
+               "emulator: expected EMULATOR_ORDER forward, reverse or random, EMULATOR_MODE plain, "
+               "address, race or trace and EMULATOR_ARITHMETIC exact or perturbed, got \"%s\", "
+               "\"%s\" and \"%s\"\n",
+               order, mode, arithmetic);
   std::abort();
 }();
 

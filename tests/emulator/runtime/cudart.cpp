@@ -45,12 +45,15 @@ constexpr DeviceFacts kFacts[] = {
     {120, 99 << 10, 170, "emulated device of compute capability 12.0"},
 };
 
-constexpr const DeviceFacts& facts() {
+constexpr const DeviceFacts* facts_of(int capability) {
   for (const DeviceFacts& device : kFacts) {
-    if (device.capability == EMULATED_CAPABILITY) return device;
+    if (device.capability == capability) return &device;
   }
-  std::abort();
+  return nullptr;
 }
+static_assert(facts_of(EMULATED_CAPABILITY));
+
+const DeviceFacts* facts = facts_of(EMULATED_CAPABILITY);  // of all devices
 
 struct Configuration {
   dim3 grid, block;
@@ -67,8 +70,17 @@ struct LaunchRecord {
   int status;
 };
 
+// What cudaFuncSetAttribute has allowed.
+struct LimitRecord {
+  const Kernel* kernel;
+  int device;
+  size_t bytes;
+};
+
 std::mutex mutex;                                               // one launch at a time
 std::map<std::pair<int, const Kernel*>, size_t> shared_limits;  // by device, as in CUDA
+std::vector<LimitRecord> limits;
+void (*after_limit)() = nullptr;
 std::map<const void*, int> stream_devices;
 std::vector<LaunchRecord> launches;
 
@@ -288,19 +300,19 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (device < 0 || device >= kDevices) return remember(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = EMULATED_CAPABILITY / 10;
+      *value = facts->capability / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = EMULATED_CAPABILITY % 10;
+      *value = facts->capability % 10;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = kSharedPerBlock;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = facts().shared_per_block_optin;
+      *value = facts->shared_per_block_optin;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = facts().multiprocessors;
+      *value = facts->multiprocessors;
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerBlock:
       *value = 1024;
@@ -323,13 +335,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (device < 0 || device >= kDevices) return remember(cudaErrorInvalidDevice);
   std::memset(properties, 0, sizeof *properties);
-  std::snprintf(properties->name, sizeof properties->name, "%s", facts().name);
-  properties->major = EMULATED_CAPABILITY / 10;
-  properties->minor = EMULATED_CAPABILITY % 10;
+  std::snprintf(properties->name, sizeof properties->name, "%s", facts->name);
+  properties->major = facts->capability / 10;
+  properties->minor = facts->capability % 10;
   properties->totalGlobalMem = size_t{1} << 34;
   properties->sharedMemPerBlock = kSharedPerBlock;
-  properties->sharedMemPerBlockOptin = facts().shared_per_block_optin;
-  properties->multiProcessorCount = facts().multiprocessors;
+  properties->sharedMemPerBlockOptin = facts->shared_per_block_optin;
+  properties->multiProcessorCount = facts->multiprocessors;
   properties->warpSize = 32;
   properties->maxThreadsPerBlock = 1024;
   return cudaSuccess;
@@ -355,11 +367,15 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
     return remember(cudaErrorInvalidValue);
   }
   const size_t total = size_t(value) + static_shared(kernel);
-  if (value < 0 || total > size_t(facts().shared_per_block_optin)) {
+  if (value < 0 || total > size_t(facts->shared_per_block_optin)) {
     return remember(cudaErrorInvalidValue);
   }
-  const std::lock_guard lock(mutex);
-  shared_limits[{current_device, kernel}] = total;
+  {
+    const std::lock_guard lock(mutex);
+    shared_limits[{current_device, kernel}] = total;
+    limits.push_back({kernel, current_device, total});
+  }
+  if (after_limit) after_limit();
   return cudaSuccess;
 }
 
@@ -410,7 +426,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
   return cudaSuccess;
 }
 
-// For tests: what has been launched
+// For tests: what has been launched and allowed
 
 #define EMULATOR_API __attribute__((visibility("default")))
 
@@ -435,6 +451,26 @@ EMULATOR_API void emulator_launch(int index, EmulatorLaunch* out) {
           launch.stream,
           launch.device,
           launch.status};
+}
+struct EmulatorLimit {
+  const char* kernel;
+  int device;
+  uint64_t bytes;
+};
+EMULATOR_API int emulator_limit_count() { return int(limits.size()); }
+EMULATOR_API void emulator_limit(int index, EmulatorLimit* out) {
+  const LimitRecord& limit = limits.at(index);
+  *out = {limit.kernel->name, limit.device, limit.bytes};
+}
+// Called whenever cudaFuncSetAttribute has set a limit, where another host thread could come
+// between.
+EMULATOR_API void emulator_after_limit(void (*function)()) { after_limit = function; }
+// What the devices are from now on, whatever the kernels were compiled for; false for an unknown
+// one.
+EMULATOR_API bool emulator_set_capability(int capability) {
+  if (!facts_of(capability)) return false;
+  facts = facts_of(capability);
+  return true;
 }
 EMULATOR_API int emulator_set_device(int device) { return set_device_checked(device); }
 EMULATOR_API int emulator_get_device() { return current_device; }

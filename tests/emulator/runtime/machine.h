@@ -99,6 +99,7 @@ struct Options {
   bool address = false;  // look every access up in AddressSanitizer's shadow memory
   bool race = false;
   bool trace = false;
+  bool perturbed = false;  // approximate functions err by as much as they may
 };
 extern Options options;
 extern bool watching;  // whether every access goes through the checks below

@@ -135,24 +135,17 @@ inline T sqrt(T a) {
   return rounded<r>([](T x) { return std::sqrt(x); }, a);
 }
 
-// The approximate functions of a GPU err by a few units in the last place, which differ between
-// devices; here they are rounded from double.
-inline float rcp_approx(float x) { return 1.0f / x; }
-inline float sqrt_approx(float x) { return std::sqrt(x); }
-inline float rsqrt_approx(float x) { return float(1 / std::sqrt(double(x))); }
-inline float ex2_approx(float x) { return std::exp2(x); }
-inline float lg2_approx(float x) { return std::log2(x); }
-inline float sin_approx(float x) { return std::sin(x); }
-inline float cos_approx(float x) { return std::cos(x); }
-inline float tanh_approx(float x) { return std::tanh(x); }
-
-// "For 2^126 < |b| < 2^128, div.approx gives 0, or NaN where a is infinite."
-inline float div_approx(float a, float b) {
-  if (std::fabs(b) > 0x1p126f && !std::isinf(b) && !std::isnan(a)) {
-    return std::isinf(a) ? canonical_nan<float>() : 0.0f * a * std::copysign(1.0f, b);
-  }
-  return a / b;
-}
+// The approximate functions of a GPU, see approximate.cpp.
+float rcp_approx(float x);
+float sqrt_approx(float x);
+float rsqrt_approx(float x);
+float ex2_approx(float x);
+float lg2_approx(float x);
+float sin_approx(float x);
+float cos_approx(float x);
+float tanh_approx(float x);
+float div_approx(float a, float b);
+float div_full(float a, float b);
 
 // rcp.approx.ftz.f64 and rsqrt.approx.ftz.f64 see and give the upper word only.
 inline double upper_word(double x) {
