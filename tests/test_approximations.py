@@ -1,5 +1,5 @@
 """The emulator's exponential, logarithm, reciprocal and their like, which err on a GPU: perturbed,
-they err by as much as the PTX manual allows, and the kernels' results must be as exact as ever."""
+they err by as much as the PTX manual allows, and the kernels' results only by what follows."""
 
 import ctypes
 from pathlib import Path
@@ -113,16 +113,19 @@ PROBLEMS = {
     "small": SMALL | LEARNED | {"N": 45, "Nq": 41, "token_mass": True, "masked": True},
     "sharp": SMALL | {"N": 45, "epsilon": 0.01},  # in the log domain
     "linear": SMALL | {"N": 45, "kernel": "linear", "P": 2},
+    "streamed": SMALL | LEARNED | {"N": 100, "D": 200},
 }
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_results_are_as_exact_as_ever(backend: Backend, name: str, dtype: torch.dtype) -> None:
+def test_results_are_as_exact_as_their_functions_allow(
+    backend: Backend, name: str, dtype: torch.dtype
+) -> None:
     if not backend.emulated:
         pytest.skip("only the emulated device can be told how to err")
     emulator = Emulator(backend.module.__file__)
     arguments = random_problem(dtype=dtype, **PROBLEMS[name])
     for seed in (1, 2):
         with emulator.configured(seed=seed, arithmetic="perturbed"):
-            assert_as_exact_as_definition(backend.set_attention, arguments)
+            assert_as_exact_as_definition(backend.set_attention, arguments, approximate=True)
