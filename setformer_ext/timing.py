@@ -110,16 +110,19 @@ def inputs(
     device: torch.device | str = "cpu",
     gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Key [B, H, N, D] and references [H, M, D] of unit length, value [B, H, N, Dv]."""
-    rng = torch.Generator().manual_seed(0)
+    """Key [B, H, N, D] and references [H, M, D] of unit length, value [B, H, N, Dv].
+
+    Made on the device itself, for large ones take a CPU seconds: a GPU has other numbers than it.
+    """
+    rng = torch.Generator(device).manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=rng)
+        return torch.randn(sizes, generator=rng, device=device)
 
     key = F.normalize(normal(shape.batch, shape.heads, shape.tokens, shape.depth), dim=-1)
     value = normal(shape.batch, shape.heads, shape.tokens, shape.value_depth)
     reference = F.normalize(normal(shape.heads, shape.references, shape.depth), dim=-1)
-    key, value, reference = (x.to(device, dtype) for x in (key, value, reference))
+    key, value, reference = (x.to(dtype) for x in (key, value, reference))
     for x in (key, value, reference):
         x.requires_grad_(gradient)
     return key, value, reference
