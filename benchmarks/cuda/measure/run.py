@@ -1,9 +1,7 @@
 """Runs the process of one step until it ends or its deadline has come."""
 
 import contextlib
-import ctypes
 import math
-import os
 import signal
 import subprocess
 import time
@@ -12,22 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import bounded, results
 
 POLL = 0.1  # seconds between looks at the process and its output
-TO_END = 3.0  # seconds for a process to end when asked to, and again when killed
 MOST_LOG = 256 << 20  # bytes that a step may write
 LOG_END = 1500  # characters of them that a report shows
 PIECE = 1 << 20  # bytes that are read at once
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
 class Ended:
     """How the process of a step ended."""
 
-    status: str  # ok, failed, timed out
+    status: str  # ok, failed, timed out, or hung: no result for too long
     seconds: float
     note: str = ""
 
@@ -80,17 +75,14 @@ def run(
 
     Patience is for the next of them; twice that for the first, before which much is loaded.
 
-    The process leads a group, of which all that is left is killed in the end. Nothing is waited for
-    without a bound: a process that a GPU holds may stay beyond any signal.
+    Of its group, whatever is left in the end is killed. Nothing is waited for without a bound: a
+    process that a GPU holds may stay beyond any signal.
     """
     start = time.monotonic()
     last = start + patience
-    try:
-        process = _start(command, log.path, environment)
-    except OSError as error:
-        return Ended("failed", 0.0, f"{command[0]} could not be started: {error.strerror}")
     status, note = "ok", ""
-    try:
+    options = {"stderr": subprocess.STDOUT, "cwd": log.path.parent, "env": environment}
+    with log.path.open("ab") as output, bounded.group(command, stdout=output, **options) as process:
         while process.poll() is None and status == "ok":
             time.sleep(POLL)
             now = time.monotonic()
@@ -100,53 +92,16 @@ def run(
             if now - start > seconds:
                 status, note = "timed out", f"ended after {seconds:.0f} s"
             elif now - last > patience:
-                status, note = "timed out", f"ended after {patience:.0f} s without a new result"
+                status, note = "hung", f"ended after {patience:.0f} s without a new result"
             elif log.size > MOST_LOG:
                 status, note = "failed", f"ended for having written {MOST_LOG >> 20} MiB"
-        if status != "ok" and not _end(process):
+        if status != "ok" and not bounded.end(process):
             note += "; it could not be killed and was left behind"
-    finally:
-        _signal(process, signal.SIGKILL)
     for result in log.new_results():
         add(result)
     if status == "ok" and process.returncode != 0:
         status, note = "failed", _how_it_ended(process.returncode)
     return Ended(status, time.monotonic() - start, note)
-
-
-def _start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=log.parent,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-
-
-def _end_with_parent() -> None:
-    """A killed run leaves no process on the card that would spoil the next."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _end(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it is gone."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        _signal(process, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=TO_END)
-            return True
-    return False
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To all of its group, whether or not it is there itself."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
 
 
 def _how_it_ended(status: int) -> str:
