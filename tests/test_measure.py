@@ -1,13 +1,12 @@
 """benchmarks/cuda/measure.sh: whatever becomes of a step, the run goes on and its report tells."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "cuda"))
 
-from measure import execute, outcomes, plan, report, run
+from measure import bounded, execute, outcomes, plan, report, run
 from measure.plan import Step
 from measure.record import Record
 
@@ -31,6 +30,12 @@ def python(code: str) -> tuple[str, ...]:
 
 def step(name: str, code: str, seconds: float = 30, **more: Any) -> Step:
     return Step(name, python(code), 0, seconds, **more)
+
+
+def items_step(name: str, code: str, **more: Any) -> Step:
+    """Its process is told when it must have ended."""
+    planned = step(name, code, items=True, **more)
+    return replace(planned, command=(*planned.command, "--end", plan.END))
 
 
 def run_steps(folder: Path, *steps: Step, seconds: float = 60) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
 
 @pytest.fixture
 def quick_to_kill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "TO_END", 0.3)
+    monkeypatch.setattr(bounded, "TO_END", 0.3)
     monkeypatch.setattr(run, "POLL", 0.02)
     monkeypatch.setattr(execute, "MARGIN", 0.3)
 
@@ -116,12 +121,13 @@ def test_a_step_that_fails_hangs_or_prints_garbage_does_not_stop_the_next(tmp_pa
 def test_what_cannot_be_killed_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_signal", lambda process, number: None)
+    monkeypatch.setattr(bounded, "signal_group", lambda process, number: None)
     code = "import os; print(os.getpid(), flush=True)\n" + SLEEP
     start = time.monotonic()
     record = run_steps(tmp_path, step("stays", code, seconds=1), step("next", ""))
     assert time.monotonic() - start < 10
-    os.kill(int((tmp_path / "stays.log").read_text(encoding="utf-8")), signal.SIGKILL)
+    left = int((tmp_path / "stays.log").read_text(encoding="utf-8"))
+    wait_for(lambda: not is_alive(left))  # by its guard
     assert ended(record) == {"stays": "timed out", "next": "ok"}
     assert record["steps"][0]["note"].endswith("it could not be killed and was left behind")
 
@@ -156,13 +162,13 @@ def last():
 calls = [lambda: {"us": 1.0}, raises, dies, hangs, loses, last]
 given = options()
 work([Item({"name": f"item {i}"}, call) for i, call in enumerate(calls)],
-     given.start, given.seconds, lambda: alive)
+     given.start, given.end, lambda: alive)
 """
 
 
 @pytest.mark.usefixtures("quick_to_kill")
 def test_an_item_that_is_lost_costs_no_other(tmp_path: Path) -> None:
-    record = run_steps(tmp_path, step("items", ITEMS, items=True, patience=1.5))
+    record = run_steps(tmp_path, items_step("items", ITEMS, patience=1.5))
     found = {r["name"]: r.get("error", r.get("us")) for r in record["steps"][0]["results"]}
     assert found == {
         "item 0": 1.0,
@@ -176,17 +182,34 @@ def test_an_item_that_is_lost_costs_no_other(tmp_path: Path) -> None:
     assert record["steps"][0]["note"] == "4 of 6 failed"
 
 
-def test_items_end_in_time_and_say_what_is_left_out(tmp_path: Path) -> None:
+def test_items_end_in_time_and_say_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = (
-        "import time\nfrom measure.items import Item, options, work\n"
+        "import time\ntime.sleep(1.5)\nfrom measure.items import Item, options, work\n"
         "call = lambda: time.sleep(0.4) or {}\ngiven = options()\n"
-        "work([Item({}, call)] * 100, given.start, given.seconds, lambda: True)"
+        "work([Item({}, call)] * 100, given.start, given.end, lambda: True)"
     )
-    record = run_steps(tmp_path, step("many", code, seconds=8, items=True))
+    monkeypatch.setattr(execute, "MARGIN", 1.0)  # less than it takes to load what the step needs
+    record = run_steps(tmp_path, items_step("many", code, seconds=4))
     *rows, left_out = record["steps"][0]["results"]
     assert ended(record) == {"many": "ok"}
+    assert rows
     assert left_out == {"kind": "left out", "rows": 100 - len(rows), "why": "no time"}
-    assert record["seconds"] < 8
+    assert record["seconds"] < 4
+
+
+@pytest.mark.usefixtures("quick_to_kill")
+def test_an_item_that_its_deadline_cuts_has_not_failed(tmp_path: Path) -> None:
+    code = (
+        "import time\nfrom measure.items import Item, options, work\ngiven = options()\n"
+        "items = [Item({'name': n}, lambda n=n: time.sleep(n) or {}) for n in (0, 60)]\n"
+        "work(items, given.start, given.end, lambda: True)"
+    )
+    record = run_steps(tmp_path, items_step("slow", code, seconds=2))
+    assert ended(record) == {"slow": "timed out"}
+    _, cut = record["steps"][0]["results"]
+    assert cut == {"kind": "left out", "item": 1, "name": 60, "why": "no time"}
 
 
 def test_time_is_kept_for_later_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,14 +222,30 @@ def test_time_is_kept_for_later_steps(tmp_path: Path, monkeypatch: pytest.Monkey
         record.end("timed out")
 
     monkeypatch.setattr(execute, "_run_step", take_all)
-    sizes = {"first": (10, 300), "second": (100, 170), "third": (20, 200), "fourth": (4, 50)}
+    sizes = {"first": (10, 300), "second": (100, 170), "third": (20, 200), "fourth": (24, 50)}
     steps = [Step(name, (), *size) for name, size in sizes.items()]
     record = run_steps(tmp_path, *steps, seconds=400)
-    # 400 - 124 kept; all of the rest but 24; all but 4; and 4 s are not worth starting in
-    assert given == {"first": 276, "second": 100, "third": 20}
-    assert record["steps"][-1]["note"] == "no time left of 400 s"
-    total = sum(step.least for step in plan.steps(tmp_path, "cuda", None, 600))
-    assert total < 400  # so that a build of 200 s starves nothing
+    # 400 - 144 kept; all of the rest but 44; all but 24
+    assert given == {"first": 256, "second": 100, "third": 20, "fourth": 24}
+    clock[0] = 0.0
+    record = run_steps(tmp_path, *steps, seconds=50)  # none for `first` to keep: it has its 10
+    assert record["steps"][1]["note"] == "no time left of 50 s: needs 100, has 40"
+    times = {step.name: step.least for step in plan.steps(tmp_path, "cuda", None, 600)}
+    assert sum(times.values()) - times["build"] < 400  # so that a build of 200 s starves nothing
+
+
+def test_a_build_has_the_time_of_what_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, float] = {}
+
+    def succeed(step: Step, record: Record, seconds: float, environment: dict[str, str]) -> None:
+        given[step.name] = seconds
+        record.end("ok")
+
+    monkeypatch.setattr(execute, "_run_step", succeed)
+    run_steps(tmp_path, *plan.steps(tmp_path, "cuda", None, 300), seconds=300)
+    assert given["build"] == pytest.approx(280, abs=1)  # all but that of the ceilings
 
 
 def has_row(record: dict[str, Any]) -> bool:
@@ -256,6 +295,32 @@ def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
     wait_for(lambda: not is_alive(record["steps"][1]["results"][0]["pid"]))
 
 
+@pytest.mark.parametrize("how", ["its time is up", "its caller is killed"])
+def test_a_tools_own_processes_end_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """As ncu has them: not those of its caller, and not its children for long."""
+    monkeypatch.setattr(bounded, "TO_END", 0.3)
+    child = python(f"{IGNORE_TERM}import os\nprint(os.getpid(), flush=True)\n{SLEEP}")
+    tool = f"import subprocess\nsubprocess.Popen({child})\n{IGNORE_TERM}{SLEEP}"
+    path = tmp_path / "pid"
+
+    def pid() -> int:
+        return int(path.read_text(encoding="utf-8") or 0) if path.exists() else 0
+
+    if how == "its time is up":
+        with path.open("w") as file, pytest.raises(subprocess.TimeoutExpired):
+            bounded.run(python(tool), 2, stdout=file)
+    else:
+        code = f"from measure import bounded\nbounded.run({python(tool)}, 60, stdout=None)"
+        with path.open("w") as file:
+            caller = subprocess.Popen(python(code), env=ENVIRONMENT, stdout=file)
+        wait_for(pid)
+        caller.kill()
+        caller.wait()
+    wait_for(lambda: not is_alive(pid()))
+
+
 def test_readers_never_find_a_part_of_a_report(tmp_path: Path) -> None:
     record = Record(tmp_path, 60, device="cuda")
     record.begin("table", 60, [])
@@ -295,6 +360,36 @@ def test_outcomes_of_a_selftest_that_was_cut_short(tmp_path: Path) -> None:
     assert counts == {"kind": "outcomes", "ok": 1, "FAILED": 2, "verdict": "not finished"}
     assert b["why"] == "; ".join(["x: error 2.0, allowed 1.0"] * 3) + " and 2 more"
     assert c["why"] == "last line"
-    for text in ("{", "[]", '{"tasks": [{}]}'):
+    assert outcomes.out_of_time(path) == ""
+    for text in ("{", "[]", '{"tasks": [{}]}', '{"tasks": [], "suite": {}}'):
         path.write_text(text, encoding="utf-8")
         assert "not what was expected" in outcomes.outcomes(path)[0]["verdict"]
+
+
+def test_outcomes_of_a_suite(tmp_path: Path) -> None:
+    path = tmp_path / "suite.json"
+
+    def write(error: str, **tests: str) -> None:
+        told = {name: {"outcome": x, "seconds": 1.0, "why": f"a\n{x}"} for name, x in tests.items()}
+        suite = {"folder": "tests", "error": error, "collected": 9, "tests": told}
+        path.write_text(json.dumps({"tasks": [], "suite": suite}), encoding="utf-8")
+
+    write("", x="passed", y="failed", z="failed")
+    _, counts, *failed = outcomes.outcomes(path)
+    expected = {"passed": 1, "failed": 2, "of": 9, "error": ""}
+    assert counts == {"kind": "suite", **expected}
+    assert failed == [{"kind": "failed test", "test": x, "why": "failed"} for x in "yz"]
+    code = "import shutil; shutil.copy({!r}, 'suite.json'); raise SystemExit(1)"
+    names = ("fails and is cut", "is cut", "lost")
+    steps = [replace(step(name, code.format(name)), outcomes=path) for name in names]
+    for one, error, tests in zip(
+        steps,
+        ["ended after 9 s, during y", "ended after 9 s, during y", "5 processes were lost"],
+        [{"x": "failed"}, {"x": "passed"}, {"x": "passed"}],
+        strict=True,
+    ):
+        write(error, **tests)
+        path.rename(tmp_path / one.name)
+    record = run_steps(tmp_path, *steps)
+    assert list(ended(record).values()) == ["failed", "timed out", "failed"]
+    assert record["steps"][1]["note"] == "ended after 9 s, during y"

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "cuda"))
 
 import sass
 from measure import build, device, limits, machine, plan, profiles, results
+from measure import selftest as measured_selftest
 
 from conftest import cuda_emulated
 from emulator.build import find_nvcc
@@ -37,31 +39,90 @@ def fact(name: str, value: Any) -> dict[str, Any]:
     return {"kind": "fact", "name": name, "value": value}
 
 
+def no_card() -> None:
+    raise RuntimeError("why")
+
+
 def test_the_build_is_for_the_card_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDAARCHS", raising=False)
-    monkeypatch.setattr(build, "ask_driver", lambda query: {})
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(build, "find_nvcc", lambda: Path("/found/nvcc"))
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", no_card)
     with pytest.raises(SystemExit, match="set CUDAARCHS"):
         build.environment()
-    monkeypatch.setattr(build, "ask_driver", lambda query: {"compute_cap": "12.0"})
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda: (12, 0))
     assert build.environment()["CUDAARCHS"] == "120-real"
+    assert build.environment()["CUDACXX"] == "/found/nvcc"
     report_of(tmp_path, fact("capability", "9.0"))
     found = build.environment()
     assert found["CUDAARCHS"] == "90-real"
     assert found["SETFORMER_CUDA"] == "on"
     assert int(found["CMAKE_BUILD_PARALLEL_LEVEL"]) >= 1
     monkeypatch.setenv("CUDAARCHS", "89-real")
+    monkeypatch.setenv("CUDACXX", "/my/nvcc")
     assert build.environment()["CUDAARCHS"] == "89-real"
+    assert "CUDACXX" not in build.environment()
+
+
+def test_what_the_build_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = (build.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    required = re.findall(r'^    "([\w-]+)>=(\d+)"', project, re.MULTILINE)
+    assert dict(required) == {name: str(least) for name, least in build.REQUIRED.items()}
+    versions = {"setuptools": "68.1.2", "scikit-build-core": "1.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise build.metadata.PackageNotFoundError
+        return versions[name]
+
+    monkeypatch.setattr(build.metadata, "version", version)
+    assert build.missing() == "setuptools >= 77, found 68.1.2; pybind11 >= 3, found none"
+    versions |= {"setuptools": "77", "pybind11": "3.0.0rc1"}
+    assert build.missing() == ""
 
 
 def test_what_the_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.ask_driver("name,compute_cap") == {"nvidia-smi": "not found"}
+    assert machine.ask_driver("name,compute_cap", "0") == {"nvidia-smi": "not found"}
     tool(tmp_path, "nvidia-smi", "echo 'NVIDIA H200, 9.0'\n")
-    found = machine.ask_driver("name,compute_cap")
+    found = machine.ask_driver("name,compute_cap", "0")
     assert found == {"name": "NVIDIA H200", "compute_cap": "9.0"}
     tool(tmp_path, "nvidia-smi", "echo 'no devices'; exit 6\n")
-    assert machine.ask_driver("name") == {"nvidia-smi": "no devices"}
+    assert machine.ask_driver("name", "0") == {"nvidia-smi": "no devices"}
+    monkeypatch.setattr(machine, "SECONDS", 0.5)
+    tool(tmp_path, "nvidia-smi", "while true; do :; done\n")
+    assert machine.ask_driver("name", "0") == {"nvidia-smi": "no answer within 0.5 s"}
+
+
+def test_the_driver_is_asked_of_torchs_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(sys, "argv", ["machine"])
+    tool(tmp_path, "nvidia-smi", 'echo "$1"\n')
+
+    def asked() -> str:
+        found = map(results.read, capsys.readouterr().out.splitlines())
+        return next(x["value"] for x in found if x is not None and x["name"] == "name")
+
+    monkeypatch.setattr(machine, "ask_torch", lambda device: "GPU-1234")
+    machine.main()
+    assert asked() == "--id=GPU-1234"
+
+    def fail(device: str) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(machine, "ask_torch", fail)
+    with pytest.raises(RuntimeError):
+        machine.main()
+    assert asked() == "--id=0"
+
+
+def test_the_commit_of_a_checkout_of_somebody_else() -> None:
+    if not (machine.ROOT / ".git").exists():
+        pytest.skip("needs a checkout")
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", machine.commit())
 
 
 class FakeCuda:
@@ -72,7 +133,7 @@ class FakeCuda:
         self.captured: list[float] | None = None
         self.most_in_graph = 0
         self.synchronize = self.current_stream = self.Stream = lambda: self
-        self.stream = lambda stream: contextlib.nullcontext()
+        self.stream = self.device = lambda which: contextlib.nullcontext()
         self.wait_stream = lambda stream: None
         self.CUDAGraph, self.Event = types.SimpleNamespace, self.make_event
 
@@ -125,6 +186,8 @@ def test_the_limit_is_that_of_what_was_measured(
     monkeypatch.chdir(tmp_path)
     shape = SHAPES["v3"]
     assert limits.limit(shape, 5, False, limits.measured_device()) is None
+    report_of(tmp_path, {"kind": "ceiling", "name": "copy", "rate": 1e12})
+    assert limits.limit(shape, 5, False, limits.measured_device()) is None  # of how many?
 
     def told(**rates: float) -> tuple[float, str] | None:
         ceilings = [{"kind": "ceiling", "name": n, "rate": rate} for n, rate in rates.items()]
@@ -255,6 +318,7 @@ def test_profiles_by_a_tool_that_works_one_without_permission_and_none(tmp_path:
     assert [row["kernel"] for row in rows] == [k["kernel"] for k in profiles.largest(KERNELS)]
     assert all(row["us"] == 12.345 for row in rows)
     first = (tmp_path / "arguments").read_text(encoding="utf-8").splitlines()[0].split()
+    assert first[first.index("--clock-control") + 1] == "none"
     assert first[first.index("--kernel-name") + 1] == "regex:^k0_kernel$"
     parser = argparse.ArgumentParser()  # that `setformer profile` takes what it is given
     profile.add_arguments(parser)
@@ -262,7 +326,8 @@ def test_profiles_by_a_tool_that_works_one_without_permission_and_none(tmp_path:
     assert profile.chosen_shape(options) == SHAPES["v1"]
     tool(tmp_path, "ncu", "echo '==ERROR== ERR_NVGPUCTRPERM - no permission'\n")
     rows = run_tool_step(tmp_path, "profiles")["rows"]
-    assert all("only root" in row["error"] for row in rows)
+    assert [row["kind"] for row in rows] == ["skipped"]  # once for all five
+    assert "only root" in rows[0]["note"]
 
 
 def test_the_sanitizer_sees_arrays_of_exact_size(tmp_path: Path) -> None:
@@ -276,14 +341,30 @@ def test_the_sanitizer_sees_arrays_of_exact_size(tmp_path: Path) -> None:
     assert "--only smoke --in-process" in found["output"]
 
 
-def test_the_selftest_takes_what_it_is_given(tmp_path: Path) -> None:
+def test_the_selftest_takes_what_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     parser = argparse.ArgumentParser()
     selftest.add_arguments(parser)
-    given = [s.command[5:] for s in plan.steps(tmp_path, "cuda", None, 600) if s.outcomes]
-    given.append(("--only", "smoke", "--in-process"))  # of sanitize.py
-    for arguments in given:
-        parser.parse_args([word.replace(plan.SECONDS, "20.0") for word in arguments])
-    assert len(given) == 4
+    given: list[list[str]] = []
+    monkeypatch.setattr(measured_selftest.cli, "main", lambda arguments: given.append(arguments))
+    commands = [s.command[3:] for s in plan.steps(tmp_path, "cuda", None, 600) if s.outcomes]
+    commands.append(("--device", "cuda", "--only", "smoke", "--in-process"))  # of sanitize.py
+    end = time.monotonic() + 50
+    for command in commands:
+        words = [word.replace(plan.END, str(end)) for word in command]
+        monkeypatch.setattr(sys, "argv", ["selftest", *words])
+        with pytest.raises(SystemExit):
+            measured_selftest.main()
+    read = [parser.parse_args(arguments[1:]) for arguments in given]
+    assert len(read) == 4
+    (suite,) = [x for x in read if x.suite]
+    assert 40 < suite.suite_seconds <= 50
+    monkeypatch.setattr(measured_selftest.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["selftest", "--device", "cuda", "--suite", "tests"])
+    measured_selftest.main()
+    told = results.read(capsys.readouterr().out.splitlines()[-1])
+    assert told == {"kind": "skipped", "note": "pytest is not installed"}
 
 
 def measure(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -314,7 +395,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
 
 def test_the_emulated_device_in_place_of_a_card(tmp_path: Path) -> None:
     module = cuda_emulated().module
-    steps = ["machine", "ceilings", "table", "knobs", "kernels", "profiles"]
+    steps = ["ceilings", "table", "knobs", "kernels", "profiles"]
     output = tmp_path / "output"
     done = measure(
         output, "--device", "emulated", "--package", str(module.__file__), "--only", *steps
@@ -322,7 +403,7 @@ def test_the_emulated_device_in_place_of_a_card(tmp_path: Path) -> None:
     record = record_of(output)
     statuses = ended(record)
     assert statuses.pop("profiles") in ("skipped", "failed")  # where there is an ncu
-    assert statuses == dict.fromkeys(steps[:-1], "ok"), done.stdout + done.stderr
+    assert statuses == dict.fromkeys(["machine", *steps[:-1]], "ok"), done.stdout + done.stderr
     assert done.returncode in (3, 5)
     found = {step["name"]: step["results"] for step in record["steps"]}
     assert {"name": "card", "value": "emulated: times mean nothing"}.items() <= dict(

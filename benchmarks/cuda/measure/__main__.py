@@ -11,10 +11,16 @@ from emulator.build import find_nvcc
 
 from . import PACKAGE, ROOT
 from .execute import execute
-from .plan import USUAL, steps
+from .plan import FIRST, USUAL, steps
 from .record import Record
 
-EXIT_STATUS = {"ok": 0, "skipped": 3, "timed out": 4, "failed": 5}  # 1 and 2 are Python's own
+EXIT_STATUS = {
+    "ok": 0,
+    "skipped": 3,
+    "timed out": 4,
+    "hung": 5,
+    "failed": 5,
+}  # 1 and 2 are Python's own
 
 
 def main() -> int:
@@ -30,7 +36,8 @@ def main() -> int:
         unknown = set(options.only) - {step.name for step in plan}
         if unknown:
             sys.exit(f"measure: --only must name steps of {[s.name for s in plan]}, got {unknown}")
-        plan = [step for step in plan if step.name in options.only]
+        wanted = {FIRST, *options.only}
+        plan = [step for step in plan if step.name in wanted]
     try:
         output.mkdir(parents=True, exist_ok=True)
         if (output / "report.json").exists():
@@ -57,7 +64,7 @@ def parse() -> argparse.Namespace:
         default=USUAL,
         help="that all steps may take (default: %(default)s)",
     )
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps only")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help=f"these and {FIRST} only")
     parser.add_argument(
         "--package", type=Path, metavar="FOLDER", help="built before: OUTPUT/package of another run"
     )

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,13 +11,15 @@ import torch
 
 from emulator.build import find_nvcc
 
+from . import bounded
 from .device import Device, find
 from .items import Item, options, work
-from .results import fact
 
 SOURCE = Path(__file__).with_name("ceilings.cu")
 PROGRAM = Path("ceilings").absolute()  # in the folder of the report
 SECONDS = 20  # of one of its measurements
+SECONDS_TO_COMPILE = 60
+EMULATED = (8, 0)  # what is compiled for where there is no card
 RATES = ("ex2", "fma", "movm", "shared", "cache")
 STEPS = (
     "step of one block",
@@ -38,11 +39,11 @@ def main() -> None:
         "matmul float32": partial(matmul, device, torch.float32),
     }
     items = [Item({"name": name}, call, "ceiling") for name, call in torch_ones.items()]
-    items += [Item({"name": SOURCE.name}, compile_program, "program")]
+    items += [Item({"name": SOURCE.name}, partial(compile_program, device), "program")]
     if not device.emulated:
         items += [Item({"name": name}, partial(run, name), "ceiling") for name in RATES]
         items += [Item({"name": name}, partial(run, name), "step") for name in STEPS]
-    work(items, given.start, given.seconds, device.usable)
+    work(items, given.start, given.end, device.usable)
 
 
 def copy(device: Device) -> dict[str, Any]:
@@ -63,15 +64,16 @@ def matmul(device: Device, dtype: torch.dtype) -> dict[str, Any]:
     return {"rate": 2 * size**3 / us * 1e6, "unit": "flop/s"}
 
 
-def compile_program() -> dict[str, Any]:
+def compile_program(device: Device) -> dict[str, Any]:
     """ceilings.cu, for the card alone."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("nvcc was not found: set CUDA_HOME")
-    number = str(fact("capability") or "8.0").replace(".", "")
+    capability = EMULATED if device.emulated else torch.cuda.get_device_capability(device.torch)
+    number = "{}{}".format(*capability)
     target = f"-gencode=arch=compute_{number},code=sm_{number}"
     command = [nvcc, "-std=c++17", "-O3", target, SOURCE, "-o", PROGRAM]
-    done = subprocess.run(command, stdout=sys.stdout, stderr=subprocess.STDOUT)
+    done = bounded.run(command, SECONDS_TO_COMPILE, stdout=None)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc failed with status {done.returncode}")
     return {"compiled_for": number}
@@ -79,9 +81,7 @@ def compile_program() -> dict[str, Any]:
 
 def run(name: str) -> dict[str, Any]:
     """What the program prints of one measurement."""
-    done = subprocess.run(
-        [PROGRAM, name], capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS
-    )
+    done = bounded.run([PROGRAM, name], SECONDS, stderr=subprocess.PIPE)
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip() or f"status {done.returncode}")
     found = json.loads(done.stdout)

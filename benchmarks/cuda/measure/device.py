@@ -1,6 +1,5 @@
 """The card, or the emulated device in its place: where tensors live and how calls are timed."""
 
-import itertools
 import statistics
 import time
 from collections import Counter
@@ -14,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from emulator.build import load
 from emulator.device import Emulator
+from setformer_ext.selftest.outcome import works
+from setformer_ext.timing import milliseconds
 
 from . import PACKAGE
 
@@ -92,20 +93,10 @@ class Card:
         }
 
     def usable(self) -> bool:
-        try:
-            return torch.ones(2, device=self.torch).sum().item() == 2
-        except RuntimeError:
-            return False
+        return works(self.torch)
 
-    @staticmethod
-    def _elapsed(call: Call, repeats: int) -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        events[0].record()
-        for event in events[1:]:
-            call()
-            event.record()
-        events[-1].synchronize()
-        return [1e3 * start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+    def _elapsed(self, call: Call, repeats: int) -> list[float]:
+        return [1e3 * ms for ms in milliseconds(call, self.torch, repeats)]
 
 
 class Emulated:

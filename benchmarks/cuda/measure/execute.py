@@ -3,10 +3,10 @@
 import time
 from typing import Any
 
-from .outcomes import outcomes
-from .plan import SECONDS, Step
+from .outcomes import out_of_time, outcomes
+from .plan import END, Step
 from .record import Record
-from .run import Log, run
+from .run import Ended, Log, run
 
 MARGIN = 5.0  # seconds for a step to start in, and to end in
 MOST_LOST = 5  # processes of one step
@@ -17,12 +17,15 @@ def execute(plan: list[Step], record: Record, environment: dict[str, str]) -> li
     for i, step in enumerate(plan):
         missing = [name for name in step.needs if record.status(name) != "ok"]
         left = record.data["limit_s"] - record.elapsed()
-        kept = sum(later.least for later in plan[i + 1 :])
+        # what cannot run without this step is worth no time that this step lacks
+        kept = sum(later.least for later in plan[i + 1 :] if step.name not in later.needs)
+        needed = MARGIN if step.items else max(MARGIN, step.least)
         seconds = min(step.most, left, max(left - kept, step.least))
         if missing:
             record.skip(step.name, f"needs {' and '.join(missing)}, which is not ok")
-        elif seconds < MARGIN:
-            record.skip(step.name, f"no time left of {record.data['limit_s']:.0f} s")
+        elif seconds < needed:
+            reason = f"no time left of {record.data['limit_s']:.0f} s: needs {needed:.0f}, has "
+            record.skip(step.name, reason + f"{max(0, seconds):.0f}")
         else:
             record.begin(step.name, round(seconds, 1), list(step.command))
             try:
@@ -37,23 +40,25 @@ def execute(plan: list[Step], record: Record, environment: dict[str, str]) -> li
 
 
 def _run_step(step: Step, record: Record, seconds: float, environment: dict[str, str]) -> None:
-    start = time.monotonic()
+    end = time.monotonic() + seconds
     log = Log(record.output / f"{step.name}.log")
     items = Items(record)
     while True:
-        left = seconds - (time.monotonic() - start)
-        command = [*step.command]
+        # on the clock of all processes: theirs begins when Python and torch are loaded
+        command = [word.replace(END, f"{end - MARGIN:.1f}") for word in step.command]
         if step.items:
-            command += ["--start", str(items.next), "--seconds", SECONDS]
-        command = [word.replace(SECONDS, f"{max(1.0, left - MARGIN):.1f}") for word in command]
+            command += ["--start", str(items.next)]
+        left = end - time.monotonic()
         ended = run(command, log, left, environment, items.add, step.patience)
-        again = step.items and ended.status != "ok" and items.lost(ended.note)
-        if not again or seconds - (time.monotonic() - start) < 2 * MARGIN:
+        again = step.items and ended.status != "ok" and items.lost(ended)
+        if not again or end - time.monotonic() < 2 * MARGIN:
             break
+    status, note = ended.status, ended.note
     if step.outcomes is not None:
         for result in outcomes(step.outcomes):
             record.add(result)
-    status, note = ended.status, ended.note
+        if status == "failed" and (cut := out_of_time(step.outcomes)):
+            status, note = "timed out", cut
     if items.failed:
         status, note = "failed", f"{items.failed} of {items.told} failed" + f"; {note}" * bool(note)
     if items.skipped and status == "ok":
@@ -84,10 +89,14 @@ class Items:
                 self.told += 1
                 self.failed += "error" in result
 
-    def lost(self, how: str) -> bool:
+    def lost(self, ended: Ended) -> bool:
         """The process has ended so; whether another can go on after the item that it was at."""
         self.processes += 1
         came_further = self.begun is not None or self.told > 0
+        if ended.status == "timed out":
+            if self.begun is not None:
+                self.record.add({**self.begun, "kind": "left out", "why": "no time"})
+            return False
         if self.begun is not None:
-            self.add({**self.begun, "kind": "lost", "error": how})
+            self.add({**self.begun, "kind": "lost", "error": ended.note})
         return came_further and self.processes < MOST_LOST

@@ -1,6 +1,7 @@
 """A step's process that works through items: each is told when it begins and when it is done."""
 
 import argparse
+import math
 import sys
 import time
 import traceback
@@ -11,6 +12,10 @@ from typing import Any
 from .results import tell
 
 LAST = 4  # of the calls in a traceback
+
+
+class SkippedError(Exception):
+    """Raised by an item where neither it nor any later one can be measured; says why."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,14 @@ def options(*more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--end", type=float, default=math.inf, help="as time.monotonic() has it")
     for name in more:
         parser.add_argument(name, required=True)
     return parser.parse_args()
 
 
-def work(items: Iterable[Item], start: int, seconds: float, usable: Callable[[], bool]) -> None:
+def work(items: Iterable[Item], start: int, end: float, usable: Callable[[], bool]) -> None:
     """From `start` on, until the time is up; ends the process where the device is lost."""
-    end = time.monotonic() + seconds
     listed = list(items)
     longest = 0.0
     for i, item in enumerate(listed[start:], start):
@@ -46,6 +50,9 @@ def work(items: Iterable[Item], start: int, seconds: float, usable: Callable[[],
         tell("begin", item=i, **item.label)
         try:
             values = item.measure()
+        except SkippedError as reason:
+            tell("skipped", note=str(reason))
+            return
         except Exception as error:
             text = "".join(traceback.format_exception(error, limit=-LAST))
             print(text, flush=True)

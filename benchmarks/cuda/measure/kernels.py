@@ -20,7 +20,7 @@ def main() -> None:
         if (case.dtype == "bfloat16" and case.gradient and case.iterations == 5) or device.emulated
     ]
     items = [Item(case.label, partial(measure, device, case), "case") for case in listed]
-    work(items, given.start, given.seconds, device.usable)
+    work(items, given.start, given.end, device.usable)
 
 
 def measure(device: Device, case: Case) -> dict[str, Any]:

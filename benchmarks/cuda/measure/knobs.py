@@ -4,22 +4,22 @@ The launchers of the kernels read them once a process, so each design has a proc
 """
 
 import os
-import subprocess
 import sys
 from functools import partial
 from typing import Any
 
+from . import bounded
 from .items import Item, options, work
 from .results import read
 
 DESIGNS: tuple[dict[str, str], ...] = (
     {},
     {"SETFORMER_CUDA_RESIDENT": "off"},
-    *({"SETFORMER_CUDA_TILES": str(tiles)} for tiles in (1, 2, 8, 16)),
+    *({"SETFORMER_CUDA_TILES": str(tiles)} for tiles in (2, 8, 1, 16)),
     {"SETFORMER_CUDA_RESIDENT": "off", "SETFORMER_CUDA_TILES": "1"},
 )
 EMULATED = 2  # of them, where times mean nothing
-SECONDS = 25  # of one design
+SECONDS = 35  # of one design
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     given = options()
     designs = DESIGNS[:EMULATED] if given.device == "emulated" else DESIGNS
     items = [Item({"design": label(x)}, partial(measure, x, given.device)) for x in designs]
-    work(items, given.start, given.seconds, lambda: True)
+    work(items, given.start, given.end, lambda: True)
 
 
 def label(design: dict[str, str]) -> str:
@@ -37,13 +37,8 @@ def label(design: dict[str, str]) -> str:
 
 def measure(design: dict[str, str], device: str) -> dict[str, Any]:
     """What knob_times.py tells in a process of this design."""
-    done = subprocess.run(
-        [sys.executable, "-m", "measure.knob_times", "--device", device],
-        env=os.environ | design,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        timeout=SECONDS,
-    )
+    command = [sys.executable, "-m", "measure.knob_times", "--device", device]
+    done = bounded.run(command, SECONDS, env=os.environ | design)
     if done.returncode != 0:
         raise RuntimeError(f"its process ended with status {done.returncode}: see the log")
     results = [result for line in done.stdout.splitlines() if (result := read(line))]

@@ -25,13 +25,16 @@ CEILINGS = {
 }
 
 
-def measured_device() -> Device:
-    """The card by its ceilings; what was not measured never binds."""
+def measured_device() -> Device | None:
+    """The card by its ceilings; what was not measured never binds. None where nothing is known."""
+    multiprocessors = fact("multiprocessors")
+    if multiprocessors is None:
+        return None
     rates = {result["name"]: result.get("rate") for result in found("ceiling")}
     known = {resource: rates.get(name) or math.inf for resource, name in CEILINGS.items()}
     return Device(
         name=str(fact("card")),
-        multiprocessors=fact("multiprocessors") or 1,
+        multiprocessors=multiprocessors,
         flash_attention=math.inf,
         **known,
     )
@@ -44,12 +47,14 @@ def counted(dtype: str) -> bool:
 
 
 def limit(
-    shape: Shape, iterations: int, gradient: bool, device: Device
+    shape: Shape, iterations: int, gradient: bool, device: Device | None
 ) -> tuple[float, str] | None:
     """Microseconds of all launches, each at its slowest resource; the resource of most of them.
 
     None where no ceiling was measured.
     """
+    if device is None:
+        return None
     problem = Problem(
         shape.batch, shape.heads, shape.tokens, shape.depth, shape.references, iterations
     )

@@ -7,7 +7,7 @@ import sys
 
 from emulator.build import find_nvcc
 
-from . import ROOT
+from . import ROOT, bounded
 from .items import options
 from .results import tell
 
@@ -36,22 +36,26 @@ def main() -> None:
         tell("fact", name=name, value=version(command))
     if device == "emulated":
         tell("fact", name="card", value="emulated: times mean nothing")
-    else:
-        for name, value in ask_driver(CARD).items():
-            tell("fact", name=name, value=value)
-    ask_torch(device)
+        tell("fact", name="multiprocessors", value=1)
+    card = "0"
+    try:
+        card = ask_torch(device) or card
+    finally:  # where torch cannot use the card, the driver may tell why
+        if device != "emulated":
+            for name, value in ask_driver(CARD, card).items():
+                tell("fact", name=name, value=value)
 
 
 def commit() -> str:
     """Of the checkout, and whether files differ from it."""
+    # in a container the checkout may well belong to somebody else
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
+    command += ["describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        described = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True, encoding="utf-8", timeout=SECONDS, check=True,
-        )  # fmt: skip
+        described = bounded.run(command, SECONDS)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return described.stdout.strip()
+    return described.stdout.strip() or "unknown"
 
 
 def version(command: list[str]) -> str:
@@ -59,9 +63,7 @@ def version(command: list[str]) -> str:
     if shutil.which(command[0]) is None:
         return "not found"
     try:
-        done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS
-        )
+        done = bounded.run(command, SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         return f"failed: {error}"
     lines = [line for line in done.stdout.splitlines() if any(map(str.isdigit, line))]
@@ -69,29 +71,29 @@ def version(command: list[str]) -> str:
     return (telling or lines or [f"status {done.returncode}"])[0].strip()
 
 
-def ask_driver(query: str) -> dict[str, str]:
-    """nvidia-smi's answers by name."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"],
-            capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=True,
-        )  # fmt: skip
-    except FileNotFoundError:
+def ask_driver(query: str, card: str) -> dict[str, str]:
+    """nvidia-smi's answers by name; a card is told by its UUID or index."""
+    if shutil.which("nvidia-smi") is None:
         return {"nvidia-smi": "not found"}
-    except subprocess.CalledProcessError as error:
-        return {"nvidia-smi": (error.stdout + error.stderr).strip()[:300]}
+    command = ["nvidia-smi", f"--id={card}", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        done = bounded.run(command, SECONDS, stderr=subprocess.STDOUT)
+    except subprocess.TimeoutExpired:
+        return {"nvidia-smi": f"no answer within {SECONDS} s"}
+    if done.returncode != 0:
+        return {"nvidia-smi": done.stdout.strip()[:300]}
     return dict(zip(query.split(","), done.stdout.strip().split(", "), strict=False))
 
 
-def ask_torch(device: str) -> None:
-    """What torch and the card say of each other."""
+def ask_torch(device: str) -> str | None:
+    """What torch and the card say of each other; the card's name for nvidia-smi, if it has one."""
     import torch
 
     tell("fact", name="torch", value=torch.__version__)
     tell("fact", name="CUDA of torch", value=torch.version.cuda)
     tell("fact", name="cuDNN of torch", value=torch.backends.cudnn.version())
     if device == "emulated":
-        return
+        return None
     properties = torch.cuda.get_device_properties(0)
     for name, value in {
         "card": properties.name,
@@ -102,6 +104,8 @@ def ask_torch(device: str) -> None:
         "shared memory of a block": properties.shared_memory_per_block_optin,
     }.items():
         tell("fact", name=name, value=value)
+    uuid = getattr(properties, "uuid", None)  # torch may have another order than the driver
+    return "0" if uuid is None else f"GPU-{uuid}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from . import ROOT
 
-SECONDS = "{seconds}"  # in a command: those that it has
+END = "{end}"  # in a command: when it must have ended, as time.monotonic() has it
+FIRST = "machine"  # tells the others what they are about
 USUAL = 600.0  # seconds of a run, for which the limits below are made
 PATIENCE = 45.0  # seconds until the next result of a step that tells them one by one
 
@@ -18,10 +19,10 @@ class Step:
 
     name: str
     command: tuple[str, ...]
-    least: float  # seconds that earlier steps leave for it
+    least: float  # seconds that earlier steps leave for it; one without items wants them all
     most: float  # seconds that it may take
     needs: tuple[str, ...] = ()  # steps without which it cannot run
-    items: bool = False  # its process takes --start and --seconds
+    items: bool = False  # its process takes --start and may leave items out
     patience: float = math.inf  # seconds until its next result
     outcomes: Path | None = None  # JSON of `setformer selftest`
 
@@ -31,7 +32,16 @@ def steps(output: Path, device: str, package: Path | None, seconds: float) -> li
     built = () if package else ("build",)
 
     def python(name: str, *arguments: str) -> tuple[str, ...]:
-        return (sys.executable, "-m", f"measure.{name}", "--device", device, *arguments)
+        return (
+            sys.executable,
+            "-m",
+            f"measure.{name}",
+            "--device",
+            device,
+            "--end",
+            END,
+            *arguments,
+        )
 
     def one(name: str, least: float, most: float, needs: tuple[str, ...] = built) -> Step:
         return Step(name, python(name), least, most, needs)
@@ -53,21 +63,20 @@ def steps(output: Path, device: str, package: Path | None, seconds: float) -> li
     def sanitize(tool: str, least: float, most: float) -> Step:
         return Step(tool, python("sanitize", "--tool", tool), least, most, built)
 
-    smoke, suite = ("--only", "smoke"), ("--suite", str(ROOT / "tests"))
     planned = [
-        one("machine", 10, 60, ()),
+        one(FIRST, 10, 60, ()),
         *([] if package else [one("build", 30, 300, ())]),
-        selftest("smoke", 20, 90, *smoke),
+        selftest("smoke", 20, 90, "--only", "smoke"),
         many("ceilings", 20, 70, ()),
-        many("table", 100, 170),
-        many("knobs", 25, 50),
+        many("table", 80, 170),
+        many("knobs", 50, 100),
         selftest("selftest", 40, 150, "--only", "checks"),
-        selftest("suite", 20, 120, *smoke, *suite, "--suite-seconds", SECONDS),
+        selftest("suite", 20, 120, "--only", "smoke", "--suite", str(ROOT / "tests")),
         many("kernels", 15, 30),
         many("profiles", 40, 150, patience=2 * PATIENCE),
         sanitize("memcheck", 30, 120),
-        sanitize("racecheck", 5, 120),
-        sanitize("synccheck", 5, 120),
+        sanitize("racecheck", 25, 120),
+        sanitize("synccheck", 25, 120),
     ]
     more = max(1.0, seconds / USUAL)
     return [replace(step, most=more * step.most) for step in planned]

@@ -3,13 +3,13 @@
 import csv
 import re
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .items import Item, options, work
+from . import bounded
+from .items import Item, SkippedError, options, work
 from .results import found, tell
 
 COUNT = 5
@@ -42,7 +42,7 @@ def main() -> None:
         Item({"kernel": k["kernel"], "shape": k["shape"]}, partial(profile, k, given.device))
         for k in kernels
     ]
-    work(items, given.start, given.seconds, lambda: True)
+    work(items, given.start, given.end, lambda: True)
 
 
 def largest(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,6 +63,7 @@ def profile(kernel: dict[str, Any], device: str) -> dict[str, Any]:
     run(
         "ncu", "--profile-from-start", "off", "--target-processes", "all",
         "--kernel-name", f"regex:^{base}$", "--launch-count", "1", "--set", "full",
+        "--clock-control", "none",  # as the table's: who shares a card must not lock its clocks
         "--import-source", "yes", "--force-overwrite", "--export", file,
         sys.executable, "-m", "setformer_ext", "profile", *sizes, "--dtype", "bfloat16",
         "--device", device, "--repeats", "1", "--warmup", "1",
@@ -77,12 +78,10 @@ def profile(kernel: dict[str, Any], device: str) -> dict[str, Any]:
 
 def run(*command: str) -> str:
     """Its stdout, whose beginning is in the log too."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", timeout=SECONDS
-    )
+    done = bounded.run(command, SECONDS)
     print(done.stdout[:2000], flush=True)
     if NO_PERMISSION in done.stdout:
-        raise PermissionError(f"{NO_PERMISSION}: the driver lets only root read the counters")
+        raise SkippedError(f"{NO_PERMISSION}: the driver lets only root read the counters")
     if done.returncode != 0:
         raise RuntimeError(f"{command[0]} ended with status {done.returncode}: see the log")
     return done.stdout

@@ -2,9 +2,9 @@
 
 import os
 import shutil
-import subprocess
 import sys
 
+from . import bounded
 from .items import options
 from .results import tell
 
@@ -26,7 +26,7 @@ def main() -> None:
         sys.executable, "-m", "measure.selftest", "--device", given.device,
         "--only", "smoke", "--in-process",
     ]  # fmt: skip
-    sys.exit(subprocess.run(command, env=environment).returncode)
+    sys.exit(bounded.run(command, None, env=environment, stdout=None).returncode)
 
 
 if __name__ == "__main__":

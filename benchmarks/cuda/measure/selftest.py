@@ -1,15 +1,31 @@
 """`setformer selftest` on the device, which may be the emulated one."""
 
+import argparse
+import importlib.util
+import math
 import sys
+import time
 
 from setformer_ext import cli
 
 from . import device
+from .results import tell
 
 
 def main() -> None:
-    """`--device NAME`, then the command's own options."""
-    name, arguments = sys.argv[2], sys.argv[3:]
+    """Its own two options, then the command's."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--end", type=float, default=math.inf)
+    given, arguments = parser.parse_known_args()
+    name = given.device
+    if "--suite" in arguments:
+        if importlib.util.find_spec("pytest") is None:
+            tell("skipped", note="pytest is not installed")
+            return
+        if given.end < math.inf:
+            left = max(1.0, given.end - time.monotonic())
+            arguments += ["--suite-seconds", f"{left:.1f}"]
     if name == "emulated":
         device.find(name)
         name, arguments = "cpu", ["--in-process", *arguments]

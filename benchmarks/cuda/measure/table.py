@@ -77,7 +77,7 @@ def main() -> None:
     device = find(given.device)
     listed = emulated_cases() if device.emulated else cases()
     items = [Item(case.label, partial(measure, device, case)) for case in listed]
-    work(items, given.start, given.seconds, device.usable)
+    work(items, given.start, given.end, device.usable)
 
 
 def call_of(device: Device, case: Case) -> Callable[[], object]:
