@@ -25,7 +25,7 @@ from measure import selftest as measured_selftest
 from conftest import cuda_emulated
 from emulator.build import find_nvcc
 from measuring import CUDA, ENVIRONMENT, ended, record_of
-from setformer_ext import profile, selftest
+from setformer_ext import cli, profile, selftest
 from setformer_ext.timing import SHAPES
 
 
@@ -347,7 +347,7 @@ def test_the_selftest_takes_what_it_is_given(
     parser = argparse.ArgumentParser()
     selftest.add_arguments(parser)
     given: list[list[str]] = []
-    monkeypatch.setattr(measured_selftest.cli, "main", lambda arguments: given.append(arguments))
+    monkeypatch.setattr(cli, "main", lambda arguments: given.append(arguments))
     commands = [s.command[3:] for s in plan.steps(tmp_path, "cuda", None, 600) if s.outcomes]
     commands.append(("--device", "cuda", "--only", "smoke", "--in-process"))  # of sanitize.py
     end = time.monotonic() + 50

@@ -6,14 +6,12 @@ import math
 import sys
 import time
 
-from setformer_ext import cli
-
-from . import device
 from .results import tell
 
 
 def main() -> None:
     """Its own two options, then the command's."""
+    start = time.monotonic()
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--device", required=True)
     parser.add_argument("--end", type=float, default=math.inf)
@@ -24,8 +22,12 @@ def main() -> None:
             tell("skipped", note="pytest is not installed")
             return
         if given.end < math.inf:
-            left = max(1.0, given.end - time.monotonic())
-            arguments += ["--suite-seconds", f"{left:.1f}"]
+            seconds = max(1.0, given.end - start)
+            arguments += ["--suite-seconds", f"{seconds:.1f}"]
+    from setformer_ext import cli  # loads torch, of which the command takes account itself
+
+    from . import device
+
     if name == "emulated":
         device.find(name)
         name, arguments = "cpu", ["--in-process", *arguments]
