@@ -71,7 +71,7 @@ def steps(output: Path, device: str, package: Path | None, seconds: float) -> li
         many("table", 80, 170),
         many("knobs", 50, 100),
         selftest("selftest", 40, 150, "--only", "checks"),
-        selftest("suite", 20, 120, "--only", "smoke", "--suite", str(ROOT / "tests")),
+        selftest("suite", 20, 120, "--only", "suite", "--suite", str(ROOT / "tests")),
         many("kernels", 15, 30),
         many("profiles", 40, 150, patience=2 * PATIENCE),
         sanitize("memcheck", 30, 120),
