@@ -19,7 +19,7 @@ def execute(plan: list[Step], record: Record, environment: dict[str, str]) -> li
         left = record.data["limit_s"] - record.elapsed()
         # what cannot run without this step is worth no time that this step lacks
         kept = sum(later.least for later in plan[i + 1 :] if step.name not in later.needs)
-        needed = MARGIN if step.items else max(MARGIN, step.least)
+        needed = MARGIN if step.tells_as_it_goes else max(MARGIN, step.least)
         seconds = min(step.most, left, max(left - kept, step.least))
         if missing:
             record.skip(step.name, f"needs {' and '.join(missing)}, which is not ok")

@@ -19,12 +19,17 @@ class Step:
 
     name: str
     command: tuple[str, ...]
-    least: float  # seconds that earlier steps leave for it; one without items wants them all
+    least: float  # seconds that earlier steps leave for it
     most: float  # seconds that it may take
     needs: tuple[str, ...] = ()  # steps without which it cannot run
     items: bool = False  # its process takes --start and may leave items out
     patience: float = math.inf  # seconds until its next result
     outcomes: Path | None = None  # JSON of `setformer selftest`
+
+    @property
+    def tells_as_it_goes(self) -> bool:
+        """So that less than the least time is worth something too."""
+        return self.items or self.outcomes is not None
 
 
 def steps(output: Path, device: str, package: Path | None, seconds: float) -> list[Step]:
@@ -32,16 +37,8 @@ def steps(output: Path, device: str, package: Path | None, seconds: float) -> li
     built = () if package else ("build",)
 
     def python(name: str, *arguments: str) -> tuple[str, ...]:
-        return (
-            sys.executable,
-            "-m",
-            f"measure.{name}",
-            "--device",
-            device,
-            "--end",
-            END,
-            *arguments,
-        )
+        common = ("--device", device, "--end", END)
+        return (sys.executable, "-m", f"measure.{name}", *common, *arguments)
 
     def one(name: str, least: float, most: float, needs: tuple[str, ...] = built) -> Step:
         return Step(name, python(name), least, most, needs)
@@ -66,12 +63,12 @@ def steps(output: Path, device: str, package: Path | None, seconds: float) -> li
     planned = [
         one(FIRST, 10, 60, ()),
         *([] if package else [one("build", 30, 300, ())]),
-        selftest("smoke", 20, 90, "--only", "smoke"),
+        selftest("smoke", 30, 90, "--only", "smoke"),
         many("ceilings", 20, 70, ()),
         many("table", 80, 170),
         many("knobs", 50, 100),
         selftest("selftest", 40, 150, "--only", "checks"),
-        selftest("suite", 20, 120, "--only", "suite", "--suite", str(ROOT / "tests")),
+        selftest("suite", 30, 120, "--only", "suite", "--suite", str(ROOT / "tests")),
         many("kernels", 15, 30),
         many("profiles", 40, 150, patience=2 * PATIENCE),
         sanitize("memcheck", 30, 120),
