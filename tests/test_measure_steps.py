@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "cuda"))
 
 import sass
-from measure import build, device, limits, machine, plan, profiles, results
+from measure import build, ceilings, device, limits, machine, plan, profiles, results
 from measure import selftest as measured_selftest
 
 from conftest import cuda_emulated
@@ -226,12 +226,20 @@ LOOPS = {
     "3Ex2E": ("MUFU.EX2", 256, "MUFU.(?!EX2)"),
     "4MovmE": ("MOVM", 256, "MUFU|FFMA"),
     "3FmaE": ("FFMA", 256, "MUFU|FMUL"),
+    "3MmaE": ("HMMA.16816.F32.BF16", 256, "MUFU|FFMA|LDL|STL"),
     "read_shared": ("LDS.128", 32, "LDG|LDL"),
     "read_cache": ("LDG.E.128.STRONG", 8, "LDL"),
     "ILi8EL8Exchange2E": ("STAS", 1, "MEMBAR|UCGABAR|CCTL"),  # st.async
     "ILi8EL8Exchange1E": ("UCGABAR_ARV", 1, "STAS"),  # the cluster's barrier
     "ILi1EL8Exchange0E": ("BAR.SYNC", 1, "MEMBAR|UCGABAR"),
 }
+
+
+def test_the_ceilings_have_the_names_that_are_asked_for() -> None:
+    source = (CUDA / "measure" / "ceilings.cu").read_text(encoding="utf-8")
+    names = re.findall(r'^    \{"([^"]+)", ', source, re.MULTILINE)
+    assert sorted(names) == sorted(ceilings.RATES + ceilings.STEPS)
+    assert {"mma", "ex2", "fma", "shared", "cache"} == set(limits.CEILINGS.values()) - {"copy"}
 
 
 def test_the_loops_of_the_ceilings_are_what_they_say(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,26 @@ struct Movm {
   static constexpr double kOperations = 1.0 / 32;  // a warp's threads do one together
   static __device__ Value link(Value x) {
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x));
+    return x;
+  }
+};
+
+// As the kernels have it: of bfloat16, with sums in float32. Other numbers may draw more power.
+struct Mma {
+  struct Value {
+    float sums[4];
+    Value() = default;
+    explicit __device__ Value(float x) : sums{x, x, x, x} {}
+    explicit __device__ operator float() const { return sums[0] + sums[1] + sums[2] + sums[3]; }
+  };
+  static constexpr double kOperations = 2.0 * 16 * 8 * 16 / 32;  // of a thread
+  static __device__ Value link(Value x) {
+    const uint32_t small = 0x39803980;  // twice 2^-12
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, "
+        "{%4,%4}, {%0,%1,%2,%3};"
+        : "+f"(x.sums[0]), "+f"(x.sums[1]), "+f"(x.sums[2]), "+f"(x.sums[3])
+        : "r"(small));
     return x;
   }
 };
@@ -238,37 +259,30 @@ void measure_steps(const Card& card) {
               time / kSteps * 1e9, double(cycles) / kSteps, config.gridDim.x);
 }
 
+const std::map<std::string, void (*)(const Card&)> kMeasures = {
+    {"ex2", [](const Card& card) { measure_chains<Ex2>(card, 200, "exponentials/s"); }},
+    {"fma", [](const Card& card) { measure_chains<Fma>(card, 800, "FMA/s"); }},
+    {"movm", [](const Card& card) { measure_chains<Movm>(card, 200, "matrices/s"); }},
+    {"mma", [](const Card& card) { measure_chains<Mma>(card, 100, "flop/s"); }},
+    {"shared", measure_shared},
+    {"cache", measure_cache},
+    {"step of one block", measure_steps<1, Exchange::block>},
+    {"step of 2 by barrier", measure_steps<2, Exchange::barrier>},
+    {"step of 4 by barrier", measure_steps<4, Exchange::barrier>},
+    {"step of 8 by barrier", measure_steps<8, Exchange::barrier>},
+    {"step of 2 by st.async", measure_steps<2, Exchange::async>},
+    {"step of 4 by st.async", measure_steps<4, Exchange::async>},
+    {"step of 8 by st.async", measure_steps<8, Exchange::async>},
+};
+
 }  // namespace
 
 int main(int count, char** words) {
   const std::string name = count == 2 ? words[1] : "";
-  const Card card = open_card();
-  if (name == "ex2") {
-    measure_chains<Ex2>(card, 200, "exponentials/s");
-  } else if (name == "fma") {
-    measure_chains<Fma>(card, 800, "FMA/s");
-  } else if (name == "movm") {
-    measure_chains<Movm>(card, 200, "matrices/s");
-  } else if (name == "shared") {
-    measure_shared(card);
-  } else if (name == "cache") {
-    measure_cache(card);
-  } else if (name == "step of one block") {
-    measure_steps<1, Exchange::block>(card);
-  } else if (name == "step of 2 by barrier") {
-    measure_steps<2, Exchange::barrier>(card);
-  } else if (name == "step of 4 by barrier") {
-    measure_steps<4, Exchange::barrier>(card);
-  } else if (name == "step of 8 by barrier") {
-    measure_steps<8, Exchange::barrier>(card);
-  } else if (name == "step of 2 by st.async") {
-    measure_steps<2, Exchange::async>(card);
-  } else if (name == "step of 4 by st.async") {
-    measure_steps<4, Exchange::async>(card);
-  } else if (name == "step of 8 by st.async") {
-    measure_steps<8, Exchange::async>(card);
-  } else {
+  const auto measure = kMeasures.find(name);
+  if (measure == kMeasures.end()) {
     std::fprintf(stderr, "ceilings: NAME is none that is measured here, got '%s'\n", name.c_str());
     return 2;
   }
+  measure->second(open_card());
 }

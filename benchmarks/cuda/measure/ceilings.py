@@ -20,7 +20,7 @@ PROGRAM = Path("ceilings").absolute()  # in the folder of the report
 SECONDS = 20  # of one of its measurements
 SECONDS_TO_COMPILE = 60
 EMULATED = (8, 0)  # what is compiled for where there is no card
-RATES = ("ex2", "fma", "movm", "shared", "cache")
+RATES = ("ex2", "fma", "movm", "mma", "shared", "cache")
 STEPS = (
     "step of one block",
     *(f"step of {ranks} by {how}" for how in ("barrier", "st.async") for ranks in (2, 4, 8)),

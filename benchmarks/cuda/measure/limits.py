@@ -19,7 +19,7 @@ CEILINGS = {
     "memory": "copy",
     "cache": "cache",
     "shared": "shared",
-    "tensor": "matmul bfloat16",
+    "tensor": "mma",
     "float32": "fma",
     "special": "ex2",
 }
