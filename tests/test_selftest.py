@@ -402,8 +402,25 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
 
 
+def test_gpu_checks_without_the_caching_of_memory(
+    pretended_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As README runs them under compute-sanitizer."""
+    monkeypatch.setenv(cuda_checks.NO_CACHING, "1")
+    monkeypatch.setattr(cuda_checks, "MANY", cuda_checks.FEW)
+    outcomes = {task.name: execute(task, CPU) for task in cuda_checks.tasks()}
+    reason = "needs torch's caching of memory: PYTORCH_NO_CUDA_MEMORY_CACHING is set"
+    assert {name for name, outcome in outcomes.items() if outcome.skipped == reason} == {
+        "calls return before their work is done",
+        "a CUDA graph",
+        "no memory of the size N x M",
+    }
+    assert outcomes["two streams at once"].status == "ok"
+
+
 def test_gpu_checks_run_through(pretended_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a pretended GPU, which catches slips in the checks themselves."""
+    monkeypatch.delenv(cuda_checks.NO_CACHING, raising=False)
     monkeypatch.setattr(cuda_checks, "MANY", cuda_checks.FEW | {"N": 50})
     outcomes = {task.name: execute(task, CPU) for task in cuda_checks.tasks()}
     errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error}
