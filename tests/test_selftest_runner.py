@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 def run_emulated(tmp_path: Path, fault: str, *options: str) -> dict[str, Any]:
-    """The record of `setformer selftest` with kernels that fail."""
+    """The record of `setformer selftest` with kernels that fail, which hang for 2 s only."""
     library = str(BACKENDS["cuda-emulated"]().module.__file__)
     done = subprocess.run(
         [
@@ -45,7 +45,7 @@ def run_emulated(tmp_path: Path, fault: str, *options: str) -> dict[str, Any]:
         ],
         cwd=Path(command.__file__).parents[1],
         env=os.environ
-        | {"EMULATOR_FAULT": fault, "EMULATOR_LIBRARY": library}
+        | {"EMULATOR_FAULT": fault, "EMULATOR_LIBRARY": library, "EMULATOR_PATIENCE": "2"}
         | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -58,16 +58,12 @@ def run_emulated(tmp_path: Path, fault: str, *options: str) -> dict[str, Any]:
 
 
 def test_a_kernel_that_always_hangs(tmp_path: Path) -> None:
-    record = run_emulated(tmp_path, "hang")
-    assert record["seconds"] < 60
-    lost = [task for task in record["tasks"] if task["lost"]]
-    assert 1 <= len(lost) <= 3  # two, unless this machine is slow or fast
-    assert lost[0]["name"] == "smoke: resident, float32, forward"
-    for task in lost:
-        assert task["error"].startswith("hung: no result within ")
-        assert 'functional.py", line' in task["error"]  # where it hangs
-    rest = record["tasks"][len(lost) :]
-    assert len(rest) == len(tasks.all_tasks(CPU, quick=True)) - len(lost)
+    first, *rest = run_emulated(tmp_path, "hang")["tasks"]
+    assert first["name"] == "smoke: resident, float32, forward"
+    assert first["lost"]
+    assert first["error"].startswith("hung: no result within ")
+    assert 'functional.py", line' in first["error"]  # where it hangs
+    assert len(rest) == len(tasks.all_tasks(CPU, quick=True)) - 1
     assert {task["not_run"].partition(" in ")[0] for task in rest} == {"nothing passed"}
 
 
