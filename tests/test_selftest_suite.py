@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -134,11 +135,11 @@ def test_endless(): time.sleep(1000)
     assert time.monotonic() - start < 10
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["tasks"] == []
-    assert record["suite"]["error"] == "ended after 8 s, during test_it.py::test_endless"
+    assert re.match(r"ended after [678] s, during .*test_endless", record["suite"]["error"])
     assert [test["outcome"] for test in record["suite"]["tests"].values()] == ["passed"] * 2
-    verdict = "did not pass: 2 passed, 0 failed, 0 skipped of 3 tests (ended after 8 s"
     assert record["finished"]
-    assert verdict in record["verdict"]
+    counts = "did not pass: 2 passed, 0 failed, 0 skipped of 3 tests (ended after"
+    assert counts in record["verdict"]
 
 
 def test_no_process_starts_where_no_time_is_left(tmp_path: Path) -> None:
