@@ -23,7 +23,7 @@ def find_others(cls, name, path=None, target=None):
     return None if name.partition(".")[0] in {modules!r} else find_spec(name, path, target)
 finder.find_spec = find_others
 import pytest
-sys.exit(pytest.main(["-p", "no:cacheprovider", "-rs", *{options!r}]))
+sys.exit(pytest.main(["-p", "no:cacheprovider", "--assert=plain", "-rs", *{options!r}]))
 """
 
 

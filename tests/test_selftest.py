@@ -37,6 +37,9 @@ def test_quick_run_is_green(backend: Backend) -> None:
     result = selftest(backend.device, quick=True)
     assert result.passed, result.text
     assert {outcome.status for outcome in result.outcomes} <= {"ok", "skipped"}
+    shares = [float(share) for share in re.findall(r"^ok .* (\S+)% +\d", result.text, re.M)]
+    assert len(shares) > 25
+    assert all(0 <= share <= 100 for share in shares)
     assert result.text.splitlines()[-1].startswith("PASSED: ")
     timings = [timing for outcome in result.outcomes for timing in outcome.result.timings]
     assert len(timings) == 2
@@ -300,10 +303,6 @@ def test_what_is_ok_does_not_look_like_an_error() -> None:
     """Similarities of 1e7 may be off by 11 where 14 is allowed: the table has the share of it."""
     [row] = [report.line(Outcome("extreme", Result([Comparison("output", 11.2, 14.5)])))]
     assert row.split() == ["ok", "extreme", "77%", "0.0", "output", "(of", "1)"]
-    lines = [report.line(execute(task, CPU)) for task in runner.all_tasks(CPU, quick=True)]
-    shares = [float(x[:-1]) for line in lines for x in line.split() if x.endswith("%")]
-    assert len(shares) > 25
-    assert all(0 <= share <= 100 for share in shares)
 
 
 def test_report_has_what_a_bug_report_needs() -> None:
@@ -327,9 +326,9 @@ def test_in_a_process_of_its_own(
     (tmp_path / "setformer_ext").mkdir()
     (tmp_path / "setformer_ext" / "__init__.py").write_text("raise ImportError('not built')")
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["selftest", "--device=cpu", "--quick"]) == 0
+    assert cli.main(["selftest", "--device=cpu", "--only=smoke"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    count = len(runner.all_tasks(CPU, quick=True))
+    count = len(runner.all_tasks(CPU, True, [SMOKE]))
     assert sum(line.startswith("ok ") for line in lines) == count
     assert lines[-1].startswith(f"PASSED: {count} ok, 0 failed, 0 skipped")
 
@@ -348,6 +347,7 @@ def test_outcomes_survive_the_crossing() -> None:
         (["--suite=missing"], "--suite must be a folder of tests, got missing"),
         (["--output=no/such/folder.txt"], "no/such/folder.txt"),
         (["--output=report.json"], "--output must be the text's name, .* try report.txt"),
+        (["--only=suite"], "--only suite needs the folder of the tests: --suite FOLDER"),
         (["--suite-seconds=0"], "--suite-seconds must be above 0, got 0.0"),
     ],
 )
@@ -402,8 +402,25 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
 
 
+def test_gpu_checks_without_the_caching_of_memory(
+    pretended_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As README runs them under compute-sanitizer."""
+    monkeypatch.setenv(cuda_checks.NO_CACHING, "1")
+    monkeypatch.setattr(cuda_checks, "MANY", cuda_checks.FEW)
+    outcomes = {task.name: execute(task, CPU) for task in cuda_checks.tasks()}
+    reason = "needs torch's caching of memory: PYTORCH_NO_CUDA_MEMORY_CACHING is set"
+    assert {name for name, outcome in outcomes.items() if outcome.skipped == reason} == {
+        "calls return before their work is done",
+        "a CUDA graph",
+        "no memory of the size N x M",
+    }
+    assert outcomes["two streams at once"].status == "ok"
+
+
 def test_gpu_checks_run_through(pretended_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a pretended GPU, which catches slips in the checks themselves."""
+    monkeypatch.delenv(cuda_checks.NO_CACHING, raising=False)
     monkeypatch.setattr(cuda_checks, "MANY", cuda_checks.FEW | {"N": 50})
     outcomes = {task.name: execute(task, CPU) for task in cuda_checks.tasks()}
     errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error}

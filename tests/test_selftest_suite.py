@@ -2,11 +2,16 @@
 
 import importlib.util
 import json
+import re
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from setformer_ext import cli
+from setformer_ext import selftest as package
 from setformer_ext.selftest import runner, selftest
 from setformer_ext.selftest import suite as module
 from setformer_ext.selftest.outcome import Result, Task
@@ -27,6 +32,12 @@ def write(folder: Path, body: str) -> Path:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(f"import os, time\nimport pytest\n{body}")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which a machine may have slow ones."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 @pytest.fixture
@@ -105,22 +116,66 @@ def test_kind(backend, kind):
     assert not suite.error
 
 
-def test_a_suite_that_is_cut_short_tells_what_it_found(tmp_path: Path) -> None:
-    write(tmp_path, "def test_first(): pass\ndef test_endless(): time.sleep(1000)\n")
+def test_a_suite_that_is_cut_short_tells_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record has each test within a second or two, and the command ends in time."""
+    body = """
+def test_first(): pass
+def test_reads_the_record():
+    while '"test_it.py::test_first": {' not in open("report.json").read(): time.sleep(0.1)
+def test_endless(): time.sleep(1000)
+"""
+    write(tmp_path, body)
+    monkeypatch.setattr(package, "age", lambda: 100.0)
+    monkeypatch.setattr(module, "SECONDS_TO_FINISH", 2.0)
+    options = [f"--output={tmp_path / 'report.txt'}", f"--suite={tmp_path}", "--suite-seconds=110"]
+    start = time.monotonic()
+    assert cli.main(["selftest", "--device=cpu", "--only=suite", *options]) == 1
+    assert time.monotonic() - start < 10
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert record["tasks"] == []
+    assert re.match(r"ended after [678] s, during .*test_endless", record["suite"]["error"])
+    assert [test["outcome"] for test in record["suite"]["tests"].values()] == ["passed"] * 2
+    assert record["finished"]
+    counts = "did not pass: 2 passed, 0 failed, 0 skipped of 3 tests (ended after"
+    assert counts in record["verdict"]
+
+
+def test_no_process_starts_where_no_time_is_left(tmp_path: Path) -> None:
     suite = Suite(tmp_path, CPU)
-    "\n".join(run_suite(suite, 15))
-    assert suite.error == "ended after 15 s, during test_it.py::test_endless"
-    assert suite.tests["test_it.py::test_first"].outcome == "passed"
+    assert len(list(run_suite(suite, module.SECONDS_TO_FINISH))) == 1
+    assert suite.error == "no time was left"
     assert not suite.passed
-    assert "did not pass: 1 passed, 0 failed, 0 skipped of 2 tests (ended after" in suite.verdict
 
 
-def test_a_suite_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_age_of_a_process() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        young = package.age(child.pid)
+        time.sleep(0.5)
+        assert 0 <= young < package.age(child.pid) - 0.4
+    finally:
+        child.kill()
+        child.wait(10)
+    assert young < package.age()
+    assert package.age(child.pid) == 0  # as where there is no /proc
+
+
+def test_a_suite_that_cannot_be_run(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text("raise OSError('unreadable')")
     suite = Suite(tmp_path, CPU)
     assert "unreadable" in "\n".join(run_suite(suite))
     assert suite.error == "pytest ended with status 4"
+
+
+def test_a_suite_without_pytest_is_skipped_and_has_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    suite = Suite(tmp_path, CPU)
-    assert "needs pytest" in "\n".join(run_suite(suite))
-    assert not suite.passed
+    file = tmp_path / "report.json"
+    result = selftest(CPU, sections=(), suite=tmp_path, json=file)
+    reason = "needs pytest, which is not installed"
+    assert result.text.endswith(f"; the suite {tmp_path} on cpu was skipped: {reason}")
+    assert not result.passed
+    assert json.loads(file.read_text())["suite"]["skipped"] == reason

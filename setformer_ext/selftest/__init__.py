@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -19,6 +20,7 @@ from .record import Record, path_beside
 from .runner import run_apart, run_here
 from .suite import MOST_SECONDS, Suite, run_suite
 
+SUITE = "suite"  # what --only calls the folder of --suite
 EXIT_STATUS = (
     "The exit status is 0 where everything passed, 1 where something failed or was not run (or the "
     "report cannot be made), 2 for options it does not know."
@@ -35,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         action="append",
-        choices=SECTIONS,
+        choices=[*SECTIONS, SUITE],
         help="run this part only: smoke (each kernel family, type and direction once: seconds), "
-        "speed or checks; may be given again for another",
+        "speed, checks or, with --suite, suite; may be given again for another",
     )
     parser.add_argument(
         "--output",
@@ -54,21 +56,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         type=Path,
         metavar="FOLDER",
-        help="run pytest on this folder too, the tests of a checkout, with the device's backend",
+        help="run pytest on this folder too, the tests of a checkout, with the device's backend; "
+        "where pytest is missing this is skipped, and not passed",
     )
     parser.add_argument(
         "--suite-seconds",
         type=float,
         default=MOST_SECONDS,
         metavar="S",
-        help="end the suite after so many seconds, and report what it found (default: %(default)s)",
+        help="end the suite early, so that the command ends so many seconds after its start with "
+        "what was found (default: %(default)s)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report as it grows; returns 0 if everything passed, else 1."""
+    only = options.only or SECTIONS
     try:
         device = find_device(options.device)
+        if options.suite is None and SUITE in only:
+            raise ValueError("--only suite needs the folder of the tests: --suite FOLDER")
         if options.suite is not None and not options.suite.is_dir():
             raise ValueError(f"--suite must be a folder of tests, got {options.suite}")
         if not options.suite_seconds > 0:
@@ -92,14 +99,24 @@ def run(options: argparse.Namespace) -> int:
     passed = selftest(
         device,
         options.quick,
-        sections=options.only or SECTIONS,
+        sections=[section for section in SECTIONS if section in only],
         apart=not options.in_process,
         suite=options.suite,
-        suite_seconds=options.suite_seconds,
+        suite_seconds=options.suite_seconds - age(),
         write=write,
         json=json,
     ).passed
     return 0 if passed else 1
+
+
+def age(process: int | str = "self") -> float:
+    """Seconds since the process started, of which importing torch may be many; 0 if unknown."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0.0
+    ticks = int(text.rpartition(")")[2].split()[19])  # starttime of proc(5), after the name
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,7 @@ def selftest(
         sections: of smoke, speed and checks, which run in this order.
         apart: run in another process, which is replaced should it crash or hang.
         suite: a folder of tests for pytest to run as well.
-        suite_seconds: after which the suite is ended.
+        suite_seconds: after which all of this ends, if only the suite is left.
         write: is given each part of the report when it is known.
         json: a file for all of it as JSON (`record.Record`).
     """
@@ -163,8 +180,9 @@ def selftest(
     if suite is not None:
         add("")
         of_suite = Suite(suite, device)
-        for line in run_suite(of_suite, suite_seconds):
-            add(line)
+        for line in run_suite(of_suite, suite_seconds - (time.monotonic() - start)):
+            if line:
+                add(line)
             record.set(suite=of_suite.to_json())
     verdict = report.verdict(outcomes, of_suite, time.monotonic() - start)
     add("", verdict)

@@ -1,5 +1,6 @@
 """What holds on a GPU alone: streams, graphs, several devices, memory."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ FEW: dict[str, Any] = {
     "Dv": 16,
 }  # one head fits the shared memory of one block
 MANY: dict[str, Any] = {"N": 5000, "M": 49, "D": 32, "Dv": 32}
+NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 CYCLES = 200_000_000  # for which a stream is kept busy: about a tenth of a second
 
 
@@ -37,6 +39,13 @@ def tasks() -> list[Task]:
         Task(name, check, needs=(torch.float32,), backward=check is not invalid_epsilon)
         for name, check in checks.items()
     ]
+
+
+def _need_caching() -> None:
+    """Without it, as tools that check memory want it, torch waits for the device at every
+    free, refuses to capture graphs and counts no memory."""
+    if NO_CACHING in os.environ:
+        raise SkippedError(f"needs torch's caching of memory: {NO_CACHING} is set")
 
 
 def _problem(device: torch.device, sizes: dict[str, Any], **more: Any) -> Arguments:
@@ -78,6 +87,7 @@ def _gradients(arguments: Arguments, grad_output: Tensor) -> dict[str, Tensor]:
 
 def no_waiting(device: torch.device) -> Result:
     """Forward and backward return while the stream is still busy with what came before."""
+    _need_caching()
     arguments = _problem(device, MANY)
     grad_output = output_gradient(set_attention, arguments, 0)
     _gradients(arguments, grad_output)  # loads the kernels
@@ -116,6 +126,7 @@ def two_streams(device: torch.device) -> Result:
 
 def graph(device: torch.device) -> Result:
     """Captured with one problem, replayed with the numbers of another."""
+    _need_caching()
     comparisons = []
     for sizes in (FEW, MANY):
         arguments = _problem(device, sizes)
@@ -153,6 +164,7 @@ def second_device(device: torch.device) -> Result:
 
 def memory(device: torch.device) -> Result:
     """Forward and backward of many tokens and references take less than one N x M matrix."""
+    _need_caching()
     sizes: dict[str, Any] = {
         "B": 1,
         "H": 1,

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-SECONDS_TO_END = 5  # of a process that was killed, or has closed its stdout
+SECONDS_TO_END = 5  # of a process that has closed its stdout
+SECONDS_TO_DIE = 1  # of one that was killed
 SECONDS_TO_TELL = 2  # where it hangs: see faulthandler in worker.py
 MOST_OF_STDERR = 4000  # characters, the last ones
 
@@ -55,10 +56,10 @@ class Process:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
-    def status(self) -> int | None:
-        """What it ended with; None if it still runs after a while."""
+    def status(self, seconds: float | None = None) -> int | None:
+        """What it ended with; None if it still runs after so many seconds (SECONDS_TO_END)."""
         try:
-            return self.process.wait(timeout=SECONDS_TO_END)
+            return self.process.wait(SECONDS_TO_END if seconds is None else seconds)
         except subprocess.TimeoutExpired:
             return None
 
@@ -80,7 +81,7 @@ class Process:
     def close(self) -> None:
         """Kill it; one that does not go is left behind."""
         self.process.kill()
-        self.status()
+        self.status(SECONDS_TO_DIE)
         self.errors.close()
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # of what it has not read
@@ -99,5 +100,5 @@ def output(command: Sequence[str], seconds: float) -> str:
             lines.append(line)
         if line is None:
             raise TimeoutError(f"no answer within {seconds:g} s")
-        process.status()
+        process.status(SECONDS_TO_DIE)
         return "".join(lines) + process.stderr()

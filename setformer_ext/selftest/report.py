@@ -15,7 +15,7 @@ from .suite import Suite
 
 COLUMNS = "{:<8} {:<44} {:>15} {:>6}  {}"
 MOST_OF_ERROR = 100  # characters in the line of a check
-SECONDS_OF_NVIDIA_SMI = 30
+SECONDS_OF_NVIDIA_SMI = 5
 STATUSES = ("ok", "FAILED", "skipped", "not run")
 
 

@@ -1,5 +1,6 @@
 """Runs the tasks, here or in a process of their own that may crash or hang."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
@@ -9,13 +10,19 @@ import torch
 
 from .outcome import SECTIONS, SMOKE, Kernels, Outcome, Task, execute, short
 from .smoke_checks import FAMILIES
-from .tasks import all_tasks, deadline
+from .tasks import SECONDS, all_tasks, deadline
 from .worker import Worker
 
 # Given up is what is left when so many seconds went into processes that were lost; and when one was
-# lost and nothing has passed in so many seconds since the first task began.
+# lost and nothing has passed in so many seconds since the first task began, or, where another task
+# has begun before, in so many of both. With the limits of processes.py, worker.py and report.py
+# that is within 60 s where every kernel hangs: a test adds them up.
 MOST_LOST_SECONDS = 180
 MOST_SECONDS_WITHOUT_SUCCESS = 15
+SECONDS_OF_LAST_CHANCE = 5
+
+# A task in both directions or forward only, and the seconds there are for it.
+Do = Callable[[Task, bool, float], Outcome]
 
 
 def run_here(
@@ -24,7 +31,7 @@ def run_here(
     """In this process, which can do no more once it has lost the GPU."""
     lost = False
 
-    def do(task: Task, backward: bool) -> Outcome:
+    def do(task: Task, backward: bool, most: float) -> Outcome:
         nonlocal lost
         if lost:
             return Outcome(task.name, not_run=f"this process has lost {device}")
@@ -43,7 +50,7 @@ def run_apart(
         yield from run_tasks(all_tasks(device, quick, sections), workers.do)
 
 
-def run_tasks(tasks: list[Task], do: Callable[[Task, bool], Outcome]) -> Iterator[Outcome]:
+def run_tasks(tasks: list[Task], do: Do) -> Iterator[Outcome]:
     """The outcome of each task; of what cannot but fail, that and why it was not run."""
     experience = Experience()
     for task in tasks:
@@ -52,7 +59,7 @@ def run_tasks(tasks: list[Task], do: Callable[[Task, bool], Outcome]) -> Iterato
             outcome = Outcome(task.name, not_run=reason)
         else:
             broken = experience.broken(task, "backward") if task.backward else ""
-            outcome = do(task, not broken)
+            outcome = do(task, not broken, experience.seconds_left())
             note = f"forward only: {broken}" if broken else ""
         outcome = replace(outcome, section=task.section, note=note)
         experience.learn(task, outcome)
@@ -85,6 +92,13 @@ class Experience:
             self._gave_up = f"nothing passed in {since:.0f} s"
         elif self._lost_seconds > MOST_LOST_SECONDS:
             self._gave_up = f"{self._lost} processes and {self._lost_seconds:.0f} s were lost"
+
+    def seconds_left(self) -> float:
+        """Until all is given up."""
+        if self._began is None or not self._lost or self._any_passed:
+            return math.inf
+        end = self._began + MOST_SECONDS_WITHOUT_SUCCESS + SECONDS_OF_LAST_CHANCE
+        return end - time.monotonic()
 
     def why_not(self, task: Task) -> str:
         """Why the task cannot but fail; empty where it may pass."""
@@ -124,22 +138,25 @@ class Workers:
         self._slowness = 1.0
         self._why_none = ""
 
-    def do(self, task: Task, backward: bool) -> Outcome:
+    def do(self, task: Task, backward: bool, most: float) -> Outcome:
         """The outcome, whatever happens to the process."""
         if self._why_none:
             return Outcome(task.name, not_run=self._why_none)
+        limit = deadline(task.section, self._device)
+        if limit > SECONDS[task.section]:
+            most = math.inf  # kernels are compiled first, or this is a CPU
+        end = time.monotonic() + most
         blocking = self._device.type == "cuda" and task.section == SMOKE
         if self._current is not None and blocking != self._blocking:
             self._drop()
-        worker = self._current or self._start(blocking)
+        worker = self._current or self._start(blocking, most)
         if self._why_none:
             error = worker.how_it_was_lost()
             self._drop()
             return Outcome(task.name, error=f"{self._why_none}: {error}", lost=True)
         start = time.monotonic()
-        seconds = deadline(task.section, self._device) * self._slowness
         request = {"task": self._names.index(task.name), "backward": backward}
-        answer = worker.ask(request, seconds)
+        answer = worker.ask(request, min(limit * self._slowness, end - start))
         if answer is not None:
             outcome = Outcome.from_json(answer)
         else:
@@ -149,11 +166,11 @@ class Workers:
             outcome = replace(outcome, seconds=time.monotonic() - start)
         return outcome
 
-    def _start(self, blocking: bool) -> Worker:
+    def _start(self, blocking: bool, most: float) -> Worker:
         first = self._next is None
         self._current = worker = self._next or Worker(self._device, self._quick)
         self._blocking, self._next = blocking, None
-        if not worker.take_device(blocking):
+        if not worker.take_device(blocking, most):
             self._why_none = f"no process could take {self._device}"
             return worker
         if first:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 import time
@@ -15,14 +16,17 @@ from typing import Any
 import torch
 
 from .outcome import CHECKS
-from .processes import Process
+from .processes import SECONDS_TO_DIE, SECONDS_TO_END, Process
 from .tasks import deadline
 from .worker import MARK
 
 MOST_SECONDS = 1800.0
+# A process that is lost at the end, another that is begun and ended, the verdict.
+SECONDS_TO_FINISH = SECONDS_TO_END + 2 * SECONDS_TO_DIE + 1
 MOST_LOST_PROCESSES = 5
 LOST = 90  # the status of a process whose GPU fails every call
 SECONDS_BETWEEN_LINES = 30  # that tell how far it is
+SECONDS_BETWEEN_RECORDS = 1
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Suite:
     device: torch.device
     collected: int = 0
     tests: dict[str, Test] = field(default_factory=dict)
+    skipped: str = ""  # why
     error: str = ""  # why it did not come to its end
     lost: int = 0  # processes
 
@@ -50,6 +55,7 @@ class Suite:
 
     @property
     def passed(self) -> bool:
+        """A suite that was asked for and not run has not."""
         return not self.error and self.count("passed") > 0 and self.count("failed") == 0
 
     @property
@@ -59,20 +65,32 @@ class Suite:
 
     @property
     def verdict(self) -> str:
+        name = f"the suite {self.folder} on {self.device}"
+        if self.skipped:
+            return f"{name} was skipped: {self.skipped}"
         error = f" ({self.error.splitlines()[0]})" if self.error else ""
         word = "passed" if self.passed else "FAILED" if self.count("failed") else "did not pass"
-        return f"the suite {self.folder} on {self.device} {word}: {self.progress}{error}"
+        return f"{name} {word}: {self.progress}{error}"
 
     def to_json(self) -> dict[str, Any]:
         tests = {name: asdict(test) for name, test in self.tests.items()}
-        facts = {"folder": str(self.folder), "device": str(self.device), "error": self.error}
-        return facts | {"collected": self.collected, "passed": self.passed, "tests": tests}
+        facts = {"folder": str(self.folder), "device": str(self.device)}
+        why = {"skipped": self.skipped, "error": self.error}
+        return facts | why | {"collected": self.collected, "passed": self.passed, "tests": tests}
 
 
 def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
-    """Lines that tell how far it is and of each test that failed; `suite` has it all."""
+    """Lines that tell how far it is and of each test that failed; `suite` has it all.
+
+    Ends within these seconds; at least every second there is a line, of which some are empty.
+    """
     if importlib.util.find_spec("pytest") is None:
-        suite.error = 'needs pytest, which is not installed. In the checkout: pip install ".[test]"'
+        suite.skipped = "needs pytest, which is not installed"
+        yield suite.verdict
+        return
+    seconds -= SECONDS_TO_FINISH
+    if seconds <= 0:
+        suite.error = "no time was left"
         yield suite.verdict
         return
     end = time.monotonic() + seconds
@@ -114,26 +132,34 @@ def _follow(
 ) -> Generator[str, None, bool]:
     """Whether the process was lost over a test, rather than came to its end."""
     running, other = "", deque[str](maxlen=30)
-    told = time.monotonic()
+    heard = told = recorded = time.monotonic()
 
     def fail(text: str) -> str:
         suite.tests[running] = Test("failed", 0.0, text)
         return _failure(running, text)
 
     while True:
-        left = end - time.monotonic()
+        now = time.monotonic()
+        if now >= recorded + SECONDS_BETWEEN_RECORDS:
+            recorded = now
+            yield ""
         # on a CPU nothing hangs for certain, and tests may take minutes
-        limit = deadline(CHECKS, suite.device) if running and suite.device.type == "cuda" else left
-        line = process.line(min(limit, left))
-        if line is None and limit >= left:
+        may_hang = running and suite.device.type == "cuda"
+        limit = deadline(CHECKS, suite.device) if may_hang else math.inf
+        line = process.line(min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now)
+        now = time.monotonic()
+        if now >= end:
             during = f", during {running}" if running else ""
-            suite.error = f"ended after {seconds:g} s{during}"
+            suite.error = f"ended after {seconds:.0f} s{during}"
             return False
         if line is None:
+            if now < heard + limit:
+                continue
             yield fail(f"hung for {limit:g} s\n{process.stack()}")
             return True
         if not line:
             break
+        heard = now
         if not line.startswith(MARK):
             if line.strip():
                 other.append(line.rstrip())
@@ -147,8 +173,8 @@ def _follow(
                 suite.tests[name] = Test(**event)
             if event["outcome"] == "failed":
                 yield _failure(name, event["why"])
-        if time.monotonic() > told + SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
+        if now > told + SECONDS_BETWEEN_LINES:
+            told = now
             yield suite.progress
     status = process.status()
     if running and status == LOST:

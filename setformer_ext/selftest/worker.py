@@ -19,7 +19,7 @@ from .processes import Process
 from .tasks import all_tasks
 
 SECONDS_TO_IMPORT = 120  # Python and torch, from a slow disk
-SECONDS_TO_GET_DEVICE = 30  # the context of a GPU, which a killed process may still block
+SECONDS_TO_GET_DEVICE = 15  # the context of a GPU, which a killed process may still block
 USUAL_SECONDS_TO_IMPORT = 10  # deadlines are for a machine that needs no more,
 MOST_SLOWNESS = 2  # and at most twice as long elsewhere: the first import may have met a cold disk
 
@@ -35,16 +35,18 @@ class Worker(Process):
         self._hung_for: float | None = None
         self.slowness = 1.0  # how many times as long as usual its start took
 
-    def take_device(self, blocking: bool) -> bool:
-        """Whether the process has come up and can use the device.
+    def take_device(self, blocking: bool, most: float) -> bool:
+        """Whether the process has come up and can use the device, within `most` seconds.
 
         blocking: every launch waits for its kernel, so that an error names the kernel.
         """
-        if self._answer(SECONDS_TO_IMPORT) is None:
+        end = time.monotonic() + most
+        if self._answer(min(SECONDS_TO_IMPORT, most)) is None:
             return False
         seconds = time.monotonic() - self._started
         self.slowness = min(max(1.0, seconds / USUAL_SECONDS_TO_IMPORT), MOST_SLOWNESS)
-        return self.ask({"blocking": blocking}, SECONDS_TO_GET_DEVICE) is not None
+        most = min(SECONDS_TO_GET_DEVICE, end - time.monotonic())
+        return self.ask({"blocking": blocking}, most) is not None
 
     def ask(self, request: dict[str, Any], seconds: float) -> Any:
         """The answer; None if the process was lost over it."""

@@ -3,6 +3,7 @@
 python -m emulator.command selftest --only smoke        # from tests/
 
 To its options a device is the CPU. EMULATOR_FAULT makes kernels fail, see runtime/cudart.cpp.
+After EMULATOR_PATIENCE seconds a smoke check is taken to hang, and then all is given up.
 EMULATOR_LIBRARY is a library that `python -m emulator.build` has named: no look for changes then.
 """
 
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 
 from setformer_ext import cli, ops
-from setformer_ext.selftest import worker
+from setformer_ext.selftest import runner, tasks, worker
+from setformer_ext.selftest.outcome import SMOKE
 
 from .build import emulated_library, load
 
@@ -30,6 +32,9 @@ def main(arguments: list[str]) -> int:
         )
 
     worker.code = code
+    if patience := os.environ.get("EMULATOR_PATIENCE"):
+        tasks.SECONDS[SMOKE] = float(patience)
+        runner.MOST_SECONDS_WITHOUT_SUCCESS = 0
     ops._C = load(Path(library))
     return cli.main(arguments)
 
