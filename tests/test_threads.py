@@ -46,9 +46,9 @@ def ways_to_run(backend: Backend) -> Iterator[str]:
     """Sets in turn what must not change a bit, and names it."""
     if backend.emulated:
         device = Emulator(str(backend.module.__file__))
-        for seed, order in enumerate(("reverse", "random")):  # without it they run forward
-            with device.configured(order, seed):
-                yield f"threads and blocks in {order} order, seed {seed}"
+        for order in ("reverse", "random"):  # without it they run forward
+            with device.configured(order):  # with the same seed, by which approximations err
+                yield f"threads and blocks in {order} order"
     elif backend.on_cuda:
         yield from ("a second run", "a third run")
     else:
