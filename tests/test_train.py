@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,12 +134,10 @@ def test_sharded_training_is_the_same_and_resumes(
     assert_close(metrics(tmp_path / "two"), metrics(one_process))
     weights = load_file(tmp_path / "two" / "model.safetensors")
     known = load_file(one_process / "model.safetensors")
-    # Of 16 x 16 pixels one token is left: its references have no say, and what Adam makes steps of
-    # is the rounding of gradients of 0.
-    [without] = [
-        x for x in known if x.startswith("stages.3.") and x.endswith("attention.reference")
-    ]
-    del weights[without], known[without]
+    # Of 16 x 16 pixels the last two stages have one token: their references have no say, and Adam
+    # makes steps of the rounding of gradients of 0.
+    for name in [x for x in known if re.match(r"stages\.[23]\..*\.attention\.reference", x)]:
+        del weights[name], known[name]
     torch.testing.assert_close(weights, known, rtol=0, atol=1e-3)
 
 
