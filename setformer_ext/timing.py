@@ -144,6 +144,16 @@ def step(
     return lambda: torch.autograd.grad(attention(*tensors), tensors, grad_output, allow_unused=True)
 
 
+def by_the_clock(call: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` calls in a row until it returns, on whatever device."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     """The time of each of `repeats` calls in a row.
 
@@ -151,12 +161,7 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int)
     calls; where launching takes longer than the work, it is the time of launching.
     """
     if device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
+        return by_the_clock(call, repeats)
     with torch.cuda.device(device):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         events[0].record()

@@ -1,7 +1,6 @@
 """The card, or the emulated device in its place: where tensors live and how calls are timed."""
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from emulator.build import load
 from emulator.device import Emulator
 from setformer_ext.selftest.outcome import works
-from setformer_ext.timing import milliseconds
+from setformer_ext.timing import by_the_clock, milliseconds
 
 from . import PACKAGE
 
@@ -76,9 +75,9 @@ class Card:
         times = []
         for _ in range(3):
             torch.cuda.synchronize()
-            times += _by_the_clock(call, HOST_CALLS)
+            times += by_the_clock(call, HOST_CALLS)
         torch.cuda.synchronize()
-        return statistics.median(times)
+        return 1e3 * statistics.median(times)
 
     def kernels(self, call: Call) -> dict[str, tuple[int, float]]:
         call()
@@ -112,10 +111,10 @@ class Emulated:
         self.torch = torch.device("cpu")
 
     def microseconds(self, call: Call) -> list[float]:
-        return _by_the_clock(call, 1)
+        return [self.host_microseconds(call)]
 
     def host_microseconds(self, call: Call) -> float:
-        return _by_the_clock(call, 1)[0]
+        return 1e3 * by_the_clock(call, 1)[0]
 
     def kernels(self, call: Call) -> dict[str, tuple[int, float]]:
         emulator = Emulator(self.module.__file__)
@@ -132,12 +131,3 @@ class Emulated:
 def find(name: str) -> Device:
     """By the name that options have: cuda or emulated."""
     return Emulated() if name == "emulated" else Card()
-
-
-def _by_the_clock(call: Call, repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    return times
