@@ -10,10 +10,10 @@ import argparse
 from functools import partial
 from statistics import fmean
 
+from setformer_ext.controls import SoftmaxAttention
 from setformer_ext.demo.data import load_digits
 from setformer_ext.demo.model import Classifier, make_set_attention
 from setformer_ext.demo.train import train
-from setformer_ext.softmax_attention import SoftmaxAttention
 
 UNIFORM = {"learned_token_mass": False, "learned_reference_mass": False}
 ATTENTIONS = {

@@ -291,7 +291,7 @@ class SetAttention(nn.Module):
             transport["query_positions"] = self._positions(x, grid)
         value = self._split(self.value(source))
         output = set_attention(query, transport.pop("key"), value, **transport)  # [B, H, N, D]
-        return _zero_invalid(self._projected(output.transpose(1, 2)), mask)
+        return zero_invalid(self._projected(output.transpose(1, 2)), mask)
 
     @answers_foreign_names
     def transport_plan(
@@ -348,7 +348,7 @@ class SetAttention(nn.Module):
         self._check(name, x, dim or self.context_dim)
         self._check_mask(f"{prefix}mask", mask, name, x)
         self._check_grid(f"{prefix}grid", grid, x)
-        return _zero_invalid(x, mask)
+        return zero_invalid(x, mask)
 
     def _transport(self, x: Tensor, mask: Tensor | None, grid: Grid | None) -> dict[str, Any]:
         """The arguments of transport_plan."""
@@ -456,7 +456,7 @@ class SetAttention(nn.Module):
             return None
         logits = self.reference_log_mass
         if self.reference_mass is not None:
-            logits = logits + self.reference_mass(_mean(x, mask)).unflatten(
+            logits = logits + self.reference_mass(mean_of_valid(x, mask)).unflatten(
                 -1, (self.num_heads, -1)
             )
         return _softmax(logits) * self.num_references
@@ -536,7 +536,9 @@ def _describe(initial: float, logarithm: Tensor | None) -> str:
     return f"{initial}" if logarithm is None else f"learned from {initial}"
 
 
-def _mean(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C], zero where invalid -> [B, C]
+def mean_of_valid(
+    x: Tensor, mask: Tensor | None
+) -> Tensor:  # [B, N, C], zero where invalid -> [B, C]
     """Over the valid tokens, summed in float32 at least; of none: 0."""
     total = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
     valid = x.new_ones(x.shape[:2]) if mask is None else mask
@@ -554,5 +556,5 @@ def _exp(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-20, 20).exp()
 
 
-def _zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]
+def zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]
     return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)

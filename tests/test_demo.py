@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from setformer_ext import SetAttention, cli, demo
+from setformer_ext.controls import SoftmaxAttention
 from setformer_ext.demo.data import load_digits, load_folder
 from setformer_ext.demo.model import Classifier, make_set_attention
 from setformer_ext.demo.pictures import draw_plans
 from setformer_ext.demo.train import accuracy, train
-from setformer_ext.softmax_attention import SoftmaxAttention
 
 
 def run_demo(*arguments: object) -> int:

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fresh import fresh
+from setformer_ext.controls import ATTENTIONS
 from setformer_ext.language import (
     SIZES,
     SetformerConfig,
@@ -72,7 +73,10 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("options", [{}, {"attention": "softmax"}, {"classifier_pooling": "cls"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, *({"attention": kind} for kind in ATTENTIONS[1:]), {"classifier_pooling": "cls"}],
+)
 def test_padding_changes_no_answer(side: str, options: dict[str, Any]) -> None:
     model = make(SetformerForSequenceClassification, num_labels=3, **options)
     texts = [tokens(7), tokens(12), tokens(1)]
@@ -91,7 +95,7 @@ def test_padding_changes_no_answer(side: str, options: dict[str, Any]) -> None:
 
 
 def test_a_sequence_of_padding_alone_is_finite_and_learns_nothing() -> None:
-    for attention in ("set", "softmax"):
+    for attention in ATTENTIONS:
         model = make(SetformerForSequenceClassification, attention=attention)
         embeddings = torch.randn(2, 6, 32, requires_grad=True)
         mask = torch.tensor([[1] * 6, [0] * 6])

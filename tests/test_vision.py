@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from setformer_ext import SetAttention
+from setformer_ext.controls import ATTENTIONS
 from setformer_ext.vision import Setformer
 from setformer_ext.vision.models import SIZES
 
@@ -75,7 +76,7 @@ def test_any_image_size(size: tuple[int, int]) -> None:
     assert model(images(2, 3, *size)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("attention", ["set", "softmax"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_images_do_not_see_one_another(attention: str) -> None:
     model, batch = make(attention=attention).double(), images(3, 3, 40, 56).double()
     alone = torch.cat([model(image.unsqueeze(0)) for image in batch])
@@ -91,9 +92,9 @@ def test_memory_format_does_not_matter() -> None:
 def test_attention_is_a_choice() -> None:
     attentions = {
         kind: sum(isinstance(m, SetAttention) for m in make(attention=kind).modules())
-        for kind in ("set", "softmax")
+        for kind in ATTENTIONS
     }
-    assert attentions == {"set": 5, "softmax": 0}
+    assert attentions == {"set": 5, "softmax": 0, "mean": 0, "none": 0}
     options = {"iterations": 7, "position_bandwidth": None}
     block = make(attention_options=options).stages[1].blocks[0]
     assert (block.attention.iterations, block.attention.position_bandwidth) == (7, None)
@@ -306,9 +307,10 @@ def test_bad_arguments_are_named(option: str, value: object) -> None:
         make(**{option: value})
 
 
-def test_softmax_attention_takes_no_options_of_set_attention() -> None:
+@pytest.mark.parametrize("attention", ["softmax", "mean", "none"])
+def test_other_attentions_take_no_options_of_set_attention(attention: str) -> None:
     with pytest.raises(ValueError, match=r"attention_options must be None, got \{'epsilon': 0.1\}"):
-        make(attention="softmax", attention_options={"epsilon": 0.1})
+        make(attention=attention, attention_options={"epsilon": 0.1})
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3, 0, 32)])

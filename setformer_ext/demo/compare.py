@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..softmax_attention import SoftmaxAttention
+from ..controls import SoftmaxAttention
 from .data import load_digits, load_folder
 from .model import Classifier, make_set_attention
 from .pictures import draw_curves, draw_plans

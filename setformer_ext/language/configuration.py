@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ..arguments import is_integer, is_number
+from ..controls import ATTENTIONS
 
 # Widths and depths of BERT-mini and BERT-base, whose 110 million parameters base about has.
 SIZES: dict[str, dict[str, int]] = {
@@ -34,9 +35,10 @@ class SetformerConfig(PreTrainedConfig):
         num_attention_heads: heads H.
         intermediate_size: hidden width of the MLPs; by default 4 C.
         num_references: references M per head, of SeT attention.
-        attention: "set", or "softmax" for the same encoder with dot-product attention, O(N^2).
+        attention: "set", or for comparison the same encoder with dot-product attention, "softmax",
+            O(N^2), with the "mean" of all tokens in its place, or with "none".
         attention_options: options of :class:`setformer_ext.SetAttention` that differ from
-            ``ATTENTION_OPTIONS``; none with softmax attention.
+            ``ATTENTION_OPTIONS``; none with others.
         conv_kernel_size: width of the depthwise convolution over neighbouring tokens that tells
             the order of words, odd; 0 for none.
         max_position_embeddings: learned embeddings of so many absolute positions, which is then
@@ -100,8 +102,9 @@ class SetformerConfig(PreTrainedConfig):
             f"a multiple of num_attention_heads={num_attention_heads}",
             hidden_size,
         )
-        _require(attention in ("set", "softmax"), "attention", "'set' or 'softmax'", attention)
-        if attention == "softmax":
+        known = attention in ATTENTIONS
+        _require(known, "attention", f"of {', '.join(ATTENTIONS)}", attention)
+        if attention != "set":
             _require(not attention_options, "attention_options", "None", attention_options)
         width, positions = conv_kernel_size, max_position_embeddings
         _require(

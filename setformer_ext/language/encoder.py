@@ -12,8 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from ..controls import MeanAttention, SoftmaxAttention, make_attention
 from ..modules import SetAttention
-from ..softmax_attention import SoftmaxAttention
 from .configuration import ATTENTION_OPTIONS, SetformerConfig
 from .masks import valid_tokens
 
@@ -87,13 +87,12 @@ class SetformerLayer(GradientCheckpointingLayer):
         width, heads = config.hidden_size, config.num_attention_heads
         kernel_size = config.conv_kernel_size
         self.position = TokenConvolution(width, kernel_size) if kernel_size else None
-        self.attention_norm = nn.LayerNorm(width, config.layer_norm_eps)
-        self.attention: nn.Module
-        if config.attention == "softmax":
-            self.attention = SoftmaxAttention(width, heads)
-        else:
-            options = ATTENTION_OPTIONS | (config.attention_options or {})
-            self.attention = SetAttention(width, heads, config.num_references, **options)
+        options = ATTENTION_OPTIONS | (config.attention_options or {})
+        attention = make_attention(config.attention, width, heads, config.num_references, options)
+        self.attends = attention is not None
+        if attention is not None:
+            self.attention_norm = nn.LayerNorm(width, config.layer_norm_eps)
+            self.attention = attention
         self.mlp_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.mlp = nn.Sequential(
             nn.Linear(width, config.intermediate_size),
@@ -105,7 +104,8 @@ class SetformerLayer(GradientCheckpointingLayer):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.position is not None:
             x = x + self.position(x, mask)
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
+        if self.attends:
+            x = x + self.dropout(self.attention(self.attention_norm(x), mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -122,7 +122,7 @@ class SetformerPreTrainedModel(PreTrainedModel):
             initialization.normal_(module.conv.weight, std=self.config.initializer_range)
             if module.conv.bias is not None:
                 initialization.zeros_(module.conv.bias)
-        elif isinstance(module, SetAttention | SoftmaxAttention):
+        elif isinstance(module, SetAttention | SoftmaxAttention | MeanAttention):
             # transformers guards torch.nn.init while it initialises: what was loaded stays.
             module.reset_parameters()
             # Branches that start large drown the words for hundreds of steps.

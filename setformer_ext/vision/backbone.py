@@ -11,8 +11,8 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dt
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..controls import ATTENTIONS, make_attention
 from ..modules import SetAttention
-from ..softmax_attention import SoftmaxAttention
 from .blocks import Stage, TokenEmbedding
 
 HEAD_DIM = 32
@@ -45,11 +45,12 @@ class Setformer(nn.Module):
         global_pool: how the classifier pools, as in timm ("avg", "max", ...; "" for not at all).
         dims: widths of the stages, multiples of 32, which is the depth of a head.
         depths: blocks of the stages.
-        num_references: references M per head, in each stage; softmax attention has none.
+        num_references: references M per head, in each stage, of SeT attention.
         mlp_ratio: hidden width of the MLPs / width.
-        attention: "set", or "softmax" for the same network with dot-product attention, O(N^2).
+        attention: "set", or for comparison the same network with dot-product attention, "softmax",
+            O(N^2), with the "mean" of all tokens in its place, or with "none".
         attention_options: options of :class:`setformer_ext.SetAttention` that differ from
-            ``ATTENTION_OPTIONS``; None with softmax attention.
+            ``ATTENTION_OPTIONS``; None with others.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         layer_scale: initial scale of each branch's channels, None for no scale.
@@ -85,10 +86,9 @@ class Setformer(nn.Module):
             known = isinstance(four, Sequence) and len(four) == 4 and min(four) >= 1
             _require(known, name, "four counts >= 1, one for each stage", four)
         _require(all(dim % HEAD_DIM == 0 for dim in dims), "dims", "multiples of 32", dims)
-        _require(
-            attention in ("set", "softmax"), "attention", "'set' or 'softmax'", repr(attention)
-        )
-        if attention == "softmax":
+        known = attention in ATTENTIONS
+        _require(known, "attention", f"of {', '.join(ATTENTIONS)}", repr(attention))
+        if attention != "set":
             _require(not attention_options, "attention_options", "None", attention_options)
         _require(mlp_ratio > 0, "mlp_ratio", "positive", mlp_ratio)
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
@@ -104,12 +104,9 @@ class Setformer(nn.Module):
 
         options = ATTENTION_OPTIONS | (attention_options or {})
 
-        def make_attention(stage: int) -> nn.Module:
-            dim = dims[stage]
-            if attention == "softmax":
-                return SoftmaxAttention(dim, dim // HEAD_DIM)
-            references = num_references[stage]
-            return SetAttention(dim, dim // HEAD_DIM, references, **options)
+        def of_stage(stage: int) -> nn.Module | None:
+            dim, references = dims[stage], num_references[stage]
+            return make_attention(attention, dim, dim // HEAD_DIM, references, options)
 
         self.stem = TokenEmbedding(in_chans, dims[0])
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -120,7 +117,7 @@ class Setformer(nn.Module):
                     dims[i],
                     downsample=i > 0,
                     drop_path=rates[i],
-                    make_attention=partial(make_attention, i),
+                    make_attention=partial(of_stage, i),
                     mlp_ratio=mlp_ratio,
                     layer_scale=layer_scale,
                 )

@@ -66,7 +66,7 @@ class Block(nn.Module):
 
     Args:
         dim: width C of the tokens.
-        attention: of tokens [B, N, C], called with ``grid=(H, W)``.
+        attention: of tokens [B, N, C], called with ``grid=(H, W)``; None for a block without.
         mlp_ratio: hidden width of the MLP / C.
         drop_path: probability that a sample skips a branch (stochastic depth).
         layer_scale: initial scale of each branch's channels; None for branches without a scale.
@@ -78,7 +78,7 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        attention: nn.Module,
+        attention: nn.Module | None,
         mlp_ratio: float,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
@@ -86,9 +86,11 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = attention
-        self.attention_scale = _layer_scale(dim, layer_scale)
+        self.attends = attention is not None
+        if attention is not None:
+            self.attention_norm = nn.LayerNorm(dim)
+            self.attention = attention
+            self.attention_scale = _layer_scale(dim, layer_scale)
         self.mlp_norm = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.mlp_scale = _layer_scale(dim, layer_scale)
@@ -96,7 +98,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.position(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = x + self.drop_path(self.attention_scale(self._attend(self.attention_norm(x))))
+        if self.attends:
+            x = x + self.drop_path(self.attention_scale(self._attend(self.attention_norm(x))))
         return x + self.drop_path(self.mlp_scale(self.mlp(self.mlp_norm(x))))
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ class Stage(nn.Module):
         *,
         downsample: bool,
         drop_path: list[float],
-        make_attention: Callable[[], nn.Module],
+        make_attention: Callable[[], nn.Module | None],
         mlp_ratio: float,
         layer_scale: float | None,
     ) -> None:

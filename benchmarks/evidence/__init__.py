@@ -1,0 +1,1 @@
+"""Does an attention earn its place? ``cd benchmarks && python -m evidence --help``."""

@@ -1,0 +1,139 @@
+"""What may stand where a block lets tokens tell one another something.
+
+Each is called with tokens [B, N, C] and a mask [B, N] (True = valid) or None, and gives [B, N, C];
+what comes out for padding is left to the network, which does not read it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from setformer_ext import SetAttention
+from setformer_ext.controls import MeanAttention, SoftmaxAttention
+
+
+class FeatureAttention(nn.Module):
+    """Attention phi(q) (phi(k)^T v) / (phi(q) sum phi(k)), O(N), of features phi > 0.
+
+    Here phi(x) = elu(x) + 1: Katharopoulos et al., Transformers are RNNs, ICML 2020, eq. 5.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.projection = nn.Linear(dim, dim)
+        # As the softmax attention that it is compared with.
+        nn.init.xavier_uniform_(self.query_key_value.weight)
+        nn.init.zeros_(self.query_key_value.bias)
+        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def features(
+        self,
+        query: Tensor,  # [B, H, N, D]
+        key: Tensor,  # [B, H, N, D]
+        mask: Tensor | None,  # [B, 1, N, 1]
+    ) -> tuple[Tensor, Tensor]:  # [B, H, N, F] each
+        return F.elu(query) + 1, F.elu(key) + 1
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, N, C] -> [B, N, C]
+        projected = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+        valid = None if mask is None else mask[:, None, :, None]
+        query, key = self.features(query, key, valid)
+        if valid is not None:
+            key = key * valid
+        total = query @ key.sum(-2).unsqueeze(-1)  # [B, H, N, 1]
+        output = query @ (key.mT @ value) / total.clamp(min=torch.finfo(x.dtype).tiny)
+        return self.projection(output.transpose(1, 2).flatten(2))
+
+
+class Performer(FeatureAttention):
+    """Choromanski et al., Rethinking Attention with Performers, ICLR 2021: positive features whose
+    products are, on average over random directions, the exponentials of softmax attention.
+
+    As many directions as the authors' code takes, D log D, orthogonal in groups of D, fixed by the
+    seed.
+    """
+
+    directions: Tensor  # [H, F, D]
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, num_heads)
+        depth = dim // num_heads
+        count = int(depth * math.log(depth))
+        groups = math.ceil(count / depth)
+        orthogonal = torch.linalg.qr(torch.randn(num_heads, groups, depth, depth))[0]
+        lengths = torch.randn(num_heads, count, depth).norm(dim=-1, keepdim=True)
+        directions = orthogonal.flatten(1, 2)[:, :count] * lengths
+        self.register_buffer("directions", directions)
+
+    def features(
+        self,
+        query: Tensor,  # [B, H, N, D]
+        key: Tensor,  # [B, H, N, D]
+        mask: Tensor | None,  # [B, 1, N, 1]
+    ) -> tuple[Tensor, Tensor]:  # [B, H, N, F] each
+        # What is the same for all keys, or for all features of a query, cancels in the quotient, so
+        # the largest exponent may be taken away from all.
+        query, key = self._exponents(query), self._exponents(key)
+        if mask is not None:
+            key = key.masked_fill(~mask, -torch.inf)
+        query = query - query.amax(-1, keepdim=True).detach()
+        key = key - key.amax((-2, -1), keepdim=True).detach()
+        return query.exp() + 1e-6, key.exp() + 1e-6
+
+    def _exponents(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, F]
+        scaled = x / x.shape[-1] ** 0.25
+        return scaled @ self.directions.mT - scaled.square().sum(-1, keepdim=True) / 2
+
+
+OF_TOKENS_ALONE = ("dim", "num_heads", "context_dim", "device", "dtype", "bias", "dropout")
+ADDED = {"SeT": {}, "SeT, T = 0": {"iterations": 0}}
+MIXERS = ("none", "mean", "softmax", "linear", "Performer", *ADDED)
+
+
+def set_options(mixer: str, references: int, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of the SetAttention that stands behind a mixer's name; none behind others'.
+
+    With the defaults spelled out, a run that is on record stays what it was when they change.
+    """
+    if mixer not in ADDED:
+        return {}
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(SetAttention).parameters.items()
+        if name not in OF_TOKENS_ALONE
+    }
+    unknown = set(changed) - set(defaults)
+    if unknown:
+        raise ValueError(f"SetAttention has no option {', '.join(sorted(unknown))}")
+    return defaults | {"num_references": references} | ADDED[mixer] | dict(changed)
+
+
+def make_mixer(
+    mixer: str, dim: int, num_heads: int, options: Mapping[str, Any]
+) -> nn.Module | None:
+    """A mixer by its name; options are those of SetAttention."""
+    match mixer:
+        case "none":
+            return None
+        case "mean":
+            return MeanAttention(dim)
+        case "softmax":
+            return SoftmaxAttention(dim, num_heads)
+        case "linear":
+            return FeatureAttention(dim, num_heads)
+        case "Performer":
+            return Performer(dim, num_heads)
+        case "SeT" | "SeT, T = 0":
+            return SetAttention(dim, num_heads, **options)
+    raise ValueError(f"mixer must be of {', '.join(MIXERS)}, got {mixer!r}")

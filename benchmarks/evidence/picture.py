@@ -1,0 +1,50 @@
+"""Time a step against accuracy: a panel for each task that tells something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from .mixers import MIXERS
+from .records import Run
+from .table import cells, tells
+from .tasks import TASKS
+
+COLOURS = {
+    "none": "#9e9e9e",
+    "mean": "#616161",
+    "softmax": "#d1495b",
+    "linear": "#edae49",
+    "Performer": "#8d6a9f",
+    "SeT": "#30638e",
+    "SeT, T = 0": "#66a5ad",
+}
+COLUMNS = 3
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """A dot for each mixer, and its spread over the seeds."""
+    of_tasks = {task: cells(runs, task) for task in TASKS}
+    shown = {task: found for task, found in of_tasks.items() if tells(found)}
+    rows = max(1, math.ceil(len(shown) / COLUMNS))
+    figure = Figure(figsize=(11, 3.2 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for panel in list(panels)[len(shown) :]:
+        panel.set_visible(False)
+    for panel, (task, found) in zip(panels, shown.items(), strict=False):
+        for mixer, cell in found.items():
+            panel.errorbar(
+                cell.milliseconds, cell.mean, cell.spread, fmt="o", color=COLOURS[mixer], capsize=3
+            )
+        panel.set_title(TASKS[task].about, fontsize=9)
+        panel.set(xlabel="milliseconds a step", ylabel="accuracy")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles = [
+        figure.axes[0].plot([], [], "o", color=COLOURS[mixer], label=mixer)[0] for mixer in MIXERS
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(MIXERS), frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,107 @@
+"""What networks with SetAttention are compared with, by the same interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layout import Grid
+from .modules import SetAttention, mean_of_valid, zero_invalid
+
+ATTENTIONS = ("set", "softmax", "mean", "none")
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head dot-product attention, a drop-in for :class:`setformer_ext.SetAttention`.
+
+    Args:
+        dim: channels C of input and output, a multiple of ``num_heads``.
+        num_heads: heads H.
+
+    Shape:
+        x [B, N, C] (and mask [B, N]) to [B, N, C]; ``grid`` is taken and not used.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.projection = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        for linear in (self.query_key_value, self.projection):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, C]
+        mask: Tensor | None = None,  # [B, N] bool
+        grid: Grid | None = None,
+    ) -> Tensor:  # [B, N, C]
+        """Let the valid tokens (mask True) attend to one another; the others come out as 0."""
+        projected = self.query_key_value(zero_invalid(x, mask)).unflatten(
+            -1, (3, self.num_heads, -1)
+        )
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+        allowed = None
+        if mask is not None:
+            # A sequence without a valid token may look anywhere: a softmax of nothing is NaN.
+            allowed = (mask | ~mask.any(1, keepdim=True))[:, None, None]
+        output = F.scaled_dot_product_attention(query, key, value, allowed)
+        return zero_invalid(self.projection(output.transpose(1, 2).flatten(2)), mask)
+
+
+class MeanAttention(nn.Module):
+    """Every token gets the mean of all tokens' values: what attention is worth that sees all alike.
+
+    Args:
+        dim: channels C of input and output.
+
+    Shape:
+        x [B, N, C] (and mask [B, N]) to [B, N, C]; ``grid`` is taken and not used.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(dim, dim)
+        self.projection = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        for linear in (self.value, self.projection):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, C]
+        mask: Tensor | None = None,  # [B, N] bool
+        grid: Grid | None = None,
+    ) -> Tensor:  # [B, N, C]
+        """Give the valid tokens (mask True) the mean of theirs; the others come out as 0."""
+        x = zero_invalid(x, mask)
+        mean = self.projection(self.value(mean_of_valid(x, mask))).unsqueeze(1)  # [B, 1, C]
+        return zero_invalid(mean.expand_as(x), mask)
+
+
+def make_attention(
+    kind: str, dim: int, num_heads: int, num_references: int, options: dict[str, Any]
+) -> nn.Module | None:
+    """The attention of a network's block, None for a block without.
+
+    Args:
+        kind: of ``ATTENTIONS``.
+        dim, num_heads: as of all of them.
+        num_references, options: of :class:`setformer_ext.SetAttention`.
+    """
+    if kind == "set":
+        return SetAttention(dim, num_heads, num_references, **options)
+    if kind == "softmax":
+        return SoftmaxAttention(dim, num_heads)
+    return MeanAttention(dim) if kind == "mean" else None
