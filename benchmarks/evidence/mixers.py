@@ -1,7 +1,8 @@
 """What may stand where a block lets tokens tell one another something.
 
-Each is called with tokens [B, N, C] and a mask [B, N] (True = valid) or None, and gives [B, N, C];
-what comes out for padding is left to the network, which does not read it.
+Each is called as SetAttention is, with tokens [B, N, C], a mask [B, N] (True = valid) or None and
+the grid (H, W) that the tokens are or None, and gives [B, N, C]; what comes out for padding is left
+to the network, which does not read it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from setformer_ext import SetAttention
 from setformer_ext.controls import MeanAttention, SoftmaxAttention
+from setformer_ext.layout import Grid
 
 
 class FeatureAttention(nn.Module):
@@ -44,7 +46,12 @@ class FeatureAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # [B, H, N, F] each
         return F.elu(query) + 1, F.elu(key) + 1
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, N, C] -> [B, N, C]
+    def forward(
+        self,
+        x: Tensor,  # [B, N, C]
+        mask: Tensor | None = None,  # [B, N]
+        grid: Grid | None = None,
+    ) -> Tensor:  # [B, N, C]
         projected = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
         valid = None if mask is None else mask[:, None, :, None]

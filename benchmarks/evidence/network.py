@@ -28,9 +28,11 @@ class Convolution(nn.Module):
 class Block(nn.Module):
     """Pre-norm mixer and pre-norm MLP, added; before them the task's convolution, if it has one."""
 
-    def __init__(self, dim: int, mixer: nn.Module | None, hidden: int, convolution: int) -> None:
+    def __init__(self, task: Task, mixer: nn.Module | None, hidden: int) -> None:
         super().__init__()
-        self.convolution = Convolution(dim, convolution) if convolution else None
+        dim = task.dim
+        self.grid = task.grid
+        self.convolution = Convolution(dim, task.convolution) if task.convolution else None
         self.mixer_norm = None if mixer is None else nn.LayerNorm(dim)
         self.mixer = mixer
         self.mlp_norm = nn.LayerNorm(dim)
@@ -40,7 +42,7 @@ class Block(nn.Module):
         if self.convolution is not None:
             x = x + self.convolution(x if mask is None else x * mask.unsqueeze(-1))
         if self.mixer is not None and self.mixer_norm is not None:
-            x = x + self.mixer(self.mixer_norm(x), mask)
+            x = x + self.mixer(self.mixer_norm(x), mask, self.grid)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -54,7 +56,7 @@ class Network(nn.Module):
         self.of_tokens = task.of_tokens
         self.embedding = task.make_embedding(dim)
         self.blocks = nn.ModuleList(
-            Block(dim, make_mixer(mixer, dim, task.num_heads, options), hidden, task.convolution)
+            Block(task, make_mixer(mixer, dim, task.num_heads, options), hidden)
             for _ in range(task.depth)
         )
         self.norm = nn.LayerNorm(dim)

@@ -97,6 +97,7 @@ PATCHES = Task(
     name="patches",
     about="Fashion-MNIST, 49 patches of 4 x 4 pixels",
     load=load_patches,
+    grid=(28 // PATCH, 28 // PATCH),
     make_embedding=lambda dim: Patches((28 // PATCH) ** 2, PATCH**2, dim),
     classes=10,
     steps=1500,

@@ -70,7 +70,7 @@ SENSES = Task(
     load=load,
     make_embedding=lambda dim: PretrainedWords(2 * LONGEST + 1, dim),
     classes=2,
-    steps=1000,
+    steps=600,
     batch_size=64,
     depth=2,
 )

@@ -45,6 +45,7 @@ class Task:
     steps: int
     batch_size: int
     of_tokens: bool = False
+    grid: tuple[int, int] | None = None  # of the tokens, if they are one
     convolution: int = 0  # width of a depthwise convolution before each mixer, odd; 0 for none
     dim: int = 64
     depth: int = 4
