@@ -32,8 +32,8 @@ def set_attention(
     reference_mass: Tensor | None = None,  # [H, M] or [B, H, M] > 0
     kernel: str = "gaussian",
     bandwidth: float | Tensor = 1.0,  # scalar or [H]
-    epsilon: float | Tensor = 0.1,  # scalar or [H]
-    iterations: int = 5,
+    epsilon: float | Tensor = 0.04,  # scalar or [H]
+    iterations: int = 1,
     token_positions: Tensor | None = None,  # [N, P]
     query_positions: Tensor | None = None,  # [Nq, P]
     reference_positions: Tensor | None = None,  # [M, P]
@@ -82,8 +82,8 @@ def set_pooling(
     reference_mass: Tensor | None = None,
     kernel: str = "gaussian",
     bandwidth: float | Tensor = 1.0,
-    epsilon: float | Tensor = 0.1,
-    iterations: int = 5,
+    epsilon: float | Tensor = 0.04,
+    iterations: int = 1,
     token_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,
@@ -110,8 +110,8 @@ def transport_plan(
     reference_mass: Tensor | None = None,
     kernel: str = "gaussian",
     bandwidth: float | Tensor = 1.0,
-    epsilon: float | Tensor = 0.1,
-    iterations: int = 5,
+    epsilon: float | Tensor = 0.04,
+    iterations: int = 1,
     token_positions: Tensor | None = None,
     reference_positions: Tensor | None = None,
     position_bandwidth: float | None = None,

@@ -148,6 +148,7 @@ def test_kernels_and_positions_planted_as_similarities(
         "reference": torch.eye(7, dtype=s.dtype, device=s.device).expand(3, 7, 7),
         "kernel": "linear",
         "epsilon": 0.3,
+        "iterations": arguments["iterations"],
         "normalize": False,
     }
     close(call(backend.set_attention, arguments), call(backend.set_attention, planted))

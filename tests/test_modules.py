@@ -162,7 +162,7 @@ def test_masses_start_uniform() -> None:
 def test_learned_scales_stay_positive(shift: float) -> None:
     module = SetAttention(24, 3, learned_bandwidth=True, learned_epsilon=True)
     assert torch.allclose(module.bandwidth, torch.ones(3))
-    assert torch.allclose(module.epsilon, torch.full((3,), 0.1))
+    assert torch.allclose(module.epsilon, torch.full((3,), 0.04))
     nn.init.constant_(module.log_bandwidth, shift)
     nn.init.constant_(module.log_epsilon, shift)
     for scale in (module.bandwidth, module.epsilon):
@@ -454,7 +454,7 @@ def test_bfloat16_autocast_and_module(name: str) -> None:
 
 def test_repr_tells_the_options() -> None:
     text = repr(SetAttention(24, 3, 7, learned_epsilon=True, position_bandwidth=0.5))
-    for part in ("24", "num_heads=3", "num_references=7", "epsilon=learned from 0.1", "0.5"):
+    for part in ("24", "num_heads=3", "num_references=7", "epsilon=learned from 0.04", "0.5"):
         assert part in text
     assert "learned_" not in text
     uniform = repr(SetAttention(24, 3, learned_token_mass=False, learned_reference_mass=False))

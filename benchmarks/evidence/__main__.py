@@ -1,7 +1,7 @@
 """Does an attention earn its place? Mixers of tokens in one network, on tasks that need them.
 
     python -m evidence TASK          run what is missing of a task, print its table
-    python -m evidence --table       the whole table, and the picture of time and accuracy
+    python -m evidence --table       all tables, and the picture of time and accuracy
     python -m evidence TASK --study OPTION=VALUE ... [--study ...]
                                              options of SetAttention, judged by validation data
 
@@ -25,6 +25,7 @@ from .mixers import MIXERS, set_options
 from .picture import draw
 from .records import Plan, Run, load
 from .schedule import LEARNING_RATES, run_all, run_missing
+from .studies import studies
 from .table import table
 from .tasks import TASKS
 
@@ -61,6 +62,7 @@ def main() -> int:
     runs = load()
     print(table(runs, options.tasks or list(TASKS)))
     if options.table:
+        print(f"\nSetAttention's options, by validation data (seeds):\n\n{studies(runs)}")
         draw(runs, options.picture)
         print(f"\nPicture: {options.picture}")
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .mixers import MIXERS
 from .records import Run
@@ -31,8 +32,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     shown = {task: found for task, found in of_tasks.items() if tells(found)}
     rows = max(1, math.ceil(len(shown) / COLUMNS))
     figure = Figure(figsize=(11, 3.2 * rows + 0.5), layout="constrained")
-    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for panel in list(panels)[len(shown) :]:
+    panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for panel in panels[len(shown) :]:
         panel.set_visible(False)
     for panel, (task, found) in zip(panels, shown.items(), strict=False):
         for mixer, cell in found.items():
@@ -44,7 +45,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     handles = [
-        figure.axes[0].plot([], [], "o", color=COLOURS[mixer], label=mixer)[0] for mixer in MIXERS
+        Line2D([], [], marker="o", linestyle="", color=COLOURS[mixer], label=mixer)
+        for mixer in MIXERS
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(MIXERS), frameon=False)
     figure.savefig(path, dpi=130)

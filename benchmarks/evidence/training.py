@@ -119,12 +119,12 @@ def accuracy(network: nn.Module, samples: Samples, batch_size: int) -> float:
 
 def _reset_peak() -> int:
     """Let the peak of this process's memory begin anew; bytes in use now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
 
 
 def _peak() -> int:
     """Bytes."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

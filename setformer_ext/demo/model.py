@@ -15,8 +15,7 @@ GRID = (8, 8)  # of tokens, whatever the image's size
 NUM_HEADS = 3
 
 
-# What trained best of the settings tried on the digits; see SetAttention for what they mean.
-make_set_attention = partial(SetAttention, num_references=16, epsilon=0.04, position_bandwidth=0.5)
+make_set_attention = partial(SetAttention, num_references=16, position_bandwidth=0.5)
 
 
 class Block(nn.Module):

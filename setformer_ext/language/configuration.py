@@ -17,12 +17,8 @@ SIZES: dict[str, dict[str, int]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
 
-# Chosen by benchmarks/language/texts.py --study, whose table is in README.md.
-ATTENTION_OPTIONS: dict[str, Any] = {
-    "epsilon": 0.04,
-    "iterations": 1,
-    "adaptive_reference_mass": True,
-}
+# See docs/evidence.md for what it is worth.
+ATTENTION_OPTIONS: dict[str, Any] = {"adaptive_reference_mass": True}
 
 
 class SetformerConfig(PreTrainedConfig):

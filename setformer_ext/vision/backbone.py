@@ -18,10 +18,8 @@ from .blocks import Stage, TokenEmbedding
 HEAD_DIM = 32
 STRIDES = (4, 8, 16, 32)
 
-# What did best on validation images of Fashion-MNIST: benchmarks/vision/fashion_mnist.py --study.
+# See docs/evidence.md for what they are worth.
 ATTENTION_OPTIONS: dict[str, Any] = {
-    "epsilon": 0.04,
-    "iterations": 1,
     "adaptive_reference_mass": True,
     "position_bandwidth": 1.0,
 }

@@ -1,5 +1,6 @@
 """The tasks, by name."""
 
+from .garments import GARMENTS
 from .images import PATCHES, POINTS
 from .listops import LISTOPS
 from .overlap import OVERLAP
@@ -8,6 +9,5 @@ from .senses import SENSES
 from .task import Task
 from .texts import IMDB_BYTES
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (PATCHES, POINTS, IMDB_BYTES, OVERLAP, SENSES, LISTOPS, *RECALL)
-}
+ALL = (PATCHES, POINTS, GARMENTS, IMDB_BYTES, OVERLAP, SENSES, LISTOPS, *RECALL)
+TASKS: dict[str, Task] = {task.name: task for task in ALL}

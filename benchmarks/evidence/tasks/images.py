@@ -15,6 +15,7 @@ from .task import Data, Samples, Task
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 HELD_OUT = 5000  # of the 60,000 to train on
 PATCH = 4
+GRID = (28 // PATCH, 28 // PATCH)
 POINTS_OF_AN_IMAGE = 128
 
 
@@ -61,13 +62,14 @@ def load_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(parts)
 
 
+def cut(images: Tensor) -> Tensor:  # [K, 28, 28] -> [K, 49, 16]
+    """Into patches, row by row; brightness in [-1, 1]."""
+    tiles = images.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # [K, 7, 7, 4, 4]
+    return 2 * tiles.flatten(3).flatten(1, 2) - 1
+
+
 def load_patches(_folder: Path) -> Data:
     """[K, 49, 16]."""
-
-    def cut(images: Tensor) -> Tensor:
-        tiles = images.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # [K, 7, 7, 4, 4]
-        return 2 * tiles.flatten(3).flatten(1, 2) - 1
-
     images, labels, test_images, test_labels = load_images()
     return _split(cut(images), labels, cut(test_images), test_labels)
 
@@ -97,8 +99,8 @@ PATCHES = Task(
     name="patches",
     about="Fashion-MNIST, 49 patches of 4 x 4 pixels",
     load=load_patches,
-    grid=(28 // PATCH, 28 // PATCH),
-    make_embedding=lambda dim: Patches((28 // PATCH) ** 2, PATCH**2, dim),
+    grid=GRID,
+    make_embedding=lambda dim: Patches(GRID[0] * GRID[1], PATCH**2, dim),
     classes=10,
     steps=1500,
     batch_size=64,

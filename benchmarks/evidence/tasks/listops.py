@@ -25,8 +25,8 @@ OPERATORS = {
 END = 1 + 10 + len(OPERATORS)  # 0 is padding, then digits, then operators
 LEVELS, ARGUMENTS = 10, 10
 OPERATOR_SHARE = 0.25  # of the places that may hold one
-SHORTEST, LONGEST = 50, 256
-TRAINING, HELD_OUT = 32000, 2000
+SHORTEST, LONGEST = 10, 96
+TRAINING, HELD_OUT = 60000, 2000
 
 Tree = int | tuple[int, list["Tree"]]  # a digit, or an operator's number and its arguments
 
@@ -98,6 +98,6 @@ LISTOPS = Task(
     load=load,
     make_embedding=lambda dim: Words(END + 1, LONGEST, dim),
     classes=10,
-    steps=600,
-    batch_size=32,
+    steps=1000,
+    batch_size=64,
 )

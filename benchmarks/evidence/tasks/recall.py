@@ -16,7 +16,7 @@ from .task import IGNORED, Data, Samples, Task
 
 KEYS = 128
 VALUES = 64
-PAIRS = (16, 32, 64)
+PAIRS = (8, 16, 64)
 TRAINING, HELD_OUT = 40000, 1000
 
 
