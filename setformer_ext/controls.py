@@ -33,8 +33,9 @@ class SoftmaxAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
+        for weight in (*self.query_key_value.weight.chunk(3), self.projection.weight):
+            nn.init.xavier_uniform_(weight)  # each by itself, as SetAttention's
         for linear in (self.query_key_value, self.projection):
-            nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(
@@ -57,7 +58,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class MeanAttention(nn.Module):
-    """Every token gets the mean of all tokens' values: what attention is worth that sees all alike.
+    """The mean of all tokens, projected, for each of them: an attention that sees all alike.
 
     Args:
         dim: channels C of input and output.
@@ -68,15 +69,13 @@ class MeanAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.value = nn.Linear(dim, dim)
         self.projection = nn.Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
-        for linear in (self.value, self.projection):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
 
     def forward(
         self,
@@ -86,7 +85,7 @@ class MeanAttention(nn.Module):
     ) -> Tensor:  # [B, N, C]
         """Give the valid tokens (mask True) the mean of theirs; the others come out as 0."""
         x = zero_invalid(x, mask)
-        mean = self.projection(self.value(mean_of_valid(x, mask))).unsqueeze(1)  # [B, 1, C]
+        mean = self.projection(mean_of_valid(x, mask)).unsqueeze(1)  # [B, 1, C]
         return zero_invalid(mean.expand_as(x), mask)
 
 

@@ -11,7 +11,7 @@ def test_every_token_gets_the_mean_of_the_valid_ones() -> None:
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     mask = torch.tensor([[True] * 3 + [False] * 2, [False] * 5])
     output = attention(x, mask)
-    expected = attention.projection(attention.value(x[0, :3].mean(0)))
+    expected = attention.projection(x[0, :3].mean(0))
     torch.testing.assert_close(output[0, :3], expected.expand(3, 6))
     assert (output[0, 3:] == 0).all()
     assert (output[1] == 0).all()

@@ -21,22 +21,12 @@ from setformer_ext.controls import MeanAttention, SoftmaxAttention
 from setformer_ext.layout import Grid
 
 
-class FeatureAttention(nn.Module):
-    """Attention phi(q) (phi(k)^T v) / (phi(q) sum phi(k)), O(N), of features phi > 0.
+class FeatureAttention(SoftmaxAttention):
+    """Attention phi(q) (phi(k)^T v) / (phi(q) sum phi(k)), O(N), of features phi > 0, with the
+    projections of softmax attention.
 
     Here phi(x) = elu(x) + 1: Katharopoulos et al., Transformers are RNNs, ICML 2020, eq. 5.
     """
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.projection = nn.Linear(dim, dim)
-        # As the softmax attention that it is compared with.
-        nn.init.xavier_uniform_(self.query_key_value.weight)
-        nn.init.zeros_(self.query_key_value.bias)
-        nn.init.xavier_uniform_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
 
     def features(
         self,
@@ -44,6 +34,7 @@ class FeatureAttention(nn.Module):
         key: Tensor,  # [B, H, N, D]
         mask: Tensor | None,  # [B, 1, N, 1]
     ) -> tuple[Tensor, Tensor]:  # [B, H, N, F] each
+        """Of queries and of keys."""
         return F.elu(query) + 1, F.elu(key) + 1
 
     def forward(
@@ -67,21 +58,24 @@ class Performer(FeatureAttention):
     """Choromanski et al., Rethinking Attention with Performers, ICLR 2021: positive features whose
     products are, on average over random directions, the exponentials of softmax attention.
 
-    As many directions as the authors' code takes, D log D, orthogonal in groups of D, fixed by the
-    seed.
+    As in the authors' code there are 256 directions, orthogonal in groups of D, with the lengths of
+    normal vectors; unlike there they are not redrawn, so that a network is a function.
     """
 
-    directions: Tensor  # [H, F, D]
+    DIRECTIONS = 256
+    directions: Tensor  # [H, 256, D]
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(dim, num_heads)
         depth = dim // num_heads
-        count = int(depth * math.log(depth))
-        groups = math.ceil(count / depth)
-        orthogonal = torch.linalg.qr(torch.randn(num_heads, groups, depth, depth))[0]
-        lengths = torch.randn(num_heads, count, depth).norm(dim=-1, keepdim=True)
-        directions = orthogonal.flatten(1, 2)[:, :count] * lengths
-        self.register_buffer("directions", directions)
+        groups = math.ceil(self.DIRECTIONS / depth)
+        normal = torch.randn(num_heads, groups, depth, depth)
+        orthogonal, triangle = torch.linalg.qr(normal)
+        # Without the signs, columns would not point everywhere alike.
+        orthogonal = orthogonal * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        lengths = torch.randn(num_heads, groups, depth, depth).norm(dim=-1, keepdim=True)
+        directions = (orthogonal.mT * lengths).flatten(1, 2)[:, : self.DIRECTIONS]
+        self.register_buffer("directions", directions.contiguous())
 
     def features(
         self,
@@ -103,27 +97,30 @@ class Performer(FeatureAttention):
         return scaled @ self.directions.mT - scaled.square().sum(-1, keepdim=True) / 2
 
 
-OF_TOKENS_ALONE = ("dim", "num_heads", "context_dim", "device", "dtype", "bias", "dropout")
-ADDED = {"SeT": {}, "SeT, T = 0": {"iterations": 0}}
-MIXERS = ("none", "mean", "softmax", "linear", "Performer", *ADDED)
+MIXERS = ("none", "mean", "softmax", "linear", "Performer", "SeT", "SeT, T = 0")
+NO_OPTIONS = {"dim", "num_heads", "context_dim", "device", "dtype", "bias", "dropout"}  # the task's
 
 
-def set_options(mixer: str, references: int, changed: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(mixer: str, references: int, changed: Mapping[str, Any]) -> dict[str, Any]:
     """Every option of the SetAttention that stands behind a mixer's name; none behind others'.
 
     With the defaults spelled out, a run that is on record stays what it was when they change.
+
+    Raises:
+        ValueError: for an option that SetAttention has not.
     """
-    if mixer not in ADDED:
+    if not mixer.startswith("SeT"):
         return {}
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(SetAttention).parameters.items()
-        if name not in OF_TOKENS_ALONE
+        if name not in NO_OPTIONS
     }
     unknown = set(changed) - set(defaults)
     if unknown:
         raise ValueError(f"SetAttention has no option {', '.join(sorted(unknown))}")
-    return defaults | {"num_references": references} | ADDED[mixer] | dict(changed)
+    options = defaults | {"num_references": references} | dict(changed)
+    return options | {"iterations": 0} if mixer == "SeT, T = 0" else options
 
 
 def make_mixer(

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from . import costs
 from .mixers import MIXERS
 from .records import Run
 from .table import cells, tells
@@ -36,10 +37,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     for panel, (task, found) in zip(panels, shown.items(), strict=False):
-        for mixer, cell in found.items():
-            panel.errorbar(
-                cell.milliseconds, cell.mean, cell.spread, fmt="o", color=COLOURS[mixer], capsize=3
-            )
+        for mixer, cost in costs.load(task).items():
+            if mixer in found:
+                cell, colour = found[mixer], COLOURS[mixer]
+                panel.errorbar(
+                    cost.milliseconds, cell.mean, cell.spread, fmt="o", color=colour, capsize=3
+                )
         panel.set_title(TASKS[task].about, fontsize=9)
         panel.set(xlabel="milliseconds a step", ylabel="accuracy")
         panel.grid(alpha=0.25)

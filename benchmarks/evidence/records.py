@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ class Plan:
     """What a run is to be."""
 
     task: str
+    recipe: str  # of the task, when it was run: an earlier one's runs are no longer the task's
     mixer: str
     learning_rate: float
     seed: int
@@ -33,8 +36,8 @@ class Run:
     loss: float  # mean over the last steps
     validation: float  # accuracy
     test: float | None  # accuracy; of no study
-    milliseconds: float  # a step, median
-    mebibytes: float  # peak of memory in training, beyond data and weights
+    milliseconds: float  # a step, median, beside whatever else ran
+    mebibytes: float  # that a step needs at most, beyond data and weights
 
 
 def load(file: Path = FILE) -> list[Run]:
@@ -48,6 +51,21 @@ def append(run: Run, file: Path = FILE) -> None:
     fields = asdict(run)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(fields.pop("plan") | fields) + "\n")
+
+
+@contextmanager
+def held(file: Path = FILE) -> Iterator[None]:
+    """Keep other commands from running what this one runs.
+
+    Raises:
+        BlockingIOError: if another one does.
+    """
+    with file.open("a", encoding="utf-8") as lines:
+        try:
+            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(f"another command runs what {file} lacks; let it end") from error
+        yield
 
 
 def _from_json(fields: dict[str, Any]) -> Run:

@@ -6,60 +6,67 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
-from .mixers import set_options
+from .mixers import options_of
 from .network import make_network
-from .records import Plan, Run, append, load
+from .records import Plan, Run, append, held, load
 from .tasks import TASKS
 from .training import train
 
 LEARNING_RATES = (1e-3, 2.5e-3, 6e-3)
+STUDY_RATE = 6e-3  # of all that is compared with one another in a study
 SEEDS = (0, 1, 2)
 
 
-def of_mixer(runs: Iterable[Run], task: str, mixer: str) -> list[Run]:
-    """Those on record of a mixer as it is now: the task's steps, SetAttention's options."""
-    options = set_options(mixer, TASKS[task].references, {})
-    return [
-        run
-        for run in runs
-        if (run.plan.task, run.plan.mixer, run.plan.options, run.plan.study, run.steps)
-        == (task, mixer, options, False, TASKS[task].steps)
-    ]
+def plan(
+    task: str,
+    mixer: str,
+    learning_rate: float,
+    seed: int,
+    changed: dict[str, Any] | None = None,
+    study: bool = False,
+) -> Plan:
+    """A run of the task and the mixer as they are now, but for changed options."""
+    options = options_of(mixer, TASKS[task].references, changed or {})
+    return Plan(task, TASKS[task].recipe, mixer, learning_rate, seed, options, study)
 
 
 def chosen(runs: Iterable[Run], task: str, mixer: str) -> list[Run]:
-    """The mixer's runs at the learning rate whose first seed validates best, if all were tried."""
-    made = of_mixer(runs, task, mixer)
-    first = {run.plan.learning_rate: run for run in made if run.plan.seed == SEEDS[0]}
+    """The mixer's runs on record, one a seed, at the learning rate whose first seed validates best;
+    none before all rates were tried."""
+    made = {run.plan.seed: {} for run in runs} | {SEEDS[0]: {}}
+    for run in runs:
+        if run.plan == plan(task, mixer, run.plan.learning_rate, run.plan.seed):
+            made[run.plan.seed][run.plan.learning_rate] = run
+    first = made[SEEDS[0]]
     if not set(LEARNING_RATES) <= set(first):
         return []
     best = max(LEARNING_RATES, key=lambda rate: first[rate].validation)
-    return [run for run in made if run.plan.learning_rate == best]
+    return [made[seed][best] for seed in SEEDS if best in made.get(seed, {})]
 
 
 def missing(runs: Iterable[Run], task: str, mixer: str) -> list[Plan]:
     """What is to be run next for a mixer: all learning rates with the first seed, and then the
     other seeds at the best."""
     runs = list(runs)
-    options = set_options(mixer, TASKS[task].references, {})
     best = chosen(runs, task, mixer)
     if best:
-        rate = best[0].plan.learning_rate
-        wanted = [Plan(task, mixer, rate, seed, options) for seed in SEEDS]
+        wanted = [plan(task, mixer, best[0].plan.learning_rate, seed) for seed in SEEDS]
     else:
-        wanted = [Plan(task, mixer, rate, SEEDS[0], options) for rate in LEARNING_RATES]
-    made = [run.plan for run in of_mixer(runs, task, mixer)]
-    return [plan for plan in wanted if plan not in made]
+        wanted = [plan(task, mixer, rate, SEEDS[0]) for rate in LEARNING_RATES]
+    made = [run.plan for run in runs]
+    return [each for each in wanted if each not in made]
 
 
 def run_missing(task: str, mixers: Iterable[str], folder: Path, jobs: int) -> Iterator[Run]:
     """Run what the task's table lacks, several at a time, each on one core and put on record as it
     ends."""
+    mixers = tuple(mixers)
 
     def wanted() -> list[Plan]:
         runs = load()
-        return [plan for mixer in mixers for plan in missing(runs, task, mixer)]
+        return [each for mixer in mixers for each in missing(runs, task, mixer)]
 
     yield from _run(wanted, folder, jobs)
 
@@ -67,29 +74,35 @@ def run_missing(task: str, mixers: Iterable[str], folder: Path, jobs: int) -> It
 def run_all(plans: Iterable[Plan], folder: Path, jobs: int) -> Iterator[Run]:
     """Run these plans, those on record aside."""
     plans = list(plans)
-    for plan in plans:  # a network that cannot be built is found before hours of work
-        make_network(TASKS[plan.task], plan.mixer, plan.options)
+    for each in plans:  # a network that cannot be built is found before hours of work
+        make_network(TASKS[each.task], each.mixer, each.options)
 
     def wanted() -> list[Plan]:
-        made = [run.plan for run in load() if run.steps == TASKS[run.plan.task].steps]
-        return [plan for plan in plans if plan not in made]
+        made = [run.plan for run in load()]
+        return [each for each in plans if each not in made]
 
     yield from _run(wanted, folder, jobs)
 
 
 def _run(wanted: Callable[[], list[Plan]], folder: Path, jobs: int) -> Iterator[Run]:
-    """Run what is wanted, which is asked anew as runs end, until nothing is."""
+    """Run what is wanted, which is asked anew as runs end, until nothing is. After an error those
+    that are running end and are put on record."""
     context = multiprocessing.get_context("spawn")
+    error: BaseException | None = None
+    running: dict[Future[Run], Plan] = {}
     # A process for each run, so that its memory is the run's own.
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
-        running: dict[Future[Run], Plan] = {}
+    with held(), ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
         while True:
-            waiting = [plan for plan in wanted() if plan not in running.values()]
-            for plan in waiting[: jobs - len(running)]:
-                running[pool.submit(train, plan, folder)] = plan
+            for each in wanted():
+                if error is None and len(running) < jobs and each not in running.values():
+                    running[pool.submit(train, each, folder)] = each
             if not running:
-                return
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 del running[future]
-                append(future.result())
-                yield future.result()
+                error = error or future.exception()
+                if future.exception() is None:
+                    append(future.result())
+                    yield future.result()
+    if error is not None:
+        raise error

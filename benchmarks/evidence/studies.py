@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from statistics import fmean
+from collections.abc import Iterable, Mapping
+from statistics import fmean, stdev
 from typing import Any
 
-from .mixers import set_options
+from .markdown import row
+from .mixers import options_of
 from .records import Run
+from .schedule import STUDY_RATE
 from .tasks import TASKS
 
 
 def studies(runs: Iterable[Run]) -> str:
-    """Markdown: a row for each set of options that was tried, what differs from the defaults; a
-    column for each task, with the mean accuracy of the seeds at the best learning rate, and how
-    many seeds these are."""
-    accuracies: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+    """Markdown: a row for each set of options that was tried, named by what differs from the
+    defaults; a column for each task, with the mean accuracy over seeds, and their spread."""
+    found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         plan, task = run.plan, TASKS[run.plan.task]
-        if plan.mixer == "SeT" and run.steps == task.steps:
-            row = accuracies[_changes(plan.options, task.references)]
-            row[plan.task][plan.learning_rate].append(run.validation)
-    columns = [task for task in TASKS if any(task in row for row in accuracies.values())]
-    lines = [_row("options", *columns), _row("---", *["---"] * len(columns))]
-    for changes, row in sorted(accuracies.items()):
-        lines.append(_row(changes, *(_cell(row.get(task, {})) for task in columns)))
+        if (plan.mixer, plan.recipe, plan.learning_rate) == ("SeT", task.recipe, STUDY_RATE):
+            # A run of the table is one of the study, too.
+            found[_changes(plan.options, task.references)][plan.task][plan.seed] = run.validation
+    columns = [task for task in TASKS if any(task in of_tasks for of_tasks in found.values())]
+    lines = [row("options", *columns), row("---", *["---"] * len(columns))]
+    for changes, of_tasks in sorted(found.items()):
+        lines.append(row(changes, *(_cell([*of_tasks[task].values()]) for task in columns)))
     return "\n".join(lines)
 
 
-def _changes(options: dict[str, Any], references: int) -> str:
-    defaults = set_options("SeT", references, {})
-    changed = [f"{k}={v}" for k, v in options.items() if k not in defaults or defaults[k] != v]
+def _changes(options: Mapping[str, Any], references: int) -> str:
+    defaults = options_of("SeT", references, {})
+    changed = [f"{name}={value}" for name, value in options.items() if defaults[name] != value]
     return ", ".join(changed) or "as they are by default"
 
 
-def _cell(of_rates: dict[float, list[float]]) -> str:
-    if not of_rates:
+def _cell(accuracies: list[float]) -> str:
+    if not accuracies:
         return ""
-    best = max(of_rates.values(), key=fmean)
-    return f"{fmean(best):.3f} ({len(best)})"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    spread = f" ± {stdev(accuracies):.3f}" if len(accuracies) > 1 else ""
+    return f"{fmean(accuracies):.3f}{spread}"

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from .costs import Cost
+from .markdown import row
 from .mixers import MIXERS
 from .records import Run
 from .schedule import SEEDS, chosen
 from .tasks import TASKS
 
 CLEAR = 3.0  # spreads by which softmax attention must beat no mixer for a task to tell anything
+LEVEL = 1.6  # spreads within which two means of three seeds are level, as 95 % of equals are
 
 
 @dataclass(frozen=True)
@@ -21,26 +24,19 @@ class Cell:
 
     mean: float
     spread: float  # standard deviation of the seeds
-    milliseconds: float
-    mebibytes: float
     parameters: int
     learning_rate: float
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Cell:
+        """Of a run for each seed."""
         tests = [run.test for run in runs if run.test is not None]
-        return cls(
-            fmean(tests),
-            stdev(tests),
-            min(run.milliseconds for run in runs),  # the others shared their core
-            fmean(run.mebibytes for run in runs),
-            runs[0].parameters,
-            runs[0].plan.learning_rate,
-        )
+        return cls(fmean(tests), stdev(tests), runs[0].parameters, runs[0].plan.learning_rate)
 
 
 def cells(runs: Iterable[Run], task: str) -> dict[str, Cell]:
     """The mixers that have all their runs on record."""
+    runs = list(runs)
     found = {mixer: chosen(runs, task, mixer) for mixer in MIXERS}
     return {mixer: Cell.of(made) for mixer, made in found.items() if len(made) == len(SEEDS)}
 
@@ -59,55 +55,56 @@ def tells(of_task: dict[str, Cell]) -> bool | None:
     return difference(of_task["softmax"], of_task["none"]) > CLEAR
 
 
-def verdict(cell: Cell, softmax: Cell) -> str:
-    """Beside softmax attention; within the spread of the seeds is level."""
-    spreads = difference(cell, softmax)
-    return "level" if abs(spreads) <= 1 else "ahead" if spreads > 0 else "behind"
+def verdict(one: Cell, other: Cell) -> str:
+    """Ahead of the other, behind it, or level."""
+    spreads = difference(one, other)
+    return "level" if abs(spreads) <= LEVEL else "ahead" if spreads > 0 else "behind"
 
 
-def table(runs: Iterable[Run], tasks: Iterable[str]) -> str:
-    """Markdown: a row for each task, a column for each mixer, and then each task's own table."""
+def summary(runs: Iterable[Run], tasks: Iterable[str]) -> str:
+    """Markdown: a row for each task that tells something, a column for each mixer."""
     runs = list(runs)
-    found = {task: cells(runs, task) for task in tasks}
-    found = {task: of_task for task, of_task in found.items() if of_task}
-    details = [_details(task, of_task) for task, of_task in found.items()]
-    return "\n\n".join([*([_summary(found)] if len(found) > 1 else []), *details])
-
-
-def _summary(found: dict[str, dict[str, Cell]]) -> str:
-    lines = [_row("task", *MIXERS), _row("---", *["---"] * len(MIXERS))]
-    for task, of_task in found.items():
-        accuracies = (
-            f"{of_task[mixer].mean:.3f} ± {of_task[mixer].spread:.3f}" if mixer in of_task else ""
-            for mixer in MIXERS
-        )
-        lines.append(_row(task, *accuracies))
+    lines = [row("task", *MIXERS), row("---", *["---"] * len(MIXERS))]
+    for task in tasks:
+        of_task = cells(runs, task)
+        if tells(of_task):
+            accuracies = (
+                f"{cell.mean:.3f} ± {cell.spread:.3f}" if (cell := of_task.get(mixer)) else ""
+                for mixer in MIXERS
+            )
+            lines.append(row(task, *accuracies))
     return "\n".join(lines)
 
 
-def _details(task: str, of_task: dict[str, Cell]) -> str:
+def details(runs: Iterable[Run], task: str, costs: dict[str, Cost]) -> str:
+    """Markdown: a task's own table, a row for each mixer."""
+    of_task = cells(runs, task)
     silent = "; tells nothing, for softmax is not clear of none" if tells(of_task) is False else ""
     lines = [
         f"{task}: {TASKS[task].about}{silent}",
         "",
-        _row("mixer", "accuracy", "", "ms a step", "MiB", "parameters", "learning rate"),
-        _row("---", "---", "---", "--:", "--:", "--:", "--:"),
+        row(
+            *("mixer", "accuracy", "beside softmax", "SeT beside it", "ms a step", "MiB a step"),
+            *("parameters", "learning rate"),
+        ),
+        row(*["---"] * 4, *["--:"] * 4),
     ]
     for mixer, cell in of_task.items():
-        compared = mixer != "softmax" and "softmax" in of_task
+        beside_softmax, beside_set = (
+            verdict(*pair) if all(pair) and pair[0] is not pair[1] else ""
+            for pair in ((cell, of_task.get("softmax")), (of_task.get("SeT"), cell))
+        )
+        cost = costs.get(mixer)
         lines.append(
-            _row(
+            row(
                 mixer,
                 f"{cell.mean:.4f} ± {cell.spread:.4f}",
-                verdict(cell, of_task["softmax"]) if compared else "",
-                f"{cell.milliseconds:.0f}",
-                f"{cell.mebibytes:.0f}",
+                beside_softmax,
+                beside_set,
+                f"{cost.milliseconds:.0f}" if cost else "",
+                f"{cost.mebibytes:.0f}" if cost else "",
                 f"{cell.parameters:,}",
                 f"{cell.learning_rate:g}",
             )
         )
     return "\n".join(lines)
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .memory import peak, reset_peak
 from .network import make_network
 from .records import Plan, Run
 from .tasks import TASKS
@@ -31,9 +31,9 @@ def train(plan: Plan, folder: Path) -> Run:
     data = task.load(folder)
     torch.manual_seed(plan.seed)
     network = make_network(task, plan.mixer, plan.options)
-    before = _reset_peak()
+    before = reset_peak()
     losses, seconds = _fit(network, data.training, task, plan)
-    mebibytes = (_peak() - before) / 2**20
+    mebibytes = (peak() - before) / 2**20
     return Run(
         plan,
         steps=task.steps,
@@ -50,7 +50,7 @@ def _fit(
     network: nn.Module, samples: Samples, task: Task, plan: Plan
 ) -> tuple[list[float], list[float]]:
     """The loss and the seconds of each step."""
-    optimizer = torch.optim.AdamW(_groups(network), lr=plan.learning_rate)
+    optimizer = make_optimizer(network, plan.learning_rate)
     warmup = max(1, round(WARMUP * task.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -61,37 +61,41 @@ def _fit(
     for _ in range(task.steps):
         batch = samples.chosen(next(order))
         start = time.perf_counter()
-        logits = network(batch.inputs, batch.mask)
-        loss = F.cross_entropy(logits.flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
-        optimizer.step()
+        losses.append(step(network, optimizer, batch))
         schedule.step()
         seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
     return losses, seconds
 
 
-def _groups(network: nn.Module) -> list[dict[str, object]]:
-    """Matrices decay; biases, norms and what a module exempts itself do not."""
+def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW. Matrices decay; biases, norms and what a module exempts itself do not."""
     exempt = {
         f"{prefix}.{name}"
         for prefix, module in network.named_modules()
         if hasattr(module, "no_weight_decay")
         for name in module.no_weight_decay()
     }
-    decays = {
-        name: parameter.dim() >= 2 and name not in exempt
-        for name, parameter in network.named_parameters()
-    }
-    return [
-        {
-            "params": [p for name, p in network.named_parameters() if decays[name] == decaying],
-            "weight_decay": WEIGHT_DECAY if decaying else 0.0,
-        }
-        for decaying in (True, False)
-    ]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        groups[parameter.dim() >= 2 and name not in exempt].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": WEIGHT_DECAY},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+    )
+
+
+def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Samples) -> float:
+    """One step; its loss."""
+    logits = network(batch.inputs, batch.mask)
+    loss = F.cross_entropy(logits.flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
+    optimizer.step()
+    return loss.item()
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -104,7 +108,7 @@ def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, samples: Samples, batch_size: int) -> float:
-    """The share of answers that are right."""
+    """The share of answers that are right, of those that are asked for."""
     network.eval()
     right = asked = 0
     for indices in torch.arange(len(samples.labels)).split(batch_size):
@@ -115,16 +119,3 @@ def accuracy(network: nn.Module, samples: Samples, batch_size: int) -> float:
         asked += int((labels != IGNORED).sum())
     network.train()
     return right / asked
-
-
-def _reset_peak() -> int:
-    """Let the peak of this process's memory begin anew; bytes in use now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
-
-
-def _peak() -> int:
-    """Bytes."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -11,7 +11,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dt
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..controls import ATTENTIONS, make_attention
+from ..controls import ATTENTIONS, MeanAttention, SoftmaxAttention, make_attention
 from ..modules import SetAttention
 from .blocks import Stage, TokenEmbedding
 
@@ -237,7 +237,7 @@ class Setformer(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, SetAttention):
+    if isinstance(module, SetAttention | SoftmaxAttention | MeanAttention):
         module.reset_parameters()
     elif isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)

@@ -58,7 +58,8 @@ def value(tree: Tree) -> int:
 
 def load(folder: Path) -> Data:
     """[K, LONGEST], all different; drawn once and kept in the folder."""
-    kept = folder / f"listops-{LONGEST}-{TRAINING}.pt"
+    sizes = (LEVELS, ARGUMENTS, OPERATOR_SHARE, SHORTEST, LONGEST, TRAINING, HELD_OUT)
+    kept = folder / f"listops-{'-'.join(map(str, sizes))}.pt"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = kept.with_suffix(f".{random.randrange(2**32)}")

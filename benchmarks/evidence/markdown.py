@@ -1,0 +1,8 @@
+"""Tables as README has them."""
+
+from __future__ import annotations
+
+
+def row(*cells: str) -> str:
+    """One line."""
+    return f"| {' | '.join(cells)} |"
