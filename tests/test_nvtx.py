@@ -33,15 +33,15 @@ except ValueError:
 
 RANGES = """
 domain setformer_ext
-push set_attention_forward float32 B2 H3 N7 M5 D4 Dv3 T5
+push set_attention_forward float32 B2 H3 N7 M5 D4 Dv3 T1
 pop
-push set_attention_backward float32 B2 H3 N7 M5 D4 Dv3 T5
+push set_attention_backward float32 B2 H3 N7 M5 D4 Dv3 T1
 pop
 push set_attention_forward float64 B2 H3 N7 Nq9 M5 D4 Dv4 T2
 pop
-push set_attention_forward float16 B2 H3 N7 M5 D4 Dv1 T5
+push set_attention_forward float16 B2 H3 N7 M5 D4 Dv1 T1
 pop
-push transport_plan float16 B2 H3 N7 M5 D4 Dv1 T5
+push transport_plan float16 B2 H3 N7 M5 D4 Dv1 T1
 pop
 push set_attention_forward float32 B2 H3 N7 M5 D4 Dv4 T5
 pop

@@ -106,6 +106,7 @@ def test_every_package_that_tests_import_is_needed_or_optional() -> None:
     root = TESTS.parent
     files = [*TESTS.rglob("*.py"), *(root / "setformer_ext").rglob("*.py")]
     own = {path.stem for path in [*files, *(root / "benchmarks").rglob("*.py")]}
+    own |= {path.parent.name for path in (root / "benchmarks").rglob("__init__.py")}
     own |= {"setformer_ext", *(path.name for path in TESTS.iterdir() if path.is_dir())}
     for path in files:
         others = imported(path) - set(sys.stdlib_module_names) - own - needed
