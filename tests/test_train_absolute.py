@@ -1,0 +1,207 @@
+"""What a training does, by hand: rates, averages, norms and losses against their formulas.
+
+Two runs that are compared with one another share what is wrong with both.
+"""
+
+import argparse
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from setformer_ext import SetAttention
+from setformer_ext.train.learner import Learner
+
+OPTIONS = {
+    "shard": False,
+    "seed": 0,
+    "gradient_checkpointing": False,
+    "ema_decay": 0.0,
+    "lr": 0.02,
+    "weight_decay": 0.3,
+    "layer_decay": 1.0,
+    "warmup": 0.25,
+    "clip_grad": 0.0,
+    "accumulate": 1,
+}
+STEPS = 40
+
+
+class Line:
+    """A network of one weight matrix and a bias, whose loss a batch gives: <batch, output>."""
+
+    unused_parameters = False
+
+    def make_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+
+    def losses(self, model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        return {"loss": (model(batch) * torch.tensor([1.0, -2.0])).sum()}
+
+
+def make_learner(task: Any = None, **options: Any) -> Learner:
+    given = argparse.Namespace(**OPTIONS | options)
+    return Learner(task or Line(), given, Accelerator(cpu=True), STEPS)
+
+
+def batch(seed: int = 0) -> Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine() -> None:
+    learner, warm = make_learner(), 10  # a quarter of 40 steps
+    for step in range(warm):
+        assert learner.lr_of(step) == pytest.approx(0.02 * (1 + step * (warm - 1) / warm) / warm)
+    for step in (warm, warm + 1, 25, STEPS - 1):
+        expected = 0.02 * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        assert learner.lr_of(step) == pytest.approx(expected)
+    assert make_learner(warmup=0.0).lr_of(0) == pytest.approx(0.02)
+
+
+def test_a_step_is_taken_at_the_rate_of_its_number() -> None:
+    """AdamW's first step moves each weight by the rate, and shrinks what decays."""
+    learner = make_learner(weight_decay=0.3)
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    learner.backward(batch(), last=True)
+    gradients = {name: p.grad.clone() for name, p in learner.model.named_parameters()}
+    learner.step(20)
+    rate = 0.02 * 0.5 * (1 + math.cos(math.pi * 20 / STEPS))
+    for name, parameter in learner.model.named_parameters():
+        shrunk = before[name] * (1 - rate * 0.3 * (name == "0.weight"))
+        moved = gradients[name] / (gradients[name].abs() + 1e-8)
+        torch.testing.assert_close(parameter, shrunk - rate * moved)
+        assert parameter.grad is None or (parameter.grad == 0).all()
+
+
+def test_averaged_weights_are_the_moving_average_of_each_step() -> None:
+    learner = make_learner(ema_decay=0.6)
+    average = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    for step in range(6):
+        learner.backward(batch(step), last=True)
+        learner.step(step)
+        # timm's: 1 - (1 + k)^(-2/3) after k updates, up to the decay that was asked for.
+        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))
+        for name, parameter in learner.model.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * parameter.detach()
+        for name, parameter in learner.evaluated().named_parameters():
+            torch.testing.assert_close(parameter, average[name], msg=f"step {step}, {name}")
+
+
+def _gradient_at_the_step(learner: Learner, number: int) -> dict[str, Tensor]:
+    """The gradients that the optimizer sees."""
+    seen: dict[str, Tensor] = {}
+
+    def look(*_: object) -> None:
+        seen.update({n: p.grad.clone() for n, p in learner.model.named_parameters()})
+
+    handle = learner.optimizer.register_step_pre_hook(look)
+    learner.step(number)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5, 1000.0])
+def test_gradients_are_clipped_to_the_norm_of_all_together(largest: float) -> None:
+    learner = make_learner(clip_grad=largest)
+    learner.backward(batch(), last=True)
+    whole = {name: p.grad.clone() for name, p in learner.model.named_parameters()}
+    norm = torch.cat([g.flatten() for g in whole.values()]).norm()
+    assert 0.5 < norm < 1000
+    seen = _gradient_at_the_step(learner, 0)
+    scale = largest / norm if largest == 0.5 else 1.0
+    for name, gradient in whole.items():
+        torch.testing.assert_close(seen[name], scale * gradient)
+
+
+def test_accumulated_gradients_are_the_mean_of_the_passes() -> None:
+    learner = make_learner(accumulate=3)
+    passes = [batch(seed) for seed in range(3)]
+    for index, each in enumerate(passes):
+        learner.backward(each, last=index == 2)
+    model = learner.model
+    loss = sum(Line().losses(model, each)["loss"] for each in passes) / 3
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    seen = _gradient_at_the_step(learner, 0)
+    for gradient, wanted in zip(seen.values(), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+class Attending(Line):
+    """With a module that exempts parameters of its own."""
+
+    def make_model(self) -> nn.Module:
+        return nn.ModuleDict(
+            {"attention": SetAttention(8, 2, 3, learned_epsilon=True), "head": nn.Linear(8, 2)}
+        )
+
+
+def test_the_optimizer_decays_matrices_and_nothing_else() -> None:
+    learner = make_learner(Attending())
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    decay = {
+        names[id(p)]: group["weight_decay"]
+        for group in learner.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert decay.keys() == set(names.values())
+    matrices = {f"attention.{name}.weight" for name in ("key", "value", "projection", "token_mass")}
+    matrices |= {"head.weight"}
+    assert {name for name, value in decay.items() if value == 0.3} == matrices
+    assert {value for name, value in decay.items() if name not in matrices} == {0.0}
+
+
+def test_weights_of_another_training_go_on_as_they_would_have() -> None:
+    """State and averages come back whole: what was saved after two steps takes the third alike."""
+    one, other = make_learner(ema_decay=0.9), make_learner(ema_decay=0.9)
+    for step in range(2):
+        one.backward(batch(step), last=True)
+        one.step(step)
+    other.load_state(copy.deepcopy(one.state()))  # as a file would give it
+    for learner in (one, other):
+        learner.backward(batch(2), last=True)
+        learner.step(2)
+    for of in (lambda x: x.model, lambda x: x.evaluated()):
+        for a, b in zip(of(one).parameters(), of(other).parameters(), strict=True):
+            assert torch.equal(a, b)
+    initial = make_learner().model
+    assert not torch.equal(one.model[0].weight, initial[0].weight)
+
+
+def _smoothed(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Of Szegedy et al.: a share of the truth is spread over all classes."""
+    classes = logits.shape[-1]
+    truth = F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+    return -(truth * logits.log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_of_classes_is_the_smoothed_cross_entropy(smoothing: float) -> None:
+    from setformer_ext.train.classify import Classify
+
+    task = Classify.__new__(Classify)
+    task.mixup, task.options = None, argparse.Namespace(label_smoothing=smoothing)
+    logits, labels = torch.randn(6, 5), torch.randint(5, (6,))
+    found = task.losses(nn.Identity(), (logits, labels))
+    assert found.keys() == {"cross_entropy"}
+    torch.testing.assert_close(found["cross_entropy"], _smoothed(logits, labels, smoothing))
+
+
+def test_loss_of_segments_is_the_mean_over_the_pixels_that_have_a_class() -> None:
+    from setformer_ext.train import segment
+
+    task = segment.Segment.__new__(segment.Segment)
+    task.options = argparse.Namespace(dice=0.0)
+    logits, classes = torch.randn(2, 4, 3, 5), torch.randint(4, (2, 3, 5))
+    classes[0, :, 2] = segment.IGNORED
+    batch = ([*logits], [*classes])
+    found = task.losses(nn.Identity(), batch)["cross_entropy"]
+    pixels = logits.permute(0, 2, 3, 1)[classes != segment.IGNORED]
+    wanted = _smoothed(pixels, classes[classes != segment.IGNORED], 0.0)
+    torch.testing.assert_close(found, wanted)
+    nothing = torch.full_like(classes, segment.IGNORED)
+    assert task.losses(nn.Identity(), ([*logits], [*nothing]))["cross_entropy"] == 0
