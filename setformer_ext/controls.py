@@ -49,12 +49,22 @@ class SoftmaxAttention(nn.Module):
             -1, (3, self.num_heads, -1)
         )
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+        output = self.attend(query, key, value, mask)
+        return zero_invalid(self.projection(output.transpose(1, 2).flatten(2)), mask)
+
+    def attend(
+        self,
+        query: Tensor,  # [B, H, N, D]
+        key: Tensor,  # [B, H, N, D]
+        value: Tensor,  # [B, H, N, D]
+        mask: Tensor | None,  # [B, N] bool
+    ) -> Tensor:  # [B, H, N, D]
+        """What the queries get of the valid tokens' values."""
         allowed = None
         if mask is not None:
             # A sequence without a valid token may look anywhere: a softmax of nothing is NaN.
             allowed = (mask | ~mask.any(1, keepdim=True))[:, None, None]
-        output = F.scaled_dot_product_attention(query, key, value, allowed)
-        return zero_invalid(self.projection(output.transpose(1, 2).flatten(2)), mask)
+        return F.scaled_dot_product_attention(query, key, value, allowed)
 
 
 class MeanAttention(nn.Module):

@@ -24,11 +24,11 @@ from tempfile import gettempdir
 from typing import Any
 
 from . import costs
-from .mixers import MIXERS, options_of
+from .mixers import MIXERS
 from .picture import draw
 from .records import Plan, Run, load
 from .schedule import STUDY_RATE, plan, run_all, run_missing
-from .studies import studies
+from .studies import changes, studies
 from .table import details, summary
 from .tasks import TASKS
 
@@ -90,11 +90,10 @@ def _read(given: list[str]) -> dict[str, Any]:
 
 def _show(runs: Iterator[Run]) -> None:
     for run in runs:
-        defaults = options_of(run.plan.mixer, TASKS[run.plan.task].references, {})
-        changed = {k: v for k, v in run.plan.options.items() if defaults[k] != v}
+        made = run.plan
         print(
-            f"{run.plan.task} | {run.plan.mixer} | {changed or ''} | {run.plan.learning_rate:g} | "
-            f"{run.plan.seed} | validation {run.validation:.4f} | loss {run.loss:.4f} | "
+            f"{made.task} | {made.mixer} | {changes(made)} | {made.learning_rate:g} | "
+            f"{made.seed} | validation {run.validation:.4f} | loss {run.loss:.4f} | "
             f"{run.milliseconds:.0f} ms",
             file=sys.stderr,
             flush=True,

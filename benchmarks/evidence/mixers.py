@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from setformer_ext import SetAttention
 from setformer_ext.controls import MeanAttention, SoftmaxAttention
-from setformer_ext.layout import Grid
 
 
 class FeatureAttention(SoftmaxAttention):
@@ -37,21 +36,19 @@ class FeatureAttention(SoftmaxAttention):
         """Of queries and of keys."""
         return F.elu(query) + 1, F.elu(key) + 1
 
-    def forward(
+    def attend(
         self,
-        x: Tensor,  # [B, N, C]
-        mask: Tensor | None = None,  # [B, N]
-        grid: Grid | None = None,
-    ) -> Tensor:  # [B, N, C]
-        projected = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = projected.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+        query: Tensor,  # [B, H, N, D]
+        key: Tensor,  # [B, H, N, D]
+        value: Tensor,  # [B, H, N, D]
+        mask: Tensor | None,  # [B, N]
+    ) -> Tensor:  # [B, H, N, D]
         valid = None if mask is None else mask[:, None, :, None]
         query, key = self.features(query, key, valid)
         if valid is not None:
             key = key * valid
         total = query @ key.sum(-2).unsqueeze(-1)  # [B, H, N, 1]
-        output = query @ (key.mT @ value) / total.clamp(min=torch.finfo(x.dtype).tiny)
-        return self.projection(output.transpose(1, 2).flatten(2))
+        return query @ (key.mT @ value) / total.clamp(min=torch.finfo(value.dtype).tiny)
 
 
 class Performer(FeatureAttention):

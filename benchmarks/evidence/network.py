@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from setformer_ext.modules import mean_of_valid, zero_invalid
+
 from .mixers import make_mixer
 from .tasks.task import Task
 
@@ -68,13 +70,8 @@ class Network(nn.Module):
             x = block(x, mask)
         x = self.norm(x)
         if not self.of_tokens:
-            x = x.mean(1) if mask is None else _mean_of_valid(x, mask)
+            x = mean_of_valid(zero_invalid(x, mask), mask)
         return self.head(x)
-
-
-def _mean_of_valid(x: Tensor, mask: Tensor) -> Tensor:  # [B, N, C], [B, N] -> [B, C]
-    valid = mask.unsqueeze(-1)
-    return (x * valid).sum(1) / valid.sum(1).clamp(min=1)
 
 
 def make_network(task: Task, mixer: str, options: Mapping[str, Any]) -> Network:

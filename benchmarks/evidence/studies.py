@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from statistics import fmean, stdev
-from typing import Any
 
 from .markdown import row
 from .mixers import options_of
-from .records import Run
+from .records import Plan, Run
 from .schedule import STUDY_RATE
 from .tasks import TASKS
 
@@ -22,17 +21,18 @@ def studies(runs: Iterable[Run]) -> str:
         plan, task = run.plan, TASKS[run.plan.task]
         if (plan.mixer, plan.recipe, plan.learning_rate) == ("SeT", task.recipe, STUDY_RATE):
             # A run of the table is one of the study, too.
-            found[_changes(plan.options, task.references)][plan.task][plan.seed] = run.validation
+            found[changes(plan)][plan.task][plan.seed] = run.validation
     columns = [task for task in TASKS if any(task in of_tasks for of_tasks in found.values())]
     lines = [row("options", *columns), row("---", *["---"] * len(columns))]
-    for changes, of_tasks in sorted(found.items()):
-        lines.append(row(changes, *(_cell([*of_tasks[task].values()]) for task in columns)))
+    for options, of_tasks in sorted(found.items()):
+        lines.append(row(options, *(_cell([*of_tasks[task].values()]) for task in columns)))
     return "\n".join(lines)
 
 
-def _changes(options: Mapping[str, Any], references: int) -> str:
-    defaults = options_of("SeT", references, {})
-    changed = [f"{name}={value}" for name, value in options.items() if defaults[name] != value]
+def changes(plan: Plan) -> str:
+    """What differs from SetAttention's defaults, in words."""
+    defaults = options_of("SeT", TASKS[plan.task].references, {})
+    changed = [f"{name}={value}" for name, value in plan.options.items() if defaults[name] != value]
     return ", ".join(changed) or "as they are by default"
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from setformer_ext.weight_decay import undecayed
+
 from .memory import peak, reset_peak
 from .network import make_network
 from .records import Plan, Run
@@ -69,15 +71,10 @@ def _fit(
 
 def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW. Matrices decay; biases, norms and what a module exempts itself do not."""
-    exempt = {
-        f"{prefix}.{name}"
-        for prefix, module in network.named_modules()
-        if hasattr(module, "no_weight_decay")
-        for name in module.no_weight_decay()
-    }
+    exempt = undecayed(network)
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in network.named_parameters():
-        groups[parameter.dim() >= 2 and name not in exempt].append(parameter)
+    for parameter in network.parameters():
+        groups[parameter.dim() >= 2 and id(parameter) not in exempt].append(parameter)
     return torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": WEIGHT_DECAY},
