@@ -8,7 +8,6 @@ to the network, which does not read it.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,24 +54,23 @@ class Performer(FeatureAttention):
     """Choromanski et al., Rethinking Attention with Performers, ICLR 2021: positive features whose
     products are, on average over random directions, the exponentials of softmax attention.
 
-    As in the authors' code there are 256 directions, orthogonal in groups of D, with the lengths of
-    normal vectors; unlike there they are not redrawn, so that a network is a function.
+    As in the authors' models, of 256 directions for heads of D = 64, there are four a channel,
+    orthogonal in groups of D, with the lengths of normal vectors; unlike there they are not
+    redrawn, so that a network is a function.
     """
 
-    DIRECTIONS = 256
-    directions: Tensor  # [H, 256, D]
+    GROUPS = 4
+    directions: Tensor  # [H, 4 D, D]
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(dim, num_heads)
         depth = dim // num_heads
-        groups = math.ceil(self.DIRECTIONS / depth)
-        normal = torch.randn(num_heads, groups, depth, depth)
+        normal = torch.randn(num_heads, self.GROUPS, depth, depth)
         orthogonal, triangle = torch.linalg.qr(normal)
         # Without the signs, columns would not point everywhere alike.
         orthogonal = orthogonal * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-        lengths = torch.randn(num_heads, groups, depth, depth).norm(dim=-1, keepdim=True)
-        directions = (orthogonal.mT * lengths).flatten(1, 2)[:, : self.DIRECTIONS]
-        self.register_buffer("directions", directions.contiguous())
+        lengths = torch.randn_like(normal).norm(dim=-1, keepdim=True)
+        self.register_buffer("directions", (orthogonal.mT * lengths).flatten(1, 2))
 
     def features(
         self,
