@@ -46,7 +46,8 @@ class SetAttention(nn.Module):
         num_references: references M per head.
         pooled_references: compute the references from the input, as the average keys of M even
             parts of the sequence or of the grid, instead of learning them. Not of DTensors.
-        query_projection: give the tokens queries of their own (a second solve) instead of q = k.
+        query_projection: give the tokens queries of their own (a second solve), which start as
+            their keys; without it q = k.
         kernel: "gaussian", kappa(k, y) = exp(-\|k - y\|^2 / (2 bandwidth^2)), or "linear", <k, y>.
         bandwidth: of the gaussian kernel, > 0; the initial value if ``learned_bandwidth``.
         epsilon: entropy of the transport, > 0; the initial value if ``learned_epsilon``. Smaller is
@@ -86,7 +87,7 @@ class SetAttention(nn.Module):
         num_references: int = 16,
         *,
         pooled_references: bool = False,
-        query_projection: bool = False,
+        query_projection: bool = True,
         kernel: str = "gaussian",
         bandwidth: float = 1.0,
         epsilon: float = 0.04,
@@ -205,12 +206,14 @@ class SetAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew; masses start uniform, bandwidth and epsilon where given."""
+        """Draw the weights anew; queries start as keys, masses uniform, bandwidth and epsilon where
+        given."""
         for linear in (self.key, self.query, self.value, self.projection):
             if linear is not None:
                 nn.init.xavier_uniform_(linear.weight)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
+        self.start_queries_as_keys()
         for mass in (self.token_mass, self.reference_mass):
             if mass is not None:
                 nn.init.zeros_(mass.weight)
@@ -223,6 +226,17 @@ class SetAttention(nn.Module):
             nn.init.constant_(self.log_bandwidth, math.log(self.initial_bandwidth))
         if self.log_epsilon is not None:
             nn.init.constant_(self.log_epsilon, math.log(self.initial_epsilon))
+
+    def start_queries_as_keys(self) -> None:
+        """Copy the keys' projection to the queries, where both are of as many channels: tokens then
+        find what is like them from the first step on."""
+        if self.query is None or self.context_dim != self.dim:
+            return
+        for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
+            # As transformers marks what it has loaded, and would have its own functions respect.
+            if not getattr(query, "_is_hf_initialized", False):
+                with torch.no_grad():
+                    query.copy_(key)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that live on a scale of their own, where 0 means nothing."""

@@ -71,6 +71,23 @@ def test_distillation_lowers_the_error_of_references_alone(kind: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("initialize", [False, True])
+def test_padding_has_no_say_in_what_is_distilled(initialize: bool) -> None:
+    model, batch = make(num_references=3), inputs()
+    padding = batch["attention_mask"] == 0
+    assert padding.any()
+    assert not padding.all()
+    others = batch | {"input_ids": torch.where(padding, 1, batch["input_ids"])}
+    assert not torch.equal(others["input_ids"], batch["input_ids"])
+    found = []
+    for given in (batch, others):
+        learner = copy.deepcopy(model)
+        torch.manual_seed(1)
+        losses = distill_attention(learner, [given], steps=4, initialize=initialize)
+        found.append((losses, references(learner)))
+    torch.testing.assert_close(*found)
+
+
 def test_as_many_references_as_queries_answer_as_softmax_does() -> None:
     """Clusters are then single queries, and sharp choices find each token its own."""
     model = make("bert", num_references=7)

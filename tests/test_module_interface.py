@@ -27,10 +27,9 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 
 CONTEXTS = {
     "default": {},
-    "own query": {"query_projection": True},
-    "another width": {"query_projection": True, "context_dim": 10},
+    "queries are keys": {"query_projection": False},
+    "another width": {"context_dim": 10},
     "everything": {
-        "query_projection": True,
         "context_dim": 10,
         "pooled_references": True,
         "adaptive_reference_mass": True,
@@ -43,7 +42,7 @@ CONTEXTS = {
 def test_context_is_the_definition_on_its_own_projections() -> None:
     """Keys, values and masses of the context, queries of x; masks of both."""
     module, x, context = (
-        make(query_projection=True, context_dim=10),
+        make(context_dim=10),
         tokens(2, 5, 24),
         tokens(2, 9, 10),
     )
@@ -102,7 +101,7 @@ def test_a_context_of_the_tokens_themselves_is_attention_to_themselves() -> None
 
 
 def test_the_plan_of_a_context() -> None:
-    module, context = make(query_projection=True, context_dim=10), tokens(2, 9, 10)
+    module, context = make(context_dim=10), tokens(2, 9, 10)
     plan = module.transport_plan(context)
     torch.testing.assert_close(plan.sum((2, 3)), torch.ones(2, 3, dtype=torch.float64))
 
@@ -126,9 +125,9 @@ def test_context_errors_name_the_argument() -> None:
         with pytest.raises(error, match=message):
             module(x, **options)
     with pytest.raises(ValueError, match="context must be given to a module of context_dim=10"):
-        make(query_projection=True, context_dim=10)(x)
+        make(context_dim=10)(x)
     with pytest.raises(ValueError, match="context_dim must be dim=24 or None without query_proj"):
-        make(context_dim=10)
+        make(query_projection=False, context_dim=10)
     nested = torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged)
     with pytest.raises(ValueError, match="context must be None with a nested x"):
         module(nested, context=context)
@@ -159,7 +158,7 @@ def test_dropout_of_nested_tensors() -> None:
 
 
 def test_device_and_dtype_of_all_parameters() -> None:
-    options = {"query_projection": True, "num_anchors": 5, "learned_epsilon": True}
+    options = {"num_anchors": 5, "learned_epsilon": True}
     module = SetAttention(24, 3, device="meta", dtype=torch.bfloat16, **options)
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
     x = torch.empty(2, 9, 24, device="meta", dtype=torch.bfloat16)
@@ -238,7 +237,7 @@ def test_a_decoder_layer_of_it_trains() -> None:
     torch.manual_seed(0)
     own, other = (
         SetAttention(16, 2, 8),
-        SetAttention(16, 2, 8, query_projection=True, context_dim=6),
+        SetAttention(16, 2, 8, context_dim=6),
     )
     x, context, target = torch.randn(4, 5, 16), torch.randn(4, 9, 6), torch.randn(4, 5, 16)
     optimizer = torch.optim.Adam([*own.parameters(), *other.parameters()], 1e-2)

@@ -18,14 +18,13 @@ OPTIONS = {
     "uniform masses": {"learned_token_mass": False, "learned_reference_mass": False},
     "adaptive reference mass": {"adaptive_reference_mass": True, "iterations": 1},
     "pooled references": {"pooled_references": True},
-    "own query": {"query_projection": True},
+    "queries are keys": {"query_projection": False},
     "linear": {"kernel": "linear", "bias": False},
     "nystrom": {"num_anchors": 5},
     "learned scales": {"learned_bandwidth": True, "learned_epsilon": True},
     "positions": {"position_bandwidth": 0.5},
     "no iterations": {"iterations": 0},
     "everything": {
-        "query_projection": True,
         "num_anchors": 5,
         "learned_bandwidth": True,
         "learned_epsilon": True,
@@ -121,16 +120,20 @@ def test_permuted_tokens_permute_the_output(name: str) -> None:
     torch.testing.assert_close(module(x[:, order]), module(x)[:, order])
 
 
-def test_is_the_definition_on_its_own_projections() -> None:
-    """The whole of the default module, written out."""
-    module, x = make("default"), tokens(2, 19, 24)
+@pytest.mark.parametrize("name", ["default", "queries are keys"])
+def test_is_the_definition_on_its_own_projections(name: str) -> None:
+    """The whole of the module, written out."""
+    module, x = make(name), tokens(2, 19, 24)
 
     def heads(y: torch.Tensor) -> torch.Tensor:
         return y.reshape(2, 19, 3, 8).transpose(1, 2)
 
-    key = heads(module.key(x))
+    key, query = heads(module.key(x)), None
+    if name == "default":
+        query = heads(module.query(x))
+        query = query / query.norm(dim=-1, keepdim=True)
     output = definition.set_attention(
-        None,
+        query,
         key / key.norm(dim=-1, keepdim=True),
         heads(module.value(x)),
         module.reference / module.reference.norm(dim=-1, keepdim=True),
@@ -149,6 +152,23 @@ def test_plan_has_the_masses_as_marginals() -> None:
     torch.testing.assert_close(plan.sum(-2), module.reference_log_mass.softmax(-1).expand(2, 3, 7))
     token_mass = module.token_mass(x).softmax(1).transpose(1, 2)
     torch.testing.assert_close(plan.sum(-1), token_mass, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_start_as_keys_and_learn_on_their_own(bias: bool) -> None:
+    torch.manual_seed(0)
+    module, x = SetAttention(24, 3, 7, bias=bias).double(), tokens(2, 19, 24)
+    shared = SetAttention(24, 3, 7, bias=bias, query_projection=False).double()
+    own = module.state_dict()
+    shared.load_state_dict({name: x for name, x in own.items() if not name.startswith("query.")})
+    torch.testing.assert_close(module(x), shared(x))
+    module(x).square().sum().backward()
+    for query, key in zip(module.query.parameters(), module.key.parameters(), strict=True):
+        assert query is not key
+        assert not torch.equal(query.grad, key.grad)
+    other = SetAttention(24, 3, 7, context_dim=10)
+    assert other.query.weight.shape != other.key.weight.shape
+    assert other.query.weight.std() > 0
 
 
 def test_masses_start_uniform() -> None:

@@ -358,11 +358,55 @@ def test_autocast(backend: Backend, options: str, dtype: torch.dtype) -> None:
         assert x.isfinite().all(), name
 
 
-def test_autocast_leaves_float64_alone() -> None:
-    arguments = small()
+OTHERS = ["set_pooling", "transport_plan", "set_attention_varlen"]
+
+
+def others(name: str, arguments: Arguments) -> tuple[Callable[..., Tensor], Arguments]:
+    """An operation beside set_attention, and what it takes of a problem."""
+    if name != "set_attention_varlen":
+        return partial(call, getattr(setformer_ext, name)), arguments
+    packed = {n: arguments[n][:1].flatten(0, 1).transpose(0, 1) for n in ("key", "value")}
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    given = packed | {"cu_seqlens": offsets} | {n: arguments[n] for n in ("reference", "epsilon")}
+    return partial(_varlen, normalize=arguments["normalize"]), given
+
+
+def _varlen(given: Arguments, **options: object) -> Tensor:
+    return setformer_ext.set_attention_varlen(None, **given, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_autocast_of_the_others(name: str, dtype: torch.dtype) -> None:
+    function, arguments = others(name, small(dtype=torch.float32))
+    storage = {n: arguments[n].to(dtype) for n in ("key", "value", "reference") if n in arguments}
+    expected = function(arguments | storage)
+    leaves = {n: arguments[n].clone().requires_grad_() for n in storage}
+    with torch.autocast("cpu", dtype):
+        output = function(arguments | leaves)
+        mixed = function(arguments | {"key": storage["key"]})
+    assert output.dtype == expected.dtype == mixed.dtype
+    assert torch.equal(output, expected)
+    assert torch.equal(mixed, expected)
+    gradients = torch.autograd.grad(
+        output.float().square().sum(), list(leaves.values()), allow_unused=True
+    )
+    unused = {"value"} if name == "transport_plan" else set()
+    for n, gradient in zip(leaves, gradients, strict=True):
+        assert (gradient is None) == (n in unused)
+        assert gradient is None or (gradient.dtype == torch.float32 and largest(gradient) > 0)
+
+
+@pytest.mark.parametrize("name", ["set_attention", *OTHERS])
+def test_autocast_leaves_float64_alone(name: str) -> None:
+    if name == "set_attention":
+        function, arguments = partial(call, setformer_ext.set_attention), small()
+    else:
+        function, arguments = others(name, small())
     with torch.autocast("cpu", torch.bfloat16):
-        output = call(setformer_ext.set_attention, arguments)
-    assert torch.equal(output, call(setformer_ext.set_attention, arguments))
+        output = function(arguments)
+    assert output.dtype == torch.float64
+    assert torch.equal(output, function(arguments))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -413,13 +457,19 @@ def test_flop_counts(cross: bool) -> None:
         assert forward == 6 * 3 * 7 * (solved + collected + distributed)
     counts = counter.get_flop_counts()["Global"]
     assert counts[OPERATIONS.set_attention] == forward
-    # at least the two products that each product of the forward has, at most twice that again
-    products = forward - 6 * 3 * 20 * (12 if cross else 7)
-    assert 2 * products <= counts[OPERATIONS.set_attention_backward] <= 4 * forward
+    # Backward: similarities and the gradients of keys and references, 2 D = 8 each; the steps and
+    # their adjoints, 4 T = 20 each; then 2 Dv = 4 and 1 for each product with values or their
+    # gradients that the forward has, twice.
+    pair = 3 * 8 + 2 * 20
+    pairs = 12 * (pair + 2 * (4 + 1)) if cross else 7 * (pair + 4 * (4 + 1))
+    assert counts[OPERATIONS.set_attention_backward] == 6 * 3 * pairs
 
     with FlopCounterMode(display=False) as counter:
-        call(setformer_ext.set_pooling, arguments)
+        pooled = call(setformer_ext.set_pooling, arguments | leaves)
         assert counter.get_total_flops() == 6 * 3 * 7 * (8 + 20 + 4)
+        pooled.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[OPERATIONS.set_attention_backward] == 6 * 3 * 7 * (pair + 2 * (4 + 1))
     with FlopCounterMode(display=False) as counter:
         call(setformer_ext.transport_plan, arguments)
         assert counter.get_total_flops() == 6 * 3 * 7 * (8 + 20)

@@ -205,3 +205,113 @@ def test_loss_of_segments_is_the_mean_over_the_pixels_that_have_a_class() -> Non
     torch.testing.assert_close(found, wanted)
     nothing = torch.full_like(classes, segment.IGNORED)
     assert task.losses(nn.Identity(), ([*logits], [*nothing]))["cross_entropy"] == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_of_mixed_classes_is_the_cross_entropy_with_smoothed_shares(
+    smoothing: float,
+) -> None:
+    """Mixup gives a share of each of two labels, each smoothed as without it."""
+    from timm.data import Mixup
+
+    from setformer_ext.train.classify import Classify
+
+    task = Classify.__new__(Classify)
+    task.options = argparse.Namespace(label_smoothing=smoothing)
+    task.mixup = Mixup(0.8, 0.0, label_smoothing=smoothing, num_classes=5)
+    images, labels = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 4, 4), torch.randint(5, (6,))
+    weight = torch.randn(5)
+    seen: list[Tensor] = []
+
+    def model(mixed: Tensor) -> Tensor:  # [B, 1, H, W] -> [B, classes]
+        seen.append(mixed)
+        return mixed[:, 0, 0, :1] * weight
+
+    found = task.losses(model, (images.clone(), labels))["cross_entropy"]  # type: ignore[arg-type]
+    # Image i is mixed with its mirror 5 - i: x = s i + (1 - s)(5 - i).
+    share = (seen[0][0, 0, 0, 0] - 5) / (0 - 5)
+    logits = model(seen[0])
+    truth = share * F.one_hot(labels, 5) + (1 - share) * F.one_hot(labels.flip(0), 5)
+    truth = truth * (1 - smoothing) + smoothing / 5
+    torch.testing.assert_close(found, -(truth * logits.log_softmax(-1)).sum(-1).mean())
+
+
+def _encoder(kind: Any, **options: Any) -> Any:
+    from setformer_ext.language import SetformerConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = SetformerConfig(**sizes, num_references=3, intermediate_size=8, **options)
+    return kind(config).eval()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_loss_of_masked_words_is_the_mean_over_those_that_are_asked_for(sparse: bool) -> None:
+    from setformer_ext.language import SetformerForMaskedLM
+    from setformer_ext.train.mlm import Mlm, Prediction
+
+    model = _encoder(SetformerForMaskedLM, sparse_prediction=sparse)
+    tokens, labels = torch.randint(5, 20, (3, 7)), torch.full((3, 7), -100)
+    labels[0, 2], labels[0, 5], labels[2, 1] = 7, 9, 4
+    logits = model(tokens).logits
+    asked = labels != -100
+    expected = _smoothed(logits[asked], labels[asked], 0.0)
+    task = Mlm.__new__(Mlm)
+    found = task.losses(model, (tokens, labels))
+    torch.testing.assert_close(found, {"cross_entropy": expected})
+    if not sparse:
+        return  # training always is
+    # Measured in batches of different numbers of words, as one.
+    measured = Prediction()
+    for rows in (slice(0, 1), slice(1, 2), slice(2, 3)):
+        measured.update(model, (tokens[rows], labels[rows]))
+    figures = measured.compute()
+    assert figures["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-5)
+    right = (logits[asked].argmax(-1) == labels[asked]).float().mean()
+    assert figures["accuracy"] == pytest.approx(right.item())
+
+
+@pytest.mark.parametrize("name", ["sst2", "stsb"])
+def test_loss_of_texts_is_cross_entropy_or_the_squared_error(name: str) -> None:
+    from setformer_ext.language import SetformerForSequenceClassification
+    from setformer_ext.train.glue import Glue, Scores
+    from setformer_ext.train.glue_data import TASKS
+
+    glue = TASKS[name]
+    model = _encoder(
+        SetformerForSequenceClassification,
+        num_labels=max(1, len(glue.classes)),
+        problem_type=None if glue.classes else "regression",
+    )
+    inputs = {"input_ids": torch.randint(5, 20, (5, 6)), "attention_mask": torch.ones(5, 6)}
+    labels = torch.tensor([0, 1, 1, 0, 1]) if glue.classes else torch.randn(5) + 2
+    logits = model(**inputs).logits
+    if glue.classes:
+        expected = _smoothed(logits, labels, 0.0)
+    else:
+        expected = (logits[:, 0] - labels).square().mean()
+    task = Glue.__new__(Glue)
+    found = task.losses(model, (inputs, labels, [""] * 5))
+    torch.testing.assert_close(found, {"loss": expected})
+    # Measured in batches of different sizes, as one.
+    scores = Scores(glue)
+    for rows in (slice(0, 4), slice(4, 5)):
+        part = {key: value[rows] for key, value in inputs.items()}
+        scores.update(model, (part, labels[rows], [""] * len(labels[rows])))
+    assert scores.compute()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_loss_of_an_evaluation_is_that_of_all_images() -> None:
+    from setformer_ext.train.classify import Accuracy
+
+    logits, labels = torch.randn(7, 6), torch.randint(6, (7,))
+    measured = Accuracy(6)
+    for rows in (slice(0, 4), slice(4, 7)):
+        measured.update(nn.Identity(), (logits[rows], labels[rows]))
+    figures = measured.compute()
+    assert figures["eval_loss"] == pytest.approx(_smoothed(logits, labels, 0.0).item(), rel=1e-5)
+    order = logits.argsort(-1, descending=True)
+    for name, count in (("top1", 1), ("top5", 5)):
+        right = (order[:, :count] == labels[:, None]).any(-1).float().mean().item()
+        assert figures[name] == pytest.approx(right)

@@ -219,13 +219,9 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
 MODULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "pooled references": {"pooled_references": True},
-    "separate query, masses": {
-        "query_projection": True,
-        "learned_token_mass": True,
-        "learned_reference_mass": True,
-        "adaptive_reference_mass": True,
-    },
-    "positions": {"position_bandwidth": 0.5, "query_projection": True},
+    "queries are keys": {"query_projection": False},
+    "adaptive masses": {"adaptive_reference_mass": True},
+    "positions": {"position_bandwidth": 0.5},
     "anchors": {"num_anchors": 6},
 }
 

@@ -19,6 +19,15 @@ from setformer_ext import SetAttention
 from setformer_ext.controls import MeanAttention, SoftmaxAttention
 
 
+class FromKeys(SoftmaxAttention):
+    """Softmax attention whose queries start as its keys, as SetAttention's do."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        query, key, _ = self.query_key_value.weight.detach().chunk(3)
+        query.copy_(key)
+
+
 class FeatureAttention(SoftmaxAttention):
     """Attention phi(q) (phi(k)^T v) / (phi(q) sum phi(k)), O(N), of features phi > 0, with the
     projections of softmax attention.
@@ -92,7 +101,10 @@ class Performer(FeatureAttention):
         return scaled @ self.directions.mT - scaled.square().sum(-1, keepdim=True) / 2
 
 
-MIXERS = ("none", "mean", "softmax", "linear", "Performer", "SeT", "SeT, T = 0")
+MIXERS = (
+    *("none", "mean", "softmax", "softmax from q = k", "linear", "Performer"),
+    *("SeT", "SeT, T = 0"),
+)
 NO_OPTIONS = {"dim", "num_heads", "context_dim", "device", "dtype", "bias", "dropout"}  # the task's
 
 
@@ -129,6 +141,8 @@ def make_mixer(
             return MeanAttention(dim)
         case "softmax":
             return SoftmaxAttention(dim, num_heads)
+        case "softmax from q = k":
+            return FromKeys(dim, num_heads)
         case "linear":
             return FeatureAttention(dim, num_heads)
         case "Performer":

@@ -19,6 +19,7 @@ COLOURS = {
     "none": "#9e9e9e",
     "mean": "#616161",
     "softmax": "#d1495b",
+    "softmax from q = k": "#e8a0a8",
     "linear": "#edae49",
     "Performer": "#8d6a9f",
     "SeT": "#30638e",

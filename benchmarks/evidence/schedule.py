@@ -15,7 +15,7 @@ from .tasks import TASKS
 from .training import train
 
 LEARNING_RATES = (1e-3, 2.5e-3, 6e-3)
-STUDY_RATE = 6e-3  # of all that is compared with one another in a study
+STUDY_RATE = 2.5e-3  # of all that is compared with one another in a study
 SEEDS = (0, 1, 2)
 
 

@@ -18,7 +18,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 # See docs/evidence.md for what it is worth.
-ATTENTION_OPTIONS: dict[str, Any] = {"adaptive_reference_mass": True}
+ATTENTION_OPTIONS: dict[str, Any] = {"adaptive_reference_mass": True, "query_projection": False}
 
 
 class SetformerConfig(PreTrainedConfig):

@@ -130,6 +130,8 @@ class SetformerPreTrainedModel(PreTrainedModel):
                 linear = getattr(module, name, None)
                 if linear is not None:
                     super()._init_weights(linear)
+            if isinstance(module, SetAttention):
+                module.start_queries_as_keys()
         else:
             super()._init_weights(module)
 

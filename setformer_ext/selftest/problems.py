@@ -52,7 +52,12 @@ def random_problem(
         return (low + (high - low) * x).to(dtype)
 
     def holes(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=rng) < 0.7
+        """In each row of two or more, one at least is there and one is not."""
+        there = torch.rand(shape, generator=rng) < 0.7
+        there[..., :1] |= ~there.any(-1, keepdim=True)
+        if shape[-1] > 1:
+            there[..., -1:] &= ~there.all(-1, keepdim=True)
+        return there
 
     arguments: Arguments = {
         "query": None,

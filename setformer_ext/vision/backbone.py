@@ -22,6 +22,7 @@ STRIDES = (4, 8, 16, 32)
 ATTENTION_OPTIONS: dict[str, Any] = {
     "adaptive_reference_mass": True,
     "position_bandwidth": 1.0,
+    "query_projection": False,
 }
 
 
