@@ -188,6 +188,18 @@ def test_the_parts_that_a_checkpoint_lacks_are_drawn_anew(tmp_path: Path) -> Non
     assert 0.01 < loaded.classifier.weight.std() < 0.04
 
 
+def test_queries_of_their_own_start_as_keys_and_come_back_as_they_were(tmp_path: Path) -> None:
+    model = SetformerModel(config(attention_options={"query_projection": True}))
+    attention = model.layers[0].attention
+    assert torch.equal(attention.query.weight, attention.key.weight)
+    with torch.no_grad():
+        attention.query.weight.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
 def test_words_are_predicted_by_their_embeddings() -> None:
     model = make(SetformerForMaskedLM)
     assert model.decoder.weight is model.get_input_embeddings().weight
