@@ -78,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     """What is printed and written, in the main of several processes."""
+    from accelerate.utils import gather_object
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
@@ -113,6 +114,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
         accelerator,
         note,
     )
+    broken = gather_object(broken)
     if not accelerator.is_main_process:
         return None
     return {

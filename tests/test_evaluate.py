@@ -18,7 +18,7 @@ from setformer_ext import cli
 from setformer_ext.evaluate import add_arguments
 from setformer_ext.train import options
 from text_runs import write_text_run
-from training import classify, metrics, write_digits
+from training import classify, launch, metrics, write_digits
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +102,28 @@ def test_broken_samples_and_unknown_classes(
     (tmp_path / "val" / "zebra").mkdir()
     status, _, err = evaluate(capsys, *given)
     assert (status, "the training lacks classes of" in err, "zebra" in err) == (1, True, True)
+
+
+def run_command(given: list[str]) -> None:
+    raise SystemExit(cli.main(given))
+
+
+def test_processes_share_the_samples_and_tell_of_all(
+    digits: Path, classifier: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits / "val", tmp_path / "val")
+    broken = [tmp_path / "val" / name / "broken.png" for name in ("0", "9")]  # first and last
+    for path in broken:
+        path.write_text("no image")
+    given = ("evaluate", classifier, "--data", tmp_path, "--workers=0", "--on-error=skip")
+    reports = [tmp_path / f"{count}.json" for count in (1, 2)]
+    for count, report in enumerate(reports, start=1):
+        command = [str(part) for part in (*given, "--output", report)]
+        assert launch(count, run_command, command) == [0] * count
+    one, two = (json.loads(report.read_text()) for report in reports)
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+    assert len(one["skipped"]) == len(broken)
+    assert {*two["skipped"]} == {*one["skipped"]}
 
 
 def test_what_a_training_says_of_its_data_is_told(
