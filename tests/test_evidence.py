@@ -123,6 +123,20 @@ def test_the_learning_rate_is_chosen_by_validation_and_then_seeds_are_run() -> N
     assert cell.mean == pytest.approx((0.9 + 0.3 + 0.3) / 3)
 
 
+def test_a_rate_that_was_best_by_luck_is_left_for_the_next() -> None:
+    runs = [
+        run(each, validation)
+        for each, validation in zip(missing([], "patches", "softmax"), (0.6, 0.7, 0.8), strict=True)
+    ]
+    last, second = LEARNING_RATES[2], LEARNING_RATES[1]
+    runs.append(run(plan("patches", "softmax", last, SEEDS[1]), 0.5))  # on average 0.65
+    more = missing(runs, "patches", "softmax")
+    assert [(each.learning_rate, each.seed) for each in more] == [(second, s) for s in SEEDS[1:]]
+    runs += [run(each, 0.69) for each in more]
+    assert missing(runs, "patches", "softmax") == []
+    assert {each.plan.learning_rate for each in chosen(runs, "patches", "softmax")} == {second}
+
+
 def test_runs_of_other_options_steps_or_studies_are_not_taken_for_the_mixers() -> None:
     first = missing([], "patches", "SeT")[0]
     others = [

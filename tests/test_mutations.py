@@ -1,12 +1,15 @@
 """The checks find faults that were seeded into the kernels. Each takes a build of its own: they are
 tried where MUTATIONS=some or MUTATIONS=all asks for it; `python -m mutations` prints the table."""
 
+import ast
 import os
 
 import pytest
 
 from emulator.build import SOURCES, find_nvcc
 from mutations.faults import FAULTS, Fault
+from mutations.python import AREAS, PACKAGE, files
+from mutations.python_faults import PYTHON_FAULTS, PythonFault
 from mutations.run import run
 
 # One of each kind, and cheap to compile.
@@ -30,6 +33,20 @@ def test_kernels_have_the_text_that_a_fault_changes(fault: Fault) -> None:
     changed = fault.apply(text)
     assert changed != text
     assert changed.count("\n") == text.count("\n")
+
+
+@pytest.mark.parametrize("fault", PYTHON_FAULTS, ids=lambda fault: fault.name)
+def test_python_files_have_the_text_that_a_fault_changes(fault: PythonFault) -> None:
+    text = (PACKAGE / fault.file).read_text(encoding="utf-8")
+    changed = fault.apply(text)
+    assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(text))
+
+
+def test_python_faults_are_everywhere_and_have_tests() -> None:
+    assert len({fault.name for fault in PYTHON_FAULTS}) == len(PYTHON_FAULTS) >= 40
+    assert {fault.area for fault in PYTHON_FAULTS} == AREAS.keys()
+    for area in AREAS:
+        assert len(files(area)) >= len(AREAS[area])
 
 
 @needs_nvcc

@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .mixers import options_of
@@ -33,22 +34,22 @@ def plan(
 
 
 def chosen(runs: Iterable[Run], task: str, mixer: str) -> list[Run]:
-    """The mixer's runs on record, one a seed, at the learning rate whose first seed validates best;
-    none before all rates were tried."""
-    made = {run.plan.seed: {} for run in runs} | {SEEDS[0]: {}}
+    """The mixer's runs on record, one a seed, at the learning rate that validates best on average
+    over the seeds it has; none before all rates were tried."""
+    made: dict[float, dict[int, Run]] = {rate: {} for rate in LEARNING_RATES}
     for run in runs:
-        if run.plan == plan(task, mixer, run.plan.learning_rate, run.plan.seed):
-            made[run.plan.seed][run.plan.learning_rate] = run
-    first = made[SEEDS[0]]
-    if not set(LEARNING_RATES) <= set(first):
+        rate = run.plan.learning_rate
+        if rate in made and run.plan == plan(task, mixer, rate, run.plan.seed):
+            made[rate][run.plan.seed] = run
+    if not all(SEEDS[0] in of_rate for of_rate in made.values()):
         return []
-    best = max(LEARNING_RATES, key=lambda rate: first[rate].validation)
-    return [made[seed][best] for seed in SEEDS if best in made.get(seed, {})]
+    best = max(made.values(), key=lambda of_rate: fmean(r.validation for r in of_rate.values()))
+    return [best[seed] for seed in SEEDS if seed in best]
 
 
 def missing(runs: Iterable[Run], task: str, mixer: str) -> list[Plan]:
-    """What is to be run next for a mixer: all learning rates with the first seed, and then the
-    other seeds at the best."""
+    """What is to be run next for a mixer: all learning rates with the first seed, then the other
+    seeds at the best. A rate that was best by luck may no longer be so then, and the next is."""
     runs = list(runs)
     best = chosen(runs, task, mixer)
     if best:

@@ -366,8 +366,11 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           }
           store_rows<Storage>(head.value_gradients, tile, part * S::kDepth, out, value_tile);
         }
-        // rows and operand lie where the next keys and references go
-        if (Scores<Storage, resident>::kLean) __syncthreads();
+        if (Scores<Storage, resident>::kLean) {
+          __syncthreads();  // rows and operand lie where the next keys and references go
+        } else {
+          __syncwarp();  // the warp's lanes have read the rows of the plan that the next ones fill
+        }
       }
       if (rows_now) {
 #pragma unroll

@@ -37,6 +37,7 @@ class Problem:
     options: dict[str, Any]  # of random_problem
     arranged: Callable[[Tensor], Tensor] | None = None  # the same key, elsewhere in memory
     in_group: bool = False  # by the launches of a group of ranks, here of one
+    hidden: int = 0  # tokens from the first on that the mask leaves out
 
 
 def transposed(key: Tensor) -> Tensor:
@@ -63,6 +64,8 @@ TWO_TILES = {"M": 70, "D": 136}
 DEEP = {"D": 40}  # two depth tiles of float32
 SMALL = {"N": 45}  # fits the 64 KiB of a block on sm_75
 SHALLOW = {"N": 2100, "D": 16}
+MANY_QUERIES = {"N": 5, "Nq": 301, "M": 70}  # and more references than a tile
+IN_LOGARITHMS = {"epsilon": 0.01, "masked": True}
 
 PROBLEMS = {
     "bfloat16 resident forward": Problem("bfloat16", True, False, RESIDENT),
@@ -78,7 +81,16 @@ PROBLEMS = {
     "bfloat16 resident backward, small": Problem("bfloat16", True, True, RESIDENT | SMALL),
     "float32 resident backward": Problem("float32", True, True, RESIDENT),
     "float32 resident backward, deep": Problem("float32", True, True, RESIDENT | DEEP),
+    "bfloat16 resident backward, many queries": Problem(
+        "bfloat16", True, True, RESIDENT | MANY_QUERIES
+    ),
+    "float32 resident backward, many queries": Problem(
+        "float32", True, True, RESIDENT | MANY_QUERIES
+    ),
     "bfloat16 streaming backward": Problem("bfloat16", False, True, STREAMING),
+    "float32 streaming backward, first spans hidden": Problem(
+        "float32", False, True, STREAMING | IN_LOGARITHMS, hidden=280
+    ),
     "bfloat16 streaming backward, two tiles": Problem(
         "bfloat16", False, True, STREAMING | TWO_TILES
     ),
@@ -139,6 +151,8 @@ def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterat
     arguments = random_problem(dtype=getattr(torch, problem.storage), **problem.options)
     if problem.arranged is not None:
         arguments["key"] = problem.arranged(arguments["key"])
+    if problem.hidden:
+        arguments["mask"][:, : problem.hidden] = False
     modes = [(order, mode) for order, mode in MODES if mode != "plain" or order in orders]
     for order, mode in modes + ADDRESS_MODES * sanitizer_is_loaded():
         emulator.clear_errors()

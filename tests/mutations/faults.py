@@ -278,6 +278,13 @@ FORWARD = (
 
 BACKWARD = (
     Fault(
+        "a plan filled again while lanes of its warp read it",
+        "backward.cuh",
+        "__syncwarp();  // the warp's lanes have read the rows of the plan that the next ones fill",
+        "// the warp's lanes have read the rows of the plan that the next ones fill",
+        "float32 resident backward, many queries",
+    ),
+    Fault(
         "sign of an adjoint",
         "backward.cuh",
         "adjoint[half] -= quad_sum(sums[half]) * factors[half];",
