@@ -269,3 +269,32 @@ def test_reference_masses_below_the_normal_numbers(backend: Backend, dtype: torc
     assert (masses > 0).all()
     arguments["reference_mass"] = masses.expand(2, 5).to(backend.device)
     assert_as_exact_as_definition(backend.set_attention, arguments, backward=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_rounded_to_the_nearest_and_ties_to_even(
+    backend: Backend, dtype: torch.dtype
+) -> None:
+    """One token and one reference, whose similarity is 0, have weights of exactly 1: the value's
+    gradient is the sum of those of two queries, exact in float32, often halfway between two."""
+    rng = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**15), 2**15, (2, 1 << 14), generator=rng)
+    near = bits[0] ^ torch.randint(0, 16, bits[0].shape, generator=rng)  # of about the same size
+    pairs = torch.stack([torch.cat([bits[0]] * 2), torch.cat([bits[1], near])])
+    if backend.on_cuda and dtype == torch.float16:
+        # Tensor cores take a tile in units of its largest number: in reach of all are 1 to 256.
+        pairs = (pairs & 0x9FFF) + 0x3C00
+    pairs = pairs.to(torch.int16).view(dtype)
+    exact = pairs.double().sum(0)
+    pairs[:, exact != pairs.float().sum(0)] = 1  # also where one is not a number
+    exact = pairs.double().sum(0)
+    ties = exact != exact.to(dtype).double()
+    assert ties.sum() > 1000
+
+    upstream = pairs.unflatten(1, (-1, 256)).transpose(0, 1).unsqueeze(1).to(backend.device)
+    batch = len(upstream)  # [B, 1, 2, 256]
+    value = upstream.new_ones(batch, 1, 1, 256).requires_grad_()
+    query, key = upstream.new_zeros(batch, 1, 2, 4), upstream.new_zeros(batch, 1, 1, 4)
+    output = backend.set_attention(query, key, value, key[0], kernel="linear", normalize=False)
+    output.backward(upstream)
+    assert torch.equal(value.grad.flatten().cpu(), exact.to(dtype))
