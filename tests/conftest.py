@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +23,9 @@ os.environ.setdefault("SETFORMER_LEAST_PARALLEL_WORK", "0")
 # Options of this run are not meant for the pytest processes that tests start.
 os.environ.pop("PYTEST_ADDOPTS", None)
 
+# Of all that tests draw: a test draws the same whatever ran before it.
+SEED = int(os.environ.get("SETFORMER_TEST_SEED", "0"))
+
 # The same examples on every machine, and no deadline: shared machines stall.
 with contextlib.suppress(ModuleNotFoundError):
     import hypothesis
@@ -30,6 +34,10 @@ with contextlib.suppress(ModuleNotFoundError):
         "setformer", derandomize=True, deadline=None, max_examples=60, print_blob=True
     )
     hypothesis.settings.load_profile("setformer")
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (SETFORMER_TEST_SEED draws another)"
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,16 @@ def operations_call_the_backend(request: pytest.FixtureRequest) -> Iterator[None
         ops._C = request.getfixturevalue("backend").module
     yield
     ops._C = setformer_ext._C
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    with contextlib.suppress(ModuleNotFoundError):
+        import numpy
+
+        numpy.random.seed(SEED)  # noqa: NPY002 (timm draws from it)
 
 
 @pytest.fixture(autouse=True)

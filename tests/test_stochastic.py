@@ -26,11 +26,6 @@ CONFIG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def compared(module: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Outputs of one input in training, [DRAWS, ...], and in evaluation, which their mean is.
 

@@ -36,7 +36,10 @@ RANDOM = (
     "--cutmix=1.0",
     "--flip=0.5",
 )
-LENGTH = ("--steps=7", "--batch-size=8", "--eval-every=3", "--save-every=2", "--lr=3e-3")
+LENGTH = (
+    *("--steps=7", "--batch-size=4", "--accumulate=2", "--lr=3e-3"),
+    *("--eval-every=3", "--save-every=2"),
+)
 KILLS = int(os.environ.get("SETFORMER_TEST_KILLS", "3"))  # at random moments
 
 
