@@ -38,7 +38,7 @@ class SetAttention(nn.Module):
     the entropic transport, the Nystrom feature map (there from OTKE, Mialon et al., ICLR 2021)
     and the penalty that decays exponentially with the distance of positions.
     Our reading: how the references' outputs return to the tokens, unit length, the learned
-    masses, bandwidth and epsilon, references pooled from the input, the separate query.
+    masses, references pooled from the input, the separate query.
 
     Args:
         dim: channels C of input and output, a multiple of ``num_heads``.
@@ -49,12 +49,10 @@ class SetAttention(nn.Module):
         query_projection: give the tokens queries of their own (a second solve), which start as
             their keys; without it q = k.
         kernel: "gaussian", kappa(k, y) = exp(-\|k - y\|^2 / (2 bandwidth^2)), or "linear", <k, y>.
-        bandwidth: of the gaussian kernel, > 0; the initial value if ``learned_bandwidth``.
-        epsilon: entropy of the transport, > 0; the initial value if ``learned_epsilon``. Smaller is
-            sharper, and below 1/32 in float32 slower (the log domain instead of scaling).
+        bandwidth: of the gaussian kernel, > 0.
+        epsilon: entropy of the transport, > 0. Smaller is sharper, and below 1/32 in float32 slower
+            (the log domain instead of scaling).
         iterations: Sinkhorn steps T >= 0.
-        learned_bandwidth: learn one bandwidth per head, as its logarithm.
-        learned_epsilon: learn one epsilon per head, as its logarithm.
         learned_token_mass: a_i proportional to exp(<u_h, x_i>), instead of uniform.
         learned_reference_mass: b_j proportional to exp(c_hj), instead of uniform.
         adaptive_reference_mass: add <m_hj, mean_i x_i>, over the valid tokens, to c_hj: an input
@@ -92,8 +90,6 @@ class SetAttention(nn.Module):
         bandwidth: float = 1.0,
         epsilon: float = 0.04,
         iterations: int = 1,
-        learned_bandwidth: bool = False,
-        learned_epsilon: bool = False,
         learned_token_mass: bool = True,
         learned_reference_mass: bool = True,
         adaptive_reference_mass: bool = False,
@@ -116,8 +112,6 @@ class SetAttention(nn.Module):
         flags = {
             "pooled_references": pooled_references,
             "query_projection": query_projection,
-            "learned_bandwidth": learned_bandwidth,
-            "learned_epsilon": learned_epsilon,
             "learned_token_mass": learned_token_mass,
             "learned_reference_mass": learned_reference_mass,
             "adaptive_reference_mass": adaptive_reference_mass,
@@ -164,15 +158,14 @@ class SetAttention(nn.Module):
             _require(learned_reference_mass, "learned_reference_mass", "True where adaptive", False)
         if kernel == "linear":
             _require(num_anchors is None, "num_anchors", "None with kernel='linear'", num_anchors)
-            _require(not learned_bandwidth, "learned_bandwidth", "False with kernel='linear'", True)
 
         # Of Python, whatever they came as: NumPy's cannot be saved or exported everywhere.
         self.dim, self.num_heads, self.num_references = map(int, (dim, num_heads, num_references))
         self.context_dim = self.dim if context_dim is None else int(context_dim)
         self.pooled_references = pooled_references
         self.kernel = kernel
-        self.initial_bandwidth = float(bandwidth)
-        self.initial_epsilon = float(epsilon)
+        self.bandwidth = float(bandwidth)
+        self.epsilon = float(epsilon)
         self.iterations = int(iterations)
         self.num_anchors = None if num_anchors is None else int(num_anchors)
         self.position_bandwidth = None if position_bandwidth is None else float(position_bandwidth)
@@ -201,13 +194,10 @@ class SetAttention(nn.Module):
         self.reference = parameter(not pooled_references, heads, references, depth)
         self.reference_log_mass = parameter(learned_reference_mass, heads, references)
         self.anchor = parameter(num_anchors is not None, heads, self.num_anchors or 0, depth)
-        self.log_bandwidth = parameter(learned_bandwidth, heads)
-        self.log_epsilon = parameter(learned_epsilon, heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew; queries start as keys, masses uniform, bandwidth and epsilon where
-        given."""
+        """Draw the weights anew; queries start as keys, masses uniform."""
         for linear in (self.key, self.query, self.value, self.projection):
             if linear is not None:
                 nn.init.xavier_uniform_(linear.weight)
@@ -222,10 +212,6 @@ class SetAttention(nn.Module):
                 nn.init.normal_(points, std=points.shape[-1] ** -0.5)
         if self.reference_log_mass is not None:
             nn.init.zeros_(self.reference_log_mass)
-        if self.log_bandwidth is not None:
-            nn.init.constant_(self.log_bandwidth, math.log(self.initial_bandwidth))
-        if self.log_epsilon is not None:
-            nn.init.constant_(self.log_epsilon, math.log(self.initial_epsilon))
 
     def start_queries_as_keys(self) -> None:
         """Copy the keys' projection to the queries, where both are of as many channels: tokens then
@@ -240,17 +226,7 @@ class SetAttention(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that live on a scale of their own, where 0 means nothing."""
-        return {"reference", "reference_log_mass", "anchor", "log_bandwidth", "log_epsilon"}
-
-    @property
-    def bandwidth(self) -> float | Tensor:
-        """The bandwidth in use: a float, or the learned one per head, [H]."""
-        return self.initial_bandwidth if self.log_bandwidth is None else _exp(self.log_bandwidth)
-
-    @property
-    def epsilon(self) -> float | Tensor:
-        """The epsilon in use: a float, or the learned one per head, [H]."""
-        return self.initial_epsilon if self.log_epsilon is None else _exp(self.log_epsilon)
+        return {"reference", "reference_log_mass", "anchor"}
 
     @answers_foreign_names
     def forward(
@@ -330,8 +306,8 @@ class SetAttention(nn.Module):
             parts.append("pooled_references=True")
         parts.append(f"kernel={self.kernel!r}")
         if self.kernel == "gaussian":
-            parts.append(f"bandwidth={_describe(self.initial_bandwidth, self.log_bandwidth)}")
-        parts.append(f"epsilon={_describe(self.initial_epsilon, self.log_epsilon)}")
+            parts.append(f"bandwidth={self.bandwidth}")
+        parts.append(f"epsilon={self.epsilon}")
         parts.append(f"iterations={self.iterations}")
         if self.token_mass is None:
             parts.append("learned_token_mass=False")
@@ -546,10 +522,6 @@ def _is_positive(x: float) -> bool:
     return math.isfinite(x) and x > 0
 
 
-def _describe(initial: float, logarithm: Tensor | None) -> str:
-    return f"{initial}" if logarithm is None else f"learned from {initial}"
-
-
 def mean_of_valid(
     x: Tensor, mask: Tensor | None
 ) -> Tensor:  # [B, N, C], zero where invalid -> [B, C]
@@ -563,11 +535,6 @@ def _softmax(x: Tensor) -> Tensor:
     """Over the last dimension, in float32 at least, and never 0: that is no mass of a reference."""
     shares = x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return shares.clamp(min=LEAST_SHARE)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """In float32 at least, and so that its square and inverse are finite, whatever was learned."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-20, 20).exp()
 
 
 def zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]

@@ -303,7 +303,7 @@ def test_pooling_and_plan_of_dtensors() -> None:
 
 
 MODULES: tuple[dict[str, Any], ...] = (
-    {"position_bandwidth": 0.5, "learned_epsilon": True, "query_projection": False},
+    {"position_bandwidth": 0.5, "query_projection": False},
     {"adaptive_reference_mass": True, "num_anchors": 4},
 )
 

@@ -207,8 +207,8 @@ def test_a_study_counts_each_seed_once_at_one_rate() -> None:
 
 
 def test_options_are_read_in_pythons_notation() -> None:
-    given = ["epsilon=.1", "kernel=linear", "learned_epsilon=True", "num_anchors=None"]
-    read = {"epsilon": 0.1, "kernel": "linear", "learned_epsilon": True, "num_anchors": None}
+    given = ["epsilon=.1", "kernel=linear", "learned_token_mass=True", "num_anchors=None"]
+    read = {"epsilon": 0.1, "kernel": "linear", "learned_token_mass": True, "num_anchors": None}
     assert _read(given) == read
     with pytest.raises(ValueError, match="expected OPTION=VALUE, got epsilon"):
         _read(["epsilon"])

@@ -158,7 +158,7 @@ def test_dropout_of_nested_tensors() -> None:
 
 
 def test_device_and_dtype_of_all_parameters() -> None:
-    options = {"num_anchors": 5, "learned_epsilon": True}
+    options = {"num_anchors": 5}
     module = SetAttention(24, 3, device="meta", dtype=torch.bfloat16, **options)
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
     x = torch.empty(2, 9, 24, device="meta", dtype=torch.bfloat16)

@@ -135,9 +135,7 @@ class Attending(Line):
     """With a module that exempts parameters of its own."""
 
     def make_model(self) -> nn.Module:
-        return nn.ModuleDict(
-            {"attention": SetAttention(8, 2, 3, learned_epsilon=True), "head": nn.Linear(8, 2)}
-        )
+        return nn.ModuleDict({"attention": SetAttention(8, 2, 3), "head": nn.Linear(8, 2)})
 
 
 def test_the_optimizer_decays_matrices_and_nothing_else() -> None:
@@ -149,7 +147,9 @@ def test_the_optimizer_decays_matrices_and_nothing_else() -> None:
         for p in group["params"]
     }
     assert decay.keys() == set(names.values())
-    matrices = {f"attention.{name}.weight" for name in ("key", "value", "projection", "token_mass")}
+    matrices = {
+        f"attention.{name}.weight" for name in ("key", "query", "value", "projection", "token_mass")
+    }
     matrices |= {"head.weight"}
     assert {name for name, value in decay.items() if value == 0.3} == matrices
     assert {value for name, value in decay.items() if name not in matrices} == {0.0}

@@ -17,9 +17,8 @@ from switched import NAME, make
 
 def encoder() -> nn.Module:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    options = {"learned_epsilon": True}
     return SetformerForSequenceClassification(
-        SetformerConfig(vocab_size=60, **sizes, num_references=3, attention_options=options)
+        SetformerConfig(vocab_size=60, **sizes, num_references=3)
     )
 
 
@@ -42,7 +41,7 @@ def parametrised() -> nn.Module:
 @pytest.mark.parametrize(
     ("make_model", "exempt", "decaying"),
     [
-        (encoder, {"reference", "reference_log_mass", "log_epsilon"}, "attention.key.weight"),
+        (encoder, {"reference", "reference_log_mass"}, "attention.key.weight"),
         (switched, {"reference", "reference_log_mass", "query_log_scale"}, "self.key.weight"),
         (adapted, {"reference", "reference_log_mass", "query_log_scale"}, "lora_A.default.weight"),
         (parametrised, {"reference", "original", "query_log_scale"}, "self.key.weight"),

@@ -244,15 +244,13 @@ def test_layer_decay_groups(through_factory: bool) -> None:
 
 
 def test_what_does_not_decay() -> None:
-    model = make(attention_options={"learned_epsilon": True})
+    model = make()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
     free = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
     block = "stages.2.blocks.1."
     attention = f"{block}attention."
-    assert {
-        f"{attention}{name}" for name in ("reference", "reference_log_mass", "log_epsilon")
-    } < free
+    assert {f"{attention}{name}" for name in ("reference", "reference_log_mass")} < free
     assert f"{attention}key.weight" not in free
     assert f"{block}mlp.0.weight" not in free
     assert {name for name in names.values() if name.endswith("bias")} < free

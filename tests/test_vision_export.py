@@ -25,12 +25,7 @@ OPTIONS = {
     "the backbone's": {"iterations": 1, "adaptive_reference_mass": True},
     "many steps, positions": {"iterations": 7, "position_bandwidth": 0.5},
     "no steps": {"iterations": 0},
-    "own query, positions, learned scales": {
-        "query_projection": True,
-        "position_bandwidth": 0.5,
-        "learned_epsilon": True,
-        "learned_bandwidth": True,
-    },
+    "own query, positions": {"query_projection": True, "position_bandwidth": 0.5},
     "pooled references, positions": {"pooled_references": True, "position_bandwidth": 0.5},
     "linear": {"kernel": "linear"},
 }
