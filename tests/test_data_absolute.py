@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from setformer_ext.demo.data import load_folder
 from setformer_ext.train.ade20k import IGNORED, Labels
@@ -50,7 +51,7 @@ def make_classify(root: Path, *more: str) -> Classify:
         f"--data={root}",
         "--input-size=32",
         "--auto-augment=none",
-        *("--color-jitter=0", "--random-erasing=0", "--mixup=0", "--cutmix=0"),
+        *("--color-jitter=0", "--random-erasing=0", "--mixup=0", "--cutmix=0"),  # more may change
     )
     return Classify(options_of(Classify, *given, *more))
 
@@ -79,6 +80,28 @@ def test_images_of_a_classifier_are_normalised_by_its_constants(
     card = task.card()
     assert card["mean"] == pytest.approx(MEAN if channels == 3 else [sum(MEAN) / 3])
     assert card["std"] == pytest.approx(STD if channels == 3 else [sum(STD) / 3])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_mixed_images_have_a_share_of_each_label_smoothed_as_asked_for(
+    smoothing: float, tmp_path: Path
+) -> None:
+    root = write_classes(tmp_path, Image.new("L", (40, 40)))
+    task = make_classify(root, "--mixup=0.8", f"--label-smoothing={smoothing}")
+    images, labels = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 4, 4), torch.tensor([0, 1] * 3)
+    weight = torch.randn(2)
+    seen: list[Tensor] = []
+
+    def model(mixed: Tensor) -> Tensor:  # [B, 1, H, W] -> [B, classes]
+        seen.append(mixed)
+        return mixed[:, 0, 0, :1] * weight
+
+    found = task.losses(model, (images.clone(), labels))["cross_entropy"]  # type: ignore[arg-type]
+    # Image i is mixed with its mirror 5 - i: x = s i + (1 - s)(5 - i).
+    share = (seen[0][0, 0, 0, 0] - 5) / (0 - 5)
+    one, other = (F.one_hot(each, 2) for each in (labels, labels.flip(0)))
+    truth = (share * one + (1 - share) * other) * (1 - smoothing) + smoothing / 2
+    torch.testing.assert_close(found, -(truth * model(seen[0]).log_softmax(-1)).sum(-1).mean())
 
 
 def test_images_of_a_segmenter_are_normalised_by_its_constants(tmp_path: Path) -> None:

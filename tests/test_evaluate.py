@@ -91,9 +91,9 @@ def test_broken_samples_and_unknown_classes(
     shutil.copytree(digits / "val", tmp_path / "val")
     broken = tmp_path / "val" / "3" / "broken.png"
     broken.write_text("no image")
-    given = (classifier, "--data", tmp_path, "--workers=0")
+    given = (classifier, "--data", tmp_path, "--workers=0", "--batch-size=1")
     status, _, err = evaluate(capsys, *given)
-    assert (status, err.count("\n")) == (1, 1)
+    assert (status, err.count("\n")) == (1, 1), "a batch of nothing else"
     assert f"{broken}: not an image" in err
     report = tmp_path / "a.json"
     status, out, _ = evaluate(capsys, *given, "--on-error=skip", "--output", report)
@@ -124,6 +124,24 @@ def test_processes_share_the_samples_and_tell_of_all(
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
     assert len(one["skipped"]) == len(broken)
     assert {*two["skipped"]} == {*one["skipped"]}
+
+
+def test_classes_keep_their_labels_where_others_are_missing(
+    digits: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The sums of the halves are those of the whole."""
+    halves = {"low": "01234", "high": "56789", "all": "0123456789"}
+    sums = {}
+    for half, names in halves.items():
+        for name in names:
+            shutil.copytree(digits / "val" / name, tmp_path / half / "val" / name)
+        report = tmp_path / f"{half}.json"
+        given = ("--data", tmp_path / half, "--workers=0", "--output", report)
+        assert evaluate(capsys, classifier, *given)[0] == 0
+        result = json.loads(report.read_text())
+        sums[half] = {n: x * result["samples"] for n, x in result["metrics"].items()}
+    for name, whole in sums["all"].items():
+        assert whole == pytest.approx(sums["low"][name] + sums["high"][name], rel=1e-5), name
 
 
 def test_what_a_training_says_of_its_data_is_told(

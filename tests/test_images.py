@@ -69,6 +69,24 @@ def test_a_file_made_to_fill_the_memory_is_refused_from_its_head(tmp_path: Path)
         pass
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "GIF", "P", "L", "RGB"])
+def test_transparency_of_every_mode_becomes_white(mode: str, tmp_path: Path) -> None:
+    """Also where one colour of a palette, of greys or of RGB stands for it."""
+    path, alpha = tmp_path / f"image.{'gif' if mode == 'GIF' else 'png'}", {}
+    if mode in ("RGBA", "LA", "GIF"):
+        image = Image.new("RGBA", (4, 3), (10, 20, 30, 0))
+        image.paste((10, 20, 30, 255), (0, 0, 2, 3))
+        image = image.convert("LA") if mode == "LA" else image
+    else:
+        image = Image.new(mode, (4, 3), 0)
+        image.paste({"RGB": (50, 60, 70)}.get(mode, 50), (0, 0, 2, 3))
+        alpha = {"transparency": (0, 0, 0) if mode == "RGB" else 0}
+    image.save(path, **alpha)
+    pixels = np.asarray(read_image(path))
+    assert (pixels[:, 2:] == 255).all(), "transparent"
+    assert (pixels[:, :2] < 255).any(axis=-1).all()
+
+
 def test_every_command_that_reads_images_has_the_limit(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

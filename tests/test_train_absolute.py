@@ -207,35 +207,6 @@ def test_loss_of_segments_is_the_mean_over_the_pixels_that_have_a_class() -> Non
     assert task.losses(nn.Identity(), ([*logits], [*nothing]))["cross_entropy"] == 0
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_loss_of_mixed_classes_is_the_cross_entropy_with_smoothed_shares(
-    smoothing: float,
-) -> None:
-    """Mixup gives a share of each of two labels, each smoothed as without it."""
-    from timm.data import Mixup
-
-    from setformer_ext.train.classify import Classify
-
-    task = Classify.__new__(Classify)
-    task.options = argparse.Namespace(label_smoothing=smoothing)
-    task.mixup = Mixup(0.8, 0.0, label_smoothing=smoothing, num_classes=5)
-    images, labels = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 4, 4), torch.randint(5, (6,))
-    weight = torch.randn(5)
-    seen: list[Tensor] = []
-
-    def model(mixed: Tensor) -> Tensor:  # [B, 1, H, W] -> [B, classes]
-        seen.append(mixed)
-        return mixed[:, 0, 0, :1] * weight
-
-    found = task.losses(model, (images.clone(), labels))["cross_entropy"]  # type: ignore[arg-type]
-    # Image i is mixed with its mirror 5 - i: x = s i + (1 - s)(5 - i).
-    share = (seen[0][0, 0, 0, 0] - 5) / (0 - 5)
-    logits = model(seen[0])
-    truth = share * F.one_hot(labels, 5) + (1 - share) * F.one_hot(labels.flip(0), 5)
-    truth = truth * (1 - smoothing) + smoothing / 5
-    torch.testing.assert_close(found, -(truth * logits.log_softmax(-1)).sum(-1).mean())
-
-
 def _encoder(kind: Any, **options: Any) -> Any:
     from setformer_ext.language import SetformerConfig
 

@@ -163,13 +163,21 @@ def test_the_weights_of_the_lower_loss_are_kept(
     """Twenty images, and an accuracy that says the same of all of them."""
     compute = Accuracy.compute
     monkeypatch.setattr(Accuracy, "compute", lambda self: {**compute(self), "top1": 0.5})
+    losses_of, modes = Classify.losses, []
+
+    def losses(self: Classify, model: nn.Module, batch: Any) -> Any:
+        modes.append(model.training)
+        return losses_of(self, model, batch)
+
+    monkeypatch.setattr(Classify, "losses", losses)
     result = classify(data, tmp_path / "out", *SHORT, "--steps=6", "--ema-decay=0")
-    losses = [e["eval_loss"] for e in result["history"]]
-    assert result["best"] == result["history"][losses.index(min(losses))]
+    assert modes == [True] * 6, "also after an evaluation"
+    measured = [e["eval_loss"] for e in result["history"]]
+    assert result["best"] == result["history"][measured.index(min(measured))]
     checkpoint = Checkpoints(tmp_path / "out" / "checkpoints").load(pytest.fail)
     kept = load_file(tmp_path / "out" / "model.safetensors")
     same = all(torch.equal(kept[name], checkpoint["model"][name]) for name in kept)
-    assert same == (min(losses) == losses[-1])
+    assert same == (min(measured) == measured[-1])
 
 
 def test_the_loss_that_is_measured_is_that_of_all_samples() -> None:
