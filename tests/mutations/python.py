@@ -37,7 +37,7 @@ AREAS = {
     ),
     "vision": ("vision*", "detection", "segmentation", "stochastic", "train_segment"),
     "language": ("language*", "distillation", "stochastic", "train_language", "texts"),
-    "train": ("train*", "data_absolute", "image*", "coco_exports", "texts", "distillation"),
+    "train": ("train*", "data_absolute", "image*", "coco_exports", "texts", "demo", "evaluate"),
     "predict": ("predict*", "evaluate", "pictures", "export", "vision_export"),
     "explain": ("explain*",),
     "distributed": ("distributed*",),
@@ -72,7 +72,7 @@ def find(fault: PythonFault, quick: bool) -> Finding:
         command = [sys.executable, "-m", "pytest", "--exitfirst", "--quiet", "-rfE", *chosen]
         try:
             result = subprocess.run(
-                [*command, "-p", "no:cacheprovider", *files(fault.area)],
+                [*command, "-p", "no:cacheprovider", *files(fault.area, fault.file)],
                 capture_output=True,
                 text=True,
                 env=environment,
@@ -88,10 +88,17 @@ def find(fault: PythonFault, quick: bool) -> Finding:
     return Finding(fault, tuple(failed), time.perf_counter() - start)
 
 
-def files(area: str) -> list[str]:
-    """The test files of an area, those of the smallest first."""
+def files(area: str, file: str = "") -> list[str]:
+    """The test files of an area: first those that name the file's module, and of these the
+    smallest."""
     found = {path for name in AREAS[area] for path in TESTS.glob(f"test_{name}.py")}
-    return [str(path) for path in sorted(found, key=lambda path: (path.stat().st_size, path.name))]
+    module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    def key(path: Path) -> tuple[bool, int, str]:
+        names = module in path.read_text(encoding="utf-8")
+        return not names, path.stat().st_size, path.name
+
+    return [str(path) for path in sorted(found, key=key)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
