@@ -36,6 +36,13 @@ with contextlib.suppress(ModuleNotFoundError):
     hypothesis.settings.load_profile("setformer")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs emulated kernels is slow, if only for loading them."""
+    for item in items:
+        if "cuda-emulated" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_report_header() -> str:
     return f"seed: {SEED} (SETFORMER_TEST_SEED draws another)"
 

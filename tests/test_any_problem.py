@@ -42,6 +42,7 @@ def problems(draw: st.DrawFn) -> Arguments:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_any_problem(backend: Backend, function: str) -> None:
     @settings(max_examples=backend.examples)

@@ -170,6 +170,7 @@ options = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function", ["set_attention_forward", "set_attention_backward", "transport_plan"]
 )

@@ -68,6 +68,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
+@pytest.mark.slow
 def test_a_build_writes_nothing_into_the_checkout_and_keeps_nothing(checkout: Path) -> None:
     before = state(checkout)
     first = build_wheel(checkout, MAX_JOBS="3")

@@ -183,6 +183,7 @@ def test_arrays_of_two_devices(emulated: ModuleType) -> None:
         emulated.set_attention_forward(**on(arrays, ROCM, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workspace", "error", "message"),
     [

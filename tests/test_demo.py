@@ -56,6 +56,7 @@ def is_png(path: Path) -> bool:
         return image.format == "PNG" and min(image.size) > 300
 
 
+@pytest.mark.slow
 def test_end_to_end_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "made" / "here"
     assert run_demo("--steps", 3, "--output", output) == 0
@@ -72,6 +73,7 @@ def test_end_to_end_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture)
         assert float(row[3]) > 0
 
 
+@pytest.mark.slow
 def test_end_to_end_on_a_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -86,6 +88,7 @@ def test_end_to_end_on_a_folder(
     assert "reading images" not in captured.err, "a log has lines, not bars"
 
 
+@pytest.mark.slow
 def test_learns_the_digits() -> None:
     """Far above chance, 10%, after a tenth of the demo's steps."""
     images, make = load_digits(8, seed=0), partial(Classifier, 1, 8, 10, make_set_attention)
@@ -96,6 +99,7 @@ def test_learns_the_digits() -> None:
     assert history.tested_at[-1] == 100
 
 
+@pytest.mark.slow
 def test_same_seed_same_training() -> None:
     images = load_digits(8, seed=0)
 
@@ -182,6 +186,7 @@ def test_missing_package_says_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     heavy = "{'sklearn', 'matplotlib', 'PIL'}"
     code = f"import sys, setformer_ext.demo; sys.exit(bool({heavy} & set(sys.modules)))"
@@ -193,6 +198,7 @@ def test_import_is_light() -> None:
     )
 
 
+@pytest.mark.slow
 def test_plans_are_drawn_from_the_most_telling_head(tmp_path: Path) -> None:
     """A head whose references draw alike tells nothing; the others have something to show."""
     from setformer_ext.demo.pictures import _most_telling_head

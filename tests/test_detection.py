@@ -62,6 +62,7 @@ def targets() -> list[dict[str, Tensor]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_norm", [False, True])
 @pytest.mark.parametrize("make", [mask_rcnn, faster_rcnn, retinanet])
 def test_images_of_any_sizes_and_without_objects(
@@ -92,6 +93,7 @@ def test_images_of_any_sizes_and_without_objects(
 EXTREME = [(2, 2), (1, 1), (1, 4000), (4000, 1), (3, 500)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [mask_rcnn, faster_rcnn, retinanet])
 def test_images_a_pixel_thin(make: Callable[..., nn.Module]) -> None:
     """Sides of 1 beside thousands, of which resizing the longer to 160 would leave nothing."""
@@ -213,6 +215,7 @@ def test_what_is_no_backbone_for_a_pyramid() -> None:
             make("setformer_mini", 2, **SMALL | {"anchor_sizes": (8, 16)})
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_paper() -> None:
     """And the counter's figure for a network is the one by hand."""
     figures = model_sizes.count()
@@ -226,6 +229,7 @@ def test_sizes_are_those_of_the_paper() -> None:
     assert model_sizes._multiply_adds("", counter).counted == pytest.approx(10 * 30 * 20 / 1e9)
 
 
+@pytest.mark.slow
 def test_the_count_takes_torchvisions_own_heads() -> None:
     """The parts that are counted are those that the whole model runs through."""
     with torch.device("meta"):

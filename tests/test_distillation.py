@@ -53,6 +53,7 @@ def test_the_error_is_that_to_the_original_model_s_attention() -> None:
     assert losses == pytest.approx([torch.stack(errors).mean().item()], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_distillation_lowers_the_error_of_references_alone(kind: str) -> None:
     model = make(kind, num_references=8).train()

@@ -68,6 +68,7 @@ def attend(name: str, way: str) -> tuple[Tensor, dict[str, Tensor]]:
     return output.detach(), gradients(own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "way"),
     [(name, "eager") for name in PROBLEMS]
@@ -108,6 +109,7 @@ def attend_twice(reorder: bool) -> Any:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reorder", [False, True])
 def test_compiled_calls_are_in_one_order_or_raise(reorder: bool) -> None:
     for found in values(run_on_ranks(2, attend_twice, reorder)):
@@ -131,6 +133,7 @@ def attend_for_nothing() -> float:
         return abs(compiled(own["key"], own["value"]) - sum_of_output(own["key"], own["value"]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.9 leaves them out")
 def test_compiled_calls_are_not_left_out() -> None:
     assert max(values(run_on_ranks(len(LENGTHS), attend_for_nothing))) < 1e-9
@@ -147,6 +150,7 @@ def attend_in_bfloat16(autocast: bool) -> tuple[Tensor, Tensor]:
     return output.detach(), own["key"].grad
 
 
+@pytest.mark.slow
 def test_autocast_computes_in_its_type() -> None:
     cast = values(run_on_ranks(len(LENGTHS), attend_in_bfloat16, False))
     autocast = values(run_on_ranks(len(LENGTHS), attend_in_bfloat16, True))
@@ -166,6 +170,7 @@ def attend_in_float32(name: str) -> list[Tensor]:
     return [alone, output.detach(), *gradients(own).values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["everything", "cross", "log domain"])
 def test_runs_are_bitwise_the_same(name: str) -> None:
     first = values(run_on_ranks(len(LENGTHS), attend_in_float32, name))
@@ -228,6 +233,7 @@ def sent(problem: dict[str, Any]) -> tuple[float, float]:
     return (forward - before) / size, (Ranks.bytes_sent - forward) / size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "cross", "T", "epsilon", "dtype"),
     [
@@ -277,6 +283,7 @@ def attend_to_what_disagrees(changes: dict[int, dict[str, Any]]) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "of_others"),
     [
@@ -336,6 +343,7 @@ def attend_until_one_dies(backward: bool) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_rank_that_dies_is_missed_by_all(backward: bool) -> None:
     start = time.monotonic()

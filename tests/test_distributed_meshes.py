@@ -77,6 +77,7 @@ def train_on_a_mesh(way: str) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["DDP", "FSDP2", "HSDP"])
 def test_training_on_a_mesh_of_batch_and_sequence(way: str) -> None:
     whole = Block()
@@ -134,6 +135,7 @@ def dtensor_problem() -> dict[str, Any]:
     return problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "compiled"), [(True, False), (False, False), (True, True)])
 def test_dtensors(batch: bool, compiled: bool) -> None:
     whole = shard(dtensor_problem(), (13,), 0, (7,))
@@ -258,6 +260,7 @@ def placement_of(name: str, x: Tensor, dimension: int) -> Any:
     return Replicate() if found is None else Shard(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dimension", "compiled"), [(0, False), (1, False), (2, False), (0, True)])
 def test_set_attention_itself_takes_dtensors(dimension: int, compiled: bool) -> None:
     """Over the samples, over the heads, and over tokens, which are gathered."""
@@ -294,6 +297,7 @@ def pool_and_plan() -> tuple[Tensor, Tensor]:
     return pooled.full_tensor(), plan.full_tensor()
 
 
+@pytest.mark.slow
 def test_pooling_and_plan_of_dtensors() -> None:
     problem = random_problem(N=5, H=2)
     expected = setformer_ext.set_pooling(problem["key"], problem["value"], problem["reference"])
@@ -331,6 +335,7 @@ def of_modules() -> list[list[Tensor]]:
     return [of_a_module(options, mesh, sharded) for options in MODULES for sharded in (0, 1)]
 
 
+@pytest.mark.slow
 def test_modules_take_dtensors() -> None:
     expected = [of_a_module(options) for options in MODULES for _ in range(2)]
     for found in values(run_on_ranks(2, of_modules)):

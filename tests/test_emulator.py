@@ -508,6 +508,7 @@ def launch(emulator: Emulator, name: str, *arguments: object) -> int:
 ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
 def test_warp_functions(emulator: Emulator, order: str, seed: int) -> None:
     out = np.zeros((32, 10), np.uint32)
@@ -667,6 +668,7 @@ print(emulator.last_message)
 """
 
 
+@pytest.mark.slow
 def test_address_sanitizer(library: Path) -> None:
     """One element past an allocation of exactly 64 floats."""
     compiler = os.environ.get("CXX", "g++")
@@ -700,6 +702,7 @@ def test_address_mode_needs_the_sanitizer(emulator: Emulator) -> None:
     assert "LD_PRELOAD" in emulator.last_message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "status"),
     [

@@ -66,6 +66,7 @@ def classifier(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_classes(
     digits: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -108,6 +109,7 @@ def run_command(given: list[str]) -> None:
     raise SystemExit(cli.main(given))
 
 
+@pytest.mark.slow
 def test_processes_share_the_samples_and_tell_of_all(
     digits: Path, classifier: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +164,7 @@ def test_what_a_training_says_of_its_data_is_told(
     assert "".join(f"{note}\n" for note in notes) in out
 
 
+@pytest.mark.slow
 def test_objects(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = detection.write_shapes(tmp_path / "data", train=8, val=5)
     given = ("--detector-options", "score_thresh=0.0", "--detector=retinanet", "--steps=12")
@@ -183,6 +186,7 @@ def test_objects(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert (note in result["notes"], note in out) == (True, True)
 
 
+@pytest.mark.slow
 def test_pixels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data, run = segmentation.write_shapes(tmp_path / "data", train=6, val=4), tmp_path / "run"
     (data / "classes.txt").write_text("red\ngreen\nblue\n")
@@ -207,6 +211,7 @@ def test_pixels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert (status, "has the classes red, blue, green; the training has" in err) == (1, True)
 
 
+@pytest.mark.slow
 def test_masked_words_and_glue(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text, encoder, run = tmp_path / "a.txt", tmp_path / "encoder", tmp_path / "run"
     for path, count, seed in ((text, 200, 0), (text.with_suffix(".dev"), 60, 1)):

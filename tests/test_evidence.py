@@ -268,6 +268,7 @@ def test_references_norms_and_biases_do_not_decay() -> None:
     assert "blocks.0.mixer_norm.weight" not in decay
 
 
+@pytest.mark.slow
 def test_costs_of_a_step_are_kept_for_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +330,7 @@ def _tiny(load: object) -> Task:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_training_learns_and_is_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Data(*(_are_there_two_alike(count, count) for count in (2000, 201, 202)))
     monkeypatch.setitem(TASKS, "tiny", _tiny(lambda _folder: parts))
@@ -352,6 +354,7 @@ def test_a_training_learns_and_is_the_same_again(monkeypatch: pytest.MonkeyPatch
         assert made.mebibytes > 0
 
 
+@pytest.mark.slow
 def test_schedule_runs_what_is_missing_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

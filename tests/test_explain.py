@@ -228,6 +228,7 @@ def explain(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_command_draws_a_run(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture) -> None:
     run = write_run(tmp_path / "run", "setformer_mini", make_model(), **TINY)
     output = tmp_path / "new" / "picture.png"
@@ -241,6 +242,7 @@ def test_command_draws_a_run(tmp_path: Path, photo: Path, capsys: pytest.Capture
     assert (status, "stage 1, block 1 of 1, head 1 of 1" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_command_chooses_the_telling_head(
     tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -254,6 +256,7 @@ def test_command_chooses_the_telling_head(
         assert (status, f"head {head + 1} of 2" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_command_takes_a_checkpoint_of_timm(
     tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture
 ) -> None:

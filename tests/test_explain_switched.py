@@ -152,6 +152,7 @@ def test_patches_of_a_switched_vision_model(kind: str, photo: Path, tmp_path: Pa
     torch.testing.assert_close(layer.plans, patches / patches.sum((1, 2), keepdim=True))
 
 
+@pytest.mark.slow
 def test_command_draws_switched_models(
     bert: Path, vit: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,7 @@ def make(card: dict) -> torch.nn.Module:
     return timm.create_model(card["model"], **card["model_options"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "card",
     [
@@ -82,6 +83,7 @@ def test_images_of_any_size(card: dict, tmp_path: Path, capsys: pytest.CaptureFi
     assert "minus mean, divided by std" in metadata["preprocessing"]
 
 
+@pytest.mark.slow
 def test_images_of_the_one_size_that_a_model_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -97,6 +99,7 @@ def test_images_of_the_one_size_that_a_model_takes(
     assert "grey images" in metadata["preprocessing"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mlm", "sst2"])
 def test_texts_of_any_length(task: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run, file = write_text_run(tmp_path / "run", task), tmp_path / "model.onnx"
@@ -114,6 +117,7 @@ def test_texts_of_any_length(task: str, tmp_path: Path, capsys: pytest.CaptureFi
         assert json.loads(metadata["classes"]) == ["0", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet"])
 def test_objects_in_an_image_of_any_size(
     detector: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -159,6 +163,7 @@ def test_objects_in_an_image_of_any_size(
         assert difference.flatten(1).amax(1).median() < 1e-3
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes_than_the_examples_are_tried(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +175,7 @@ def test_batches_of_other_sizes_than_the_examples_are_tried(
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_wrong_answers_are_not_written(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +195,7 @@ def test_wrong_answers_are_not_written(
     assert file.read_bytes() == b"before"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["rpn.head.bbox_pred", "roi_heads.box_predictor.cls_score"])
 def test_detectors_with_a_wrong_head_are_not_written(
     part: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ def function_of_tensors(
     return of_tensors, [arguments[name].clone().requires_grad_() for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["set_attention", "set_pooling", "transport_plan"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_first(backend: Backend, function: str, options: dict) -> None:
@@ -55,6 +56,7 @@ def test_first(backend: Backend, function: str, options: dict) -> None:
     assert torch.autograd.gradcheck(of_tensors, tensors, fast_mode=backend.emulated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["set_attention", "set_pooling", "transport_plan"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_second(backend: Backend, function: str, options: dict) -> None:

@@ -29,6 +29,7 @@ result = setformer_ext._C.cpu_isa()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _C.cpu_isas_supported())
 def test_as_exact_as_the_definition(name: str) -> None:
     assert fresh(CHECK, SETFORMER_CPU_ISA=name) == name
@@ -41,6 +42,7 @@ def test_the_best_is_the_default() -> None:
     assert fresh(code, SETFORMER_CPU_ISA="") == supported[-1]
 
 
+@pytest.mark.slow
 def test_a_name_that_is_none() -> None:
     code = """
     import torch, setformer_ext

@@ -19,12 +19,14 @@ ORDERS = ["random"]  # the rest of the suite runs them forward, test_threads.py 
 BACKWARD = [name for name, problem in PROBLEMS.items() if problem.backward]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*BACKWARD, "float16 resident forward"} - {*ON_SM_75}))
 def test_no_objection_on_sm_80(name: str) -> None:
     found, words = check(emulated_library(), name, ORDERS)
     assert not found, words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_SM_75)
 def test_no_objection_on_sm_75(name: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"

@@ -222,6 +222,7 @@ def test_checkpointed_gradients_are_the_same(kind: type[nn.Module]) -> None:
         torch.testing.assert_close(twin.grad, parameter.grad)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph() -> None:
     model = make(SetformerForSequenceClassification)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -251,6 +252,7 @@ result = int(peak[1]) * 1024 - resident
 """
 
 
+@pytest.mark.slow
 def test_long_texts_in_memory_that_grows_with_their_length() -> None:
     """Forward and backward of 16,384 tokens, with no N x N matrix."""
     length, width, heads, references = 16384, 32, 4, 5

@@ -159,6 +159,7 @@ def test_padding_changes_nothing(kind: str, side: str, iterations: int) -> None:
     assert not torch.allclose(output, model(padded, **positions).last_hidden_state[0, mask[0] > 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
 @pytest.mark.parametrize("positional", [False, True])
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
@@ -364,6 +365,7 @@ def test_registering_again_changes_nothing() -> None:
     assert (PreTrainedModel.post_init, AttentionInterface()[NAME]) == before
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph() -> None:
     model = make(iterations=1)
     batch = inputs()

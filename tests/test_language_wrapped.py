@@ -157,6 +157,7 @@ def frozen(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(target_modules=["query"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [compiled, compiled_as_a_whole, parametrised, adapted, frozen])
 def test_wrapped_models_answer_and_are_distilled(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model, batch = make(), inputs()

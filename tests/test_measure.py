@@ -69,6 +69,7 @@ def quick_to_kill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "MARGIN", 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_to_kill")
 def test_a_step_that_fails_hangs_or_prints_garbage_does_not_stop_the_next(tmp_path: Path) -> None:
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', CODE])\n"
@@ -182,6 +183,7 @@ def test_an_item_that_is_lost_costs_no_other(tmp_path: Path) -> None:
     assert record["steps"][0]["note"] == "4 of 6 failed"
 
 
+@pytest.mark.slow
 def test_items_end_in_time_and_say_what_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ result = int(peak[1]) * 1024 - resident
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("N", "M"), [(1_000_000, 64), (20_000, 8_000)])
 def test_peak_memory(N: int, M: int, backward: bool) -> None:

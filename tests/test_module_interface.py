@@ -133,6 +133,7 @@ def test_context_errors_name_the_argument() -> None:
         module(nested, context=context)
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean_and_what_is_masked() -> None:
     module, x = make(dropout=0.25), tokens(1, 6, 24)
     mask = torch.arange(6).unsqueeze(0) < 4

@@ -404,6 +404,7 @@ def test_reset_parameters_draws_again_from_the_seed() -> None:
         assert torch.equal(module.state_dict()[name], parameter), name
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph() -> None:
     module, x = make("everything").float(), tokens(2, 35, 24).float().requires_grad_()
     mask = torch.rand(2, 35, generator=torch.Generator().manual_seed(0)) > 0.3
@@ -416,6 +417,7 @@ def test_compiles_to_one_graph() -> None:
     torch.testing.assert_close(x.grad, expected_gradient, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "everything"])
 def test_compiles_for_any_length(name: str) -> None:
     module = make(name)
@@ -425,6 +427,7 @@ def test_compiles_for_any_length(name: str) -> None:
         torch.testing.assert_close(compiled(x), module(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "everything"])
 def test_exports_for_any_length(name: str) -> None:
     module, x = make(name), tokens(2, 35, 24)
@@ -572,6 +575,7 @@ def test_projections_may_be_replaced_by_modules_without_a_weight() -> None:
     assert torch.equal(module(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pooled references", "positions"])
 def test_compiles_for_any_grid(name: str) -> None:
     module = make(name)

@@ -49,6 +49,7 @@ refused
 """
 
 
+@pytest.mark.slow
 def test_ranges(tmp_path: Path) -> None:
     """Each operation is one range, which ends also where the operation fails."""
     if shutil.which("nvcc") is None:

@@ -39,6 +39,7 @@ def run_without(modules: set[str], *options: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_the_suite_is_collected_without_any_of_them() -> None:
     done = run_without(optional.MODULES, "--collect-only", "-q", "-k", "not cuda")
     assert done.returncode == 0, done.stdout[-3000:]

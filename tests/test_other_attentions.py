@@ -148,6 +148,7 @@ def test_numbers_of_numpy() -> None:
             set_attention(**problem | {name: np.bool_(True)})
 
 
+@pytest.mark.slow
 def test_imported_again_after_removal() -> None:
     """As notebooks and test runners do; what was made before goes on working."""
     code = """

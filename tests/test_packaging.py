@@ -103,6 +103,7 @@ def test_a_failed_import_keeps_the_original_exception() -> None:
     assert "setformer_ext._C" in finished.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
 def test_torch_and_the_kernels_share_one_pool_of_threads() -> None:
     finished = run_python(

@@ -87,6 +87,7 @@ def answers(width: int, height: int) -> list[Classification | Detection | Segmen
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_no_text_is_cut_off_in_predictions(
     size: tuple[int, int], tmp_path: Path, drawn: list[Figure]
@@ -97,6 +98,7 @@ def test_no_text_is_cut_off_in_predictions(
         require_inside(drawn.pop())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_no_text_is_cut_off_over_images(
     size: tuple[int, int], tmp_path: Path, drawn: list[Figure]
@@ -107,6 +109,7 @@ def test_no_text_is_cut_off_over_images(
         require_inside(drawn.pop())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["x"], ["[CLS]", "w" * 300, "猫"], ["antidisestablish"] * 60])
 def test_no_text_is_cut_off_over_words(
     words: list[str], tmp_path: Path, drawn: list[Figure]
@@ -210,6 +213,7 @@ def test_themes_are_readable(name: str) -> None:
         assert (lighter + 0.05) / (darker + 0.05) > 3, colour
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("background", "level"), [("dark", 0), ("light", 255)])
 def test_pictures_have_the_background(background: str, level: int, tmp_path: Path) -> None:
     image = torch.full((3, 20, 30), 0.5)

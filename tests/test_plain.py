@@ -128,6 +128,7 @@ def test_nothing_to_attend_to_is_checked_as_well() -> None:
         set_attention(**arguments | empty | {"reference_mass": torch.zeros(3, 3)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ['torch.device("meta")', "FlopCounterMode(display=False)"])
 def test_imported_within_a_mode(context: str) -> None:
     code = f"""

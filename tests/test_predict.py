@@ -62,6 +62,7 @@ def predict(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_answers_are_those_that_were_measured(
     digits: Path, training: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -413,6 +414,7 @@ def pixels_of(path: Path) -> torch.Tensor:  # [3, H, W] in [0, 1]
     return torch.tensor(np.asarray(Image.open(path)) / np.float32(255)).permute(2, 0, 1)
 
 
+@pytest.mark.slow
 def test_detections_are_the_models(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

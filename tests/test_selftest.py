@@ -33,6 +33,7 @@ from setformer_ext.selftest.tolerance import Comparison
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
+@pytest.mark.slow
 def test_quick_run_is_green(backend: Backend) -> None:
     result = selftest(backend.device, quick=True)
     assert result.passed, result.text
@@ -319,6 +320,7 @@ def test_a_report_without_facts_is_better_than_none(monkeypatch: pytest.MonkeyPa
     assert report.facts(CPU)["setformer info"] == "OSError: no /proc here"
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -57,6 +57,7 @@ def run_emulated(tmp_path: Path, fault: str, *options: str) -> dict[str, Any]:
     return json.loads((tmp_path / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_kernel_that_always_hangs(tmp_path: Path) -> None:
     first, *rest = run_emulated(tmp_path, "hang")["tasks"]
     assert first["name"] == "smoke: resident, float32, forward"

@@ -85,6 +85,7 @@ def test_a_failed_suite_fails_the_selftest(tmp_path: Path, monkeypatch: pytest.M
     assert result.text.splitlines()[-1].startswith("FAILED: 1 ok, 0 failed")
 
 
+@pytest.mark.slow
 def test_tests_that_crash_hang_or_lose_the_gpu_cost_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_kind(backend, kind):
     assert not suite.error
 
 
+@pytest.mark.slow
 def test_a_suite_that_is_cut_short_tells_what_it_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

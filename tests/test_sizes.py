@@ -42,6 +42,7 @@ def of(backend: Backend, **options: Any) -> Arguments:
     return random_problem(**({"dtype": torch.float32} | options), device=backend.device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_scores_beyond_those_that_are_kept(name: str) -> None:
     arguments = random_problem(**({"dtype": torch.float32} | KEPT[name]))

@@ -100,6 +100,7 @@ READERS = """
 """
 
 
+@pytest.mark.slow
 def test_text_is_read_as_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     card = {
         "task": "classify",
@@ -417,6 +418,7 @@ def test_what_comes_from_a_folder_is_not_asked_for_otherwise(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pretraining_from_an_encoder_resumes_to_the_same_numbers(
     encoder: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -431,6 +433,7 @@ def test_pretraining_from_an_encoder_resumes_to_the_same_numbers(
         assert torch.equal(tensor, known[name]), name
 
 
+@pytest.mark.slow
 def test_processes_share_a_tokenizer_and_what_is_wrong(
     encoder: Path, text: Path, tmp_path: Path
 ) -> None:

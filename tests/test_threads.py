@@ -103,6 +103,7 @@ def call():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_set_num_threads_is_obeyed(threads: int) -> None:
     """The process has as many threads more as it takes beside the calling one."""
@@ -115,6 +116,7 @@ result = count() - before
     assert fresh(COUNT + code) == threads - 1
 
 
+@pytest.mark.slow
 def test_a_forked_child_computes_on_one_thread() -> None:
     """OpenMP's threads do not come along, which OpenMP does not know: it would wait for them, as
     torch's own operations then do."""
@@ -133,6 +135,7 @@ result = os.waitpid(child, 0)[1]
     assert fresh(COUNT + code) == 0
 
 
+@pytest.mark.slow
 def test_workers_of_a_data_loader() -> None:
     code = """
 class Samples(torch.utils.data.Dataset):
@@ -151,6 +154,7 @@ result = all(torch.equal(x, y) for x, y in zip(loader, expected, strict=True))
     assert fresh(COUNT + code)
 
 
+@pytest.mark.slow
 def test_one_pool_of_threads_with_torch() -> None:
     """After torch has started its threads a call needs none of its own."""
     code = """
@@ -169,6 +173,7 @@ result = [before - idle, count() - before, libraries]
     assert len(libraries) == 1, libraries
 
 
+@pytest.mark.slow
 def test_set_num_threads_holds_in_every_thread() -> None:
     """OpenMP keeps the number per calling thread; torch's setting must reach all of them."""
     started = fresh(

@@ -84,6 +84,7 @@ def test_opcheck_set_attention(dtype: torch.dtype, distribute: bool, options: st
     torch.library.opcheck(OPERATIONS.set_attention.default, problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["output", "pooled", "both"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_opcheck_set_attention_backward(options: str, given: str) -> None:
@@ -102,6 +103,7 @@ def test_opcheck_set_attention_backward(options: str, given: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_opcheck_transport_plan(options: str) -> None:
     problem = with_gradients(operands(small(options)))
@@ -152,6 +154,7 @@ def named(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return set_attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_compile(options: str) -> None:
     """No graph break; the surrounding elementwise work is inductor's, the operation is ours."""
@@ -513,6 +516,7 @@ def worker(rank, path):
 """
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path: object) -> None:
     """Two processes with half the batch each get the gradients of the whole batch."""
     (tmp_path / "ddp_worker.py").write_text(DDP)

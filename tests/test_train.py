@@ -52,6 +52,7 @@ def fresh_processes() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 def test_it_learns_and_its_weights_give_the_figures_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -87,6 +88,7 @@ def test_it_learns_and_its_weights_give_the_figures_it_prints(
     assert f"{'top1':<24}{result['best']['top1']:>12.4f}{result['last']['top1']:>12.4f}" in table
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch(
     data: Path, one_process: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +126,7 @@ def train_sharded(given: list[str], stop_after: int | None) -> None:
     raise SystemExit(cli.main(given))
 
 
+@pytest.mark.slow
 def test_sharded_training_is_the_same_and_resumes(
     data: Path, one_process: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +216,7 @@ def test_every_policy_works_at_every_magnitude(data: Path, tmp_path: Path) -> No
                     assert np.array_equal(result, np.asarray(image) & kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_transforms_that_fail_stop_or_are_left_out(
     workers: int,
@@ -379,6 +383,7 @@ def test_configuration_file(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "--config: cannot read " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def error(*given: str) -> str:
         with pytest.raises(SystemExit) as error:

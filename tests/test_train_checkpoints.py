@@ -109,6 +109,7 @@ def assert_equal(value: Any, known: Any) -> None:
         assert value == known
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_in_the_same_numbers(
     data: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_killed_again_and_again_it_ends_in_the_same_numbers(
     assert not list(tmp_path.rglob(".*")), "what killed processes left is cleared away"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_numbers(
     data: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_numbers(
     assert_same_numbers(output, uninterrupted)
 
 
+@pytest.mark.slow
 def test_seed_and_workers(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Another number of workers is the same training, another seed is not."""
     same = classify(data, tmp_path / "same", *RANDOM, *LENGTH, "--workers=1")
@@ -162,6 +165,7 @@ def test_resuming_what_is_finished_changes_nothing(
     assert "going on after step 7" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_is_named_and_the_one_before_taken(
     data: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -205,6 +209,7 @@ def train_on_a_full_disk(given: list[str], log: Path) -> None:
         train(given)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     given = arguments(data, tmp_path, *RANDOM, *LENGTH, "--resume")
     assert launch(1, train_and_die, given, "replace", 2) == [-signal.SIGKILL]

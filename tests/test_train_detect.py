@@ -427,6 +427,7 @@ def cocoeval(data: Path, output: Path, kind: str) -> list[float]:
     return evaluation.stats[:3].tolist()
 
 
+@pytest.mark.slow
 def test_it_learns_and_measures_as_cocoeval(shapes: Path, tmp_path: Path) -> None:
     """A training of boxes, on images with and without objects, of two classes."""
     given = (
@@ -443,6 +444,7 @@ def test_it_learns_and_measures_as_cocoeval(shapes: Path, tmp_path: Path) -> Non
     assert figures == pytest.approx(cocoeval(shapes, tmp_path / "out", "bbox"), abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet"])
 def test_other_detectors_train_and_measure(detector: str, shapes: Path, tmp_path: Path) -> None:
     given = (f"--detector={detector}", "--steps=50", "--batch-size=4", "--lr=2e-3")
@@ -506,6 +508,7 @@ def measure_in_process(folder: Path) -> None:
     measure(slice(rank, None, 2), folder / f"{rank}.json")
 
 
+@pytest.mark.slow
 def test_processes_with_unequal_numbers_of_images_measure_as_one(tmp_path: Path) -> None:
     """One has three images, the other two; torchmetrics' own gathering aborts here."""
     assert launch(2, measure_in_process, tmp_path) == [0, 0]

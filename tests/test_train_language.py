@@ -309,6 +309,7 @@ def test_the_tokenizer_marks_pairs_and_special_tokens() -> None:
     assert tokenizer.pad_token_id == 0
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_is_a_model_of_transformers(pretrained: Path) -> None:
     result = metrics(pretrained)
     assert result["best"]["accuracy"] > 0.5  # the commonest word has a share of 0.2
@@ -320,6 +321,7 @@ def test_pretraining_learns_and_is_a_model_of_transformers(pretrained: Path) -> 
     assert tokenizer.decode(model(**tokens).logits[0, place].argmax()) == "is"
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_after_a_stop_to_the_same_numbers(text: Path, tmp_path: Path) -> None:
     length = ("--eval-every=3", "--save-every=2", "--steps=7")
     assert launch(1, train, pretraining(text, tmp_path / "whole", *length)) == [0]
@@ -349,6 +351,7 @@ def stop_at(step: int, given: list[str]) -> None:
     cli.main(given)
 
 
+@pytest.mark.slow
 def test_fine_tuning_resumes_after_a_stop_to_the_same_numbers(
     pretrained: Path, tmp_path: Path
 ) -> None:
@@ -364,6 +367,7 @@ def test_fine_tuning_resumes_after_a_stop_to_the_same_numbers(
         assert torch.equal(tensor, known[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_fine_tune_as_one_with_the_whole_batch(
     pretrained: Path, tmp_path: Path
 ) -> None:
@@ -385,6 +389,7 @@ def glue(data: Path, model: Path, output: Path, *more: object) -> list[str]:
     return [*given, f"--output={output}", "--workers=0", *map(str, more)]
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_the_telling_words(pretrained: Path, tmp_path: Path) -> None:
     data, output = write_reviews(tmp_path / "glue"), tmp_path / "run"
     assert cli.main(glue(data, pretrained, output, "--epochs=12", "--lr=2e-3")) == 0
@@ -397,6 +402,7 @@ def test_fine_tuning_learns_the_telling_words(pretrained: Path, tmp_path: Path) 
     assert json.loads((output / "card.json").read_text())["glue_task"] == "sst2"
 
 
+@pytest.mark.slow
 def test_two_processes_sharded_or_not_learn_the_same(text: Path, tmp_path: Path) -> None:
     """With the words' embeddings, which the decoder shares."""
     length = ("--steps=3", "--eval-every=3")
@@ -418,6 +424,7 @@ def train_in_small_shards(given: list[str]) -> None:
     train(given)
 
 
+@pytest.mark.slow
 def test_set_attention_in_another_model_keeps_its_options(tmp_path: Path) -> None:
     tokenizer = wrap_tokenizer(train_tokenizer([t for t, _ in reviews(50)], 100, lowercase=True))
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -199,6 +199,7 @@ def lrs(output: Path) -> dict[int, float]:
     return {event.step: event.value for event in events}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -98,6 +98,7 @@ def make_task(data: Path, *more: str, on_error: str = "stop") -> Segment:
     return Segment(given)
 
 
+@pytest.mark.slow
 def test_it_learns_and_its_weights_give_the_figures_it_prints(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -127,6 +128,7 @@ def test_it_learns_and_its_weights_give_the_figures_it_prints(
     assert result["best"]["IoU/blue"] == pytest.approx(hits[2] / unions[2], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(data: Path, tmp_path: Path) -> None:
     """Five images in two processes: none counts twice, and absent classes agree."""
     one = train(data, tmp_path / "one", "--steps=2", "--eval-every=1")
@@ -521,6 +523,7 @@ def test_pretrained_backbone(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "holds weights of another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sharded_segmenter_gathers_its_backbone() -> None:
     """timm's feature getters call the backbone's forward_intermediates, which FSDP does not see."""
     assert launch(2, run_sharded) == [0, 0]

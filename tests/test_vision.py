@@ -317,6 +317,7 @@ def test_bad_images_are_named(shape: tuple[int, ...]) -> None:
         make()(images(*shape))
 
 
+@pytest.mark.slow
 def test_learns_two_classes() -> None:
     """Stripes along the one or the other side, which no mean of the image tells apart."""
     model = make(num_classes=2).train()

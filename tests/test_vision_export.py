@@ -65,6 +65,7 @@ def attention(**options: object) -> SetAttention:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_attention_in_onnx(name: str, tmp_path: Path) -> None:
     model, path = attention(**OPTIONS[name]), tmp_path / "attention.onnx"
@@ -73,6 +74,7 @@ def test_attention_in_onnx(name: str, tmp_path: Path) -> None:
     assert_as_good_as_torch(run_onnx(path, *inputs), model, *inputs)
 
 
+@pytest.mark.slow
 def test_attention_in_onnx_at_any_length(tmp_path: Path) -> None:
     model, path = attention(**OPTIONS["pooled references, positions"]), tmp_path / "attention.onnx"
     inputs = (torch.randn(2, 11, 24), torch.rand(2, 11) > 0.3)
@@ -83,6 +85,7 @@ def test_attention_in_onnx_at_any_length(tmp_path: Path) -> None:
         assert_as_good_as_torch(run_onnx(path, *inputs), model, *inputs)
 
 
+@pytest.mark.slow
 def test_attention_in_onnx_accumulates_in_float32(tmp_path: Path) -> None:
     """A half-precision model: off by no more than the kernels, to the last place of the result."""
     model, path = attention(epsilon=0.02).half(), tmp_path / "attention.onnx"
@@ -109,6 +112,7 @@ class Pooling(nn.Module):
         return set_pooling(x, x, x[0, :, :3], mask=mask, kernel="linear", epsilon=5.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Plan, Pooling])
 def test_other_operations_in_onnx(kind: type[nn.Module], tmp_path: Path) -> None:
     model, path = kind(), tmp_path / "operation.onnx"
@@ -124,6 +128,7 @@ def test_onnx_needs_its_packages(package: str, monkeypatch: pytest.MonkeyPatch) 
         setformer_ext.onnx.export(attention(), (torch.randn(2, 11, 24),))
 
 
+@pytest.mark.slow
 def test_backbone_in_onnx_at_any_size(tmp_path: Path) -> None:
     model, path = make(), tmp_path / "backbone.onnx"
     shapes = ({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)
@@ -133,6 +138,7 @@ def test_backbone_in_onnx_at_any_size(tmp_path: Path) -> None:
         assert_as_good_as_torch(run_onnx(path, batch), model, batch)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph_forward_and_backward() -> None:
     model, batch = make().train(), torch.randn(2, 3, 64, 64)
 
@@ -147,6 +153,7 @@ def test_compiles_to_one_graph_forward_and_backward() -> None:
     torch.testing.assert_close(gradients(compiled), expected)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes() -> None:
     """Nothing in the model, not even a check's message, may fix a size."""
     model, counter = make(), CompileCounter()
@@ -158,6 +165,7 @@ def test_compiles_once_for_all_sizes() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_exports_for_all_sizes() -> None:
     model = make()
     sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
