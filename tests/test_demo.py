@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from setformer_ext import SetAttention, cli, demo
 from setformer_ext.controls import SoftmaxAttention
+from setformer_ext.demo import lengths
 from setformer_ext.demo.data import load_digits, load_folder
 from setformer_ext.demo.model import Classifier, make_set_attention
 from setformer_ext.demo.pictures import draw_plans
@@ -66,11 +68,29 @@ def test_end_to_end_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "\r" not in log, "a log has lines, not bars"
     assert log.count("step 3/3, loss=") == 2
     rows = [line.split() for line in text.splitlines() if line.startswith(("SeT", "softmax"))]
-    assert [row[0] for row in rows] == ["SeT", "softmax"]
-    for row, make in zip(rows, (make_set_attention, SoftmaxAttention), strict=True):
+    assert [row[0] for row in rows] == 2 * ["SeT", "softmax"]
+    for row, make in zip(rows[:2], (make_set_attention, SoftmaxAttention), strict=True):
         parameters = sum(p.numel() for p in Classifier(1, 8, 10, make).parameters())
         assert int(row[2].replace(",", "")) == parameters
         assert float(row[3]) > 0
+
+
+def test_times_of_attention_alone_are_medians_that_end_soon() -> None:
+    start = time.perf_counter()
+    seconds = lengths.measure((16, 256))
+    assert time.perf_counter() - start < 10
+    assert {*seconds} == {"SeT", "softmax"}
+    assert all(0 < each < 1 for of_name in seconds.values() for each in of_name)
+    rows = lengths.table({"SeT": [0.0012, 0.5], "softmax": [0.5]}, (16, 25600)).splitlines()
+    assert rows[0].split() == ["tokens", "16", "25,600"]
+    assert rows[1].split() == ["SeT", "1.2", "ms", "500.0", "ms"]
+    assert rows[2].split() == ["softmax", "500.0", "ms", "not", "timed"]
+
+
+def test_lengths_that_would_take_long_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {16: 0.1, 32: 0.3, 256: 30.0}
+    monkeypatch.setattr(lengths, "_seconds", lambda attention, length: times[length])
+    assert lengths.measure((16, 32, 256)) == {"SeT": [0.1, 0.3], "softmax": [0.1, 0.3]}
 
 
 @pytest.mark.slow

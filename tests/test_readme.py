@@ -4,12 +4,13 @@ import argparse
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
     path.relative_to(ROOT): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -19,11 +20,8 @@ EXAMPLES = [
     for path, text in PAGES.items()
     for index, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
-# What README says, and what docs have in blocks: their sentences name options without values.
-TYPED = [
-    TEXT,
-    *(x for text in PAGES.values() for x in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)),
-]
+# What pages have in blocks: their sentences name options without values.
+TYPED = [x for text in PAGES.values() for x in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
 COMMANDS = re.findall(
     r"setformer (profile|selftest|train|predict|evaluate|export|explain)((?: +[^\s`#]+)+)",
     re.sub(r"\\\n\s*", " ", "\n".join(TYPED)),
@@ -46,12 +44,31 @@ def test_memory_is_checked_without_the_pools_of_torch() -> None:
         assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer" in line
 
 
+def test_readme_is_one_page() -> None:
+    lines = PAGES[Path("README.md")].splitlines()
+    assert len(lines) <= 180
+    assert max(map(len, lines)) <= 100
+    first = "\n".join(lines[:50])
+    assert "set_attention(" in first
+    assert "SetAttention(" in first
+
+
+def test_pages_are_in_the_sites_list() -> None:
+    listed = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert sorted(listed) == sorted(path.name for path in PAGES if path.name != "README.md")
+
+
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 3
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_example(example: str) -> None:
+def test_example(example: str, tmp_path: Path) -> None:
+    if "__main__" in example:  # it starts processes, which read it from a file
+        script = tmp_path / "example.py"
+        script.write_text(example, encoding="utf-8")
+        subprocess.run([sys.executable, script], check=True, cwd=tmp_path, timeout=300)
+        return
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     if "output" in names:
@@ -79,5 +96,6 @@ def test_commands_are_found() -> None:
 def test_kernels_are_those_of_the_sources() -> None:
     sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*")]
     kernels = re.findall(r"__global__ void[^;{]*?(\w+_kernel)\(", "".join(sources))
-    table = "".join(line for line in TEXT.splitlines() if line.startswith("| `"))
+    text = PAGES[Path("docs/cuda.md")]
+    table = "".join(line for line in text.splitlines() if line.startswith("| `"))
     assert set(re.findall(r"`(\w+_kernel)`", table)) == set(kernels)

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..controls import SoftmaxAttention
+from . import lengths
 from .data import load_digits, load_folder
 from .model import Classifier, make_set_attention
 from .pictures import draw_curves, draw_plans
@@ -63,7 +64,9 @@ def compare(
             description=f"{name:>7}",
         )
     print(_table(models, histories))
-    draw_curves(histories, images.source, output / "curves.png")
+    seconds = lengths.measure()
+    print(f"\nattention alone, forward and backward:\n{lengths.table(seconds)}")
+    draw_curves(histories, images.source, seconds, output / "curves.png")
     draw_plans(models["SeT"], images, output / "references.png")
     print(f"\nPictures of the training and of what the references look at: {output.resolve()}")
 

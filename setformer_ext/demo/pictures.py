@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..fonts import add_title, shortened
 from ..pictures import CHOICE, COLOURS, covering_references, mutual_information, style
 from .data import Images
+from .lengths import LENGTHS
 from .model import GRID, Classifier
 from .train import History
 
@@ -28,11 +29,27 @@ SHOWN_IMAGES = 10
 SHOWN_SIZE = 128  # pixels
 
 
-def draw_curves(histories: dict[str, History], source: str, path: Path) -> None:
-    """Training loss and test accuracy of each network against the step."""
+def draw_curves(
+    histories: dict[str, History], source: str, seconds: dict[str, list[float]], path: Path
+) -> None:
+    """Training loss and test accuracy of each network against the step, and the time of each
+    attention against the number of tokens."""
     with style("light", [source]):
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
-        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        figure = Figure(figsize=(14, 3.8), layout="constrained")
+        loss_axes, accuracy_axes, time_axes = figure.subplots(1, 3)
+        for (name, of_name), colour in zip(seconds.items(), CURVE_COLOURS, strict=True):
+            milliseconds = [1e3 * each for each in of_name]
+            time_axes.loglog(
+                LENGTHS[: len(of_name)], milliseconds, color=colour, marker="o", label=name
+            )
+        time_axes.set(
+            title="Attention alone, forward and backward",
+            xlabel="tokens",
+            ylabel="milliseconds",
+            xticks=LENGTHS,
+            xticklabels=[f"{length:,}" for length in LENGTHS],
+        )
+        time_axes.minorticks_off()
         for (name, history), colour in zip(histories.items(), CURVE_COLOURS, strict=False):
             steps = np.arange(1, len(history.losses) + 1)
             loss_axes.plot(steps, history.losses, color=colour, alpha=0.2, linewidth=0.8)
@@ -52,7 +69,7 @@ def draw_curves(histories: dict[str, History], source: str, path: Path) -> None:
         )
         accuracy_axes.set(title="Test accuracy", xlabel="step", ylabel="share of images right")
         accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        for axes in (loss_axes, accuracy_axes):
+        for axes in (loss_axes, accuracy_axes, time_axes):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False)

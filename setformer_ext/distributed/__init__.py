@@ -72,8 +72,8 @@ def set_attention(
         query, key, value, mask, query_mask, token_mass, token_positions, query_positions: this
             rank's, as in ``setformer_ext.set_attention``. The masses of all ranks' tokens add up
             in float32 (float64 for float64).
-        reference, reference_mass, reference_positions, kernel, bandwidth, epsilon, iterations,
-            position_bandwidth, normalize: the same on all ranks.
+        reference, reference_mass, reference_positions: the same on all ranks.
+        kernel, bandwidth, epsilon, iterations, position_bandwidth, normalize: the same, too.
         group: a process group, a one-dimensional device mesh, or None for all processes, with a
             backend for the tensors' device (gloo for the CPU, nccl for CUDA).
         check: compare on all ranks what must be the same, ``check`` included, and whether backward
