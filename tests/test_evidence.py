@@ -272,11 +272,11 @@ def test_references_norms_and_biases_do_not_decay() -> None:
 def test_costs_of_a_step_are_kept_for_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network twice as deep needs more memory and time; another recipe has no costs yet."""
+    """Of another recipe, or of an attention that has other options by now, there are none."""
     monkeypatch.setattr(costs, "FILE", tmp_path / "costs.json")
     threads = torch.get_num_threads()
     try:
-        costs.measure("recall-8", ["none", "softmax"], tmp_path)
+        costs.measure("recall-8", ["none", "SeT"], tmp_path)
     finally:
         torch.set_num_threads(threads)
     found = costs.load("recall-8")
@@ -284,7 +284,11 @@ def test_costs_of_a_step_are_kept_for_the_recipe(
     for cost in found.values():
         assert cost.milliseconds > 0
         assert cost.mebibytes > 2 * 8 * batch_and_hidden  # two blocks, eight of them at least
-    monkeypatch.setitem(TASKS, "recall-8", replace(TASKS["recall-8"], version=99))
+    assert found.keys() == {"none", "SeT"}
+    fewer = replace(TASKS["recall-8"], references=8)
+    monkeypatch.setitem(TASKS, "recall-8", fewer)
+    assert costs.load("recall-8").keys() == {"none"}
+    monkeypatch.setitem(TASKS, "recall-8", replace(fewer, version=99))
     assert costs.load("recall-8") == {}
 
 

@@ -401,6 +401,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_the_emulated_device_in_place_of_a_card(tmp_path: Path) -> None:
     module = cuda_emulated().module
     steps = ["ceilings", "table", "knobs", "kernels", "profiles"]

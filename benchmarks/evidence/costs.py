@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,14 +32,19 @@ class Cost:
 
     milliseconds: float  # median
     mebibytes: float  # that it needs at most, beyond the batch and the weights
+    options: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of SetAttention, when it was measured
 
 
 def load(task: str) -> dict[str, Cost]:
-    """The costs on record, by mixer."""
+    """The costs on record, by mixer, of the task and the mixers as they are now."""
     kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     of_task = kept.get(task, {})
-    known = of_task.get("recipe") == TASKS[task].recipe
-    return {mixer: Cost(**cost) for mixer, cost in of_task["mixers"].items()} if known else {}
+    if of_task.get("recipe") != TASKS[task].recipe:
+        return {}
+    costs = {mixer: Cost(**cost) for mixer, cost in of_task["mixers"].items()}
+    return {mixer: cost for mixer, cost in costs.items() if cost.options == _options(task, mixer)}
 
 
 def measure(task: str, mixers: Sequence[str], folder: Path) -> None:
@@ -49,7 +55,9 @@ def measure(task: str, mixers: Sequence[str], folder: Path) -> None:
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         memory = {mixer: pool.apply(_mebibytes, (task, mixer, batch)) for mixer in mixers}
     kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    costs = {mixer: asdict(Cost(times[mixer], memory[mixer])) for mixer in mixers}
+    costs = {
+        mixer: asdict(Cost(times[mixer], memory[mixer], _options(task, mixer))) for mixer in mixers
+    }
     kept[task] = {"recipe": TASKS[task].recipe, "mixers": costs}
     FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
@@ -80,4 +88,8 @@ def _mebibytes(task: str, mixer: str, batch: Samples) -> float:
 
 def _network(task: str, mixer: str) -> nn.Module:
     torch.manual_seed(0)
-    return make_network(TASKS[task], mixer, options_of(mixer, TASKS[task].references, {}))
+    return make_network(TASKS[task], mixer, _options(task, mixer))
+
+
+def _options(task: str, mixer: str) -> dict[str, Any]:
+    return options_of(mixer, TASKS[task].references, {})
