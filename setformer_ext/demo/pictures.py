@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,6 +50,9 @@ def draw_curves(
             xticklabels=[f"{length:,}" for length in LENGTHS],
         )
         time_axes.minorticks_off()
+        # Names of classes may hold dollar signs, so no text is read as mathematics: 100, not 10^2.
+        time_axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        time_axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         for (name, history), colour in zip(histories.items(), CURVE_COLOURS, strict=False):
             steps = np.arange(1, len(history.losses) + 1)
             loss_axes.plot(steps, history.losses, color=colour, alpha=0.2, linewidth=0.8)
