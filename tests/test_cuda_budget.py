@@ -320,7 +320,7 @@ def test_the_output_says_that_nothing_was_measured(
     assert "| v3 | attention_forward_resident_kernel | 1 | 96 |" in printed
 
 
-def test_readme_has_the_figures_of_the_model(
+def test_docs_have_the_figures_of_the_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["model.py"])

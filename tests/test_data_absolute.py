@@ -1,10 +1,8 @@
 """What becomes of images, boxes, labels and texts on their way to a model, by hand: constants of
 the normalisation, high frequencies, borders, and documents that are held out."""
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,18 +21,11 @@ from setformer_ext.train.segment import Segment, plain
 from setformer_ext.train.task import DataError
 from setformer_ext.vision.detection import mask_rcnn
 from setformer_ext.vision.segmentation import segment
+from training import options_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, of which timm's models are
 COLOUR = (200, 100, 30)
 GREY = round(0.299 * 200 + 0.587 * 100 + 0.114 * 30)  # ITU-R 601, as Pillow has it
-
-
-def options_of(task: Any, *given: str) -> argparse.Namespace:
-    """As the command line gives them, with what all trainings have."""
-    parser = argparse.ArgumentParser()
-    task.add_options(parser)
-    parser.set_defaults(on_error="stop", batch_size=4, seed=0, resume=False, output=Path())
-    return parser.parse_args(given)
 
 
 def write_classes(root: Path, image: Image.Image) -> Path:
@@ -43,6 +34,14 @@ def write_classes(root: Path, image: Image.Image) -> Path:
             (root / split / name).mkdir(parents=True)
             for number in range(2):
                 image.save(root / split / name / f"{number}.png")
+    return root
+
+
+def write_segments(root: Path, image: Image.Image, labels: np.ndarray) -> Path:
+    for split in ("training", "validation"):
+        for folder, picture in (("images", image), ("annotations", Image.fromarray(labels))):
+            (root / folder / split).mkdir(parents=True)
+            picture.save(root / folder / split / "0.png")
     return root
 
 
@@ -105,13 +104,9 @@ def test_mixed_images_have_a_share_of_each_label_smoothed_as_asked_for(
 
 
 def test_images_of_a_segmenter_are_normalised_by_its_constants(tmp_path: Path) -> None:
-    for split in ("training", "validation"):
-        for folder in ("images", "annotations"):
-            (tmp_path / folder / split).mkdir(parents=True)
-        Image.new("RGB", (40, 40), COLOUR).save(tmp_path / "images" / split / "0.png")
-        labels = np.full((40, 40), 1, np.uint8)
-        labels[:, 20:] = 2
-        Image.fromarray(labels).save(tmp_path / "annotations" / split / "0.png")
+    labels = np.full((40, 40), 1, np.uint8)
+    labels[:, 20:] = 2
+    write_segments(tmp_path, Image.new("RGB", (40, 40), COLOUR), labels)
     given = (f"--data={tmp_path}", "--crop=16", "--no-photometric", "--short-side=0")
     task = Segment(options_of(Segment, *given, "--scale-jitter", "1", "1"))
     values = [(c / 255 - m) / s for c, m, s in zip(COLOUR, MEAN, STD, strict=True)]
@@ -160,10 +155,7 @@ def test_views_to_segment_shrink_without_aliases_and_labels_without_mixtures(
 ) -> None:
     labels = np.where(checkerboard(96) > 0, 3, 1).astype(np.uint8)
     labels[:4] = 2
-    for split in ("training", "validation"):
-        for folder, pixels in (("images", checkerboard(96)), ("annotations", labels)):
-            (tmp_path / folder / split).mkdir(parents=True)
-            Image.fromarray(pixels).save(tmp_path / folder / split / "0.png")
+    write_segments(tmp_path, Image.fromarray(checkerboard(96)), labels)
     given = (f"--data={tmp_path}", "--crop=24", "--no-photometric", "--short-side=32")
     task = Segment(options_of(Segment, *given, "--scale-jitter", "1", "1"))
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)

@@ -18,7 +18,7 @@ from setformer_ext import cli
 from setformer_ext.evaluate import add_arguments
 from setformer_ext.train import options
 from text_runs import write_text_run
-from training import classify, launch, metrics, write_digits
+from training import classify, launch, metrics, run_command, write_digits
 
 
 @pytest.fixture(autouse=True)
@@ -103,10 +103,6 @@ def test_broken_samples_and_unknown_classes(
     (tmp_path / "val" / "zebra").mkdir()
     status, _, err = evaluate(capsys, *given)
     assert (status, "the training lacks classes of" in err, "zebra" in err) == (1, True, True)
-
-
-def run_command(given: list[str]) -> None:
-    raise SystemExit(cli.main(given))
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Which files are read as images of which class: hidden ones, endings, one folder without a val."""
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from setformer_ext.image_folder import find_images, held_out
 from setformer_ext.train.ade20k import Ade20k
 from setformer_ext.train.classify import Classify
 from setformer_ext.train.task import DataError
-from training import TINY, arguments, classify, write_digits
+from training import TINY, arguments, classify, options_of, write_digits
 
 LEFT_BEHIND = (
     *(".ipynb_checkpoints/0-checkpoint.png", "__MACOSX/0.png", "__MACOSX/._0.png", "@eaDir/0.png"),
@@ -38,11 +37,8 @@ def leave_behind(folder: Path) -> None:
 
 
 def make_task(data: Path, *more: str, on_error: str = "stop", seed: int = 0) -> Classify:
-    parser = argparse.ArgumentParser()
-    Classify.add_options(parser)
-    given = parser.parse_args([f"--data={data}", *TINY[:-1], *more])
-    given.on_error, given.batch_size, given.seed = on_error, 4, seed
-    return Classify(given)
+    given = (f"--data={data}", *TINY, *more)
+    return Classify(options_of(Classify, *given, on_error=on_error, seed=seed))
 
 
 def test_what_systems_leave_behind_is_no_class_and_no_image(

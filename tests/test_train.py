@@ -27,7 +27,17 @@ from setformer_ext.train.classify import Classify
 from setformer_ext.train.optimization import make_schedule, parameter_groups
 from setformer_ext.train.options import TaskParser
 from setformer_ext.train.task import DataError, TrainingError
-from training import PLAIN, TINY, arguments, classify, launch, metrics, write_digits
+from training import (
+    PLAIN,
+    TINY,
+    arguments,
+    classify,
+    launch,
+    metrics,
+    options_of,
+    run_command,
+    write_digits,
+)
 
 SHORT = ("--steps=4", "--batch-size=8", "--eval-every=2", "--lr=3e-3")
 
@@ -123,7 +133,7 @@ def train_sharded(given: list[str], stop_after: int | None) -> None:
             os._exit(7)
 
     Checkpoints.save = save
-    raise SystemExit(cli.main(given))
+    run_command(given)
 
 
 @pytest.mark.slow
@@ -199,11 +209,8 @@ def test_every_policy_works_at_every_magnitude(data: Path, tmp_path: Path) -> No
     """Where no bit of an image is kept all is black, as it was before Pillow 13 refused that."""
     hardest = "--auto-augment=rand-m10-n15-p1-inc1"  # nearly each image is posterized to 0 bits
     classify(data, tmp_path / "hardest", *SHORT, hardest)
-    parser = argparse.ArgumentParser()
-    Classify.add_options(parser)
     for channels in (1, 3):
-        options = parser.parse_args([f"--data={data}", f"--in-chans={channels}"])
-        options.on_error, options.batch_size = "stop", 4
+        options = options_of(Classify, f"--data={data}", f"--in-chans={channels}")
         image = Image.linear_gradient("L").convert("L" if channels == 1 else "RGB")
         steps = [s for s in Classify(options).train.transform.transforms if hasattr(s, "ops")]
         for operation in steps[0].ops:  # of the default policy
@@ -290,11 +297,8 @@ def test_labels_go_by_name_where_val_lacks_a_class(data: Path, tmp_path: Path) -
     """ImageFolder alone would call the 1 a 0."""
     shutil.copytree(data, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "val" / "0")
-    parser = argparse.ArgumentParser()
-    Classify.add_options(parser)
-    given = parser.parse_args(["--data", str(tmp_path / "data"), *TINY[:-1]])
-    given.on_error, given.batch_size = "skip", 4
-    samples = Classify(given).eval
+    given = ("--data", str(tmp_path / "data"), *TINY)
+    samples = Classify(options_of(Classify, *given, on_error="skip")).eval
     for index, (path, _) in enumerate(samples.samples):
         assert samples[index][1] == int(Path(path).parent.name)
 

@@ -21,7 +21,7 @@ from setformer_ext import cli
 from setformer_ext.train import parallel
 from setformer_ext.train.checkpoints import CheckpointError, Checkpoints, write_atomically
 from setformer_ext.train.journal import Journal
-from training import arguments, classify, launch, metrics, write_digits
+from training import arguments, classify, launch, metrics, run_command, write_digits
 
 # Everything that is random: crops, erasing, mixup, stochastic depth.
 RANDOM = (
@@ -60,12 +60,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
-    assert launch(1, train, arguments(data, output, *RANDOM, *LENGTH)) == [0]
+    assert launch(1, run_command, arguments(data, output, *RANDOM, *LENGTH)) == [0]
     return output
-
-
-def train(given: list[str]) -> None:
-    raise SystemExit(cli.main(given))
 
 
 def train_and_die(given: list[str], call: str, count: int) -> None:
@@ -81,7 +77,7 @@ def train_and_die(given: list[str], call: str, count: int) -> None:
         return original(*args, **settings)
 
     setattr(owner, call, counted)
-    train(given)
+    run_command(given)
 
 
 def assert_same_numbers(output: Path, expected: Path) -> None:
@@ -119,7 +115,7 @@ def test_killed_again_and_again_it_ends_in_the_same_numbers(
         assert launch(1, train_and_die, given, call, count) == [-signal.SIGKILL]
         checkpoint = Checkpoints(tmp_path / "checkpoints").load(pytest.fail)
         assert checkpoint["progress"]["step"] == newest
-    assert launch(1, train, given) == [0]
+    assert launch(1, run_command, given) == [0]
     assert_same_numbers(tmp_path, uninterrupted)
     assert not list(tmp_path.rglob(".*")), "what killed processes left is cleared away"
 
@@ -130,20 +126,20 @@ def test_killed_at_random_moments_it_ends_in_the_same_numbers(
 ) -> None:
     """kill -9 from outside, anywhere between the start of a process and its end."""
     start = time.monotonic()
-    assert launch(1, train, arguments(data, tmp_path / "timed", *RANDOM, *LENGTH)) == [0]
+    assert launch(1, run_command, arguments(data, tmp_path / "timed", *RANDOM, *LENGTH)) == [0]
     whole = time.monotonic() - start
     output = tmp_path / "killed"
     given = arguments(data, output, *RANDOM, *LENGTH, "--resume")
     kills = 0
     while kills < KILLS:
-        [status] = launch(1, train, given, kill_after=random.uniform(0, whole))
+        [status] = launch(1, run_command, given, kill_after=random.uniform(0, whole))
         if status == -signal.SIGKILL:
             kills += 1
         else:  # what is left of a training can be over before its moment
             assert status == 0
             assert_same_numbers(output, uninterrupted)
             shutil.rmtree(output)
-    assert launch(1, train, given) == [0]
+    assert launch(1, run_command, given) == [0]
     assert_same_numbers(output, uninterrupted)
 
 
@@ -206,7 +202,7 @@ def train_on_a_full_disk(given: list[str], log: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, 900_000))
     with log.open("w") as sys.stderr:
-        train(given)
+        run_command(given)
 
 
 @pytest.mark.slow
@@ -222,7 +218,7 @@ def test_a_full_disk_loses_nothing(data: Path, uninterrupted: Path, tmp_path: Pa
     assert "earlier checkpoints are untouched" in message
     assert "Traceback" not in message
     assert {path: path.read_bytes() for path in kept} == kept
-    assert launch(1, train, given) == [0]
+    assert launch(1, run_command, given) == [0]
     assert_same_numbers(tmp_path, uninterrupted)
 
 

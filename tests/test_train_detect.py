@@ -28,7 +28,7 @@ from setformer_ext.train.coco import Coco
 from setformer_ext.train.detect import AveragePrecision, Detect
 from setformer_ext.train.task import DataError
 from setformer_ext.vision.detection import from_card
-from training import launch
+from training import launch, options_of
 
 TINY = (
     "--model=setformer_mini",
@@ -124,12 +124,7 @@ def pycocotools_coco(root: Path, split: str) -> COCO:
 
 
 def parsed(data: Path, *more: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--workers")  # an option of all trainings
-    Detect.add_options(parser)
-    options = parser.parse_args([f"--data={data}", *TINY, *more])
-    options.on_error = "stop"
-    return options
+    return options_of(Detect, f"--data={data}", *TINY, *more)
 
 
 def test_samples_are_what_pycocotools_reads(shapes: Path) -> None:

@@ -26,7 +26,7 @@ from setformer_ext.train.glue_data import TASKS, read_examples
 from setformer_ext.train.mlm import Packed
 from setformer_ext.train.task import DataError
 from setformer_ext.train.texts import SPECIAL, train_tokenizer, wrap_tokenizer
-from training import launch, metrics
+from training import launch, metrics, run_command
 
 GOOD, BAD = ("superb", "lovely", "great", "moving"), ("dull", "awful", "poor", "tired")
 TINY = (
@@ -136,10 +136,6 @@ def pretraining(text: Path, output: Path, *more: object) -> list[str]:
         given += ["--eval-data", str(text.with_suffix(".dev"))]
     given += ["--vocab-size=120", "--sequence-length=16", "--batch-size=16", "--workers=0"]
     return [*given, *map(str, more)]
-
-
-def train(given: list[str]) -> None:
-    raise SystemExit(cli.main(given))
 
 
 @pytest.fixture(scope="module")
@@ -324,10 +320,10 @@ def test_pretraining_learns_and_is_a_model_of_transformers(pretrained: Path) -> 
 @pytest.mark.slow
 def test_pretraining_resumes_after_a_stop_to_the_same_numbers(text: Path, tmp_path: Path) -> None:
     length = ("--eval-every=3", "--save-every=2", "--steps=7")
-    assert launch(1, train, pretraining(text, tmp_path / "whole", *length)) == [0]
+    assert launch(1, run_command, pretraining(text, tmp_path / "whole", *length)) == [0]
     stopped = tmp_path / "stopped"
     assert launch(1, stop_at, 5, pretraining(text, stopped, *length)) == [9]
-    assert launch(1, train, pretraining(text, stopped, *length, "--resume")) == [0]
+    assert launch(1, run_command, pretraining(text, stopped, *length, "--resume")) == [0]
     assert metrics(stopped)["history"] == metrics(tmp_path / "whole")["history"]
     known = load_file(tmp_path / "whole" / "model.safetensors")
     for name, tensor in load_file(stopped / "model.safetensors").items():
@@ -357,10 +353,10 @@ def test_fine_tuning_resumes_after_a_stop_to_the_same_numbers(
 ) -> None:
     data = write_reviews(tmp_path / "glue")
     length = ("--eval-every=3", "--save-every=2", "--steps=7")
-    assert launch(1, train, glue(data, pretrained, tmp_path / "whole", *length)) == [0]
+    assert launch(1, run_command, glue(data, pretrained, tmp_path / "whole", *length)) == [0]
     stopped = tmp_path / "stopped"
     assert launch(1, stop_at, 5, glue(data, pretrained, stopped, *length)) == [9]
-    assert launch(1, train, glue(data, pretrained, stopped, *length, "--resume")) == [0]
+    assert launch(1, run_command, glue(data, pretrained, stopped, *length, "--resume")) == [0]
     assert metrics(stopped)["history"] == metrics(tmp_path / "whole")["history"]
     known = load_file(tmp_path / "whole" / "model.safetensors")
     for name, tensor in load_file(stopped / "model.safetensors").items():
@@ -378,7 +374,7 @@ def test_two_processes_fine_tune_as_one_with_the_whole_batch(
         given = glue(data, pretrained, tmp_path / str(processes), "--steps=4", "--eval-every=2")
         given += [f"--batch-size={16 // processes}"]
         given += ["--model-options", "hidden_dropout_prob=0.0"]  # each process draws its own
-        assert launch(processes, train, given) == [0] * processes
+        assert launch(processes, run_command, given) == [0] * processes
         histories.append(metrics(tmp_path / str(processes))["history"])
     for one, two in zip(*histories, strict=True):
         assert two == pytest.approx(one, rel=1e-4)
@@ -406,7 +402,7 @@ def test_fine_tuning_learns_the_telling_words(pretrained: Path, tmp_path: Path) 
 def test_two_processes_sharded_or_not_learn_the_same(text: Path, tmp_path: Path) -> None:
     """With the words' embeddings, which the decoder shares."""
     length = ("--steps=3", "--eval-every=3")
-    assert launch(2, train, pretraining(text, tmp_path / "ddp", *length)) == [0, 0]
+    assert launch(2, run_command, pretraining(text, tmp_path / "ddp", *length)) == [0, 0]
     sharded = pretraining(text, tmp_path / "fsdp", *length, "--shard")
     assert launch(2, train_in_small_shards, sharded) == [0, 0]
     (replicated,), (split,) = (metrics(tmp_path / kind)["history"] for kind in ("ddp", "fsdp"))
@@ -421,7 +417,7 @@ def train_in_small_shards(given: list[str]) -> None:
     from setformer_ext.train import parallel
 
     parallel.SHARD_PARAMETERS = 500
-    train(given)
+    run_command(given)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Training of segmentation: what it learns and measures, and what is wrong with data, by name."""
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from setformer_ext.train.sampling import SAMPLE, SeededDataset
 from setformer_ext.train.segment import IntersectionOverUnion, Segment
 from setformer_ext.train.task import DataError
 from setformer_ext.vision.segmentation import from_card
-from training import launch, metrics
+from training import launch, metrics, options_of
 
 COLOURS = np.array([[0, 0, 0], [220, 40, 40], [40, 200, 60], [50, 70, 230]], np.uint8)
 TINY = (
@@ -91,11 +90,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_task(data: Path, *more: str, on_error: str = "stop") -> Segment:
-    parser = argparse.ArgumentParser()
-    Segment.add_options(parser)
-    given = parser.parse_args([f"--data={data}", *TINY[:-2], *more])
-    given.on_error = on_error
-    return Segment(given)
+    given = (f"--data={data}", *TINY[:-1], *more)  # without the size of a batch
+    return Segment(options_of(Segment, *given, on_error=on_error))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Small real data and tiny networks for the tests of training."""
 
+import argparse
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from setformer_ext import cli
+from setformer_ext.train.task import Task
 
 TINY = (
     "--model=setformer_mini",
@@ -53,6 +55,21 @@ def arguments(data: Path, output: Path, *more: object) -> list[str]:
     """A training of classification by a tiny network, without augmentation."""
     given = ["train", "classify", f"--data={data}", f"--output={output}", *TINY, *PLAIN]
     return [*given, *map(str, more)]
+
+
+def run_command(given: list[str]) -> None:
+    """As a process of its own runs it, which ends with the command's exit status."""
+    raise SystemExit(cli.main(given))
+
+
+def options_of(kind: type[Task], *given: str, **others: Any) -> argparse.Namespace:
+    """A task's own options as the command line gives them, beside those of all trainings."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers")
+    kind.add_options(parser)
+    defaults = {"on_error": "stop", "batch_size": 4, "seed": 0, "resume": False, "output": Path()}
+    parser.set_defaults(**defaults | others)
+    return parser.parse_args(given)
 
 
 def classify(data: Path, output: Path, *more: object) -> dict[str, Any]:

@@ -32,9 +32,8 @@ class Cost:
 
     milliseconds: float  # median
     mebibytes: float  # that it needs at most, beyond the batch and the weights
-    options: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of SetAttention, when it was measured
+    # Of SetAttention, when it was measured.
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(task: str) -> dict[str, Cost]:

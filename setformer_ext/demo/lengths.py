@@ -16,7 +16,7 @@ LENGTHS = (1024, 4096, 16384)
 REFERENCES, DEPTH = 64, 32  # of one head of one sequence
 ENOUGH = 0.3  # seconds after which no further call is timed
 LONGEST = 4.0  # seconds that a call may take
-MOST_CALLS = 20  # of which the first, that sets things up, is no median
+MOST_CALLS = 20  # of short ones, of which the median forgets the first, that sets things up
 
 
 def measure(lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[float]]:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .seeding import Seeded
+
 
 @dataclass(frozen=True)
-class Fault:
-    name: str
-    file: str
-    old: str  # occurs once
-    new: str
+class Fault(Seeded):
     problem: str  # of checks.PROBLEMS: one that reaches the fault
 
     def apply(self, text: str) -> str:
         """The file with the fault. Later lines keep their numbers, so that kernels that do not
         have it are still known by the emulator's cache."""
-        if text.count(self.old) != 1:
-            raise ValueError(
-                f"{self.name}: expected csrc/cuda/{self.file} to have this text once, it is there "
-                f"{text.count(self.old)} times; change the fault with the kernels:\n{self.old}"
-            )
         lost_lines = self.old.count("\n") - self.new.count("\n")
-        return text.replace(self.old, self.new + "\n" * lost_lines)
+        return self.put(text, self.new + "\n" * lost_lines)
 
 
 FORWARD = (

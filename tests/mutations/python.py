@@ -23,11 +23,11 @@ from pathlib import Path
 
 import setformer_ext
 
-from .python_faults import PYTHON_FAULTS, PythonFault
+from .python_faults import PYTHON_FAULTS
+from .seeding import Seeded, python_path
 
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = Path(setformer_ext.__file__).parent
-COMPILED = Path(setformer_ext._C.__file__)
 # Of test files, by patterns; the kernels' own tests and those of benchmarks find nothing here.
 AREAS = {
     "operation": (
@@ -48,13 +48,13 @@ COLUMNS = "{:<72} {:<30} {:<9} {}"
 
 @dataclass(frozen=True)
 class Finding:
-    fault: PythonFault
+    fault: Seeded
     tests: tuple[str, ...]  # that failed first; none if all passed
     seconds: float
 
 
-def find(fault: PythonFault, quick: bool) -> Finding:
-    """Run the tests of a fault's area until one fails.
+def find(area: str, fault: Seeded, quick: bool) -> Finding:
+    """Run the tests of an area until one fails.
 
     Raises:
         RuntimeError: if the tests could not run.
@@ -63,19 +63,16 @@ def find(fault: PythonFault, quick: bool) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "setformer_ext"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(COMPILED, package)  # an editable install has it elsewhere
         file = package / fault.file
         file.write_text(fault.apply(file.read_text(encoding="utf-8")), encoding="utf-8")
-        paths = [folder, str(TESTS), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         chosen = ["-m", "not slow"] if quick else []
         command = [sys.executable, "-m", "pytest", "--exitfirst", "--quiet", "-rfE", *chosen]
         try:
             result = subprocess.run(
-                [*command, "-p", "no:cacheprovider", *files(fault.area, fault.file)],
+                [*command, "-p", "no:cacheprovider", *files(area, fault.file)],
                 capture_output=True,
                 text=True,
-                env=environment,
+                env=os.environ | python_path(folder, TESTS),
                 cwd=TESTS,
                 timeout=LONGEST,
                 encoding="utf-8",
@@ -108,15 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="WORD")
     options = parser.parse_args(arguments)
     faults = [
-        fault
-        for fault in PYTHON_FAULTS
-        if not options.words
-        or any(word in f"{fault.name} {fault.file} {fault.area}" for word in options.words)
+        (area, fault)
+        for area, of_area in PYTHON_FAULTS.items()
+        for fault in of_area
+        if fault.is_meant(options.words, area)
     ]
     print(COLUMNS.format("fault", "file", "time", "found by"))
     missed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for found in pool.map(lambda fault: find(fault, options.quick), faults):
+        for found in pool.map(lambda chosen: find(*chosen, options.quick), faults):
             by = " ".join(name.removeprefix("test_") for name in found.tests) or "NOTHING"
             columns = (found.fault.name, found.fault.file, f"{found.seconds:.0f} s", by)
             print(COLUMNS.format(*columns), flush=True)

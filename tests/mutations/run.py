@@ -20,6 +20,7 @@ from emulator import build
 from .build import build_module
 from .checks import PROBLEMS
 from .faults import Fault
+from .seeding import python_path
 
 TESTS = Path(__file__).resolve().parents[1]
 CLEAN = "none"  # the fault of the kernels as they are
@@ -83,8 +84,7 @@ def sanitizer() -> dict[str, str]:
 def check(library: Path, problem: str, orders: Sequence[str] = ()) -> tuple[str, str]:
     """What kinds of objections there are, and the first one's words; `orders`: see checks.py."""
     command = [sys.executable, "-m", "mutations.checks", str(library), problem, *orders]
-    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | sanitizer() | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | sanitizer() | python_path(TESTS)
     try:
         result = subprocess.run(
             command,

@@ -1,16 +1,23 @@
-"""The faults that are seeded into Python files, by the area whose tests are to find them."""
+"""The faults that are seeded into files of setformer_ext, by the area whose tests are to find them:
+those of python.AREAS."""
 
 from __future__ import annotations
 
+from ..seeding import Seeded
 from .distributed import DISTRIBUTED
 from .explain import EXPLAIN
-from .fault import PythonFault
 from .language import LANGUAGE
 from .operation import OPERATION
 from .predict import PREDICT
 from .train import TRAIN
 from .vision import VISION
 
-__all__ = ["PYTHON_FAULTS", "PythonFault"]
-
-PYTHON_FAULTS = (*OPERATION, *VISION, *LANGUAGE, *TRAIN, *PREDICT, *EXPLAIN, *DISTRIBUTED)
+PYTHON_FAULTS: dict[str, tuple[Seeded, ...]] = {
+    "operation": OPERATION,
+    "vision": VISION,
+    "language": LANGUAGE,
+    "train": TRAIN,
+    "predict": PREDICT,
+    "explain": EXPLAIN,
+    "distributed": DISTRIBUTED,
+}

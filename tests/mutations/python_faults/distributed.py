@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fault import PythonFault as Fault
+from ..seeding import Seeded as Fault
 
 DISTRIBUTED = (
     Fault(
@@ -10,34 +10,29 @@ DISTRIBUTED = (
         "distributed/operations.py",
         "return gradients._replace(reference_mass=gradients.reference_mass / ranks.count)",
         "return gradients",
-        "distributed",
     ),
     Fault(
         "ranks merge logarithms to base 2 as natural ones",
         "distributed/ranks.py",
         "(x - base).exp2().sum(0).log2() + base",
         "(x - base).exp().sum(0).log() + base",
-        "distributed",
     ),
     Fault(
         "ranks compute float64 in the type of autocast",
         "distributed/__init__.py",
         "if _autocast_enabled(key.device.type) and key.dtype != torch.float64:",
         "if _autocast_enabled(key.device.type):",
-        "distributed",
     ),
     Fault(
         "mask of the queries is cut where the heads are shared",
         "distributed/sharding.py",
         'name in ("mask", "query_mask") or name.endswith("positions")',
         'name == "mask" or name.endswith("positions")',
-        "distributed",
     ),
     Fault(
         "gradient of references is not summed over ranks that share the batch",
         "distributed/dtensors.py",
         "shared = isinstance(own, Replicate) and isinstance(of_key, Shard)",
         "shared = isinstance(own, Replicate) and axis == over_tokens",
-        "distributed",
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fault import PythonFault as Fault
+from ..seeding import Seeded as Fault
 
 EXPLAIN = (
     Fault(
@@ -10,34 +10,29 @@ EXPLAIN = (
         "explain/encoders.py",
         "normalised(plans[:, plans.shape[1] - patches :])",
         "normalised(plans[:, :patches])",
-        "explain",
     ),
     Fault(
         "shares of words divided by the wrong sums",
         "explain/sentence.py",
         "shares = (plan / plan.sum(0)).T",
         "shares = (plan / plan.sum(1, keepdim=True)).T",
-        "explain",
     ),
     Fault(
         "tokens of the padding are squeezed into the image",
         "explain/__init__.py",
         "        covered=layer.covered,\n",
         "",
-        "explain",
     ),
     Fault(
         "reference of a few bright tokens shows noise as bright as those",
         "explain/picture.py",
         "brightest = torch.maximum(drawn.quantile(0.99), drawn.max() / 4)",
         "brightest = drawn.quantile(0.99)",
-        "explain",
     ),
     Fault(
         "references of a cropped plan all draw the same mass",
         "explain/plans.py",
         "plans.sum((1, 2), keepdim=True)",
         "plans.sum(1, keepdim=True)",
-        "explain",
     ),
 )

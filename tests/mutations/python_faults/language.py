@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fault import PythonFault as Fault
+from ..seeding import Seeded as Fault
 
 LANGUAGE = (
     Fault(
@@ -10,63 +10,54 @@ LANGUAGE = (
         "language/heads.py",
         "F.mse_loss(logits.float().view_as(labels), labels.float())",
         "F.mse_loss(logits.float(), labels.float())",
-        "language",
     ),
     Fault(
         "queries of padding take part in their transport",
         "language/references.py",
         "            query_mask=mask,\n",
         "",
-        "language",
     ),
     Fault(
         "shared keys go to every G-th head instead of neighbours",
         "language/switch.py",
         "        repeat_kv(key, groups),\n        repeat_kv(value, groups),\n",
         "        key.repeat(1, groups, 1, 1),\n        value.repeat(1, groups, 1, 1),\n",
-        "language",
     ),
     Fault(
         "convolution over tokens sees padding",
         "language/encoder.py",
         "x = x + self.position(x, mask)",
         "x = x + self.position(x, None)",
-        "language",
     ),
     Fault(
         "learning rate of a distillation does not fall",
         "language/distillation.py",
         "            schedule.step()\n",
         "",
-        "language",
     ),
     Fault(
         "weights of an encoder that are missing are drawn and not named",
         "language/saved.py",
         '    redrawn += [key for key in found["missing_keys"] if key.startswith("setformer.")]\n',
         "",
-        "language",
     ),
     Fault(
         "dropout of 0 before a classifier becomes that of the encoder",
         "language/configuration.py",
         "self.classifier_dropout = classifier_dropout\n",
         "self.classifier_dropout = classifier_dropout or hidden_dropout_prob\n",
-        "language",
     ),
     Fault(
         "sequence that is all padding is valid where others of its batch are not",
         "language/masks.py",
         "additive = (mask <= 0).all()",
         "additive = (mask <= 0).all(-1, keepdim=True)",
-        "language",
     ),
     Fault(
         "automatic class for tokens makes a classifier of sequences",
         "language/__init__.py",
         "(AutoModelForTokenClassification, SetformerForTokenClassification)",
         "(AutoModelForTokenClassification, SetformerForSequenceClassification)",
-        "language",
     ),
     Fault(
         "exempt parameters of one dimension decay in transformers' Trainer",
@@ -78,6 +69,5 @@ LANGUAGE = (
         "            for name, parameter in model.named_parameters()\n"
         "            if parameter.ndim > 1 and id(parameter) in exempt\n"
         "        }\n",
-        "language",
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fault import PythonFault as Fault
+from ..seeding import Seeded as Fault
 
 OPERATION = (
     Fault(
@@ -10,35 +10,30 @@ OPERATION = (
         "functional.py",
         "unit(zero_invalid(key, mask))",
         "unit(key)",
-        "operation",
     ),
     Fault(
         "gradient of packed token masses with heads and tokens mixed up",
         "ops.py",
         "part.view(1, heads, -1)",
         "part.view(1, -1, heads).transpose(1, 2)",
-        "operation",
     ),
     Fault(
         "gradient of the plan is of normalised vectors",
         "autograd.py",
         "reference.transport_plan(**arguments | inputs, normalize=False)",
         "reference.transport_plan(**arguments | inputs)",
-        "operation",
     ),
     Fault(
         "vmap gives samples the references of others",
         "transforms.py",
         "tensor.unsqueeze(1).expand(size, batch, *tensor.shape[1:])",
         "tensor.unsqueeze(0).expand(batch, *tensor.shape)",
-        "operation",
     ),
     Fault(
         "FLOPs without the solve of the queries",
         "transforms.py",
         "per_query = 2 * depth + 4 * iterations + 2 * value_depth + 2",
         "per_query = 2 * value_depth + 2",
-        "operation",
     ),
     Fault(
         "mean of the tokens over padding too",
@@ -46,90 +41,77 @@ OPERATION = (
         "    valid = x.new_ones(x.shape[:2]) if mask is None else mask\n"
         "    return (total / valid.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)\n",
         "    return (total / x.shape[1]).to(x.dtype)\n",
-        "operation",
     ),
     Fault(
         "gradient as if the floor of eigenvalues did not act",
         "nystrom.py",
         "difference = difference * torch.where(one, share, both.to(share.dtype))",
         "difference = torch.where(one, difference * share, difference)",
-        "operation",
     ),
     Fault(
         "parts of a sequence end before the token that two of them share",
         "layout.py",
         "torch.where(rank * count < (part + 1) * total, rank + 1, 0)",
         "torch.where(rank < (part + 1) * total // count, rank + 1, 0)",
-        "operation",
     ),
     Fault(
         "gradient of zero vectors explodes",
         "unit.py",
         "length = torch.where(length > SHORTEST, length, 1)",
         "length = length.clamp(min=SHORTEST)",
-        "operation",
     ),
     Fault(
         "masses of references sum to M in the definition",
         "reference.py",
         "mass.log() - mass.sum(-1, keepdim=True).log()",
         "mass.log() - mass.mean(-1, keepdim=True).log()",
-        "operation",
     ),
     Fault(
         "another default of epsilon for NumPy",
         "numpy.py",
         "epsilon: ArrayLike = 0.04,",
         "epsilon: ArrayLike = 0.05,",
-        "operation",
     ),
     Fault(
         "ONNX without the positions of the queries",
         "onnx.py",
         "            query_positions=problem.query_positions,\n",
         "",
-        "operation",
     ),
     Fault(
         "packed sequences of one head or one token come out in another shape",
         "varlen.py",
         "return output.squeeze(0).transpose(0, 1)",
         "return output.squeeze().transpose(0, 1)",
-        "operation",
     ),
     Fault(
         "positions that depend on parameters get no gradient, and nobody is told",
         "arguments.py",
         "            if x.requires_grad:\n",
         "            if x.requires_grad and x.is_leaf:\n",
-        "operation",
     ),
     Fault(
         "parameters that a parametrization keeps in two parts decay",
         "weight_decay.py",
         r'r"(?<![^.])parametrizations\.(\w+)\.original\d*$"',
         r'r"(?<![^.])parametrizations\.(\w+)\.original$"',
-        "operation",
     ),
     Fault(
         "softmax to compare with starts from smaller weights than SeT attention",
         "controls.py",
         "(*self.query_key_value.weight.chunk(3), self.projection.weight)",
         "(self.query_key_value.weight, self.projection.weight)",
-        "operation",
     ),
     Fault(
         "public functions without signature and documentation",
         "foreign.py",
         "    @wraps(function)\n",
         "",
-        "operation",
     ),
     Fault(
         "tangents of forward mode are lost instead of refused",
         "plain.py",
         "or forward_ad._current_level >= 0",
         "or forward_ad._current_level > 0",
-        "operation",
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fault import PythonFault as Fault
+from ..seeding import Seeded as Fault
 
 PREDICT = (
     Fault(
@@ -10,97 +10,83 @@ PREDICT = (
         "predict/predictors.py",
         "Segmentation(self.classes, labels, self.labels.first)",
         "Segmentation(self.classes, labels)",
-        "predict",
     ),
     Fault(
         "the least sure object covers the others",
         "predict/masks.py",
         "for number in range(len(answer.masks), 0, -1):",
         "for number in range(1, len(answer.masks) + 1):",
-        "predict",
     ),
     Fault(
         "pictures of images of one name overwrite each other",
         "predict/on_images.py",
         "    taken.update(path.resolve() for path in paths)\n",
         "",
-        "predict",
     ),
     Fault(
         "an export whose answers are NaN passes its check",
         "export.py",
         "if not difference <= allowed:",
         "if difference > allowed:",
-        "predict",
     ),
     Fault(
         "broken samples are left out without being asked to",
         "evaluate.py",
         '        default="stop",\n',
         '        default="skip",\n',
-        "predict",
     ),
     Fault(
         "images that failed do not show in the exit status",
         "predict/__init__.py",
         "    return _fail(failed) if failed else 0\n",
         "    if failed:\n        _fail(failed)\n    return 0\n",
-        "predict",
     ),
     Fault(
         "numbers for GLUE's server outside of its range",
         "predict/submission.py",
         "logits[:, 0].clamp(0, 5).tolist()",
         "logits[:, 0].tolist()",
-        "predict",
     ),
     Fault(
         "images without objects are missing from the table",
         "predict/report.py",
         "for part in parts or [{}]:",
         "for part in parts:",
-        "predict",
     ),
     Fault(
         "legend of objects with the colours of other classes",
         "predict/pictures.py",
         "_legend(figure, names, [colours[label] for label in present])",
         "_legend(figure, names, [*colours.values()])",
-        "predict",
     ),
     Fault(
         "second mask is filled with the second choice for the first",
         "predict/texts.py",
         "tokens.masked_scatter(masked, top.indices[:, 0])",
         "tokens.masked_scatter(masked, top.indices[0])",
-        "predict",
     ),
     Fault(
         "texts after the first are not checked",
         "predict/on_texts.py",
         "[predictor.check(tuple(texts)) for texts in given]",
         "[predictor.check(tuple(given[0]))] * len(given)",
-        "predict",
     ),
     Fault(
         "masks in JSON are transposed",
         "predict/answers.py",
         "np.asfortranarray(mask.to(torch.uint8).numpy())",
         "np.asfortranarray(mask.to(torch.uint8).numpy().T)",
-        "predict",
     ),
     Fault(
         "checkpoint's last weights are taken, not their moving average",
         "predict/loading.py",
         "timm.models.load_state_dict(str(path))",
         "timm.models.load_state_dict(str(path), use_ema=False)",
-        "predict",
     ),
     Fault(
         "exported head that is off passes where another may be off by more",
         "predict/networks.py",
         "return next((pair for pair in pairs if not pair[0] <= pair[1]), max(pairs))",
         "return max(pairs)",
-        "predict",
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fault import PythonFault as Fault
+from ..seeding import Seeded as Fault
 
 VISION = (
     Fault(
@@ -10,41 +10,35 @@ VISION = (
         "vision/blocks.py",
         "DropPath(drop_path)",
         "DropPath(drop_path, scale_by_keep=False)",
-        "vision",
     ),
     Fault(
         "defaults win over the options of the backbone's attention",
         "vision/backbone.py",
         "ATTENTION_OPTIONS | (attention_options or {})",
         "(attention_options or {}) | ATTENTION_OPTIONS",
-        "vision",
     ),
     Fault(
         "windows leave out the end of an image",
         "vision/segmentation.py",
         "steps = -(-max(length - window, 0) // max(1, 2 * window // 3))",
         "steps = max(length - window, 0) // max(1, 2 * window // 3)",
-        "vision",
     ),
     Fault(
         "images to segment are shrunk without antialiasing",
         "vision/segmentation.py",
         'F.interpolate(x, target, mode="bilinear", antialias=True)',
         'F.interpolate(x, target, mode="bilinear")',
-        "vision",
     ),
     Fault(
         "boxes in bfloat16 under autocast",
         "vision/detection.py",
         "(model.rpn.head, model.roi_heads.box_predictor, model.roi_heads.mask_predictor)",
         "(model.rpn.head, model.roi_heads.mask_predictor)",
-        "vision",
     ),
     Fault(
         "feature lists lack the coarsest stage",
         "vision/models.py",
         '"out_indices": (0, 1, 2, 3)',
         '"out_indices": (0, 1, 2)',
-        "vision",
     ),
 )
