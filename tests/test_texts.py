@@ -24,8 +24,8 @@ from setformer_ext.train.glue_data import TASKS, read_examples
 from setformer_ext.train.mlm import Mlm
 from setformer_ext.train.task import DataError
 from setformer_ext.train.texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
-from test_train_language import FILES, TINY, reviews, stop_at, train, write_reviews
-from training import launch, metrics
+from test_train_language import FILES, TINY, reviews, stop_at, write_reviews
+from training import launch, metrics, run_command
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_references": 4}
 
@@ -423,10 +423,10 @@ def test_pretraining_from_an_encoder_resumes_to_the_same_numbers(
     encoder: Path, text: Path, tmp_path: Path
 ) -> None:
     length = ("--eval-every=3", "--save-every=2", "--steps=5", f"--pretrained={encoder}")
-    assert launch(1, train, mlm(text, tmp_path / "whole", *length)) == [0]
+    assert launch(1, run_command, mlm(text, tmp_path / "whole", *length)) == [0]
     stopped = tmp_path / "stopped"
     assert launch(1, stop_at, 3, mlm(text, stopped, *length)) == [9]
-    assert launch(1, train, mlm(text, stopped, *length, "--resume")) == [0]
+    assert launch(1, run_command, mlm(text, stopped, *length, "--resume")) == [0]
     assert metrics(stopped)["history"] == metrics(tmp_path / "whole")["history"]
     known = load_file(tmp_path / "whole" / "model.safetensors")
     for name, tensor in load_file(stopped / "model.safetensors").items():
@@ -439,7 +439,7 @@ def test_processes_share_a_tokenizer_and_what_is_wrong(
 ) -> None:
     common = ("--steps=1", f"--eval-data={text}", "--model=mini", *TINY)
     given = mlm(text, tmp_path / "run", f"--tokenizer={encoder}", *common)
-    assert launch(2, train, given) == [0, 0]
+    assert launch(2, run_command, given) == [0, 0]
     wrong = mlm(text, tmp_path / "wrong", "--vocab-size=100", "--alphabet=99", *common)
     text.write_text("".join(map(chr, range(0x4E00, 0x4F00))), encoding="utf-8")
-    assert launch(2, train, wrong, kill_after=60) == [1, 1]
+    assert launch(2, run_command, wrong, kill_after=60) == [1, 1]
