@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from setformer_ext.pictures import COLOURS, mutual_information
 from setformer_ext.predict.predictors import PREDICTORS
 from setformer_ext.vision import Setformer
 from test_predict import DETECT
+from test_predict import write_run as detector_run
 
 TINY = {
     "dims": (32, 32, 64, 32),
@@ -187,6 +189,37 @@ def test_padding_of_a_detector_is_cut_off() -> None:
     pixels = torch.tensor(levels / 255).permute(2, 0, 1)[None]
     resized = nn.functional.interpolate(pixels, (53, 96), mode="bilinear")[0].float()
     assert (cut.seen - resized).abs().mean() < 0.02
+
+
+def test_command_keeps_tokens_over_their_pixels(
+    tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A detector makes 30 x 50 to 57 x 96, which tokens of 4 pixels cover as 60 x 96."""
+    run = detector_run(tmp_path / "run", DETECT, PREDICTORS["detect"](DETECT).model)
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        picture,
+        "draw_references",
+        lambda *given, covered, background: drawn.append((*given, covered)),
+    )
+    given = ["explain", str(run), str(photo), "--stage=1", f"--output={tmp_path / 'p.png'}"]
+    assert cli.main(given) == 0
+    ((image, plan, grid, _, _, covered),) = drawn
+    assert tuple(image.shape) == (3, 57, 96)
+    assert (len(plan), grid, covered) == (15 * 24, (15, 24), (60, 96))
+
+
+def test_light_is_of_what_tokens_draw_and_not_of_noise() -> None:
+    """In 400 tokens: that of most stays visible beside a few bright ones, noise does not."""
+    drawn = torch.full((400,), 1.0)
+    drawn[:3] = 100.0
+    assert picture._light(drawn)[-1] == pytest.approx(1 / 25)
+    drawn[3:] = 1e-3
+    light = picture._light(drawn)
+    assert light[:3].tolist() == [1.0] * 3
+    assert light[3:].max() == pytest.approx(4e-5)
+    drawn = torch.arange(1.0, 402.0)  # of 401 different ones the 99th of a hundred is 397
+    torch.testing.assert_close(picture._light(drawn), (drawn / 397).clamp(max=1))
 
 
 def is_png(path: Path) -> bool:

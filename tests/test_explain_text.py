@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -67,6 +68,19 @@ def test_the_picture_has_a_bright_place_for_each_reference(encoder: Path, tmp_pa
     given = ["explain", str(encoder), "--text", TEXT, "--output", str(output)]
     assert cli.main(given) == 0
     assert Image.open(output).width > 500
+
+
+def test_a_row_shows_where_its_reference_draws_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row by itself, with its share of the mass of all; the heavier is the first."""
+    rows, labels = [], []
+    monkeypatch.setattr(Axes, "imshow", lambda _, row, **__: rows.append(row.tolist()))
+    monkeypatch.setattr(Axes, "set_yticks", lambda _, __, label: labels.extend(label))
+    plan = torch.tensor([[0.25, 0.0625], [0.25, 0.1875], [0.25, 0.0]])
+    sentence.draw_words(["one", "two", "three"], plan, "layer 1", tmp_path / "rows.png")
+    assert rows == [[[pytest.approx(1 / 3)] * 3], [[0.25, 0.75, 0.0]]]
+    assert labels == ["1: 75%", "2: 25%"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 from select import select
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 from setformer_ext import cli
-from setformer_ext.train import journal, options, sampling
+from setformer_ext import train as train_package
+from setformer_ext.train import journal, loop, options, sampling
 from setformer_ext.train.checkpoints import Checkpoints
 from setformer_ext.train.classify import Accuracy, Classify
 from setformer_ext.train.configuration import read_configuration
@@ -155,6 +157,25 @@ def test_ties_go_to_the_lower_loss() -> None:
     assert Mlm.best([entry(eval_loss=2.0), entry(eval_loss=1.0)])["eval_loss"] == 1
     old = [{"step": 1, "accuracy": 0.9}, entry(eval_loss=3.0)]
     assert Mlm.best(old) is old[1], "a checkpoint that has no loss yet"
+
+
+def test_of_several_trainings_the_best_figures_are_averaged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the last ones."""
+    outputs = [argparse.Namespace(output=Path(name)) for name in ("sst2", "rte")]
+    kind = SimpleNamespace(split=lambda options: outputs, monitor="score")
+    monkeypatch.setattr(options, "task_class", lambda name: kind)
+    made = iter([(0.9, 0.1), (0.6, 0.3)])
+
+    def train(_: object, __: object) -> loop.Progress:
+        best, last = next(made)
+        return loop.Progress(best=best, history=[{"score": best}, {"score": last}])
+
+    monkeypatch.setattr(loop, "train", train)
+    assert train_package.run(argparse.Namespace(task="glue")) == 0
+    rows = [line.split() for line in capsys.readouterr().out.rstrip().split("\n")[-3:]]
+    assert rows == [["sst2", "0.9000"], ["rte", "0.6000"], ["average", "0.7500"]]
 
 
 def test_the_weights_of_the_lower_loss_are_kept(
