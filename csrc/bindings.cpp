@@ -166,23 +166,6 @@ void backward(const std::string& kernel, double position_bandwidth, int64_t iter
   });
 }
 
-void plan(const std::string& kernel, double position_bandwidth, int64_t iterations,
-          uintptr_t stream, const py::object&, const py::kwargs& arrays) {
-  Call call("transport_plan", arrays, stream);
-  PlanParams p;
-  call.read_problem(p, kernel, position_bandwidth, iterations);
-  require(p.offsets == nullptr, call.function(),
-          "offsets must not be given: each packed sequence has a plan of its own");
-  call.read_normalizers(p);
-  call.read_plan(p);
-  call.finish();
-  p.value_depth = 1;
-  const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::transport_plan, p);
-  run_on_cuda(call, p,
-              [&](int device, void* stream) { return cuda::transport_plan(p, device, stream); });
-}
-
 }  // namespace
 }  // namespace setformer
 
@@ -239,30 +222,19 @@ PYBIND11_MODULE(_C, m) {
       "values are not read: a bandwidth, epsilon, reference mass <= 0 or a negative token mass "
       "gives NaN\n"
       "in its head. A failing launch raises RuntimeError.";
-  const auto options = [](auto&& define, auto... more) {
-    define(py::arg("kernel") = "gaussian", py::arg("position_bandwidth") = 1.0,
-           py::arg("iterations") = 5, py::arg("stream") = 0, py::arg("workspace") = py::none(),
-           more...);
+  const auto define = [&m](const char* name, auto function, const char* about) {
+    m.def(name, function, py::arg("kernel") = "gaussian", py::arg("position_bandwidth") = 1.0,
+          py::arg("iterations") = 1, py::arg("stream") = 0, py::arg("workspace") = py::none(),
+          py::arg("merge") = py::none(), about);
   };
-  options(
-      [&](auto... arguments) {
-        m.def(
-            "set_attention_forward", &forward, arguments...,
-            "Writes output, pooled, rows and columns; see the module's docstring for the arrays.");
-        m.def("set_attention_backward", &backward, arguments...,
-              "Takes what forward took and wrote, with grad_output [B, H, Nq or N, Dv] (storage) "
-              "and\n"
-              "grad_pooled [B, H, M, Dv] (accumulate, optional); writes grad_query, grad_key, "
-              "grad_value\n"
-              "(storage), grad_reference [B, H, M, D], grad_bandwidth and grad_epsilon [B, H] and, "
-              "where given,\n"
-              "grad_token_mass [B, H, N] and grad_reference_mass [B, H, M] (accumulate).");
-      },
-      py::arg("merge") = py::none());
-  options([&](auto... arguments) {
-    m.def("transport_plan", &plan, arguments...,
-          "Writes plan [B, H, N, M] (storage) from the rows and columns of a forward call.");
-  });
+  define("set_attention_forward", &forward,
+         "Writes output, pooled, rows and columns; see the module's docstring for the arrays.");
+  define("set_attention_backward", &backward,
+         "Takes what forward took and wrote, with grad_output [B, H, Nq or N, Dv] (storage) and\n"
+         "grad_pooled [B, H, M, Dv] (accumulate, optional); writes grad_query, grad_key,\n"
+         "grad_value (storage), grad_reference [B, H, M, D], grad_bandwidth and grad_epsilon\n"
+         "[B, H] and, where given, grad_token_mass [B, H, N] and grad_reference_mass [B, H, M]\n"
+         "(accumulate).");
   m.def("cpu_isa", &cpu::instruction_set,
         "The instruction set in use: 'baseline', 'avx2' or 'avx512'.\n"
         "The environment variable SETFORMER_CPU_ISA overrides the choice.");

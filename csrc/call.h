@@ -215,10 +215,6 @@ class Call {
     }
   }
 
-  void read_plan(PlanParams& p) {
-    p.plan = written("plan", storage_, {heads_of(p, {"N", p.tokens}, {"M", p.references})}, 4);
-  }
-
   // Names that no read above knows would otherwise be ignored in silence.
   void finish() const {
     for (const auto& [name, array] : arrays_) {

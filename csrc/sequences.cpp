@@ -94,10 +94,8 @@ Params longest(const Params& packed) {
 
 ForwardParams sequence(const ForwardParams& p, int64_t s) { return part(p, s); }
 BackwardParams sequence(const BackwardParams& p, int64_t s) { return part(p, s); }
-PlanParams sequence(const PlanParams& p, int64_t s) { return part(p, s); }
 
 ForwardParams longest_sequence(const ForwardParams& p) { return longest(p); }
 BackwardParams longest_sequence(const BackwardParams& p) { return longest(p); }
-PlanParams longest_sequence(const PlanParams& p) { return longest(p); }
 
 }  // namespace setformer

@@ -9,11 +9,9 @@ namespace setformer {
 // The problem of sequence `s` alone: a batch of one.
 ForwardParams sequence(const ForwardParams& packed, int64_t s);
 BackwardParams sequence(const BackwardParams& packed, int64_t s);
-PlanParams sequence(const PlanParams& packed, int64_t s);  // never called: plans are of one
 
 // A problem with sizes that no sequence exceeds.
 ForwardParams longest_sequence(const ForwardParams& packed);
 BackwardParams longest_sequence(const BackwardParams& packed);
-PlanParams longest_sequence(const PlanParams& packed);
 
 }  // namespace setformer

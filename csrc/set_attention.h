@@ -70,7 +70,7 @@ struct ForwardParams {
   ScalarType type = ScalarType::kFloat32;
   Kernel kernel = Kernel::kGaussian;
   double position_bandwidth = 1.0;
-  int64_t iterations = 5;  // T
+  int64_t iterations = 1;  // T
   bool cross = false;      // queries are not the keys: they get a Sinkhorn solve of their own
   bool distribute = true;  // false: pooled outputs only
   // On CUDA blocks that share a head take 2^tiles_shift tiles of its tokens each: cuda/knobs.h.
@@ -129,16 +129,10 @@ struct BackwardParams : ForwardParams {
   Tensor grad_epsilon;         // accumulate [B, H] contiguous
 };
 
-// The plan b_j C_ij (= exp(s_ij + f_i + g_j) for T >= 1) of a problem that forward has solved.
-struct PlanParams : ForwardParams {
-  Tensor plan;  // storage    [B, H, N, M]
-};
-
 namespace cpu {
 
 Status set_attention_forward(const ForwardParams& params);
 Status set_attention_backward(const BackwardParams& params);
-Status transport_plan(const PlanParams& params);
 
 // The instruction set the calls above run on: "baseline", "avx2" or "avx512". Chosen once, the
 // best that was compiled and that the processor has; SETFORMER_CPU_ISA overrides it.

@@ -42,6 +42,13 @@ class Arguments:
         if key.shape[3] < 1:
             raise self.value_error("key", "[B, H, N, D] with D >= 1", list(key.shape))
 
+    @property
+    def storage_type(self) -> torch.dtype:
+        """What keys, queries, values and references are taken in: autocast's type, or theirs."""
+        if self.autocast and self.key.dtype != torch.float64:
+            return torch.get_autocast_dtype(self.key.device.type)
+        return self.key.dtype
+
     def value_error(self, name: str, expected: str, got: object) -> ValueError:
         return ValueError(f"{self.function}: {name} must be {expected}, got {got}")
 

@@ -1,8 +1,8 @@
 """Derivatives of the operations.
 
 The first derivative of ``set_attention`` is the operation ``set_attention_backward``: the exact
-gradient of the unrolled Sinkhorn steps. Higher derivatives, and those of ``transport_plan``, go
-through the differentiable definition (``reference.py``), whose N x M matrices they then store.
+gradient of the unrolled Sinkhorn steps. Higher derivatives go through the differentiable
+definition (``reference.py``), whose N x M matrices they then store.
 """
 
 from collections.abc import Iterable
@@ -157,53 +157,6 @@ torch.library.register_autograd(
 )
 
 
-PLAN_ARGUMENTS = (
-    "key",
-    "reference",
-    "bandwidth",
-    "epsilon",
-    "mask",
-    "token_mass",
-    "reference_mass",
-    "token_positions",
-    "reference_positions",
-    "kernel",
-    "position_bandwidth",
-    "iterations",
-)
-_PLAN_TENSORS = PLAN_ARGUMENTS.index("kernel")
-
-
-def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:_PLAN_TENSORS])
-    ctx.options = inputs[_PLAN_TENSORS:]
-
-
-def _plan_backward(ctx: Any, grad_plan: Tensor) -> Any:
-    arguments = dict(zip(PLAN_ARGUMENTS, (*ctx.saved_tensors, *ctx.options), strict=True))
-    # Contiguous, so that torch's products round alike whatever the strides; in accumulate type
-    # for its digits.
-    inputs = {
-        name: x.contiguous().to(accumulate_dtype(x.dtype))
-        for name, x in arguments.items()
-        if isinstance(x, Tensor) and x.is_floating_point()
-    }
-
-    def plan(inputs: dict[str, Any]) -> Tensor:
-        return reference.transport_plan(**arguments | inputs, normalize=False)
-
-    result, pull_back = _vjp(plan, inputs)
-    found = pull_back(grad_plan.contiguous().to(result.dtype))[0]
-    return tuple(
-        found[name].to(x.dtype) if name in found else None for name, x in arguments.items()
-    )
-
-
-torch.library.register_autograd(
-    "setformer_ext::transport_plan", _plan_backward, setup_context=_setup_plan_context, lib=LIBRARY
-)
-
-
 def refuse_forward_mode(ctx: Any = None, *_: Any) -> Any:
     """What torch calls for a derivative in forward mode.
 
@@ -258,22 +211,9 @@ class _SetAttentionBackwardFunction(torch.autograd.Function):
         return tuple(torch.ops.setformer_ext.set_attention_backward(*arguments))
 
 
-class _TransportPlanFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-    setup_context = staticmethod(_setup_plan_context)
-    backward = staticmethod(_plan_backward)
-    jvp = staticmethod(refuse_forward_mode)
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        plan: Tensor = torch.ops.setformer_ext.transport_plan(*arguments)
-        return plan
-
-
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "set_attention": SetAttentionFunction,
     "set_attention_backward": _SetAttentionBackwardFunction,
-    "transport_plan": _TransportPlanFunction,
 }
 
 

@@ -1,5 +1,8 @@
 """set_attention, set_pooling and transport_plan: the public functions."""
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,7 @@ from . import (
     plain,
     transforms,  # noqa: F401  (registers vmap, autocast and FLOP counts)
 )
+from . import reference as definition
 from .arguments import Arguments
 from .autograd import differentiable_call
 from .foreign import answers_foreign_names
@@ -215,14 +219,15 @@ def transport_plan(
 
     For T >= 1 that is ``exp(S_ij / epsilon + f_i + g_j)``. Its columns sum to the reference
     marginal b, its rows to the token marginal a as T grows. Arguments and errors are those of
-    :func:`set_attention`. For looking at, and for losses on the plan: it stores N x M numbers, and
-    its derivative goes through the definition in plain torch.
+    :func:`set_attention`, but that there are forward-mode derivatives, too. For looking at, and for
+    losses on the plan: it stores N x M numbers, by the definition in plain torch, in float32 at
+    least.
 
     Returns:
         [B, H, N, M] of the key's type.
     """
     arguments = Arguments("transport_plan", key)
-    p = _problem(
+    problem = _problem(
         arguments,
         key,  # the plan has no values: these stand in where all problems have them
         reference,
@@ -238,22 +243,18 @@ def transport_plan(
         position_bandwidth,
         normalize,
     )
-    plan: Tensor = differentiable_call(
-        "transport_plan",
-        p.key,
-        p.reference,
-        p.bandwidth,
-        p.epsilon,
-        p.mask,
-        p.token_mass,
-        p.reference_mass,
-        p.token_positions,
-        p.reference_positions,
-        p.kernel,
-        p.position_bandwidth,
-        p.iterations,
-    )
-    return plan
+    storage = arguments.storage_type
+    problem = problem.in_storage_type(storage).in_storage_type(accumulate_dtype(storage))
+    names = inspect.signature(definition.transport_plan).parameters.keys() - {"normalize"}
+    # Contiguous, so that torch's products round alike whatever the strides.
+    given: dict[str, Any] = {
+        name: x.contiguous() if isinstance(x, Tensor) else x
+        for name, x in problem._asdict().items()
+        if name in names
+    }
+    with torch.autocast(key.device.type, enabled=False):
+        plan = definition.transport_plan(**given, normalize=False)
+    return plan.to(storage)
 
 
 def attention_problem(

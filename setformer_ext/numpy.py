@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._C import set_attention_forward
-from ._C import transport_plan as write_plan
 from .foreign import answers_foreign_names
 
 if TYPE_CHECKING:
@@ -109,11 +108,13 @@ def transport_plan(key: Array, reference: Array, **options: Unpack[Options]) -> 
     """The plan of :func:`set_attention`, [B, H, N, M] of the key's type."""
     arrays = _arrays(key, reference, **options)
     key = arrays["key"]
-    value = key[..., :1] if key.ndim else key  # any will do
-    solution = _solve(arrays | {"value": value})
-    plan = np.empty((*key.shape[:3], arrays["reference"].shape[-2]), key.dtype)
-    write_plan(**arrays, rows=solution["rows"], columns=solution["columns"], plan=plan)
-    return plan
+    tokens = (*key.shape, 0, 0, 0)[2]
+    identity = np.eye(tokens, max(tokens, 1), dtype=key.dtype)
+    value = np.broadcast_to(identity, (*key.shape[:2], *identity.shape))
+    pooled = _solve(arrays | {"value": value})["pooled"][..., :tokens]  # C, [B, H, M, N]
+    mass = arrays.get("reference_mass", np.ones(pooled.shape[2], pooled.dtype))
+    plan = pooled * (mass / mass.sum(-1, keepdims=True))[..., None]
+    return plan.swapaxes(2, 3).astype(key.dtype)
 
 
 def _arrays(

@@ -47,7 +47,6 @@ def export(
         torch.export.default_decompositions()
         | {
             torch.ops.setformer_ext.set_attention.default: _set_attention,
-            torch.ops.setformer_ext.transport_plan.default: _transport_plan,
             torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
             torch.ops.aten._adaptive_avg_pool2d.default: _adaptive_average,
         }
@@ -158,27 +157,3 @@ def _set_attention(*arguments: Any) -> Solution:
         output = unread
         pooled = definition.set_pooling(key, value, reference, **shared)
     return Solution(output, pooled, *(unread for _ in Solution._fields[2:]))
-
-
-def _transport_plan(
-    key: Tensor, reference: Tensor, bandwidth: Tensor, epsilon: Tensor, *rest: Any
-) -> Tensor:
-    names = (
-        "mask",
-        "token_mass",
-        "reference_mass",
-        "token_positions",
-        "reference_positions",
-        "kernel",
-        "position_bandwidth",
-        "iterations",
-    )
-    accumulate = accumulate_dtype(key.dtype)
-    return definition.transport_plan(
-        key.to(accumulate),
-        reference.to(accumulate),
-        bandwidth=bandwidth,
-        epsilon=epsilon,
-        normalize=False,
-        **dict(zip(names, rest, strict=True)),
-    ).to(key.dtype)

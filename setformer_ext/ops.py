@@ -2,8 +2,8 @@
 
 ``set_attention`` solves, collects and (where ``distribute``) distributes in one call and returns,
 beside the results, what its backward needs; ``set_attention_backward`` is an operation of its own,
-shared by every way to differentiate; ``transport_plan`` returns the plan. Derivatives are
-registered in ``autograd.py``, vmap, autocast and FLOP counts in ``transforms.py``.
+shared by every way to differentiate. Derivatives are registered in ``autograd.py``, vmap, autocast
+and FLOP counts in ``transforms.py``.
 
 Arguments arrive checked (``functional.py``): storage type is that of key, and "accumulate" is
 float64 for float64 keys and float32 otherwise.
@@ -50,11 +50,6 @@ LIBRARY.define(f"set_attention({PROBLEM}) -> ({SOLUTION})")
 LIBRARY.define(
     "set_attention_backward"
     f"(Tensor? grad_output, Tensor? grad_pooled, {SOLUTION}, {PROBLEM}) -> ({GRADIENTS})",
-)
-LIBRARY.define(
-    "transport_plan(Tensor key, Tensor reference, Tensor bandwidth, Tensor epsilon, Tensor? mask, "
-    "Tensor? token_mass, Tensor? reference_mass, Tensor? token_positions, "
-    f"Tensor? reference_positions, {OPTIONS}) -> Tensor",
 )
 
 
@@ -250,11 +245,6 @@ def empty_gradients(problem: Problem) -> Gradients:
     )
 
 
-def empty_plan(key: Tensor, reference: Tensor) -> Tensor:  # [B, H, N, M]
-    """An unwritten plan."""
-    return key.new_empty((*key.shape[:3], reference.shape[-2]))
-
-
 def run(function: str, arrays: dict[str, Any], merge: Merge | None = None) -> None:
     """Call a function of the compiled module, on CUDA on the current stream of the key's device."""
     # OpenMP keeps the number of threads per calling thread, and torch sets it there when first
@@ -340,47 +330,6 @@ def _beside(in_turn: Tensor, offsets: Tensor) -> Tensor:  # [1, H, N]
     return torch.cat([part.view(1, heads, -1) for part in parts], dim=2)
 
 
-@torch.library.impl("setformer_ext::transport_plan", DISPATCH_KEYS, lib=LIBRARY)
-def _transport_plan(
-    key: Tensor,
-    reference: Tensor,
-    bandwidth: Tensor,
-    epsilon: Tensor,
-    mask: Tensor | None,
-    token_mass: Tensor | None,
-    reference_mass: Tensor | None,
-    token_positions: Tensor | None,
-    reference_positions: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    problem = Problem(
-        key,
-        key[..., :1],  # any value will do: only the normalisers are of interest
-        reference,
-        bandwidth,
-        epsilon,
-        None,
-        mask,
-        None,
-        token_mass,
-        reference_mass,
-        token_positions,
-        None,
-        reference_positions,
-        None,
-        None,
-        *(*options, False),
-    )
-    solution = empty_solution(problem)
-    arrays = problem.arrays()
-    run("set_attention_forward", arrays | solution.arrays(problem))
-    plan = empty_plan(key, reference)
-    del arrays["value"]
-    arrays |= {"rows": solution.rows, "columns": solution.columns, "plan": plan}
-    run("transport_plan", arrays)
-    return plan
-
-
 @torch.library.register_fake("setformer_ext::set_attention", lib=LIBRARY)
 def _fake_set_attention(*arguments: Any) -> Solution:
     return empty_solution(Problem(*arguments))
@@ -389,8 +338,3 @@ def _fake_set_attention(*arguments: Any) -> Solution:
 @torch.library.register_fake("setformer_ext::set_attention_backward", lib=LIBRARY)
 def _fake_backward(*arguments: Any) -> Gradients:
     return empty_gradients(Problem(*arguments[BEFORE_PROBLEM:]))
-
-
-@torch.library.register_fake("setformer_ext::transport_plan", lib=LIBRARY)
-def _fake_plan(key: Tensor, reference: Tensor, *_: Any) -> Tensor:
-    return empty_plan(key, reference)

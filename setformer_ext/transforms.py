@@ -102,28 +102,8 @@ def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) 
     return results, (0,) * len(Gradients._fields)
 
 
-def _vmap_plan(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-    names = ("key", "reference", "bandwidth", "epsilon", "mask", "token_mass", "reference_mass")
-    fields: dict[str, Any] = dict.fromkeys(Problem._fields)
-    dims: dict[str, int | None] = dict.fromkeys(Problem._fields)
-    fields |= dict(zip(names, arguments, strict=False))
-    dims |= dict(zip(names, in_dims, strict=False))
-    problem = _batch_problem(info.batch_size, Problem(**fields), tuple(dims.values()))
-    if problem is None or any(dim is not None for dim in in_dims[len(names) :]):
-
-        def call(*sample: Any) -> tuple[Tensor]:
-            return (OPERATIONS.transport_plan(*sample),)
-
-        return _one_by_one(call, info.batch_size, in_dims, arguments)[0], 0
-    plan = OPERATIONS.transport_plan(
-        *(getattr(problem, name) for name in names), *arguments[len(names) :]
-    )
-    return plan.unflatten(0, (info.batch_size, -1)), 0
-
-
 torch.library.register_vmap("setformer_ext::set_attention", _vmap_set_attention, lib=LIBRARY)
 torch.library.register_vmap("setformer_ext::set_attention_backward", _vmap_backward, lib=LIBRARY)
-torch.library.register_vmap("setformer_ext::transport_plan", _vmap_plan, lib=LIBRARY)
 
 
 def _register_autocast(name: str, storage: tuple[int, ...], device: str) -> None:
@@ -154,7 +134,6 @@ for _device in ("cpu", "cuda"):
         tuple(Problem._fields.index(name) for name in ("key", "value", "reference", "query")),
         _device,
     )
-    _register_autocast("transport_plan", (0, 1), _device)
 
 
 def attention_flops(
@@ -219,13 +198,3 @@ def set_attention_backward_flops(*shapes: Any, **_: Any) -> int:
     if queries is None:
         return pairs * tokens * (solve + 8 * value_depth + 4)
     return pairs * (tokens + queries) * (solve + 4 * value_depth + 2)
-
-
-@register_flop_formula(OPERATIONS.transport_plan)
-def _transport_plan_flops(
-    key: Any, reference: Any, *rest: Any, out_shape: Any = None, **_: Any
-) -> int:
-    batch, heads, tokens, depth = key
-    return attention_flops(
-        batch, heads, tokens, None, reference[-2], depth, 0, rest[-1], distribute=False
-    )

@@ -33,9 +33,6 @@ def shapes(function: str, batch: int, sequences: int, cross: bool) -> dict[str, 
         "rows": (batch, H, T + 1, N),
         "columns": (sequences, H, T + 1, M),
     }
-    if function == "transport_plan":
-        del found["value"]
-        return found | {"plan": (batch, H, N, M)}
     found |= {"output": (batch, H, queries, DV), "pooled": (sequences, H, M, DV)}
     if cross:
         found |= {
@@ -171,13 +168,11 @@ options = st.fixed_dictionaries(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "function", ["set_attention_forward", "set_attention_backward", "transport_plan"]
-)
+@pytest.mark.parametrize("function", ["set_attention_forward", "set_attention_backward"])
 @settings(max_examples=1000)
 @given(data=st.data())
 def test_any_arguments(function: str, data: st.DataObject) -> None:
-    packed, cross = (data.draw(st.booleans()) and function != "transport_plan" for _ in range(2))
+    packed, cross = (data.draw(st.booleans()) for _ in range(2))
     batch, sequences = (1, 2) if packed else (2, 2)
     fenced = {
         name: Fenced(shape, "f4", 0.5)

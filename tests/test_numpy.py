@@ -130,20 +130,6 @@ def test_forward_and_backward(host_module: ModuleType, options: dict, dtype: str
         )
 
 
-def test_plan(host_module: ModuleType) -> None:
-    arrays = problem(masked=True, reference_mass="learned")
-    written = results(arrays)
-    call(host_module.set_attention_forward, arrays, written)
-    plan = np.full((2, 3, 17, 5), np.nan)
-    del arrays["value"]
-    solved = {name: written[name] for name in ("rows", "columns")}
-    call(host_module.transport_plan, arrays, solved, plan=plan)
-    arguments = as_torch(arrays)
-    del arguments["query"]
-    expected = definition.transport_plan(**arguments)
-    np.testing.assert_allclose(plan, expected, 1e-11, 1e-13)
-
-
 def test_pooling_alone(host_module: ModuleType) -> None:
     """Without an output array only the pooled outputs are written."""
     arrays = problem()

@@ -99,9 +99,6 @@ FORWARD_MODE: dict[str, Callable[[Tensor], object]] = {
     "pooling": lambda key: torch.func.jvp(
         lambda x: setformer_ext.set_pooling(x, x, REFERENCE.double()), (key,), (key,)
     ),
-    "a plan's": lambda key: torch.func.jvp(
-        lambda x: setformer_ext.transport_plan(x, REFERENCE.double()), (key,), (key,)
-    ),
 }
 
 

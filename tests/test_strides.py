@@ -52,11 +52,15 @@ def problem(backend: Backend, **options: object) -> Arguments:
 
 
 def assert_same(function: Callable[..., Tensor], arguments: Arguments, strided: Arguments) -> None:
+    """To the bit, but for a plan's gradient, whose sums are torch's."""
     grad_output = output_gradient(function, arguments, 0)
     expected = run(function, arguments, grad_output)
     results = run(function, strided, transposed(grad_output))
     for name, x in expected.items():
-        assert torch.equal(results[name], x), name
+        if function.__name__ == "transport_plan" and name != "output":
+            torch.testing.assert_close(results[name], x, msg=name)
+        else:
+            assert torch.equal(results[name], x), name
 
 
 @pytest.mark.parametrize("function", ["set_attention", "set_pooling", "transport_plan"])

@@ -103,18 +103,6 @@ def test_opcheck_set_attention_backward(options: str, given: str) -> None:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS)
-def test_opcheck_transport_plan(options: str) -> None:
-    problem = with_gradients(operands(small(options)))
-    names = (
-        "key", "reference", "bandwidth", "epsilon", "mask", "token_mass", "reference_mass",
-        "token_positions", "reference_positions", "kernel", "position_bandwidth", "iterations",
-    )  # fmt: skip
-    arguments = tuple(getattr(problem, name) for name in names)
-    torch.library.opcheck(OPERATIONS.transport_plan.default, arguments)
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 def test_autograd_function(backend: Backend, options: str) -> None:
     """The autograd.Function is the operation, to the bit and through two derivatives."""
@@ -473,9 +461,6 @@ def test_flop_counts(cross: bool) -> None:
         pooled.sum().backward()
     counts = counter.get_flop_counts()["Global"]
     assert counts[OPERATIONS.set_attention_backward] == 6 * 3 * 7 * (pair + 2 * (4 + 1))
-    with FlopCounterMode(display=False) as counter:
-        call(setformer_ext.transport_plan, arguments)
-        assert counter.get_total_flops() == 6 * 3 * 7 * (8 + 20)
 
 
 DDP = """

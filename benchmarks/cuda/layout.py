@@ -154,7 +154,6 @@ NEEDS = {
     "sinkhorn_step_kernel": Needs.SCORES_ONLY,
     "collect_kernel": Needs.POOLS,
     "distribute_kernel": Needs.DISTRIBUTES,
-    "transport_plan_kernel": Needs.SCORES_ONLY,
     "distribute_backward_kernel": Needs.POOLS,
     "sinkhorn_step_backward_kernel": Needs.SCORES_ONLY,  # of the step that collects: DISTRIBUTES
     "gradient_kernel": Needs.DIFFERENTIATES,

@@ -17,23 +17,21 @@ struct Backend {
   const char* name;
   Status (*forward)(const ForwardParams&);
   Status (*backward)(const BackwardParams&);
-  Status (*plan)(const PlanParams&);
 };
 
 // What was compiled and this processor can run, best last.
 std::vector<Backend> supported_backends() {
-  std::vector<Backend> backends = {
-      {"baseline", baseline::forward, baseline::backward, baseline::plan}};
+  std::vector<Backend> backends = {{"baseline", baseline::forward, baseline::backward}};
 #if defined(SETFORMER_HAVE_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    backends.push_back({"avx2", avx2::forward, avx2::backward, avx2::plan});
+    backends.push_back({"avx2", avx2::forward, avx2::backward});
   }
 #endif
 #if defined(SETFORMER_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma")) {
-    backends.push_back({"avx512", avx512::forward, avx512::backward, avx512::plan});
+    backends.push_back({"avx512", avx512::forward, avx512::backward});
   }
 #endif
   return backends;
@@ -92,7 +90,6 @@ double least_parallel_work() {
 
 Status set_attention_forward(const ForwardParams& params) { return chosen().forward(params); }
 Status set_attention_backward(const BackwardParams& params) { return chosen().backward(params); }
-Status transport_plan(const PlanParams& params) { return chosen().plan(params); }
 
 const char* instruction_set() { return chosen().name; }
 const char* supported_instruction_sets() {

@@ -9,74 +9,6 @@
 namespace setformer::cpu::SETFORMER_ISA {
 namespace {
 
-// The plan b_j C_ij of one head, from the normalisers that forward left.
-template <class Storage>
-class PlanHead {
-  using T = Accumulate<Storage>;
-
- public:
-  explicit PlanHead(const PlanParams& p) : p_(p), widths_(p), keys_(p, keys_of(p), false) {}
-
-  void place(Arena& arena) {
-    keys_.place(arena);
-    marginal_.b = arena.take<T>(widths_.references);
-    marginal_.log2_b = arena.take<T>(widths_.references);
-    column_factors_ = arena.take<T>(widths_.references);
-  }
-  static void place_worker(Arena& arena, const PlanParams& p, Worker<T>& worker) {
-    worker.place(arena, Widths<T>(p), false, 0);
-  }
-  int64_t spans() const { return keys_.spans().count; }
-  int64_t stages() const { return 1; }
-
-  Status run(int64_t, int64_t b, int64_t h, const Team<Worker<T>>& team) {
-    const int64_t head = b * p_.heads + h, steps = p_.iterations, width = widths_.references;
-    T* rows = at<T>(p_.rows, 0) + head * (steps + 1) * p_.tokens;
-    T* columns = at<T>(p_.columns, 0) + head * (larger<int64_t>(steps, 1) + 1) * p_.references;
-    Status status = load_reference_marginal(p_, widths_, b, h, marginal_);
-    if (status != Status::kOk) return status;
-    status = keys_.prepare(b, h, p_.token_mass, marginal_, rows, columns, team.workers[0]);
-    if (status != Status::kOk) return status;
-    keys_.normalize_masses(keys_.total_mass());
-    if (!keys_.empty()) {
-      keys_.restore_potentials();
-      if (keys_.log_domain()) {
-        keys_.sum_collection(team);
-        keys_.finish_collection();
-      }
-      keys_.collection_columns(steps, column_factors_);
-      for (int64_t j = 0; j < width; ++j) column_factors_[j] *= marginal_.b[j];
-    }
-    team.for_each_tile(
-        keys_.spans(), [](int64_t) {},
-        [&](int64_t, int64_t begin, int64_t count, const Worker<T>& worker) {
-          if (keys_.empty()) {
-            fill(worker.matrix, count * width, T(0));
-          } else {
-            const T* scores = keys_.scores(begin, count, worker);
-            const T* matrix = keys_.collection(steps, begin, count, scores, worker);
-            keys_.collection_rows(steps, begin, count, worker.row_factors);
-            for (int64_t i = 0; i < count; ++i) {
-              const Vector<T> factor = splat(worker.row_factors[i] * keys_.a()[begin + i]);
-              for (int64_t j = 0; j < width; j += kLanes<T>) {
-                store<T>(worker.matrix + i * width + j,
-                         load(matrix + i * width + j) * factor * load(column_factors_ + j));
-              }
-            }
-          }
-          store_tokens<Storage>(worker.matrix, width, p_.plan, b, h, begin, count, p_.references);
-        });
-    return Status::kOk;
-  }
-
- private:
-  const PlanParams& p_;
-  Widths<T> widths_;
-  Transport<Storage> keys_;
-  ReferenceMarginal<T> marginal_{};
-  T* column_factors_ = nullptr;  // [references]
-};
-
 // Is there enough to do to wake threads for it? Over the spans of a head they are woken for every
 // pass over its tokens. All or none are: OpenMP ends the threads that a smaller team leaves over.
 inline bool is_worth_waking(const ForwardParams& p, bool over_heads) {
@@ -303,9 +235,6 @@ Status backward(const BackwardParams& p) {
   return dispatch(p.type, [&p](auto storage) {
     return run_alone_or_in_group<decltype(storage), BackwardHead>(p);
   });
-}
-Status plan(const PlanParams& p) {
-  return dispatch(p.type, [&p](auto storage) { return run<decltype(storage), PlanHead>(p); });
 }
 
 }  // namespace setformer::cpu::SETFORMER_ISA

@@ -7,7 +7,6 @@
   namespace setformer::cpu::isa {           \
   Status forward(const ForwardParams& p);   \
   Status backward(const BackwardParams& p); \
-  Status plan(const PlanParams& p);         \
   }
 
 SETFORMER_DECLARE_KERNELS(baseline)

@@ -411,49 +411,4 @@ __device__ __forceinline__ void distribute() {
   }
 }
 
-// b_j C_ij, element by element, into `tensor`.
-template <class Storage>
-__device__ void plan(const Tensor& tensor) {
-  const Head<Storage>& head = shared_head<Head<Storage>>();
-  const ForwardParams& p = head.p;
-  Scores<Storage, false> scores(head);
-  using S = Shape<Storage>;
-  using T = Accumulate<Storage>;
-  T* numbers = head.numbers();
-  T* terms = numbers + head.layout.terms();
-  T* scales = terms + head.layout.chunks * S::kRows;
-  Rows<Storage> plans;
-  plans.select(tensor, head.b, head.h, p.tokens, p.references);
-  T total = 0;
-  for (int64_t j = 0; j < p.references; ++j) {
-    total += power_of_two(log_reference_mass<T>(p, head.b, head.h, j));
-  }
-  fill_terms<Storage>(p, terms, -infinity<T>(), [&](int64_t j) {
-    return collection_term(head.column(p.iterations, j)) +
-           log_reference_mass<T>(p, head.b, head.h, j) - log_two(total);
-  });
-  fill_terms<Storage>(p, scales, T(0), [&](int64_t j) { return head.collection_scale[j]; });
-  __syncthreads();
-  for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
-    const OwnRows<Storage> rows(tile);
-    for (int chunk = 0; chunk < scores.chunks(); ++chunk) {
-      const bool ends = chunk + 1 == scores.chunks();
-      Accumulators<Storage> s;
-      scores.compute(tile, chunk,
-                     !ends                       ? tile
-                     : tile + 1 < head.last_tile ? tile + 1
-                                                 : -1,
-                     ends ? 0 : chunk + 1, s);
-      form_collection(head, p.iterations, tile, terms + chunk * S::kRows, s);
-      for_each<Storage>(s, [&](int half, int column, T& x) {
-        const int64_t i = rows.token[half], j = int64_t(chunk) * S::kRows + column;
-        if (i < plans.count && j < plans.depth) {
-          plans.data[i * plans.row_stride + j * plans.column_stride] =
-              narrow<Storage>(x * scales[j]);
-        }
-      });
-    }
-  }
-}
-
 }  // namespace setformer::cuda

@@ -57,13 +57,6 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   }
 }
 
-template <class Storage>
-__global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
-    transport_plan_kernel(const int64_t first, const PlanParams p) {
-  at_work(first, Splits<Storage>(p, p.tokens).count, 1, Select<Storage>{p, keys_of(p), kScoresOnly},
-          [&](int64_t) { plan<Storage>(p.plan); });
-}
-
 // columns^t from the states of all blocks that share a head, in the order of their tokens.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
@@ -212,13 +205,6 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
   launch<distribute_kernel<Storage>>(
       stream, "distribute_kernel", heads * Splits<Storage>(p, receivers_of(p).count).count,
       S::kThreads, streaming_bytes<Storage>(p, kDistributes, stream), p);
-}
-
-template <class Storage>
-void ForwardKernels<Storage>::plan(const PlanParams& p, Stream& stream) {
-  launch<transport_plan_kernel<Storage>>(
-      stream, "transport_plan_kernel", p.batch * p.heads * Splits<Storage>(p, p.tokens).count,
-      Shape<Storage>::kThreads, streaming_bytes<Storage>(p, kScoresOnly, stream), p);
 }
 
 }  // namespace setformer::cuda

@@ -38,7 +38,6 @@ template <class Storage>
 struct ForwardKernels {
   static ForwardWorkspace workspace(const ForwardParams& p);
   static void run(const ForwardParams& p, void* workspace, Stream& stream);
-  static void plan(const PlanParams& p, Stream& stream);
 };
 
 template <class Storage>

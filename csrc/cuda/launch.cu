@@ -123,12 +123,6 @@ Result set_attention_backward(const BackwardParams& p, void* workspace, int devi
              [&](Stream& target) { run_kernels<BackwardKernels>(p, workspace, target); });
 }
 
-Result transport_plan(const PlanParams& p, int device, void* stream) {
-  return run(device, stream, [&](Stream& target) {
-    visit<ForwardKernels>(p.type, [&](auto kernels) { kernels.plan(with_knobs(p), target); });
-  });
-}
-
 const char* error_name(int error) { return cudaGetErrorName(cudaError_t(error)); }
 const char* error_message(int error) { return cudaGetErrorString(cudaError_t(error)); }
 

@@ -33,7 +33,6 @@ Result set_attention_forward(const ForwardParams& params, void* workspace, int d
                              void* stream);
 Result set_attention_backward(const BackwardParams& params, void* workspace, int device,
                               void* stream);
-Result transport_plan(const PlanParams& params, int device, void* stream);
 
 // "cudaErrorInvalidValue: invalid argument"
 const char* error_name(int error);

@@ -30,8 +30,6 @@ Result set_attention_backward(const BackwardParams&, void*, int, void*) {
   return {kNoDevice, "set_attention_backward"};
 }
 
-Result transport_plan(const PlanParams&, int, void*) { return {kNoDevice, "transport_plan"}; }
-
 const char* error_name(int) { return "cudaErrorNoDevice"; }
 
 const char* error_message(int) { return "this build has no CUDA kernels"; }

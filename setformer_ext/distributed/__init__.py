@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..arguments import Arguments, _autocast_enabled
+from ..arguments import Arguments
 from ..autograd import refuse_tangents
 from ..foreign import answers_foreign_names
 from ..functional import attention_problem
@@ -151,8 +151,7 @@ def _set_attention(
         if check:
             Ranks(group).refuse(key)
         raise
-    if _autocast_enabled(key.device.type) and key.dtype != torch.float64:
-        problem = problem.in_storage_type(torch.get_autocast_dtype(key.device.type))
+    problem = problem.in_storage_type(arguments.storage_type)
     refuse_tangents(problem)
     differentiated = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in problem

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..autograd import PLAN_ARGUMENTS
 from ..ops import BEFORE_PROBLEM, RANKS, Gradients, Problem
 
 Placements = Sequence[Placement | None]
@@ -124,11 +123,5 @@ def _set_attention_backward(*arguments: Any) -> list[Any]:
     return _choices(of_key)
 
 
-def _transport_plan(*arguments: Any) -> list[Any]:
-    named = dict(zip(PLAN_ARGUMENTS, arguments, strict=True))
-    return _choices(lambda key: ([key], [where(name, x, key) for name, x in named.items()]))
-
-
 register_sharding(OPERATIONS.set_attention.default)(_set_attention)
 register_sharding(OPERATIONS.set_attention_backward.default)(_set_attention_backward)
-register_sharding(OPERATIONS.transport_plan.default)(_transport_plan)

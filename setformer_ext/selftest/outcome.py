@@ -37,7 +37,7 @@ class Result:
 class Kernels(NamedTuple):
     """The kernels that a smoke check runs."""
 
-    family: str  # resident, streaming or plan
+    family: str  # resident or streaming
     dtype: torch.dtype
     direction: str  # forward or backward
 

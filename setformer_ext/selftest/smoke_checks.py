@@ -5,19 +5,17 @@ from typing import Any
 
 import torch
 
-import setformer_ext
-
+from .. import set_attention
 from .outcome import SMOKE, Kernels, Result, Task
 from .problems import random_problem
 from .tolerance import compare_with_definition
 
-# The function that launches the kernels, and a problem that they, not another family, are for on
-# every GPU: 49 tokens of 32 dimensions fit the shared memory of one block on all of them, and the
-# keys of 1100 tokens alone, 64 dimensions of 2 bytes in tiles of 64 tokens, on none.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "resident": ("set_attention", {"B": 2, "H": 2, "N": 49, "M": 17, "D": 32, "Dv": 32}),
-    "streaming": ("set_attention", {"B": 1, "H": 1, "N": 1100, "M": 17, "D": 64, "Dv": 9}),
-    "plan": ("transport_plan", {"B": 2, "H": 1, "N": 70, "M": 17, "D": 32}),
+# A problem that the kernels, not those of another family, are for on every GPU: 49 tokens of 32
+# dimensions fit the shared memory of one block on all of them, and the keys of 1100 tokens alone,
+# 64 dimensions of 2 bytes in tiles of 64 tokens, on none.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "resident": {"B": 2, "H": 2, "N": 49, "M": 17, "D": 32, "Dv": 32},
+    "streaming": {"B": 1, "H": 1, "N": 1100, "M": 17, "D": 64, "Dv": 9},
 }
 OPTIONS: dict[str, Any] = {"iterations": 2, "masked": True}
 DIRECTIONS = ("forward", "backward")
@@ -43,8 +41,7 @@ def tasks() -> list[Task]:
 
 
 def _check(kernels: Kernels, device: torch.device) -> Result:
-    name, sizes = FAMILIES[kernels.family]
+    sizes = FAMILIES[kernels.family]
     arguments = random_problem(9, **sizes, **OPTIONS, dtype=kernels.dtype, device=str(device))
-    function = getattr(setformer_ext, name)
     backward = kernels.direction == "backward"
-    return Result(compare_with_definition(function, arguments, backward=backward))
+    return Result(compare_with_definition(set_attention, arguments, backward=backward))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import set_attention, transport_plan
+from .. import set_attention
 from .outcome import execute
 from .problems import output_gradient, random_problem, run
 from .processes import Process
@@ -100,8 +100,7 @@ def work(name: str, quick: bool) -> None:
 def _import_what_torch_puts_off() -> None:
     """Seconds that the first backward takes else, at the expense of its deadline."""
     arguments = random_problem(dtype=torch.float32, device="meta")  # without memory or kernels
-    for function in (set_attention, transport_plan):
-        run(function, arguments, output_gradient(function, arguments, 0))
+    run(set_attention, arguments, output_gradient(set_attention, arguments, 0))
 
 
 def _read_requests(requests: "queue.Queue[dict[str, Any]]") -> None:

@@ -16,7 +16,6 @@ struct Backend {
   const char* name;
   Status (*forward)(const ForwardParams&);
   Status (*backward)(const BackwardParams&);
-  Status (*plan)(const PlanParams&);
 };
 
 struct Case {
@@ -118,7 +117,7 @@ struct Problem {
 // What a call writes.
 template <class Real>
 struct Results {
-  Array<Real> output, pooled, rows, columns, query_rows, query_columns, plan;
+  Array<Real> output, pooled, rows, columns, query_rows, query_columns;
   Array<Real> grad_query, grad_key, grad_value, grad_reference, grad_token_mass;
   Array<Real> grad_reference_mass, grad_bandwidth, grad_epsilon;
 
@@ -129,7 +128,6 @@ struct Results {
         columns(c.B, c.H, std::max<int64_t>(c.T, 1) + 1, c.M),
         query_rows(c.B, c.H, c.T + 1, queries),
         query_columns(c.B, c.H, std::max<int64_t>(c.T, 1), c.M),
-        plan(c.B, c.H, c.N, c.M),
         grad_query(c.B, c.H, queries, c.D),
         grad_key(c.B, c.H, c.N, c.D),
         grad_value(c.B, c.H, c.N, c.Dv),
@@ -146,11 +144,11 @@ struct Results {
            grad_token_mass.data == other.grad_token_mass.data &&
            grad_reference_mass.data == other.grad_reference_mass.data &&
            grad_bandwidth.data == other.grad_bandwidth.data &&
-           grad_epsilon.data == other.grad_epsilon.data && plan.data == other.plan.data;
+           grad_epsilon.data == other.grad_epsilon.data && pooled.data == other.pooled.data;
   }
 };
 
-// Forward, backward and the plan.
+// Forward and backward.
 template <class Real>
 Status call(const Backend& backend, Problem<Real>& problem, Results<Real>& r) {
   BackwardParams p;
@@ -169,10 +167,5 @@ Status call(const Backend& backend, Problem<Real>& problem, Results<Real>& r) {
     p.grad_token_mass = r.grad_token_mass.tensor();
     p.grad_reference_mass = r.grad_reference_mass.tensor();
   }
-  status = backend.backward(p);
-  if (status != Status::kOk) return status;
-  PlanParams plan;
-  static_cast<ForwardParams&>(plan) = p;
-  plan.plan = r.plan.tensor();
-  return backend.plan(plan);
+  return backend.backward(p);
 }

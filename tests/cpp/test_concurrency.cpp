@@ -14,8 +14,7 @@ namespace {
 constexpr int kThreads = 8;
 
 // The backend that is chosen on first use.
-constexpr Backend kChosen = {"chosen", cpu::set_attention_forward, cpu::set_attention_backward,
-                             cpu::transport_plan};
+constexpr Backend kChosen = {"chosen", cpu::set_attention_forward, cpu::set_attention_backward};
 
 // Threads that all come here before any goes on, so that their calls overlap.
 class Start {

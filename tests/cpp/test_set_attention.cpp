@@ -13,16 +13,15 @@ namespace {
 
 std::vector<Backend> backends() {
   const std::string supported = std::string(" ") + cpu::supported_instruction_sets() + " ";
-  std::vector<Backend> result = {
-      {"baseline", cpu::baseline::forward, cpu::baseline::backward, cpu::baseline::plan}};
+  std::vector<Backend> result = {{"baseline", cpu::baseline::forward, cpu::baseline::backward}};
 #if defined(SETFORMER_HAVE_AVX2)
   if (supported.find(" avx2 ") != std::string::npos) {
-    result.push_back({"avx2", cpu::avx2::forward, cpu::avx2::backward, cpu::avx2::plan});
+    result.push_back({"avx2", cpu::avx2::forward, cpu::avx2::backward});
   }
 #endif
 #if defined(SETFORMER_HAVE_AVX512)
   if (supported.find(" avx512 ") != std::string::npos) {
-    result.push_back({"avx512", cpu::avx512::forward, cpu::avx512::backward, cpu::avx512::plan});
+    result.push_back({"avx512", cpu::avx512::forward, cpu::avx512::backward});
   }
 #endif
   return result;
@@ -93,8 +92,8 @@ std::vector<double> log_marginal(std::vector<double> masses) {
   return masses;
 }
 
-// The whole definition: the output [B, H, Nq, Dv] and the plan [B, H, N, M].
-void define(Problem<double>& p, Array<double>& output, Array<double>& plan) {
+// The whole definition: the output [B, H, Nq, Dv] and the pooled one [B, H, M, Dv].
+void define(Problem<double>& p, Array<double>& output, Array<double>& pooled) {
   const Case& c = p.c;
   for (int64_t b = 0; b < c.B; ++b) {
     for (int64_t h = 0; h < c.H; ++h) {
@@ -111,15 +110,14 @@ void define(Problem<double>& p, Array<double>& output, Array<double>& plan) {
         if (!p.mask[b * c.N + i]) s[i].assign(c.M, 0.0);
       }
       Potentials potentials = sinkhorn(s, log_marginal(a), log_b, c.T);
-      Matrix pooled(c.M, std::vector<double>(c.Dv));
       for (int64_t j = 0; j < c.M; ++j) {
         std::vector<double> column(c.N);
         for (int64_t i = 0; i < c.N; ++i) column[i] = s[i][j] + potentials.f[i];
         const double normalizer = log_sum_exp(column);
+        for (int64_t d = 0; d < c.Dv; ++d) pooled(b, h, j, d) = 0;
         for (int64_t i = 0; i < c.N; ++i) {
           const double weight = std::exp(column[i] - normalizer);
-          plan(b, h, i, j) = weight * std::exp(log_b[j]);
-          for (int64_t d = 0; d < c.Dv; ++d) pooled[j][d] += weight * p.value(b, h, i, d);
+          for (int64_t d = 0; d < c.Dv; ++d) pooled(b, h, j, d) += weight * p.value(b, h, i, d);
         }
       }
       if (c.Nq >= 0) {
@@ -134,7 +132,7 @@ void define(Problem<double>& p, Array<double>& output, Array<double>& plan) {
         for (int64_t d = 0; d < c.Dv; ++d) {
           output(b, h, i, d) = 0;
           for (int64_t j = 0; valid[i] && j < c.M; ++j) {
-            output(b, h, i, d) += std::exp(row[j] - normalizer) * pooled[j][d];
+            output(b, h, i, d) += std::exp(row[j] - normalizer) * pooled(b, h, j, d);
           }
         }
       }
@@ -150,8 +148,8 @@ Results<Real> run(const Backend& backend, Problem<Real>& problem) {
 }
 
 double loss(Problem<double>& p) {
-  Array<double> output(p.c.B, p.c.H, p.queries, p.c.Dv), plan(p.c.B, p.c.H, p.c.N, p.c.M);
-  define(p, output, plan);
+  Array<double> output(p.c.B, p.c.H, p.queries, p.c.Dv), pooled(p.c.B, p.c.H, p.c.M, p.c.Dv);
+  define(p, output, pooled);
   double sum = 0;
   for (size_t i = 0; i < output.data.size(); ++i) sum += output.data[i] * p.grad_output.data[i];
   return sum;
@@ -191,12 +189,14 @@ std::vector<double> sum_over_batch(const Array<double>& per_sample, size_t size)
 void test_double(const Backend& backend, const Case& c) {
   Problem<double> p(c);
   Results<double> r = run(backend, p);
-  Array<double> output(c.B, c.H, p.queries, c.Dv), plan(c.B, c.H, c.N, c.M);
-  define(p, output, plan);
+  Array<double> output(c.B, c.H, p.queries, c.Dv), pooled(c.B, c.H, c.M, c.Dv);
+  define(p, output, pooled);
   for (size_t i = 0; i < output.data.size(); ++i) {
     CHECK_CLOSE(r.output.data[i], output.data[i], 1e-11);
   }
-  for (size_t i = 0; i < plan.data.size(); ++i) CHECK_CLOSE(r.plan.data[i], plan.data[i], 1e-11);
+  for (size_t i = 0; i < pooled.data.size(); ++i) {
+    CHECK_CLOSE(r.pooled.data[i], pooled.data[i], 1e-11);
+  }
   check_gradient(p, p.key, r.grad_key.data);
   check_gradient(p, p.value, r.grad_value.data);
   if (c.Nq >= 0) check_gradient(p, p.query, r.grad_query.data);
@@ -237,7 +237,7 @@ void test_float(const Backend& backend, const Case& c) {
     CHECK_CLOSE(error / largest, 0.0, tolerance);
   };
   compare(actual.output, expected.output);
-  compare(actual.plan, expected.plan);
+  compare(actual.pooled, expected.pooled);
   compare(actual.grad_value, expected.grad_value);
   // Below this entropy plans are nearly permutations: the gradient of the scores all but cancels.
   if (c.epsilon < 0.02) {

@@ -103,8 +103,8 @@ class Problem {
   Problem(const std::string& function, Bytes& bytes) {
     const auto size = [&] { return bytes.PickValueInArray<int64_t>({1, 2, 3, 4, 5, 0}); };
     const auto maybe = [&] { return bytes.ConsumeBool(); };
-    const bool forward = function == "set_attention_forward", plan = function == "transport_plan";
-    const bool packed = !plan && maybe(), cross = !plan && maybe(), positions = maybe();
+    const bool forward = function == "set_attention_forward";
+    const bool packed = maybe(), cross = maybe(), positions = maybe();
     const int64_t B = size(), H = size(), N = 4 * size() + size(), Nq = size(), M = 1 + 4 * size();
     const int64_t D = 1 + 3 * size(), Dv = 1 + 3 * size(), P = 1 + size() % 3, T = size();
     const int64_t rows = packed ? 1 : B, queries = cross ? Nq : N;
@@ -135,23 +135,19 @@ class Problem {
       if (!packed && maybe()) add("query_mask", {B, Nq}, {dlpack::kBool, 8, 1});
       if (packed) offsets("query_offsets", B, Nq, bytes);
     }
-    if (plan) {
-      storage("plan", {B, H, N, M});
-    } else {
-      storage("value", {rows, H, N, Dv});
-    }
-    const bool with_output = !plan && (cross || maybe());
+    storage("value", {rows, H, N, Dv});
+    const bool with_output = cross || maybe();
     if (with_output) storage("output", {rows, H, queries, Dv});
     if (!forward || !with_output || maybe()) {
       accumulate("rows", {rows, H, T + 1, N});
       accumulate("columns", {B, H, std::max<int64_t>(T, 1) + 1, M});
-      if (!plan) accumulate("pooled", {B, H, M, Dv});
+      accumulate("pooled", {B, H, M, Dv});
       if (cross) {
         accumulate("query_rows", {rows, H, T + 1, Nq});
         accumulate("query_columns", {B, H, std::max<int64_t>(T, 1), M});
       }
     }
-    if (forward || plan) return;
+    if (forward) return;
     if (with_output) storage("grad_output", {rows, H, queries, Dv});
     if (maybe()) accumulate("grad_pooled", {B, H, M, Dv});
     storage("grad_key", {rows, H, N, D});
@@ -292,7 +288,7 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   const char* function =
-      bytes.PickValueInArray({"set_attention_forward", "set_attention_backward", "transport_plan"});
+      bytes.PickValueInArray({"set_attention_forward", "set_attention_backward"});
   Problem problem(function, bytes);
   py::dict arguments = options(problem.iterations, bytes);
   for (Description& array : problem.arrays) array.strides = contiguous_strides(array.shape);

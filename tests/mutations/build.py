@@ -36,8 +36,6 @@ template <> {Direction}Workspace {Direction}Kernels<{type}>::workspace(const {Di
 template <> void {Direction}Kernels<{type}>::run(const {Direction}Params&, void*, Stream&) {{
   std::abort();
 }}"""
-ABSENT_PLAN = """\
-template <> void ForwardKernels<{type}>::plan(const PlanParams&, Stream&) {{ std::abort(); }}"""
 
 
 def build_module(
@@ -87,8 +85,6 @@ def absent_kernels(storage: str, directions: tuple[str, ...]) -> Path:
             if name == storage and direction in directions:
                 continue
             definitions.append(ABSENT_DIRECTION.format(type=type_, Direction=direction.title()))
-            if direction == "forward":
-                definitions.append(ABSENT_PLAN.format(type=type_))
     text = ABSENT.format(definitions="\n".join(definitions))
     source = build.write(build.cache() / "generated" / f"absent-{build.digest(text)}.cpp", text)
     flags = ("-std=c++17", "-O0", "-w", f"-isystem{build.cuda_include()}")

@@ -18,12 +18,6 @@ DISTRIBUTED = (
         "(x - base).exp().sum(0).log() + base",
     ),
     Fault(
-        "ranks compute float64 in the type of autocast",
-        "distributed/__init__.py",
-        "if _autocast_enabled(key.device.type) and key.dtype != torch.float64:",
-        "if _autocast_enabled(key.device.type):",
-    ),
-    Fault(
         "mask of the queries is cut where the heads are shared",
         "distributed/sharding.py",
         'name in ("mask", "query_mask") or name.endswith("positions")',

@@ -12,16 +12,22 @@ OPERATION = (
         "unit(key)",
     ),
     Fault(
+        "float64 becomes the type of autocast",
+        "arguments.py",
+        "if self.autocast and self.key.dtype != torch.float64:",
+        "if self.autocast:",
+    ),
+    Fault(
         "gradient of packed token masses with heads and tokens mixed up",
         "ops.py",
         "part.view(1, heads, -1)",
         "part.view(1, -1, heads).transpose(1, 2)",
     ),
     Fault(
-        "gradient of the plan is of normalised vectors",
-        "autograd.py",
-        "reference.transport_plan(**arguments | inputs, normalize=False)",
-        "reference.transport_plan(**arguments | inputs)",
+        "plan of keys that autocast has not rounded",
+        "functional.py",
+        "problem.in_storage_type(storage).in_storage_type(accumulate_dtype(storage))",
+        "problem.in_storage_type(accumulate_dtype(storage))",
     ),
     Fault(
         "vmap gives samples the references of others",
