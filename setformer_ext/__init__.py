@@ -22,9 +22,8 @@ except ImportError as error:
     raise ImportError(_import_failure.explain(error, _Path(__file__).parent)) from error
 
 if _TYPE_CHECKING or _torch is not None:
-    from .functional import set_attention, set_pooling, transport_plan
+    from .functional import set_attention, set_attention_varlen, set_pooling, transport_plan
     from .modules import SetAttention
-    from .varlen import set_attention_varlen
 
     def __getattr__(name: str) -> object:
         if name == "distributed":  # when first used: torch.distributed.tensor takes its time

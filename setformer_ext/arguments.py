@@ -1,53 +1,112 @@
-"""Checks of the public functions' arguments.
+"""Checks of the public functions' arguments, by the table of the problem.
 
-Each raises one error that names the function, the argument, what was expected and what came.
-Shapes, types and devices are checked always, also when tracing; values of tensors only where they
-can be read without waiting for a device (eager CPU tensors).
+Each raises one error that names the function, the argument, what was expected and what came. In
+eager calls of plain tensors the compiled module has checked all of it already (`seen_by_kernels`),
+and `check` only finds the words for what it refused. Values of tensors are checked where they can
+be read without waiting for a device (eager CPU tensors).
 """
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from . import _C
+from .problem import KERNELS, OPTIONAL, STORAGE_TYPES, TENSORS
 
-STORAGE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KERNELS = ("gaussian", "linear")
 BUILD = _C.build_info()
 DEVICES = ("cpu", "meta", "cuda") if BUILD["cuda_runtime"] else ("cpu", "meta")
-Dimension = tuple[str, int | None]
+_PLAIN = (Tensor, torch.nn.Parameter)
+QUERY = ("query_mask", "query_positions")  # what only queries of their own have
+POSITIONS = [name for name in TENSORS if name.endswith("positions")]
+Given = Mapping[str, Any]  # the arguments of a public function by their names
+Shape = tuple[str, ...]  # letters of sizes
+# The key decides what the others must be, and the query comes before what goes with it.
+FIRST = ("key", "query", "query_mask")
+ORDER = (*FIRST, *(name for name in TENSORS if name not in FIRST))
 
 
-class Arguments:
-    """Checks arguments of `function` against the key, which decides device and type."""
+def seen_by_kernels(given: Given) -> bool:
+    """Whether the compiled module sees all that there is to check: eager calls of plain tensors.
 
-    def __init__(self, function: str, key: Tensor, packed: bool = False):
-        self.function, self.packed = function, packed
-        if not isinstance(key, Tensor):
-            raise TypeError(f"{function}: key must be a tensor, got {type(key).__name__}")
-        self.key = key
-        self.distributed = _is_dtensor(key)
-        self.autocast = _autocast_enabled(key.device.type)
-        if key.dtype not in STORAGE_TYPES:
-            raise self.type_error("key", "float32, float64, bfloat16 or float16", _name(key.dtype))
-        if key.device.type not in DEVICES:
-            raise self.value_error("key", _expected_device(key.device.type), key.device)
-        self.device("key", key)
-        self.shape("key", key, [("B", None), ("H", None), ("N", None), ("D", None)])
-        if key.shape[3] < 1:
-            raise self.value_error("key", "[B, H, N, D] with D >= 1", list(key.shape))
+    Not so where torch traces or transforms, behind autocast and subclasses of tensors, nor what
+    does not get there: whether positions want a gradient and have a bandwidth, masses of masked
+    tokens, and what options were before they became numbers of C++.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in given.values()):
+        return False
+    key = given["key"]
+    without = ["position_bandwidth", *POSITIONS]
+    if given.get("query") is None:
+        without += QUERY
+    if given.get("mask") is not None:
+        without.append("token_mass")
+    return (
+        isinstance(key, Tensor)
+        and key.device.type in ("cpu", "cuda")
+        and key.numel() > 0
+        and not autocast_enabled(key.device.type)
+        and all(given.get(name) is None for name in without)
+        and type(given["kernel"]) is str
+        and type(given["iterations"]) is int
+        and type(given["normalize"]) is bool
+        and all(
+            x.is_floating_point() if isinstance(x, Tensor) else type(x) in (int, float) and x > 0
+            for x in (given["bandwidth"], given["epsilon"])
+        )
+    )
 
-    @property
-    def storage_type(self) -> torch.dtype:
-        """What keys, queries, values and references are taken in: autocast's type, or theirs."""
-        if self.autocast and self.key.dtype != torch.float64:
-            return torch.get_autocast_dtype(self.key.device.type)
-        return self.key.dtype
+
+def check(function: str, given: Given, sequences: int | None = None) -> None:
+    """Check the arguments of a public function.
+
+    Args:
+        function: its name.
+        given: all its arguments; of ``set_attention_varlen`` as they are packed.
+        sequences: how many are packed; None where they are padded.
+
+    Raises:
+        ValueError, TypeError: for the first that does not fit.
+    """
+    _Check(function, given, sequences).all()
+
+
+class _Check:
+    def __init__(self, function: str, given: Given, sequences: int | None):
+        self.function, self.given, self.packed = function, given, sequences is not None
+        self.key: Tensor = given["key"]
+        self.sizes: dict[str, int] = {} if sequences is None else {"S": sequences}
+
+    def all(self) -> None:
+        if not isinstance(self.key, Tensor):
+            raise self.type_error("key", "a tensor", type(self.key).__name__)
+        self.distributed = is_dtensor(self.key)
+        self.autocast = autocast_enabled(self.key.device.type)
+        if self.key.dtype not in STORAGE_TYPES:
+            raise self.type_error(
+                "key", "float32, float64, bfloat16 or float16", _name(self.key.dtype)
+            )
+        if self.key.device.type not in DEVICES:
+            expected = _expected_device(self.key.device.type)
+            raise self.value_error("key", expected, self.key.device)
+        if self.given.get("query") is None:
+            for name in QUERY:
+                if (x := self.given.get(name)) is not None:
+                    expected = "None in self attention (mask and token_positions serve both sides)"
+                    raise self.value_error(name, expected, type(x).__name__)
+        self.positions()
+        for name in ORDER:
+            if name in ("bandwidth", "epsilon"):
+                self.positive(name, self.given[name])
+            elif name in self.given and (self.given[name] is not None or name not in OPTIONAL):
+                self.tensor(name, self.given[name])
+        self.options()
 
     def value_error(self, name: str, expected: str, got: object) -> ValueError:
         return ValueError(f"{self.function}: {name} must be {expected}, got {got}")
@@ -55,30 +114,84 @@ class Arguments:
     def type_error(self, name: str, expected: str, got: object) -> TypeError:
         return TypeError(f"{self.function}: {name} must be {expected}, got {got}")
 
-    def shape(self, name: str, x: Tensor, *shapes: Sequence[Dimension]) -> None:
-        """One of these shapes, each a sequence of (letter, size or None for any)."""
+    def tensor(self, name: str, x: object) -> None:
+        about = TENSORS[name]
+        if about.type == "bool":
+            self.is_mask(name, x)
+        elif not isinstance(x, Tensor):
+            raise self.type_error(name, "a tensor", type(x).__name__)
+        elif about.type == "storage":
+            # Autocast will make all of one type.
+            if not (x.dtype in STORAGE_TYPES if self.autocast else x.dtype == self.key.dtype):
+                expected = f"{_name(self.key.dtype)} as the key is"
+                raise self.type_error(name, expected, _name(x.dtype))
+        elif not x.is_floating_point():
+            raise self.type_error(name, "a floating-point tensor", _name(x.dtype))
+        assert isinstance(x, Tensor)
+        self.device(name, x)
+        self.shape(name, x, *self.shapes(name))
+        if name.endswith("mass") and readable(x) and x.numel() > 0:
+            least, zero = x.min().item(), name == "token_mass"
+            if least < 0 or (least == 0 and not zero):
+                raise self.value_error(name, f"{'>=' if zero else '>'} 0 everywhere", least)
+        if name in POSITIONS and x.requires_grad:
+            expected = "without gradient, for there is none (call .detach())"
+            raise self.value_error(name, expected, "requires_grad=True")
+
+    def is_mask(self, name: str, x: object) -> None:
+        if not isinstance(x, Tensor):
+            raise self.type_error(name, "a bool tensor", type(x).__name__)
+        if x.dtype != torch.bool:
+            remedy = "; of 0 and 1: .bool(); added to scores, of 0 and -inf elsewhere: x == 0"
+            got = f"{_name(x.dtype)}{remedy}"
+            raise self.type_error(name, "a bool tensor (True = valid)", got)
+
+    def shapes(self, name: str) -> list[Shape]:
+        """The shapes that a tensor may have; packed, tokens come first and S stands for B."""
+        about = TENSORS[name]
+        letters = about.letters
+        if self.packed and {"N", "Nq"} & set(letters) and letters[0] == "B":
+            _, heads, tokens, *depth = letters
+            letters = (tokens, heads, *depth)
+        elif self.packed:
+            letters = tuple("S" if letter == "B" else letter for letter in letters)
+        return [letters[1:], letters] if about.shared else [letters]
+
+    def shape(self, name: str, x: Tensor, *shapes: Shape) -> None:
+        """One of these shapes, whose sizes must be those that are known; the others are now."""
         for shape in shapes:
             if len(shape) == x.dim() and all(
-                size is None or size == given
-                for (_, size), given in zip(shape, x.shape, strict=True)
+                self.sizes.get(letter, size) == size
+                for letter, size in zip(shape, x.shape, strict=True)
             ):
-                return
-        expected = " or ".join(
-            "[" + ", ".join(k if size is None else f"{k}={size}" for k, size in shape) + "]"
-            for shape in shapes
-        )
-        got = f"{list(x.shape)}{self._hint(name, x, shapes)}"
-        raise self.value_error(name, expected, got)
+                break
+        else:
+            expected = " or ".join(map(self.described, shapes))
+            raise self.value_error(name, expected, f"{list(x.shape)}{self.hint(name, x)}")
+        for letter, size in zip(shape, x.shape, strict=True):
+            self.sizes.setdefault(letter, size)
+            if letter in ("D", "Dv", "M") and size < 1:
+                expected = f"[{', '.join(shape)}] with {letter} >= 1"
+                raise self.value_error(name, expected, list(x.shape))
+            if letter == "P" and size not in (1, 2, 3):
+                raise self.value_error(name, "[.., P] with P = 1, 2 or 3", list(x.shape))
 
-    def _hint(self, name: str, x: Tensor, shapes: Sequence[Sequence[Dimension]]) -> str:
+    def described(self, shape: Shape) -> str:
+        sizes = (f"{x}={self.sizes[x]}" if x in self.sizes else x for x in shape)
+        return f"[{', '.join(sizes)}]"
+
+    def hint(self, name: str, x: Tensor) -> str:
         """Where tokens come before heads, as in flash-attention and in transformers' models."""
         rows = "[B, N, H, D]: heads come before tokens here, so give"
         if self.packed:
             return ""
         if name in ("query", "value") and x.dim() == 4:
-            swapped = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-            sizes = [size for _, size in shapes[0]]
-            fits = all(size in (None, s) for size, s in zip(sizes, swapped, strict=True))
+            swapped = (x.shape[0], x.shape[2], x.shape[1], x.shape[3])
+            letters = TENSORS[name].letters
+            fits = all(
+                self.sizes.get(letter, size) == size
+                for letter, size in zip(letters, swapped, strict=True)
+            )
             # Where both are so, what the heads should be agrees instead.
             alike = name == "query" and x.shape[2] == self.key.shape[2] != x.shape[1]
             if fits or alike:
@@ -91,8 +204,8 @@ class Arguments:
 
     def device(self, name: str, x: Tensor) -> None:
         # Positions have no gradient, which all processes would add up: a plain tensor will do.
-        plain_will_do = self.distributed and name.endswith("positions")
-        if _is_dtensor(x) != self.distributed and not plain_will_do:
+        plain_will_do = self.distributed and name in POSITIONS
+        if is_dtensor(x) != self.distributed and not plain_will_do:
             kind = "a DTensor" if self.distributed else "a plain tensor"
             raise self.type_error(name, f"{kind} as the key is", type(x).__name__)
         if x.device != self.key.device:
@@ -100,112 +213,59 @@ class Arguments:
         if x.layout != torch.strided:
             raise self.value_error(name, "a dense tensor (call .to_dense())", x.layout)
 
-    def storage(self, name: str, x: Tensor, *shapes: Sequence[Dimension]) -> None:
-        """A tensor of the key's type, or of any type that autocast will make the same."""
+    def positive(self, name: str, x: object) -> None:
+        """A number or a tensor (scalar or [H]), finite and > 0."""
         if not isinstance(x, Tensor):
-            raise self.type_error(name, "a tensor", type(x).__name__)
-        same = x.dtype in STORAGE_TYPES if self.autocast else x.dtype == self.key.dtype
-        if not same:
-            expected = f"{_name(self.key.dtype)} as the key is"
-            raise self.type_error(name, expected, _name(x.dtype))
-        self.device(name, x)
-        self.shape(name, x, *shapes)
-
-    def floating(self, name: str, x: Tensor, *shapes: Sequence[Dimension]) -> None:
-        """A tensor of any floating type: masses, positions, bandwidth and epsilon."""
-        if not isinstance(x, Tensor):
-            raise self.type_error(name, "a tensor", type(x).__name__)
+            if not is_number(x):
+                raise self.type_error(name, "a number or a tensor", type(x).__name__)
+            self.in_range(name, x)
+            return
         if not x.is_floating_point():
             raise self.type_error(name, "a floating-point tensor", _name(x.dtype))
         self.device(name, x)
-        self.shape(name, x, *shapes)
+        if x.dim() > 0 and x.shape != (1,):
+            self.shape(name, x, ("H",))
+        if readable(x) and x.numel() > 0 and (bad := ~((x > 0) & x.isfinite())).any():
+            raise self.value_error(name, "> 0 and finite", x[bad][0].item())
 
-    def mask(self, name: str, x: Tensor | None, shape: Sequence[Dimension]) -> None:
-        if x is None:
-            return
-        if not isinstance(x, Tensor):
-            raise self.type_error(name, "a bool tensor", type(x).__name__)
-        if x.dtype != torch.bool:
-            remedy = "; of 0 and 1: .bool(); added to scores, of 0 and -inf elsewhere: x == 0"
-            got = f"{_name(x.dtype)}{remedy}"
-            raise self.type_error(name, "a bool tensor (True = valid)", got)
-        self.device(name, x)
-        self.shape(name, x, shape)
-
-    def mass(self, name: str, x: Tensor | None, *shapes: Sequence[Dimension], zero: bool) -> None:
-        """Masses >= 0, or > 0 where zero is not allowed."""
-        if x is None:
-            return
-        self.floating(name, x, *shapes)
-        if _readable(x) and x.numel() > 0:
-            least = x.min().item()
-            if least < 0 or (least == 0 and not zero):
-                raise self.value_error(name, f"{'>=' if zero else '>'} 0 everywhere", least)
-
-    def positive(self, name: str, x: object, heads: int) -> None:
-        """A number or a tensor (scalar or [H]), finite and > 0."""
-        if isinstance(x, Tensor):
-            self.floating(name, x, [], [("H", 1)] if x.numel() == 1 else [("H", heads)])
-            if not _readable(x) or x.numel() == 0:
-                return
-            bad = ~((x > 0) & x.isfinite())
-            if bad.any():
-                raise self.value_error(name, "> 0 and finite", x[bad][0].item())
-            return
-        if not is_number(x):
-            raise self.type_error(name, "a number or a tensor", type(x).__name__)
+    def in_range(self, name: str, x: float) -> None:
         if not 0 < x < math.inf:
             raise self.value_error(name, "> 0 and finite", x)
 
-    def iterations(self, x: object) -> None:
-        if not is_integer(x):
-            raise self.type_error("iterations", "an int", type(x).__name__)
-        if not 0 <= x < 2**31:
-            raise self.value_error("iterations", ">= 0 and < 2^31", x)
-
-    def flag(self, name: str, x: object) -> None:
-        if not isinstance(x, bool):
-            raise self.type_error(name, "a bool", type(x).__name__)
-
-    def kernel(self, x: object) -> None:
-        if x not in KERNELS:
-            raise self.value_error("kernel", "'gaussian' or 'linear'", repr(x))
-
-    def positions(
-        self,
-        positions: dict[str, tuple[Tensor | None, Dimension]],
-        bandwidth: float | None,
-    ) -> None:
+    def positions(self) -> None:
         """token_positions and reference_positions together, query_positions where wanted."""
+        bandwidth = self.given["position_bandwidth"]
         if bandwidth is not None:
             if not is_number(bandwidth):
                 raise self.type_error("position_bandwidth", "a number", type(bandwidth).__name__)
-            if not 0 < bandwidth < math.inf:
-                raise self.value_error("position_bandwidth", "> 0 and finite", bandwidth)
-        if all(x is None for x, _ in positions.values()):
+            self.in_range("position_bandwidth", bandwidth)
+        there = [name for name in POSITIONS if self.given.get(name) is not None]
+        if not there:
             return
         for name in ("token_positions", "reference_positions"):
-            if positions[name][0] is None:
-                given = ", ".join(other for other, (x, _) in positions.items() if x is not None)
-                raise self.value_error(name, f"given together with {given}", None)
-        coordinates = None
-        for name, (x, rows) in positions.items():
-            if x is None:
-                continue
-            self.floating(name, x, [rows, ("P", coordinates)])
-            if x.shape[1] not in (1, 2, 3):
-                raise self.value_error(name, "[.., P] with P = 1, 2 or 3", list(x.shape))
-            if x.requires_grad:
-                expected = "without gradient, for there is none (call .detach())"
-                raise self.value_error(name, expected, "requires_grad=True")
-            coordinates = x.shape[1]
+            if name not in there:
+                expected = f"given together with {', '.join(there)}"
+                raise self.value_error(name, expected, None)
         if bandwidth is None:
             raise self.value_error("position_bandwidth", "given together with positions", None)
 
+    def options(self) -> None:
+        if self.given["kernel"] not in KERNELS:
+            got = repr(self.given["kernel"])
+            raise self.value_error("kernel", "'gaussian' or 'linear'", got)
+        iterations = self.given["iterations"]
+        if not is_integer(iterations):
+            raise self.type_error("iterations", "an int", type(iterations).__name__)
+        if not 0 <= iterations < 2**31:
+            raise self.value_error("iterations", ">= 0 and < 2^31", iterations)
+        if not isinstance(self.given["normalize"], bool):
+            got = type(self.given["normalize"]).__name__
+            raise self.type_error("normalize", "a bool", got)
 
-def _is_dtensor(x: Tensor) -> bool:
+
+def is_dtensor(x: Tensor) -> bool:
     """Without importing what DTensors are made of, which takes its time, where nobody has it."""
-    if type(x) in (Tensor, torch.nn.Parameter):
+    if type(x) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
@@ -221,6 +281,18 @@ def is_number(x: object) -> TypeGuard[float]:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
+def autocast_enabled(device: str) -> bool:
+    # torch.amp.is_autocast_available(device) would break the graph of torch 2.9.
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def storage_type(key: Tensor) -> torch.dtype:
+    """What keys, queries, values and references are computed from: autocast's type, or theirs."""
+    if key.dtype != torch.float64 and autocast_enabled(key.device.type):
+        return torch.get_autocast_dtype(key.device.type)
+    return key.dtype
+
+
 def _expected_device(given: str) -> str:
     if given != "cuda":
         return "on the CPU or a CUDA device, where the kernels are"
@@ -234,16 +306,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _autocast_enabled(device: str) -> bool:
-    # torch.amp.is_autocast_available(device) would break the graph of torch 2.9.
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Can values be looked at here? Not when tracing or vmapping, nor without waiting for a GPU."""
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and not torch._C._are_functorch_transforms_active()
-        and type(x) in (Tensor, torch.nn.Parameter)  # not of FakeTensor or DTensor
+        and type(x) in _PLAIN  # not of FakeTensor or DTensor
     )

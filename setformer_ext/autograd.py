@@ -5,7 +5,7 @@ gradient of the unrolled Sinkhorn steps. Higher derivatives go through the diffe
 definition (``reference.py``), whose N x M matrices they then store.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,148 +13,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
-from .ops import BEFORE_PROBLEM, LIBRARY, RANKS, Gradients, Problem, Solution, accumulate_dtype
+from .ops import LIBRARY
+from .problem import (
+    TENSORS,
+    Backward,
+    Gradients,
+    Problem,
+    Solution,
+    accumulate_dtype,
+    is_per_sample,
+)
 
-# Positions of the differentiable tensors in Problem, which name those of Gradients too.
-DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in Gradients._fields)
-TENSORS = Problem._fields.index("kernel")
-
-
+OPERATIONS = torch.ops.setformer_ext
 _vjp: Any = torch.func.vjp  # whose annotation counts a third result that needs has_aux
-
-
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:TENSORS])
-    ctx.options = inputs[TENSORS:]
-
-
-def saved(ctx: Any) -> tuple[Solution, Problem]:
-    """What `setup_context` kept."""
-    tensors = ctx.saved_tensors
-    solution = Solution(*tensors[: len(Solution._fields)])
-    problem = Problem(*tensors[len(Solution._fields) :], *ctx.options)
-    return solution, problem
-
-
-def _backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: None) -> Any:
-    solution, problem = saved(ctx)
-    if not problem.distribute:
-        grad_output = None  # of the empty output
-    if grad_output is None and grad_pooled is None:
-        return (None,) * len(problem)
-    gradients = differentiable_call(
-        "set_attention_backward",
-        grad_output,
-        grad_pooled,
-        *solution,
-        *problem.in_storage_type(solution.output.dtype),
-    )
-    return gradients_of_inputs(problem, gradients)
-
-
-def gradients_of_inputs(
-    problem: tuple[Any, ...], gradients: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """One gradient for each argument: per-sample ones summed where the tensor was shared."""
-    result: list[Tensor | None] = [None] * len(problem)
-    for index, gradient in zip(DIFFERENTIABLE, gradients, strict=True):
-        tensor = problem[index]
-        if tensor is not None and gradient is not None:
-            result[index] = gradient.sum_to_size(tensor.shape).to(tensor.dtype)
-    return tuple(result)
-
-
-torch.library.register_autograd(
-    "setformer_ext::set_attention", _backward, setup_context=setup_context, lib=LIBRARY
-)
-
-
-def _define(problem: Problem) -> tuple[Tensor | None, Tensor]:
-    """Output (where distributed) and pooled output by the definition."""
-    if problem.offsets is not None:
-        parts = [_define(sequence) for sequence in problem.sequences()]
-        outputs = [output for output, _ in parts if output is not None]
-        pooled = torch.cat([pooled for _, pooled in parts])
-        return torch.cat(outputs, 2) if problem.distribute else None, pooled
-    options = problem._asdict() | {"normalize": False}  # which is done before the operation
-    del options["offsets"], options["query_offsets"]
-    distribute = options.pop("distribute")
-    query = options.pop("query")
-    cross = {name: options.pop(name) for name in ("query_mask", "query_positions")}
-    pooled = reference.set_pooling(**options)
-    if not distribute:
-        return None, pooled
-    return reference.set_attention(query, **options, **cross), pooled
-
-
-def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2], *inputs[BEFORE_PROBLEM : BEFORE_PROBLEM + TENSORS])
-    ctx.options = inputs[BEFORE_PROBLEM + TENSORS :]
-
-
-def _second_backward(ctx: Any, *grad_gradients: Tensor | None) -> Any:
-    """The derivative of sum_k <gradient_k, grad_gradient_k>."""
-    grad_output, grad_pooled, *tensors = ctx.saved_tensors
-    problem = Problem(*tensors, *ctx.options)
-    inputs = {
-        name: _per_sample(problem, name)
-        for name in Gradients._fields
-        if getattr(problem, name) is not None
-    }
-    # In accumulate type: the definition would lose half precision's few digits at every step.
-    accumulate = accumulate_dtype(problem.key.dtype)
-    grads = {
-        name: grad.to(accumulate)
-        for name, grad in (("output", grad_output), ("pooled", grad_pooled))
-        if grad is not None
-    }
-
-    def gradients(inputs: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        def results(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
-            output, pooled = _define(problem._replace(**inputs))
-            return {n: x for n, x in (("output", output), ("pooled", pooled)) if n in grads}
-
-        _, pull_back = _vjp(results, inputs)
-        found: dict[str, Tensor] = pull_back(grads)[0]
-        return found
-
-    first, pull_back = _vjp(gradients, inputs, grads)
-    given = dict(zip(Gradients._fields, grad_gradients, strict=True))
-    of_inputs, of_grads = pull_back(
-        {
-            name: torch.zeros_like(x) if (grad := given[name]) is None else grad.to(x.dtype)
-            for name, x in first.items()
-        }
-    )
-    of_problem = gradients_of_inputs(
-        tuple(problem), tuple(of_inputs.get(name) for name in Gradients._fields)
-    )
-    return (
-        None if grad_output is None else of_grads["output"].to(grad_output.dtype),
-        None if grad_pooled is None else of_grads["pooled"].to(grad_pooled.dtype),
-        *(None,) * len(Solution._fields),
-        *of_problem,
-    )
-
-
-def _per_sample(problem: Problem, name: str) -> Tensor:
-    """The tensor as set_attention_backward answers for it: one per sample also where shared."""
-    tensor: Tensor = getattr(problem, name)
-    tensor = tensor.to(accumulate_dtype(tensor.dtype))
-    if tensor.dim() == RANKS[name]:
-        return tensor
-    return tensor.expand(problem.batch, *tensor.shape)
-
-
-torch.library.register_autograd(
-    "setformer_ext::set_attention_backward",
-    _second_backward,
-    setup_context=_setup_second_context,
-    lib=LIBRARY,
-)
 
 
 def refuse_forward_mode(ctx: Any = None, *_: Any) -> Any:
@@ -187,34 +58,158 @@ class SetAttentionFunction(torch.autograd.Function):
     """``set_attention`` as a ``torch.autograd.Function``, for code that composes such functions.
 
     ``SetAttentionFunction.apply(*Problem(...))`` returns the fields of ``Solution``. Its backward
-    is the operation ``torch.ops.setformer_ext.set_attention_backward``, as it is for the operation.
+    is the operation ``torch.ops.setformer_ext.set_attention_backward``.
     """
 
     generate_vmap_rule = True
-    setup_context = staticmethod(setup_context)
-    backward = staticmethod(_backward)
     jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(*problem: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.setformer_ext.set_attention(*problem))
+        return tuple(OPERATIONS.set_attention(*problem))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        save(ctx, Problem(*inputs), Solution(*output))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: None) -> Any:
+        solution, problem = saved(ctx)
+        if not problem.distribute:
+            grad_output = None  # of the empty output
+        if grad_output is None and grad_pooled is None:
+            return (None,) * len(problem)
+        problem_as_computed = problem.in_storage_type(solution.output.dtype)
+        given = Backward(grad_output, grad_pooled, solution, problem_as_computed)
+        gradients = differentiable_call("set_attention_backward", *given.arguments())
+        return gradients_of_inputs(problem, Gradients(*gradients)._asdict())
+
+
+def save(ctx: Any, problem: Problem, solution: Solution) -> None:
+    """Keep for backward what it needs of a problem and its solution."""
+    ctx.mark_non_differentiable(*solution[2:])  # all but output and pooled
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*solution, *(getattr(problem, name) for name in TENSORS))
+    ctx.problem = problem.with_tensors(dict.fromkeys(TENSORS))
+
+
+def saved(ctx: Any) -> tuple[Solution, Problem]:
+    """What `save` kept."""
+    tensors = iter(ctx.saved_tensors)
+    solution = Solution(*(next(tensors) for _ in Solution._fields))
+    return solution, ctx.problem.with_tensors(dict(zip(TENSORS, tensors, strict=True)))
+
+
+def gradients_of_inputs(
+    problem: Problem, gradients: Mapping[str, Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """One gradient for each argument: per-sample ones summed where the tensor was shared."""
+    result: dict[str, Tensor] = {}
+    for name, gradient in gradients.items():
+        tensor = getattr(problem, name)
+        if tensor is not None and gradient is not None:
+            result[name] = gradient.sum_to_size(tensor.shape).to(tensor.dtype)
+    return tuple(result.get(name) for name in Problem._fields)
 
 
 class _SetAttentionBackwardFunction(torch.autograd.Function):
+    """The derivative of the derivative, by the definition."""
+
     generate_vmap_rule = True
-    setup_context = staticmethod(_setup_second_context)
-    backward = staticmethod(_second_backward)
     jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.setformer_ext.set_attention_backward(*arguments))
+        return tuple(OPERATIONS.set_attention_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        given = Backward.read(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            given.grad_output,
+            given.grad_pooled,
+            *(getattr(given.problem, name) for name in TENSORS),
+        )
+        ctx.problem = given.problem.with_tensors(dict.fromkeys(TENSORS))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_gradients: Tensor | None) -> Any:
+        """The derivative of sum_k <gradient_k, grad_gradient_k>."""
+        grad_output, grad_pooled, *tensors = ctx.saved_tensors
+        problem = ctx.problem.with_tensors(dict(zip(TENSORS, tensors, strict=True)))
+        inputs = {
+            name: _for_each_sample(problem, name)
+            for name in Gradients._fields
+            if getattr(problem, name) is not None
+        }
+        # In accumulate type: the definition would lose half precision's few digits at every step.
+        accumulate = accumulate_dtype(problem.key.dtype)
+        grads = {
+            name: grad.to(accumulate)
+            for name, grad in (("output", grad_output), ("pooled", grad_pooled))
+            if grad is not None
+        }
+
+        def gradients(inputs: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
+            def results(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
+                output, pooled = _define(problem._replace(**inputs))
+                return {n: x for n, x in (("output", output), ("pooled", pooled)) if n in grads}
+
+            _, pull_back = _vjp(results, inputs)
+            found: dict[str, Tensor] = pull_back(grads)[0]
+            return found
+
+        first, pull_back = _vjp(gradients, inputs, grads)
+        given = dict(zip(Gradients._fields, grad_gradients, strict=True))
+        of_inputs, of_grads = pull_back(
+            {
+                name: torch.zeros_like(x) if (grad := given[name]) is None else grad.to(x.dtype)
+                for name, x in first.items()
+            }
+        )
+        of_problem = gradients_of_inputs(problem, of_inputs)
+        return (
+            None if grad_output is None else of_grads["output"].to(grad_output.dtype),
+            None if grad_pooled is None else of_grads["pooled"].to(grad_pooled.dtype),
+            *(None,) * len(Solution._fields),
+            *of_problem,
+        )
+
+
+def _define(problem: Problem) -> tuple[Tensor | None, Tensor]:
+    """Output (where distributed) and pooled output by the definition."""
+    if problem.offsets is not None:
+        parts = [_define(sequence) for sequence in problem.sequences()]
+        outputs = [output for output, _ in parts if output is not None]
+        pooled = torch.cat([pooled for _, pooled in parts])
+        return torch.cat(outputs, 2) if problem.distribute else None, pooled
+    pooled = reference.set_pooling(**problem.arguments(of_queries=False))
+    if not problem.distribute:
+        return None, pooled
+    return reference.set_attention(**problem.arguments()), pooled
+
+
+def _for_each_sample(problem: Problem, name: str) -> Tensor:
+    """The tensor as set_attention_backward answers for it: one per sample also where shared."""
+    tensor: Tensor = getattr(problem, name)
+    tensor = tensor.to(accumulate_dtype(tensor.dtype))
+    if is_per_sample(name, tensor):
+        return tensor
+    return tensor.expand(problem.batch, *tensor.shape)
 
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "set_attention": SetAttentionFunction,
     "set_attention_backward": _SetAttentionBackwardFunction,
 }
+for _name, _function in _FUNCTIONS.items():
+    torch.library.register_autograd(
+        f"setformer_ext::{_name}",
+        _function.backward,
+        setup_context=_function.setup_context,
+        lib=LIBRARY,
+    )
 
 
 def differentiable_call(name: str, *arguments: Any) -> Any:
@@ -226,4 +221,4 @@ def differentiable_call(name: str, *arguments: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*arguments)
     refuse_tangents(arguments)
-    return getattr(torch.ops.setformer_ext, name)(*arguments)
+    return getattr(OPERATIONS, name)(*arguments)

@@ -1,24 +1,48 @@
-"""set_attention, set_pooling and transport_plan: the public functions."""
+"""set_attention, set_attention_varlen, set_pooling and transport_plan: the public functions."""
+
+from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from . import (
-    plain,
-    transforms,  # noqa: F401  (registers vmap, autocast and FLOP counts)
-)
 from . import reference as definition
-from .arguments import Arguments
+from . import transforms  # noqa: F401  (registers vmap, autocast and FLOP counts)
+from .arguments import check, is_dtensor, readable, seen_by_kernels, storage_type
 from .autograd import differentiable_call
 from .foreign import answers_foreign_names
-from .ops import Problem, accumulate_dtype
+from .problem import Problem, Solution, accumulate_dtype
 from .reference import zero_invalid
 from .unit import unit
 
-__all__ = ["set_attention", "set_pooling", "transport_plan"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["set_attention", "set_attention_varlen", "set_pooling", "transport_plan"]
+
+
+class PackedOptions(TypedDict, total=False):
+    """What all functions take by name; :func:`set_attention` tells what each is and its default."""
+
+    token_mass: Tensor | None  # [B, H, N] >= 0; packed [N, H]
+    reference_mass: Tensor | None  # [H, M] or [B, H, M] > 0
+    kernel: str
+    bandwidth: float | Tensor  # > 0, scalar or [H]
+    epsilon: float | Tensor  # > 0, scalar or [H]
+    iterations: int  # T >= 0
+    token_positions: Tensor | None  # [N, P]
+    reference_positions: Tensor | None  # [M, P]
+    position_bandwidth: float | None  # > 0
+    normalize: bool
+
+
+class Options(PackedOptions, total=False):
+    """What all functions of padded tokens take."""
+
+    mask: Tensor | None  # [B, N] bool, True = valid
 
 
 @answers_foreign_names
@@ -106,302 +130,263 @@ def set_attention(
         NotImplementedError: forward-mode derivatives (jvp, jacfwd).
         RuntimeError: CUDA refuses to launch a kernel.
     """
-    if query is key:
-        query = None
-    positions = (token_positions, query_positions, reference_positions, position_bandwidth)
-    if all(x is None for x in positions):
-        masks = (mask, query_mask, token_mass, reference_mass)
-        found = plain.set_attention(
-            query,
-            key,
-            value,
-            reference,
-            *masks,
-            kernel,
-            bandwidth,
-            epsilon,
-            iterations,
-            normalize,
+    given = {
+        "query": None if query is key else query,
+        "key": key,
+        "value": value,
+        "reference": reference,
+        "mask": mask,
+        "query_mask": query_mask,
+        "token_mass": token_mass,
+        "reference_mass": reference_mass,
+        "kernel": kernel,
+        "bandwidth": bandwidth,
+        "epsilon": epsilon,
+        "iterations": iterations,
+        "token_positions": token_positions,
+        "query_positions": query_positions,
+        "reference_positions": reference_positions,
+        "position_bandwidth": position_bandwidth,
+        "normalize": normalize,
+    }
+    return _solve("set_attention", given).output
+
+
+@answers_foreign_names
+def set_attention_varlen(
+    query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    reference: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_query: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    **options: Unpack[PackedOptions],
+) -> Tensor:
+    """SeT attention within each of S sequences that are packed one after another.
+
+    Sequence s has the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``. Its output is that of
+    :func:`setformer_ext.set_attention` for this sequence alone, bit by bit, and that of a padded
+    batch with a mask to rounding; nothing is computed for padding.
+
+    Args:
+        query: [Nq, H, D] of all sequences. ``None`` or ``key`` itself is self attention.
+        key: [N, H, D] of all sequences, float32, float64, bfloat16 or float16. Any strides.
+            No DTensor, nor is any other tensor.
+        value: [N, H, Dv], of the key's type.
+        reference: [H, M, D] (learned) or [S, H, M, D] (one set for each sequence).
+        cu_seqlens: int32 or int64 [S + 1], ascending from 0 to N; a sequence may be empty. Read on
+            the CPU: on another device that waits for it.
+        cu_seqlens_query: [S + 1], ascending from 0 to Nq; for cross attention, and only there.
+        query_positions: [Nq, P], for cross attention.
+        options: those of ``set_attention`` but for its masks, with token_mass [N, H] >= 0 (each
+            sequence's marginal a, up to its sum), reference_mass [H, M] or [S, H, M] > 0 and
+            token_positions [N, P].
+
+    Returns:
+        [Nq, H, Dv] of the key's type (Nq = N in self attention).
+
+    Raises:
+        ValueError: a shape, size, device or value that does not fit; it names the argument.
+        TypeError: an argument of the wrong type.
+        RuntimeError: CUDA refuses to launch a kernel.
+    """
+    function = "set_attention_varlen"
+    packed: dict[str, Any] = {
+        "query": None if query is key else query,
+        "key": key,
+        "value": value,
+        "reference": reference,
+        "query_positions": query_positions,
+    } | with_defaults(function, options, _PACKED_DEFAULTS)
+    if isinstance(key, Tensor) and is_dtensor(key):
+        raise TypeError(
+            f"{function}: key must be a plain tensor, got a DTensor: set_attention takes those, "
+            "padded and with a mask"
         )
-        if found is not None:
-            return found
-    problem = attention_problem(
-        Arguments("set_attention", key),
-        query=query,
-        key=key,
-        value=value,
-        reference=reference,
-        mask=mask,
-        query_mask=query_mask,
-        token_mass=token_mass,
-        reference_mass=reference_mass,
-        kernel=kernel,
-        bandwidth=bandwidth,
-        epsilon=epsilon,
-        iterations=iterations,
-        token_positions=token_positions,
-        query_positions=query_positions,
-        reference_positions=reference_positions,
-        position_bandwidth=position_bandwidth,
-        normalize=normalize,
-    )
+    offsets = _offsets("cu_seqlens", cu_seqlens)
+    check(function, packed, offsets.shape[0] - 1)
+    _require_ends("cu_seqlens", offsets, key)
+    query_offsets = None
+    if (query := packed["query"]) is not None:
+        query_offsets = _offsets("cu_seqlens_query", cu_seqlens_query)
+        if query_offsets.shape != offsets.shape:
+            expected = f"[S + 1={offsets.shape[0]}] as cu_seqlens is"
+            raise _error(ValueError, "cu_seqlens_query", expected, list(query_offsets.shape))
+        _require_ends("cu_seqlens_query", query_offsets, query)
+    elif cu_seqlens_query is not None:
+        got = type(cu_seqlens_query).__name__
+        raise _error(ValueError, "cu_seqlens_query", "None in self attention", got)
+    batch_of_one = {
+        name: None if packed[name] is None else packed[name].transpose(0, 1).unsqueeze(0)
+        for name in ("query", "key", "value", "token_mass")  # [N, H, ..] to [1, H, N, ..]
+    }
+    problem = make_problem(packed | batch_of_one)
+    problem = problem._replace(offsets=offsets, query_offsets=query_offsets)
     output: Tensor = differentiable_call("set_attention", *problem)[0]
-    return output
+    return output.squeeze(0).transpose(0, 1)
 
 
 @answers_foreign_names
 def set_pooling(
-    key: Tensor,
-    value: Tensor,
-    reference: Tensor,
-    *,
-    mask: Tensor | None = None,
-    token_mass: Tensor | None = None,
-    reference_mass: Tensor | None = None,
-    kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,
-    epsilon: float | Tensor = 0.04,
-    iterations: int = 1,
-    token_positions: Tensor | None = None,
-    reference_positions: Tensor | None = None,
-    position_bandwidth: float | None = None,
-    normalize: bool = True,
+    key: Tensor, value: Tensor, reference: Tensor, **options: Unpack[Options]
 ) -> Tensor:
     """The pooled outputs ``A_j = sum_i C_ij v_i`` of :func:`set_attention`, one per reference.
 
     This is the optimal-transport kernel embedding of Mialon et al. (ICLR 2021, arXiv:2006.12065).
-    Arguments and errors are those of :func:`set_attention`.
+
+    Args:
+        key, value, reference, options: as in ``set_attention``, whose errors they raise: mask,
+            token_mass, reference_mass, kernel, bandwidth, epsilon, iterations, token_positions,
+            reference_positions, position_bandwidth, normalize.
 
     Returns:
         [B, H, M, Dv] of the key's type.
     """
-    arguments = Arguments("set_pooling", key)
-    problem = _problem(
-        arguments,
-        value,
-        reference,
-        mask,
-        token_mass,
-        reference_mass,
-        kernel,
-        bandwidth,
-        epsilon,
-        iterations,
-        token_positions,
-        reference_positions,
-        position_bandwidth,
-        normalize,
-        distribute=False,
-    )
-    output, pooled, *_ = differentiable_call("set_attention", *problem)
-    result: Tensor = pooled.to(output.dtype)
-    return result
+    given = {"key": key, "value": value, "reference": reference}
+    given |= with_defaults("set_pooling", options)
+    solution = _solve("set_pooling", given, distribute=False)
+    return solution.pooled.to(solution.output.dtype)
 
 
 @answers_foreign_names
-def transport_plan(
-    key: Tensor,
-    reference: Tensor,
-    *,
-    mask: Tensor | None = None,
-    token_mass: Tensor | None = None,
-    reference_mass: Tensor | None = None,
-    kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,
-    epsilon: float | Tensor = 0.04,
-    iterations: int = 1,
-    token_positions: Tensor | None = None,
-    reference_positions: Tensor | None = None,
-    position_bandwidth: float | None = None,
-    normalize: bool = True,
-) -> Tensor:
+def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -> Tensor:
     """The plan ``b_j C_ij``: what moves from token i to reference j.
 
     For T >= 1 that is ``exp(S_ij / epsilon + f_i + g_j)``. Its columns sum to the reference
-    marginal b, its rows to the token marginal a as T grows. Arguments and errors are those of
-    :func:`set_attention`, but that there are forward-mode derivatives, too. For looking at, and for
-    losses on the plan: it stores N x M numbers, by the definition in plain torch, in float32 at
-    least.
+    marginal b, its rows to the token marginal a as T grows. For looking at, and for losses on the
+    plan: it stores N x M numbers, by the definition in plain torch, in float32 at least.
+
+    Args:
+        key, reference, options: as in ``set_attention``, whose errors they raise: mask, token_mass,
+            reference_mass, kernel, bandwidth, epsilon, iterations, token_positions,
+            reference_positions, position_bandwidth, normalize.
 
     Returns:
         [B, H, N, M] of the key's type.
     """
-    arguments = Arguments("transport_plan", key)
-    problem = _problem(
-        arguments,
-        key,  # the plan has no values: these stand in where all problems have them
-        reference,
-        mask,
-        token_mass,
-        reference_mass,
-        kernel,
-        bandwidth,
-        epsilon,
-        iterations,
-        token_positions,
-        reference_positions,
-        position_bandwidth,
-        normalize,
-    )
-    storage = arguments.storage_type
+    given = {"key": key, "reference": reference}
+    given |= with_defaults("transport_plan", options)
+    check("transport_plan", given)
+    storage = storage_type(key)
+    problem = make_problem(given | {"value": key})  # a plan has no values, but a problem does
     problem = problem.in_storage_type(storage).in_storage_type(accumulate_dtype(storage))
-    names = inspect.signature(definition.transport_plan).parameters.keys() - {"normalize"}
     # Contiguous, so that torch's products round alike whatever the strides.
-    given: dict[str, Any] = {
-        name: x.contiguous() if isinstance(x, Tensor) else x
-        for name, x in problem._asdict().items()
-        if name in names
-    }
+    contiguous = {name: x.contiguous() for name, x in problem.tensors().items()}
+    arguments = problem.with_tensors(contiguous).arguments(of_queries=False)
+    del arguments["value"]
     with torch.autocast(key.device.type, enabled=False):
-        plan = definition.transport_plan(**given, normalize=False)
+        plan = definition.transport_plan(**arguments)
     return plan.to(storage)
 
 
-def attention_problem(
-    arguments: Arguments,
-    *,
-    key: Tensor,
-    query: Tensor | None,
-    value: Tensor,
-    reference: Tensor,
-    mask: Tensor | None,
-    query_mask: Tensor | None,
-    token_mass: Tensor | None,
-    reference_mass: Tensor | None,
-    kernel: str,
-    bandwidth: float | Tensor,
-    epsilon: float | Tensor,
-    iterations: int,
-    token_positions: Tensor | None,
-    query_positions: Tensor | None,
-    reference_positions: Tensor | None,
-    position_bandwidth: float | None,
-    normalize: bool,
-) -> Problem:
-    """Checks the arguments of ``set_attention``, whose key ``arguments`` has checked."""
-    batch, heads, tokens, depth = key.shape
-    if query is not None:
-        arguments.storage("query", query, [("B", batch), ("H", heads), ("Nq", None), ("D", depth)])
-        queries = ("Nq", query.shape[2])
-        arguments.mask("query_mask", query_mask, [("B", batch), queries])
-    else:
-        queries = ("Nq", tokens)
-        for name, x in (("query_mask", query_mask), ("query_positions", query_positions)):
-            if x is not None:
-                expected = "None in self attention (mask and token_positions serve both sides)"
-                raise arguments.value_error(name, expected, type(x).__name__)
-    return _problem(
-        arguments,
-        value,
-        reference,
-        mask,
-        token_mass,
-        reference_mass,
-        kernel,
-        bandwidth,
-        epsilon,
-        iterations,
-        token_positions,
-        reference_positions,
-        position_bandwidth,
-        normalize,
-        query=query,
-        query_mask=query_mask,
-        query_positions=(query_positions, queries),
-    )
+DEFAULTS: dict[str, Any] = {
+    name: inspect.signature(set_attention).parameters[name].default
+    for name in Options.__annotations__
+}
+_PACKED_DEFAULTS = {name: DEFAULTS[name] for name in PackedOptions.__annotations__}
 
 
-def _problem(
-    arguments: Arguments,
-    value: Tensor,
-    reference: Tensor,
-    mask: Tensor | None,
-    token_mass: Tensor | None,
-    reference_mass: Tensor | None,
-    kernel: str,
-    bandwidth: float | Tensor,
-    epsilon: float | Tensor,
-    iterations: int,
-    token_positions: Tensor | None,
-    reference_positions: Tensor | None,
-    position_bandwidth: float | None,
-    normalize: bool,
-    *,
-    query: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_positions: tuple[Tensor | None, tuple[str, int]] | None = None,
-    offsets: Tensor | None = None,
-    query_offsets: Tensor | None = None,
-    distribute: bool = True,
-) -> Problem:
-    """Checks what the public functions share and brings it into the form of the operations."""
-    key = arguments.key
-    batch, heads, tokens, depth = key.shape
-    b, h, n = ("B", batch), ("H", heads), ("N", tokens)
-    each = b if offsets is None else ("S", offsets.shape[0] - 1)
-    arguments.storage("value", value, [b, h, n, ("Dv", None)])
-    if value.shape[3] < 1:
-        raise arguments.value_error("value", "[B, H, N, Dv] with Dv >= 1", list(value.shape))
-    per_head = [h, ("M", None), ("D", depth)]
-    arguments.storage("reference", reference, per_head, [each, *per_head])
-    m = ("M", reference.shape[-2])
-    if reference.shape[-2] < 1:
-        raise arguments.value_error("reference", "[.., M, D] with M >= 1", list(reference.shape))
-    arguments.mask("mask", mask, [b, n])
-    arguments.mass("token_mass", token_mass, [b, h, n], zero=True)
-    arguments.mass("reference_mass", reference_mass, [h, m], [each, h, m], zero=False)
-    arguments.kernel(kernel)
-    arguments.positive("bandwidth", bandwidth, heads)
-    arguments.positive("epsilon", epsilon, heads)
-    arguments.iterations(iterations)
-    queried = query_positions or (None, n)
-    arguments.positions(
-        {
-            "token_positions": (token_positions, n),
-            "query_positions": queried,
-            "reference_positions": (reference_positions, m),
-        },
-        position_bandwidth,
-    )
-    arguments.flag("normalize", normalize)
-    if normalize:
+def with_defaults(
+    function: str, options: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS
+) -> dict[str, Any]:
+    """All options.
+
+    Raises:
+        TypeError: for one that is not of the defaults.
+    """
+    for name in options:
+        if name not in defaults:
+            raise TypeError(f"{function}() got an unexpected keyword argument '{name}'")
+    return {**defaults, **options}
+
+
+def _solve(function: str, given: Mapping[str, Any], distribute: bool = True) -> Solution:
+    """The operation on the arguments of a public function."""
+    if not seen_by_kernels(given):
+        check(function, given)
+        problem = make_problem(given, distribute)
+        if is_dtensor(problem.key):
+            from .distributed.sharding import placed  # registers how operations are cut, too
+
+            problem = placed(problem)
+        return Solution(*differentiable_call("set_attention", *problem))
+    try:
+        problem = make_problem(given, distribute)
+        return Solution(*differentiable_call("set_attention", *problem))
+    except Exception:
+        check(function, given)  # names what was refused as the caller knows it
+        raise
+
+
+def make_problem(given: Mapping[str, Any], distribute: bool = True) -> Problem:
+    """The arguments of a public function in the form of the operation."""
+    query, key, reference = given.get("query"), given["key"], given["reference"]
+    mask, query_mask = given.get("mask"), given.get("query_mask")
+    if given["normalize"]:
         key, reference = unit(zero_invalid(key, mask)), unit(reference)
         query = None if query is None else unit(zero_invalid(query, query_mask))
+    heads, accumulate = key.shape[1], accumulate_dtype(key.dtype)
 
-    accumulate = accumulate_dtype(key.dtype)
-    problem = Problem(
+    def numbers(name: str) -> Tensor | None:
+        x: Tensor | None = given.get(name)
+        return x if x is None or not x.is_floating_point() else x.to(accumulate)
+
+    def for_heads(x: float | Tensor) -> Tensor:  # [H]
+        if isinstance(x, Tensor):
+            return x.to(accumulate).expand(heads)
+        return key.new_full((heads,), float(x), dtype=accumulate)  # a DTensor where the key is one
+
+    steps = given["iterations"]
+    if not isinstance(steps, torch.SymInt):
+        steps = int(steps)
+    return Problem(
         key=key,
-        value=value,
+        value=given["value"],
         reference=reference,
-        bandwidth=_by_head(bandwidth, heads, key, accumulate),
-        epsilon=_by_head(epsilon, heads, key, accumulate),
+        bandwidth=for_heads(given["bandwidth"]),
+        epsilon=for_heads(given["epsilon"]),
         query=query,
         mask=mask,
         query_mask=query_mask,
-        token_mass=_to(token_mass, accumulate),
-        reference_mass=_to(reference_mass, accumulate),
-        token_positions=_to(token_positions, accumulate),
-        query_positions=_to(queried[0], accumulate),
-        reference_positions=_to(reference_positions, accumulate),
-        offsets=offsets,
-        query_offsets=query_offsets,
-        kernel=kernel,
-        position_bandwidth=float(position_bandwidth or 1.0),
-        iterations=iterations if isinstance(iterations, torch.SymInt) else int(iterations),
+        token_mass=numbers("token_mass"),
+        reference_mass=numbers("reference_mass"),
+        token_positions=numbers("token_positions"),
+        query_positions=numbers("query_positions"),
+        reference_positions=numbers("reference_positions"),
+        offsets=None,
+        query_offsets=None,
+        kernel=given["kernel"],
+        position_bandwidth=float(given["position_bandwidth"] or 1.0),
+        iterations=steps,
         distribute=distribute,
     )
-    if arguments.distributed:
-        from .distributed.sharding import placed  # registers how operations are cut, too
-
-        problem = placed(problem)
-    return problem
 
 
-def _by_head(x: float | Tensor, heads: int, key: Tensor, dtype: torch.dtype) -> Tensor:  # [H]
-    if isinstance(x, Tensor):
-        return x.to(dtype).expand(heads)
-    return key.new_full((heads,), float(x), dtype=dtype)  # a DTensor where the key is one
+def _error(kind: type[Exception], name: str, expected: str, got: object) -> Exception:
+    return kind(f"set_attention_varlen: {name} must be {expected}, got {got}")
 
 
-def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
+def _offsets(name: str, x: object) -> Tensor:  # [S + 1]
+    """As int64 on the CPU."""
+    if not isinstance(x, Tensor) or is_dtensor(x):
+        raise _error(TypeError, name, "an int32 or int64 tensor [S + 1]", type(x).__name__)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise _error(TypeError, name, "int32 or int64", str(x.dtype).removeprefix("torch."))
+    if x.dim() != 1 or x.shape[0] < 2:
+        raise _error(ValueError, name, "[S + 1] for S >= 1 sequences", list(x.shape))
+    if x.device.type == "meta":
+        raise _error(ValueError, name, "on a device that holds its values", x.device)
+    return x.to("cpu", torch.int64).contiguous()
+
+
+def _require_ends(name: str, offsets: Tensor, packed: Tensor) -> None:
+    """Ascending from 0 to the number of tokens; when tracing, the kernel checks that."""
+    if not readable(offsets):
+        return
+    ascends = int(offsets[0]) == 0 and int(offsets[-1]) == packed.shape[0]
+    if not ascends or bool((offsets.diff() < 0).any()):
+        expected = f"ascending from 0 to the number of packed tokens, {packed.shape[0]}"
+        got = offsets.tolist() if offsets.shape[0] <= 10 else f"{offsets[0]} to {offsets[-1]}"
+        raise _error(ValueError, name, expected, got)

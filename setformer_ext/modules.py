@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import _autocast_enabled, _is_dtensor, is_integer, is_number
+from .arguments import autocast_enabled, is_dtensor, is_integer, is_number
 from .foreign import answers_foreign_names
-from .functional import set_attention, transport_plan
+from .functional import set_attention, set_attention_varlen, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
 from .unit import unit
-from .varlen import set_attention_varlen
 
 LEAST_SHARE = 1e-30  # which float32 holds in full, and by far too little to be noticed
 
@@ -485,7 +484,7 @@ class SetAttention(nn.Module):
         form."""
         _require_type(isinstance(x, Tensor), name, "a tensor", x)
         plain = "a plain tensor where pooled_references=True"
-        _require_type(not (self.pooled_references and _is_dtensor(x)), name, plain, x)
+        _require_type(not (self.pooled_references and is_dtensor(x)), name, plain, x)
         shape = f"floating point [{rows}, C={dim}]"
         if not x.is_floating_point():
             raise TypeError(_message(name, shape, f"{x.dtype} {list(x.shape)}"))
@@ -498,7 +497,7 @@ class SetAttention(nn.Module):
         on = f"on the parameters' device, {weight.device}"
         _require(x.device == weight.device, name, on, x.device)
         # Autocast leaves float64 as it is.
-        mixed = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        mixed = autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
         if x.dtype != weight.dtype and not mixed:
             expected = f"{weight.dtype} as the parameters are (convert one, or use autocast)"
             raise TypeError(_message(name, expected, x.dtype))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import _autocast_enabled
+from .arguments import autocast_enabled
 from .reference import similarity
 
 
@@ -28,7 +28,7 @@ def nystrom_features(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     # Where there is one to switch off: torch has none for every device, as meta.
-    autocast = _autocast_enabled(x.device.type)
+    autocast = autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         points, anchor = x.to(dtype), anchor.to(dtype)
         gram = similarity(anchor.unsqueeze(0), anchor, bandwidth=bandwidth)  # [1, H, P, P]

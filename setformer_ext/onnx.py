@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import reference as definition
-from .ops import Problem, Solution, accumulate_dtype
+from .problem import Problem, Solution, accumulate_dtype
 
 
 def export(
@@ -124,36 +124,10 @@ def _set_attention(*arguments: Any) -> Solution:
         )
     storage = problem.key.dtype
     problem = problem.in_storage_type(accumulate_dtype(storage))
-    shared = {
-        name: getattr(problem, name)
-        for name in (
-            "mask",
-            "token_mass",
-            "reference_mass",
-            "kernel",
-            "bandwidth",
-            "epsilon",
-            "iterations",
-            "token_positions",
-            "reference_positions",
-            "position_bandwidth",
-        )
-    }
-    shared["normalize"] = False  # which is done before the operation
     unread = problem.key.new_empty(0)
-    key, value, reference = problem.key, problem.value, problem.reference
+    results = dict.fromkeys(Solution._fields, unread)
     if problem.distribute:
-        pooled = unread
-        output = definition.set_attention(
-            problem.query,
-            key,
-            value,
-            reference,
-            query_mask=problem.query_mask,
-            query_positions=problem.query_positions,
-            **shared,
-        ).to(storage)
+        results["output"] = definition.set_attention(**problem.arguments()).to(storage)
     else:
-        output = unread
-        pooled = definition.set_pooling(key, value, reference, **shared)
-    return Solution(output, pooled, *(unread for _ in Solution._fields[2:]))
+        results["pooled"] = definition.set_pooling(**problem.arguments(of_queries=False))
+    return Solution(**results)

@@ -15,6 +15,7 @@ and an exact derivative with respect to its mass.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,48 +29,20 @@ def set_attention(
     *,
     mask: Tensor | None = None,  # [B, N] bool, True = valid
     query_mask: Tensor | None = None,  # [B, Nq] bool
-    token_mass: Tensor | None = None,  # [B, H, N] >= 0
-    reference_mass: Tensor | None = None,  # [H, M] or [B, H, M] > 0
-    kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,  # scalar or [H]
-    epsilon: float | Tensor = 0.04,  # scalar or [H]
-    iterations: int = 1,
-    token_positions: Tensor | None = None,  # [N, P]
     query_positions: Tensor | None = None,  # [Nq, P]
-    reference_positions: Tensor | None = None,  # [M, P]
-    position_bandwidth: float | None = None,
-    normalize: bool = True,
+    **options: Any,  # of `transport`
 ) -> Tensor:  # [B, H, Nq, Dv]
     """SeT attention; see :func:`setformer_ext.set_attention` for the parameters."""
-    if query is key:
-        query = None
-    key, value = zero_invalid(key, mask), zero_invalid(value, mask)
-    if normalize:
-        key, reference = unit(key), unit(reference)
-    s = similarity(
-        key, reference, kernel, bandwidth, token_positions, reference_positions, position_bandwidth
-    ) / _per_head(epsilon, key)
-    a = token_marginal(s, token_mass, mask)
-    log_b = log_reference_marginal(s, reference_mass)
-    rows, columns, g = sinkhorn(s, a, log_b, iterations)
-    pooled = collect(s, a, rows, columns).mT @ value  # A_j = sum_i C_ij v_i
-
-    if query is not None:
-        query = zero_invalid(query, query_mask)
-        if normalize:
-            query = unit(query)
-        s = similarity(
-            query,
-            reference,
-            kernel,
-            bandwidth,
-            query_positions,
-            reference_positions,
-            position_bandwidth,
-        ) / _per_head(epsilon, key)
-        _, _, g = sinkhorn(s, token_marginal(s, None, query_mask), log_b, iterations)
+    of_tokens = transport(key, reference, mask=mask, **options)
+    pooled = of_tokens.collect().mT @ zero_invalid(value, mask)  # A_j = sum_i C_ij v_i
+    if query is None or query is key:
+        s, g = of_tokens.s, of_tokens.g
+    else:  # a second solve, with uniform marginals
+        options |= {"mask": query_mask, "token_mass": None, "token_positions": query_positions}
+        s, _, _, _, _, g = transport(query, reference, **options)
+        mask = query_mask
     distribution = torch.softmax(s + g.unsqueeze(-2), dim=-1)  # R_ij, rows sum to 1
-    return zero_invalid(distribution @ pooled, mask if query is None else query_mask)
+    return zero_invalid(distribution @ pooled, mask)
 
 
 def set_pooling(
@@ -77,47 +50,57 @@ def set_pooling(
     value: Tensor,  # [B, H, N, Dv]
     reference: Tensor,  # [H, M, D] or [B, H, M, D]
     *,
-    mask: Tensor | None = None,
-    token_mass: Tensor | None = None,
-    reference_mass: Tensor | None = None,
-    kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,
-    epsilon: float | Tensor = 0.04,
-    iterations: int = 1,
-    token_positions: Tensor | None = None,
-    reference_positions: Tensor | None = None,
-    position_bandwidth: float | None = None,
-    normalize: bool = True,
+    mask: Tensor | None = None,  # [B, N] bool
+    **options: Any,  # of `transport`
 ) -> Tensor:  # [B, H, M, Dv]
     """The pooled outputs A_j = sum_i C_ij v_i, one per reference (OTKE's embedding)."""
-    key, value = zero_invalid(key, mask), zero_invalid(value, mask)
-    if normalize:
-        key, reference = unit(key), unit(reference)
-    s = similarity(
-        key, reference, kernel, bandwidth, token_positions, reference_positions, position_bandwidth
-    ) / _per_head(epsilon, key)
-    a = token_marginal(s, token_mass, mask)
-    rows, columns, _ = sinkhorn(s, a, log_reference_marginal(s, reference_mass), iterations)
-    return collect(s, a, rows, columns).mT @ value
+    collected = transport(key, reference, mask=mask, **options).collect()
+    return collected.mT @ zero_invalid(value, mask)
 
 
 def transport_plan(
     key: Tensor,  # [B, H, N, D]
     reference: Tensor,  # [H, M, D] or [B, H, M, D]
-    *,
-    mask: Tensor | None = None,
-    token_mass: Tensor | None = None,
-    reference_mass: Tensor | None = None,
-    kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,
-    epsilon: float | Tensor = 0.04,
-    iterations: int = 1,
-    token_positions: Tensor | None = None,
-    reference_positions: Tensor | None = None,
-    position_bandwidth: float | None = None,
-    normalize: bool = True,
+    **options: Any,  # of `transport`
 ) -> Tensor:  # [B, H, N, M]
     """The plan C_ij b_j, which for T >= 1 is exp(s_ij + f_i + g_j); its columns sum to b."""
+    solved = transport(key, reference, **options)
+    return solved.collect() * solved.log_b.exp().unsqueeze(-2)
+
+
+class Transport(NamedTuple):
+    """The scaled similarities of tokens and references, the marginals and the potentials."""
+
+    s: Tensor  # [B, H, N, M], S_ij / epsilon
+    a: Tensor  # [B, H, N]
+    log_b: Tensor  # [H, M] or [B, H, M]
+    rows: Tensor  # [B, H, N], f = log a - rows
+    columns: Tensor  # [B, H, M]
+    g: Tensor  # [B, H, M]
+
+    def collect(self) -> Tensor:  # [B, H, N, M]
+        """C_ij = softmax_i(s_ij + f_i) = a_i exp(s_ij - rows_i - columns_j): columns sum to 1."""
+        exponent = self.s - self.rows.unsqueeze(-1) - self.columns.unsqueeze(-2)
+        return self.a.unsqueeze(-1) * exponent.clamp(max=_largest_exponent(self.s)).exp()
+
+
+def transport(
+    key: Tensor,  # [B, H, N, D]
+    reference: Tensor,  # [H, M, D] or [B, H, M, D]
+    *,
+    mask: Tensor | None = None,  # [B, N] bool, True = valid
+    token_mass: Tensor | None = None,  # [B, H, N] >= 0
+    reference_mass: Tensor | None = None,  # [H, M] or [B, H, M] > 0
+    kernel: str = "gaussian",
+    bandwidth: float | Tensor = 1.0,  # scalar or [H]
+    epsilon: float | Tensor = 0.04,  # scalar or [H]
+    iterations: int = 1,
+    token_positions: Tensor | None = None,  # [N, P]
+    reference_positions: Tensor | None = None,  # [M, P]
+    position_bandwidth: float | None = None,
+    normalize: bool = True,
+) -> Transport:
+    """Entropic transport of the tokens onto the references by T Sinkhorn steps."""
     key = zero_invalid(key, mask)
     if normalize:
         key, reference = unit(key), unit(reference)
@@ -126,8 +109,7 @@ def transport_plan(
     ) / _per_head(epsilon, key)
     a = token_marginal(s, token_mass, mask)
     log_b = log_reference_marginal(s, reference_mass)
-    rows, columns, _ = sinkhorn(s, a, log_b, iterations)
-    return collect(s, a, rows, columns) * log_b.exp().unsqueeze(-2)
+    return Transport(s, a, log_b, *sinkhorn(s, a, log_b, iterations))
 
 
 def unit(x: Tensor) -> Tensor:  # [..., D]
@@ -212,12 +194,6 @@ def sinkhorn(
         columns = _log_weighted_sum_exp(s - rows.unsqueeze(-1), a)
         g = log_b - columns
     return rows, columns, g
-
-
-def collect(s: Tensor, a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # [B, H, N, M]
-    """C_ij = softmax_i(s_ij + f_i) = a_i exp(s_ij - rows_i - columns_j): columns sum to 1."""
-    exponent = s - rows.unsqueeze(-1) - columns.unsqueeze(-2)
-    return a.unsqueeze(-1) * exponent.clamp(max=_largest_exponent(s)).exp()
 
 
 def _log_weighted_sum_exp(x: Tensor, a: Tensor) -> Tensor:  # [B, H, N, M], [B, H, N] -> [B, H, M]

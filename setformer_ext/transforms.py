@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops import BEFORE_PROBLEM, LIBRARY, RANKS, Gradients, Problem, Solution
+from .ops import LIBRARY
+from .problem import TENSORS, Backward, Gradients, Problem, Solution, is_per_sample
 
 OPERATIONS = torch.ops.setformer_ext
 # What vmap can fold into the batch; positions, bandwidth and epsilon belong to all samples.
-FOLDED = RANKS.keys() - {"bandwidth", "epsilon"}
+FOLDED = {name for name, about in TENSORS.items() if about.per_sample} - {"bandwidth", "epsilon"}
 
 
-def _batch_problem(size: int, problem: Problem, in_dims: tuple[int | None, ...]) -> Problem | None:
+def _batch_problem(size: int, problem: Problem, in_dims: Problem) -> Problem | None:
     """The problem of all vmapped samples with the vmapped dimension folded into the batch.
 
     None where that cannot be done: bandwidth, epsilon, positions and packed sequences have no batch
@@ -22,34 +23,33 @@ def _batch_problem(size: int, problem: Problem, in_dims: tuple[int | None, ...])
     if problem.offsets is not None:
         return None
     batched: dict[str, Any] = {}
-    for name, tensor, dim in zip(Problem._fields, problem, in_dims, strict=True):
-        if not isinstance(tensor, Tensor):
-            continue
+    for name, tensor in problem.tensors().items():
+        dim = getattr(in_dims, name)
         if name not in FOLDED:
             if dim is not None:
                 return None
             continue
         if dim is None:
-            if tensor.dim() < RANKS[name]:
+            if not is_per_sample(name, tensor):
                 continue  # learned: shared by all samples
             tensor = tensor.expand(size, *tensor.shape)
         else:
             tensor = tensor.movedim(dim, 0)
-            if tensor.dim() == RANKS[name]:  # learned, one per sample of the vmap
+            if is_per_sample(name, tensor):  # learned, one per sample of the vmap
                 batch = _batch_size(problem, in_dims)
                 tensor = tensor.unsqueeze(1).expand(size, batch, *tensor.shape[1:])
         batched[name] = tensor.flatten(0, 1)
-    return problem._replace(**batched)
+    return problem.with_tensors(batched)
 
 
-def _batch_size(problem: Problem, in_dims: tuple[int | None, ...]) -> int:
+def _batch_size(problem: Problem, in_dims: Problem) -> int:
     shape = list(problem.key.shape)
-    if in_dims[0] is not None:
-        del shape[in_dims[0]]
+    if in_dims.key is not None:
+        del shape[in_dims.key]
     return int(shape[0])
 
 
-def _fold(size: int, tensor: Any, dim: int | None) -> Any:  # [V, B, ...] -> [V * B, ...]
+def _fold(size: int, tensor: Any, dim: Any) -> Any:  # [V, B, ...] -> [V * B, ...]
     if not isinstance(tensor, Tensor) or (dim is None and tensor.numel() == 0):
         return tensor
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -78,9 +78,9 @@ def _one_by_one(
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
 
 
-def _vmap_set_attention(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+def _vmap_set_attention(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     size = info.batch_size
-    problem = _batch_problem(size, Problem(*arguments), in_dims)
+    problem = _batch_problem(size, Problem(*arguments), Problem(*in_dims))
     if problem is None:
         results = _one_by_one(OPERATIONS.set_attention, size, in_dims, arguments)
     else:
@@ -88,17 +88,22 @@ def _vmap_set_attention(info: Any, in_dims: tuple[int | None, ...], *arguments: 
     return results, (0,) * len(Solution._fields)
 
 
-def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     size = info.batch_size
-    problem = _batch_problem(size, Problem(*arguments[BEFORE_PROBLEM:]), in_dims[BEFORE_PROBLEM:])
+    given, dims = Backward.read(*arguments), Backward.read(*in_dims)
+    problem = _batch_problem(size, given.problem, dims.problem)
     if problem is None:
         results = _one_by_one(OPERATIONS.set_attention_backward, size, in_dims, arguments)
     else:
-        folded = [
-            _fold(size, x, dim)
-            for x, dim in zip(arguments[:BEFORE_PROBLEM], in_dims[:BEFORE_PROBLEM], strict=True)
-        ]
-        results = _unfold(size, OPERATIONS.set_attention_backward(*folded, *problem))
+        folded = given._replace(
+            grad_output=_fold(size, given.grad_output, dims.grad_output),
+            grad_pooled=_fold(size, given.grad_pooled, dims.grad_pooled),
+            solution=Solution(
+                *(_fold(size, x, d) for x, d in zip(given.solution, dims.solution, strict=True))
+            ),
+            problem=problem,
+        )
+        results = _unfold(size, OPERATIONS.set_attention_backward(*folded.arguments()))
     return results, (0,) * len(Gradients._fields)
 
 
@@ -106,34 +111,25 @@ torch.library.register_vmap("setformer_ext::set_attention", _vmap_set_attention,
 torch.library.register_vmap("setformer_ext::set_attention_backward", _vmap_backward, lib=LIBRARY)
 
 
-def _register_autocast(name: str, storage: tuple[int, ...], device: str) -> None:
-    """Under autocast the tensors at these positions of the schema take the autocast type.
+def _register_autocast(device: str) -> None:
+    """Under autocast keys, queries, values and references take the autocast type.
 
     Masses, bandwidth, epsilon and positions stay float32, which the kernels accumulate in.
     """
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-    operation = getattr(OPERATIONS, name).default
-
-    def cast(index: int, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
-            return x
-        if x.device.type != device:  # only the offsets of packed sequences are on this one
-            return x
-        return x.to(torch.get_autocast_dtype(device) if index in storage else torch.float32)
 
     def kernel(_: Any, *arguments: Any) -> Any:
+        problem = Problem(*arguments)
+        if problem.key.dtype != torch.float64 and problem.key.device.type == device:
+            problem = problem.in_storage_type(torch.get_autocast_dtype(device))
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return operation(*(cast(index, x) for index, x in enumerate(arguments)))
+            return OPERATIONS.set_attention.default(*problem)
 
-    LIBRARY.impl(name, kernel, key.name, with_keyset=True)
+    LIBRARY.impl("set_attention", kernel, key.name, with_keyset=True)
 
 
 for _device in ("cpu", "cuda"):
-    _register_autocast(
-        "set_attention",
-        tuple(Problem._fields.index(name) for name in ("key", "value", "reference", "query")),
-        _device,
-    )
+    _register_autocast(_device)
 
 
 def attention_flops(
@@ -162,8 +158,8 @@ def attention_flops(
     return pairs * (tokens * per_key + queries * per_query)
 
 
-def _sizes(shapes: tuple[Any, ...]) -> dict[str, Any]:
-    problem = Problem(*shapes)
+def _sizes(problem: Problem) -> dict[str, Any]:
+    """Of a problem that holds shapes in place of tensors."""
     batch, heads, tokens, depth = problem.key
     return {
         "batch": batch,
@@ -180,7 +176,7 @@ def _sizes(shapes: tuple[Any, ...]) -> dict[str, Any]:
 
 @register_flop_formula(OPERATIONS.set_attention)
 def set_attention_flops(*shapes: Any, **_: Any) -> int:
-    return attention_flops(**_sizes(shapes))
+    return attention_flops(**_sizes(Problem(*shapes)))
 
 
 @register_flop_formula(OPERATIONS.set_attention_backward)
@@ -188,7 +184,7 @@ def set_attention_backward_flops(*shapes: Any, **_: Any) -> int:
     """Recomputes the similarity (2 D), then the gradient of the scores (4 Dv + 4 + 4 T), of the
     pooled outputs and of the values (2 Dv each), the T adjoint steps (4 each), and keys and
     references from the scores (2 D each)."""
-    sizes = _sizes(shapes[BEFORE_PROBLEM:])
+    sizes = _sizes(Backward.read(*shapes).problem)
     pairs = sizes["batch"] * sizes["heads"] * sizes["references"]
     depth, value_depth, steps = sizes["depth"], sizes["value_depth"], sizes["iterations"]
     solve = 6 * depth + 8 * steps

@@ -16,7 +16,7 @@ def scaled(x: Tensor) -> tuple[Tensor, Tensor]:  # [..., D] -> [..., D], [..., 1
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # Several times as fast on short rows as torch.linalg.vector_norm.
     length = wide.square().sum(-1, keepdim=True).sqrt()
-    length = torch.where(length > SHORTEST, length, 1)
+    length.masked_fill_(length <= SHORTEST, 1)
     return (x / length).to(x.dtype), length
 
 
@@ -24,17 +24,15 @@ class _Unit(torch.autograd.Function):
     """:func:`scaled`, with the gradient (du - u <u, du>) / |x| + d|x| u.
 
     It reads and writes less than that of a quotient by a norm, and is itself differentiable, at
-    zero vectors too.
+    zero vectors too. (A ``setup_context`` would take longer than a short row's arithmetic.)
     """
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return scaled(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output)
+        u, length = scaled(x)
+        ctx.save_for_backward(u, length)
+        return u, length
 
     @staticmethod
     def backward(ctx: Any, du: Tensor | None, dlength: Tensor | None) -> Tensor | None:
@@ -61,5 +59,7 @@ def unit(x: Tensor) -> Tensor:  # [..., D]
     if traced or torch._C._are_functorch_transforms_active():
         return reference.unit(x)
     refuse_tangents((x,))
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return scaled(x)[0]
     u: Tensor = _Unit.apply(x)[0]
     return u

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from setformer_ext.distributed.ranks import log2_sum
-from setformer_ext.ops import OF_KEYS, OF_QUERIES
+from setformer_ext.problem import OF_KEYS, OF_QUERIES
 
 Result = TypeVar("Result")
 

@@ -17,6 +17,7 @@ import setformer_ext
 from conftest import BACKENDS, Backend
 from emulator.device import Emulator
 from setformer_ext import _C, arguments, ops
+from setformer_ext.problem import Problem, accumulate_dtype
 
 CUDA, CUDA_MANAGED, ROCM = 2, 13, 10  # DLPack's device types
 
@@ -48,7 +49,7 @@ def test_results_are_on_the_device_of_the_tensors() -> None:
         plan = setformer_ext.transport_plan(key, reference, **options)
         pooled = setformer_ext.set_pooling(key, value, reference, **options)
         tensors = (key, value, reference, epsilon, epsilon, query, mask, *(None,) * 8)
-        problem = ops.Problem(*tensors, "linear", 1.0, 5, True)
+        problem = Problem(*tensors, "linear", 1.0, 5, True)
         solution = torch.ops.setformer_ext.set_attention(*problem)
         gradients = torch.ops.setformer_ext.set_attention_backward(
             output, None, *solution, *problem
@@ -299,7 +300,7 @@ class EnoughError(Exception):
 def test_workspace_holds_no_plan(emulated: ModuleType, dtype: torch.dtype, N: int, M: int) -> None:
     """In neither direction as much as a quarter of an N x M array would take."""
     T, D, asked = 5, 16, []
-    accumulate = ops.accumulate_dtype(dtype)
+    accumulate = accumulate_dtype(dtype)
 
     def nothing(*shape: int, dtype: torch.dtype = accumulate) -> Tensor:
         return torch.empty(shape, dtype=dtype)  # untouched, so that it takes no memory

@@ -19,7 +19,7 @@ from problems import random_problem
 from ranks import CLOSE, PATIENCE, gradients, loss_of, run_on_ranks, shard, values
 from setformer_ext.distributed import set_attention
 from setformer_ext.distributed.ranks import Ranks
-from setformer_ext.ops import OF_KEYS, OF_QUERIES
+from setformer_ext.problem import OF_KEYS, OF_QUERIES
 
 LENGTHS = (20, 0, 77)  # tokens of each rank
 QUERIES = (3, 30, 0)  # in cross attention

@@ -12,9 +12,8 @@ from conftest import Backend
 from problems import assert_as_exact_as_definition, random_problem
 from ranks import ThreadRanks
 from setformer_ext import autograd, functional, ops
-from setformer_ext.arguments import Arguments
 from setformer_ext.distributed.ranks import log2_sum
-from setformer_ext.ops import OF_KEYS, OF_QUERIES, Gradients, Problem, Solution
+from setformer_ext.problem import OF_KEYS, OF_QUERIES, Backward, Gradients, Problem, Solution
 
 # Parts of all tokens, and of all queries: uneven, and a rank without any.
 SHARES = (0.1, 0.0, 0.6, 0.3)
@@ -56,9 +55,8 @@ class Sharded(torch.autograd.Function):
         grads = grad_output.split(cut(grad_output.shape[2]), 2)
 
         def differentiate(rank: int, merge: Any) -> Gradients:
-            return ops.differentiate(
-                grads[rank], None, ctx.solutions[rank], ctx.shards[rank], merge
-            )
+            given = Backward(grads[rank], None, ctx.solutions[rank], ctx.shards[rank])
+            return ops.differentiate(given, merge)
 
         found = ThreadRanks(len(SHARES)).run(differentiate)
         whole = {}
@@ -72,18 +70,12 @@ class Sharded(torch.autograd.Function):
                 whole[name] = parts[0]
             else:
                 whole[name] = torch.stack(parts).sum(0)
-        return autograd.gradients_of_inputs(tuple(ctx.problem), Gradients(**whole))
+        return autograd.gradients_of_inputs(ctx.problem, whole)
 
 
 def problem_of_all(**options: Any) -> Problem:
-    optional = {"mask": None, "query_mask": None, "token_mass": None, "reference_mass": None}
-    positions = dict.fromkeys(
-        ("token_positions", "query_positions", "reference_positions", "position_bandwidth")
-    )
-    defaults = {"query": None, "kernel": "gaussian", "bandwidth": 1.0, "epsilon": 0.1}
-    return functional.attention_problem(
-        Arguments("set_attention", options["key"]),
-        **defaults | {"iterations": 5} | optional | positions | options,
+    return functional.make_problem(
+        {**functional.DEFAULTS, "epsilon": 0.1, "iterations": 5, **options}
     )
 
 

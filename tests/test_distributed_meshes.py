@@ -23,7 +23,7 @@ import setformer_ext
 from problems import differentiable, random_problem
 from ranks import CLOSE, gradients, loss_of, run_on_ranks, shard, values
 from setformer_ext.distributed import set_attention
-from setformer_ext.ops import OF_KEYS, OF_QUERIES
+from setformer_ext.problem import OF_KEYS, OF_QUERIES
 
 
 class Block(nn.Module):

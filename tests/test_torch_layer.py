@@ -24,7 +24,7 @@ from problems import (
 )
 from setformer_ext import reference as definition
 from setformer_ext.autograd import SetAttentionFunction
-from setformer_ext.ops import Problem
+from setformer_ext.problem import Problem
 
 OPERATIONS = torch.ops.setformer_ext
 

@@ -4,7 +4,10 @@ Of its tokens a rank sends nothing: per Sinkhorn step M sums for each head, M Dv
 are collected, and as much in backward.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,15 +16,18 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..arguments import Arguments
+from .. import arguments
 from ..autograd import refuse_tangents
 from ..foreign import answers_foreign_names
-from ..functional import attention_problem
+from ..functional import Options, make_problem, with_defaults
 from . import (
     dtensors,
     operations,  # noqa: F401  (registers torch.ops.setformer_ext.distributed_set_attention)
 )
 from .ranks import FUNCTION, Ranks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["set_attention"]
 
@@ -34,20 +40,10 @@ def set_attention(
     reference: Tensor,
     *,
     group: ProcessGroup | DeviceMesh | None = None,
-    mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    token_mass: Tensor | None = None,
-    reference_mass: Tensor | None = None,
-    kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,
-    epsilon: float | Tensor = 0.04,
-    iterations: int = 1,
-    token_positions: Tensor | None = None,
-    query_positions: Tensor | None = None,
-    reference_positions: Tensor | None = None,
-    position_bandwidth: float | None = None,
-    normalize: bool = True,
     check: bool = True,
+    query_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """:func:`setformer_ext.set_attention` of sequences whose tokens are spread over a group.
 
@@ -69,11 +65,12 @@ def set_attention(
     16 numbers. CUDA shares ``B H M`` more forward and no 3.
 
     Args:
-        query, key, value, mask, query_mask, token_mass, token_positions, query_positions: this
-            rank's, as in ``setformer_ext.set_attention``. The masses of all ranks' tokens add up
-            in float32 (float64 for float64).
-        reference, reference_mass, reference_positions: the same on all ranks.
-        kernel, bandwidth, epsilon, iterations, position_bandwidth, normalize: the same, too.
+        query, key, value, query_mask, query_positions: this rank's, as in
+            ``setformer_ext.set_attention``.
+        reference: the same on all ranks.
+        options: those of ``setformer_ext.set_attention``: mask, token_mass and token_positions of
+            this rank's tokens, the others the same on all ranks. The masses of all ranks' tokens
+            add up in float32 (float64 for float64).
         group: a process group, a one-dimensional device mesh, or None for all processes, with a
             backend for the tensors' device (gloo for the CPU, nccl for CUDA).
         check: compare on all ranks what must be the same, ``check`` included, and whether backward
@@ -108,56 +105,41 @@ def set_attention(
             f"{FUNCTION}: the transforms of torch.func do not reach over the ranks of a group; use "
             "torch.autograd"
         )
-    tensors: dict[str, Any] = {
+    given = {
         "query": None if query is key else query,
         "key": key,
         "value": value,
         "reference": reference,
-        "mask": mask,
         "query_mask": query_mask,
-        "token_mass": token_mass,
-        "reference_mass": reference_mass,
-        "bandwidth": bandwidth,
-        "epsilon": epsilon,
-        "token_positions": token_positions,
         "query_positions": query_positions,
-        "reference_positions": reference_positions,
-    }
-    options: dict[str, Any] = {
-        "kernel": kernel,
-        "iterations": iterations,
-        "position_bandwidth": position_bandwidth,
-        "normalize": normalize,
-    }
+    } | with_defaults(FUNCTION, options)
     if isinstance(key, DTensor):
-        return dtensors.call(_set_attention, tensors, group, check=check, **options)
-    return _set_attention(tensors, _process_group(group), check=check, **options)
+        return dtensors.call(_set_attention, given, group, check=check)
+    return _set_attention(given, _process_group(group), check=check)
 
 
-def _set_attention(
-    tensors: dict[str, Any], group: ProcessGroup, *, check: bool, **options: Any
-) -> Tensor:
+def _set_attention(given: Mapping[str, Any], group: ProcessGroup, *, check: bool) -> Tensor:
     """Of plain tensors."""
-    key = tensors["key"]
+    key = given["key"]
     try:
-        for name, x in tensors.items():
+        for name, x in given.items():
             if isinstance(x, DTensor):
                 raise TypeError(
                     f"{FUNCTION}: {name} must be a plain tensor as the key is, got a DTensor"
                 )
-        arguments = Arguments(FUNCTION, key)
-        problem = attention_problem(arguments, **tensors | options)
+        arguments.check(FUNCTION, given)
+        problem = make_problem(given)
     except Exception:
         if check:
             Ranks(group).refuse(key)
         raise
-    problem = problem.in_storage_type(arguments.storage_type)
+    problem = problem.in_storage_type(arguments.storage_type(key))
     refuse_tangents(problem)
     differentiated = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in problem
+        x.requires_grad for x in problem.tensors().values()
     )
     output: Tensor = torch.ops.setformer_ext.distributed_set_attention(
-        *problem, group.group_name, check, options["normalize"], differentiated
+        *problem, group.group_name, check, given["normalize"], differentiated
     )[0]
     return output
 

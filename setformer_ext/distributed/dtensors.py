@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ..ops import OF_KEYS, OF_QUERIES
+from ..problem import OF_KEYS, OF_QUERIES
 from .ranks import FUNCTION, Ranks
 from .sharding import strides_like, where
 

@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import autograd, ops, transforms
-from ..ops import BEFORE_PROBLEM, Gradients, Problem, Solution
+from ..problem import Backward, Gradients, Problem, Solution
 from .ranks import FUNCTION, Ranks
 
 OPERATION = "setformer_ext::distributed_set_attention"
@@ -24,10 +24,7 @@ ops.LIBRARY.define(
     f"{OPERATION}({ops.PROBLEM}, str group, bool check, bool normalized, bool differentiated) "
     f"-> ({ops.SOLUTION})",
 )
-ops.LIBRARY.define(
-    f"{BACKWARD}(Tensor? grad_output, Tensor? grad_pooled, {ops.SOLUTION}, {ops.PROBLEM}, "
-    f"str group, bool check) -> ({ops.GRADIENTS})",
-)
+ops.LIBRARY.define(f"{BACKWARD}({ops.BACKWARD}, str group, bool check) -> ({ops.GRADIENTS})")
 
 
 def _ranks(group: str) -> Ranks:
@@ -51,18 +48,13 @@ def _set_attention(*arguments: Any) -> Solution:
 
 
 @torch.library.impl(BACKWARD, ops.DISPATCH_KEYS, lib=ops.LIBRARY)
-def _set_attention_backward(
-    grad_output: Tensor | None, grad_pooled: Tensor | None, *arguments: Any
-) -> Gradients:
-    *of_solution_and_problem, group, check = arguments
-    fields = len(Solution._fields)
-    solution = Solution(*of_solution_and_problem[:fields])
-    problem = Problem(*of_solution_and_problem[fields:])
-    ranks = _ranks(group)
+def _set_attention_backward(*arguments: Any) -> Gradients:
+    *before, group, check = arguments
+    given, ranks = Backward.read(*before), _ranks(group)
     if check:
-        ranks.agree_on_call(solution)
-    gradients = ops.differentiate(grad_output, grad_pooled, solution, problem, ranks.merge)
-    if problem.reference_mass is None:
+        ranks.agree_on_call(given.solution)
+    gradients = ops.differentiate(given, ranks.merge)
+    if given.problem.reference_mass is None:
         return gradients
     # Each rank has found the whole: equal shares add up to it.
     return gradients._replace(reference_mass=gradients.reference_mass / ranks.count)
@@ -75,11 +67,11 @@ def _fake_set_attention(*arguments: Any) -> Solution:
 
 @torch.library.register_fake(BACKWARD, lib=ops.LIBRARY)
 def _fake_backward(*arguments: Any) -> Gradients:
-    return ops.empty_gradients(Problem(*arguments[BEFORE_PROBLEM:-2]))
+    return ops.empty_gradients(Backward.read(*arguments[:-2]).problem)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    autograd.setup_context(ctx, inputs[:_FIELDS], output)
+    autograd.save(ctx, Problem(*inputs[:_FIELDS]), Solution(*output))
     ctx.ranks = inputs[_FIELDS : _FIELDS + 2]
 
 
@@ -87,10 +79,12 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
     solution, problem = autograd.saved(ctx)
     if grad_output is None:  # the other ranks go on all the same
         grad_output = torch.zeros_like(solution.output)
+    given = Backward(grad_output, None, solution, problem)
     gradients = torch.ops.setformer_ext.distributed_set_attention_backward(
-        grad_output, None, *solution, *problem, *ctx.ranks
+        *given.arguments(), *ctx.ranks
     )
-    return *autograd.gradients_of_inputs(tuple(problem), gradients), None, None, None, None
+    of_problem = autograd.gradients_of_inputs(problem, Gradients(*gradients)._asdict())
+    return *of_problem, None, None, None, None
 
 
 def _setup_no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

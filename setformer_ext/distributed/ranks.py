@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.dlpack import from_dlpack
 
-from ..arguments import KERNELS, STORAGE_TYPES
-from ..ops import Problem, Solution
+from ..problem import KERNELS, STORAGE_TYPES, TENSORS, Problem, Solution
 
 FUNCTION = "distributed.set_attention"
-REPLICAS = ("reference", "bandwidth", "epsilon", "reference_mass", "reference_positions")
+# What has no rows of tokens, all ranks have alike.
+REPLICAS = tuple(
+    name for name, about in TENSORS.items() if not {"N", "Nq", "S+1"} & set(about.letters)
+)
 GIVEN = ("query", "reference_positions", "reference_mass")
 Show = Callable[[int], object]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..ops import BEFORE_PROBLEM, RANKS, Gradients, Problem
+from ..problem import TENSORS, Backward, Gradients, Problem, is_per_sample
 
 Placements = Sequence[Placement | None]
 OPERATIONS = torch.ops.setformer_ext
@@ -32,12 +32,10 @@ def where(name: str, x: Any, key: Placement) -> Placement | None:
         return None
     if not isinstance(key, Shard):
         return key
-    per_sample = len(x.shape) == RANKS.get(name)
+    per_sample = is_per_sample(name, x)
     if key.dim == 0:
         return Shard(0) if per_sample else Replicate()
-    of_all_heads = (
-        name in ("mask", "query_mask") or name.endswith("positions") or math.prod(x.shape) == 1
-    )
+    of_all_heads = "H" not in TENSORS[name].letters or math.prod(x.shape) == 1
     return Replicate() if of_all_heads else Shard(1 if per_sample else 0)
 
 
@@ -71,10 +69,7 @@ def placed(problem: Problem) -> Problem:
             stride=strides_like(local, x.shape),
         )
 
-    tensors = {
-        name: place(name, x) for name, x in problem._asdict().items() if isinstance(x, Tensor)
-    }
-    return problem._replace(**tensors)
+    return problem.with_tensors({name: place(name, x) for name, x in problem.tensors().items()})
 
 
 def strides_like(local: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
@@ -112,13 +107,14 @@ def _set_attention(*arguments: Any) -> list[Any]:
 
 
 def _set_attention_backward(*arguments: Any) -> list[Any]:
-    problem = Problem(*arguments[BEFORE_PROBLEM:])
-    given = [getattr(problem, name) is not None for name in Gradients._fields]
+    given = Backward.read(*arguments)
+    there = [getattr(given.problem, name) is not None for name in Gradients._fields]
 
     def of_key(key: Placement) -> tuple[Placements, Placements]:
-        gradients = [None if x is None else key for x in arguments[:2]]
-        before = [*gradients, *_of_solution(problem, key)]
-        return _results(key, given), [*before, *_of_problem(problem, key)]
+        gradients = [None if x is None else key for x in (given.grad_output, given.grad_pooled)]
+        of_problem = _of_problem(given.problem, key)
+        before = [*gradients, *_of_solution(given.problem, key)]
+        return _results(key, there), [*before, *of_problem]
 
     return _choices(of_key)
 

@@ -32,7 +32,7 @@ PACKAGE = Path(setformer_ext.__file__).parent
 AREAS = {
     "operation": (
         *("definition", "gradients", "errors", "approximations", "modules", "module_interface"),
-        *("numerics", "normalize", "numpy*", "plain", "strides", "torch_layer", "varlen"),
+        *("numerics", "normalize", "numpy*", "arguments", "strides", "torch_layer", "varlen"),
         *("controls", "any_problem", "other_attentions", "memory", "trainer", "export"),
     ),
     "vision": ("vision*", "detection", "segmentation", "stochastic", "train_segment"),

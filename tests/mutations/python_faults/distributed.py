@@ -20,8 +20,8 @@ DISTRIBUTED = (
     Fault(
         "mask of the queries is cut where the heads are shared",
         "distributed/sharding.py",
-        'name in ("mask", "query_mask") or name.endswith("positions")',
-        'name == "mask" or name.endswith("positions")',
+        'of_all_heads = "H" not in TENSORS[name].letters or',
+        'of_all_heads = TENSORS[name].letters == ("B", "N") or',
     ),
     Fault(
         "gradient of references is not summed over ranks that share the batch",

@@ -13,9 +13,9 @@ OPERATION = (
     ),
     Fault(
         "float64 becomes the type of autocast",
-        "arguments.py",
-        "if self.autocast and self.key.dtype != torch.float64:",
-        "if self.autocast:",
+        "transforms.py",
+        "if problem.key.dtype != torch.float64 and problem.key.device.type == device:",
+        "if problem.key.device.type == device:",
     ),
     Fault(
         "gradient of packed token masses with heads and tokens mixed up",
@@ -63,8 +63,8 @@ OPERATION = (
     Fault(
         "gradient of zero vectors explodes",
         "unit.py",
-        "length = torch.where(length > SHORTEST, length, 1)",
-        "length = length.clamp(min=SHORTEST)",
+        "length.masked_fill_(length <= SHORTEST, 1)",
+        "length.clamp_(min=SHORTEST)",
     ),
     Fault(
         "masses of references sum to M in the definition",
@@ -81,20 +81,20 @@ OPERATION = (
     Fault(
         "ONNX without the positions of the queries",
         "onnx.py",
-        "            query_positions=problem.query_positions,\n",
-        "",
+        "definition.set_attention(**problem.arguments())",
+        'definition.set_attention(**problem.arguments() | {"query_positions": None})',
     ),
     Fault(
         "packed sequences of one head or one token come out in another shape",
-        "varlen.py",
+        "functional.py",
         "return output.squeeze(0).transpose(0, 1)",
         "return output.squeeze().transpose(0, 1)",
     ),
     Fault(
         "positions that depend on parameters get no gradient, and nobody is told",
         "arguments.py",
-        "            if x.requires_grad:\n",
-        "            if x.requires_grad and x.is_leaf:\n",
+        "if name in POSITIONS and x.requires_grad:",
+        "if name in POSITIONS and x.requires_grad and x.is_leaf:",
     ),
     Fault(
         "parameters that a parametrization keeps in two parts decay",
@@ -116,8 +116,8 @@ OPERATION = (
     ),
     Fault(
         "tangents of forward mode are lost instead of refused",
-        "plain.py",
-        "or forward_ad._current_level >= 0",
-        "or forward_ad._current_level > 0",
+        "autograd.py",
+        "or forward_ad._current_level < 0:",
+        "or forward_ad._current_level <= 0:",
     ),
 )
