@@ -199,24 +199,40 @@ def _for_each_sample(problem: Problem, name: str) -> Tensor:
     return tensor.expand(problem.batch, *tensor.shape)
 
 
+def wants_gradient(arguments: Iterable[object]) -> bool:
+    """Whether a result of these would have one."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in arguments
+    )
+
+
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "set_attention": SetAttentionFunction,
     "set_attention_backward": _SetAttentionBackwardFunction,
 }
+
+
+def register(name: str, function: type[torch.autograd.Function]) -> None:
+    """Let an operation be differentiated as the function is, whatever calls it."""
+    operation = getattr(OPERATIONS, name).default
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        if wants_gradient(arguments):
+            return function.apply(*arguments)
+        return operation.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
 for _name, _function in _FUNCTIONS.items():
-    torch.library.register_autograd(
-        f"setformer_ext::{_name}",
-        _function.backward,
-        setup_context=_function.setup_context,
-        lib=LIBRARY,
-    )
+    register(_name, _function)
 
 
 def differentiable_call(name: str, *arguments: Any) -> Any:
     """The operation, in a form that torch.func can differentiate where that is at work.
 
-    Formulas registered with an operation are unknown to torch.func (grad, jacrev, vmap of them);
-    those of an autograd.Function it knows.
+    Its transforms (grad, jacrev, vmap of them) see an autograd.Function only where Python calls it,
+    not from within the dispatcher.
     """
     if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*arguments)
