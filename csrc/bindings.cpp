@@ -166,62 +166,71 @@ void backward(const std::string& kernel, double position_bandwidth, int64_t iter
   });
 }
 
+// The module's docstring.
+constexpr const char* kAbout = R"(SeT attention kernels for any DLPack array.
+
+Arrays are passed by keyword: B batch, H heads, N tokens, Nq queries, M references, D and Dv depths,
+P coordinates, T iterations. Storage is float32, float64, bfloat16 or float16, the same for all;
+accumulate is float64 for float64 storage and float32 otherwise. Results are written to arrays that
+the caller allocates.
+
+Inputs:
+
+    key                  [B, H, N, D]               storage
+    value                [B, H, N, Dv]              storage
+    reference            [H, M, D] or [B, H, M, D]  storage
+    query                [B, H, Nq, D]              storage, optional: cross attention
+    mask                 [B, N]                     bool, optional
+    query_mask           [B, Nq]                    bool, optional
+    token_mass           [B, H, N]                  accumulate, optional
+    reference_mass       [H, M] or [B, H, M]        accumulate, optional
+    bandwidth, epsilon   [H]                        accumulate; on the CPU a float for all heads, too
+    token_positions      [N, P]                     accumulate, optional
+    query_positions      [Nq, P]                    accumulate, optional
+    reference_positions  [M, P]                     accumulate, optional
+    offsets              [S + 1]                    int64, on the CPU, optional
+    query_offsets        [S + 1]                    int64, on the CPU, optional
+
+Results of forward, contiguous but for output:
+
+    output               [B, H, Nq or N, Dv]        storage; without it only pooled is computed
+    pooled               [B, H, M, Dv]              accumulate
+    rows                 [B, H, T + 1, N]           accumulate
+    columns              [B, H, max(T, 1) + 1, M]   accumulate
+    query_rows           [B, H, T + 1, Nq]          accumulate
+    query_columns        [B, H, max(T, 1), M]       accumulate
+
+On the CPU output alone will do, where nothing is to be differentiated.
+
+Packed sequences: offsets and query_offsets tell where each of S sequences begins and how many tokens
+there are. Then B is S, but 1 for arrays with a row for each token, and rows, query_rows and
+grad_token_mass hold one sequence after another.
+
+Devices: all arrays lie in the memory of the CPU or of one CUDA device, whose kernels run. For CUDA
+two more arguments count. All work is put on `stream`, a cudaStream_t as an integer (0: the default
+stream), without waiting for it. `workspace` is called with a number of bytes, where any are needed,
+and returns a uint8 array of that size on the device. Its memory, like that of all arrays, may only
+be used for other work once the stream has come past the call. Arrays are asked for with
+__dlpack__(stream=stream), whose owner makes the stream wait for what is still being written; a
+capsule made earlier is taken as it is.
+
+Ranks: where several hold the tokens of each sequence, merge(arrays, how) is called on all of them, as
+often and with the same shapes. arrays is a list of DLPack capsules [rows, columns], accumulate, valid
+during the call, whose numbers it must replace by those of all ranks merged: by their sum where how is
+'sum', by log2 of the sum of 2^x where it is 'logsum'. Gradients of what all ranks have alike are then
+this rank's shares, but for grad_reference_mass, which is the whole.
+
+Errors: wrong shapes and values raise ValueError, wrong types TypeError, naming the argument. On CUDA
+values are not read: a bandwidth, epsilon or reference mass <= 0 or a negative token mass gives NaN in
+its head. A failing launch raises RuntimeError.
+)";
+
 }  // namespace
 }  // namespace setformer
 
 PYBIND11_MODULE(_C, m) {
   using namespace setformer;
-  m.doc() =
-      "SeT attention kernels for any DLPack array.\n\n"
-      "Arrays are passed by keyword; B batch, H heads, N tokens, Nq queries, M references, D and "
-      "Dv\n"
-      "depths, T iterations. 'storage' is float32, float64, bfloat16 or float16, the same for "
-      "all;\n"
-      "'accumulate' is float64 for float64 storage and float32 otherwise. Results are written to\n"
-      "arrays that the caller allocates.\n\n"
-      "Inputs: key [B, H, N, D], value [B, H, N, Dv], reference [H, M, D] or [B, H, M, D], query\n"
-      "[B, H, Nq, D] (optional: cross attention), all storage; mask [B, N] and query_mask [B, Nq]\n"
-      "bool, optional; token_mass [B, H, N] and reference_mass [H, M] or [B, H, M] accumulate,\n"
-      "optional; bandwidth and epsilon [H] accumulate, or on the CPU a float for all heads;\n"
-      "token_positions [N, P], query_positions "
-      "[Nq, P],\n"
-      "reference_positions [M, P] accumulate, optional. Sequences of different lengths may be "
-      "packed\n"
-      "one after another: offsets and query_offsets [S + 1], int64, in the memory of the CPU, "
-      "tell\n"
-      "where each begins and how many tokens there are. Then B is S, but 1 for arrays with a row "
-      "for\n"
-      "each token, and rows, query_rows and grad_token_mass hold sequence after sequence.\n"
-      "Results of the forward call: output [B, H, Nq or N, Dv] storage (optional: without it only\n"
-      "pooled is computed), pooled [B, H, M, Dv], rows [B, H, T + 1, N], columns\n"
-      "[B, H, max(T, 1) + 1, M], query_rows [B, H, T + 1, Nq], query_columns [B, H, max(T, 1), "
-      "M]:\n"
-      "accumulate, contiguous. On the CPU output alone will do, where nothing is to be\n"
-      "differentiated.\n\n"
-      "All arrays lie in the memory of the CPU or of one CUDA device, whose kernels run. For CUDA\n"
-      "two more arguments count: `stream`, a cudaStream_t as an integer (0: the default stream), "
-      "that all\n"
-      "work is put on, without waiting for it; and `workspace`, a function that is called with a\n"
-      "number of bytes, where any are needed, and returns a uint8 array of that size on the "
-      "device. Its\n"
-      "memory, like that of all arrays, may only be used for other work once the stream has come "
-      "past\n"
-      "the call. Arrays are asked for with __dlpack__(stream=stream), whose owner makes the stream "
-      "wait\n"
-      "for what is still being written; a capsule made earlier is taken as it is.\n\n"
-      "Where several ranks hold the tokens of each sequence, merge(arrays, how) is called on all "
-      "of\n"
-      "them, as often and with the same shapes: arrays is a list of DLPack capsules [rows, "
-      "columns],\n"
-      "accumulate, valid during the call, whose numbers it must replace by those of all ranks\n"
-      "merged: by their sum where how is 'sum', by log2 of the sum of 2^x where it is 'logsum'.\n"
-      "Gradients of what all ranks have alike are then this rank's shares, but for\n"
-      "grad_reference_mass, which is the whole.\n\n"
-      "Wrong shapes and values raise ValueError, wrong types TypeError, naming the argument. On "
-      "CUDA\n"
-      "values are not read: a bandwidth, epsilon, reference mass <= 0 or a negative token mass "
-      "gives NaN\n"
-      "in its head. A failing launch raises RuntimeError.";
+  m.doc() = kAbout;
   const auto define = [&m](const char* name, auto function, const char* about) {
     m.def(name, function, py::arg("kernel") = "gaussian", py::arg("position_bandwidth") = 1.0,
           py::arg("iterations") = 1, py::arg("stream") = 0, py::arg("workspace") = py::none(),

@@ -168,7 +168,7 @@ def _solve(arrays: dict[str, Any]) -> dict[str, Array]:
     batch, heads, tokens = (*key.shape, 0, 0, 0)[:3]
     references, depth = (0, 0, *reference.shape)[-2], (0, *value.shape)[-1]
     steps, accumulate = max(arrays["iterations"], 0), _accumulate("key", 0, key).dtype
-    solution = {
+    solution: dict[str, Any] = {
         "pooled": np.empty((batch, heads, references, depth), accumulate),
         "rows": np.empty((batch, heads, steps + 1, tokens), accumulate),
         "columns": np.empty((batch, heads, max(steps, 1) + 1, references), accumulate),

@@ -1,0 +1,53 @@
+"""What the compiled module offers; its own docstring describes the arrays."""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+class SupportsDLPack(Protocol):
+    """An array of NumPy, torch, CuPy, JAX and others."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+
+# DLPack capsules are taken too, and None for arrays that are not given.
+Array = SupportsDLPack | Any
+Merge = Callable[[list[Any], Literal["sum", "logsum"]], None]
+
+def set_attention_forward(
+    kernel: str = "gaussian",
+    position_bandwidth: float = 1.0,
+    iterations: int = 1,
+    stream: int = 0,
+    workspace: Callable[[int], Array] | None = None,
+    merge: Merge | None = None,
+    **arrays: Array,
+) -> None:
+    """Writes output, pooled, rows and columns."""
+
+def set_attention_backward(
+    kernel: str = "gaussian",
+    position_bandwidth: float = 1.0,
+    iterations: int = 1,
+    stream: int = 0,
+    workspace: Callable[[int], Array] | None = None,
+    merge: Merge | None = None,
+    **arrays: Array,
+) -> None:
+    """Writes the gradients of what forward took, from that and what it wrote."""
+
+def cpu_isa() -> Literal["baseline", "avx2", "avx512"]:
+    """The instruction set in use; SETFORMER_CPU_ISA overrides the choice."""
+
+def cpu_isas_supported() -> list[str]:
+    """All instruction sets that were compiled and that this processor has."""
+
+def max_threads() -> int:
+    """Threads a call may use; torch.set_num_threads sets it."""
+
+def build_info() -> dict[str, str]:
+    """What this module was compiled with."""
+
+def cuda_driver_version() -> str:
+    """Empty where there is no CUDA driver."""
+
+def cuda_devices() -> str:
+    """One line a device, and whether this module has code for it."""
