@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from setformer_ext.selftest.problems import (
+from setformer_ext.cli.selftest.problems import (
     Arguments,
     call,
     differentiable,
@@ -16,7 +16,7 @@ from setformer_ext.selftest.problems import (
     run,
     used,
 )
-from setformer_ext.selftest.tolerance import compare_with_definition, largest
+from setformer_ext.cli.selftest.tolerance import compare_with_definition, largest
 
 __all__ = [
     "Arguments",

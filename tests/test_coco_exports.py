@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from setformer_ext.train.coco import Coco
-from setformer_ext.train.task import DataError
+from setformer_ext.cli.train.coco import Coco
+from setformer_ext.cli.train.task import DataError
 
 Change = Callable[[dict[str, Any]], None]
 WIDTH, HEIGHT = 60, 40

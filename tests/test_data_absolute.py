@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from setformer_ext.demo.data import load_folder
-from setformer_ext.train.ade20k import IGNORED, Labels
-from setformer_ext.train.classify import Classify
-from setformer_ext.train.coco import Coco
-from setformer_ext.train.coco_records import read_box
-from setformer_ext.train.mlm import Mlm
-from setformer_ext.train.segment import Segment, plain
-from setformer_ext.train.task import DataError
+from setformer_ext.cli.demo.data import load_folder
+from setformer_ext.cli.train.ade20k import IGNORED, Labels
+from setformer_ext.cli.train.classify import Classify
+from setformer_ext.cli.train.coco import Coco
+from setformer_ext.cli.train.coco_records import read_box
+from setformer_ext.cli.train.mlm import Mlm
+from setformer_ext.cli.train.segment import Segment, plain
+from setformer_ext.cli.train.task import DataError
 from setformer_ext.vision.detection import mask_rcnn
 from setformer_ext.vision.segmentation import segment
 from training import options_of

@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from setformer_ext import SetAttention, cli, demo
+from setformer_ext import SetAttention, cli
+from setformer_ext.cli import demo
+from setformer_ext.cli.demo import lengths
+from setformer_ext.cli.demo.data import load_digits, load_folder
+from setformer_ext.cli.demo.figure import draw_plans
+from setformer_ext.cli.demo.model import Classifier, make_set_attention
+from setformer_ext.cli.demo.train import accuracy, train
 from setformer_ext.controls import SoftmaxAttention
-from setformer_ext.demo import lengths
-from setformer_ext.demo.data import load_digits, load_folder
-from setformer_ext.demo.model import Classifier, make_set_attention
-from setformer_ext.demo.pictures import draw_plans
-from setformer_ext.demo.train import accuracy, train
 
 
 def run_demo(*arguments: object) -> int:
@@ -209,7 +210,7 @@ def test_missing_package_says_what_to_install(
 @pytest.mark.slow
 def test_import_is_light() -> None:
     heavy = "{'sklearn', 'matplotlib', 'PIL'}"
-    code = f"import sys, setformer_ext.demo; sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import sys, setformer_ext.cli.demo; sys.exit(bool({heavy} & set(sys.modules)))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=Path(__file__).parent, check=False
@@ -221,7 +222,7 @@ def test_import_is_light() -> None:
 @pytest.mark.slow
 def test_plans_are_drawn_from_the_most_telling_head(tmp_path: Path) -> None:
     """A head whose references draw alike tells nothing; the others have something to show."""
-    from setformer_ext.demo.pictures import _most_telling_head
+    from setformer_ext.cli.demo.figure import _most_telling_head
 
     torch.manual_seed(0)
     images = load_digits(8, seed=0)

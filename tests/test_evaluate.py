@@ -15,8 +15,8 @@ import test_train_detect as detection
 import test_train_language as language
 import test_train_segment as segmentation
 from setformer_ext import cli
-from setformer_ext.evaluate import add_arguments
-from setformer_ext.train import options
+from setformer_ext.cli.evaluate import add_arguments
+from setformer_ext.cli.train import options
 from text_runs import write_text_run
 from training import classify, launch, metrics, run_command, write_digits
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from setformer_ext import cli
-from setformer_ext.explain import picture
-from setformer_ext.explain.plans import ExplainError, Layer, find_attention, observe
-from setformer_ext.pictures import COLOURS, mutual_information
-from setformer_ext.predict.predictors import PREDICTORS
+from setformer_ext.cli.explain import picture
+from setformer_ext.cli.explain.plans import ExplainError, Layer, find_attention, observe
+from setformer_ext.cli.predict.predictors import PREDICTORS
+from setformer_ext.cli.themes import COLOURS, mutual_information
 from setformer_ext.vision import Setformer
 from test_predict import DETECT
 from test_predict import write_run as detector_run

@@ -18,9 +18,9 @@ from transformers import (
 
 import switched
 from setformer_ext import cli
-from setformer_ext.explain import encoders, sentence
-from setformer_ext.explain.plans import ExplainError
-from setformer_ext.train.texts import train_tokenizer, wrap_tokenizer
+from setformer_ext.cli.explain import encoders, sentence
+from setformer_ext.cli.explain.plans import ExplainError
+from setformer_ext.cli.train.texts import train_tokenizer, wrap_tokenizer
 
 TEXT = "Superb, the film is filmisis."
 

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from setformer_ext import cli
-from setformer_ext.explain import sentence
+from setformer_ext.cli.explain import sentence
+from setformer_ext.cli.train.texts import train_tokenizer, wrap_tokenizer
 from setformer_ext.language import SetformerConfig, SetformerModel
-from setformer_ext.train.texts import train_tokenizer, wrap_tokenizer
 
 TEXT = "Superb, the film is unforgettable."
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-import setformer_ext.export
+import setformer_ext.cli.export
 from setformer_ext import cli
+from setformer_ext.cli.predict.loading import load_run, load_text_run
+from setformer_ext.cli.predict.networks import Texts
 from setformer_ext.onnx import _adaptive_average
 from setformer_ext.onnx import export as export_onnx
-from setformer_ext.predict.loading import load_run, load_text_run
-from setformer_ext.predict.networks import Texts
 from setformer_ext.vision.detection import from_card as make_detector
 from setformer_ext.vision.segmentation import from_card as make_segmenter
 from test_predict import BODY, COMMON, DETECT, SEGMENT, write_run
@@ -181,7 +181,7 @@ def test_wrong_answers_are_not_written(
 ) -> None:
     run, file = write_text_run(tmp_path / "run", "sst2"), tmp_path / "model.onnx"
     file.write_bytes(b"before")
-    made = setformer_ext.export._export
+    made = setformer_ext.cli.export._export
 
     def spoiled(network):
         data = made(network)
@@ -189,7 +189,7 @@ def test_wrong_answers_are_not_written(
             network.model.model.classifier.bias.add_(1)
         return data
 
-    monkeypatch.setattr(setformer_ext.export, "_export", spoiled)
+    monkeypatch.setattr(setformer_ext.cli.export, "_export", spoiled)
     status, _, err = export(capsys, run, file)
     assert (status, "onnxruntime's answers differ from torch's by" in err) == (1, True)
     assert file.read_bytes() == b"before"
@@ -204,7 +204,7 @@ def test_detectors_with_a_wrong_head_are_not_written(
     torch.manual_seed(0)
     run = write_run(tmp_path / "run", DETECT, make_detector(DETECT))
     file = tmp_path / "model.onnx"
-    made = setformer_ext.export._export
+    made = setformer_ext.cli.export._export
 
     def spoiled(network):
         data = made(network)
@@ -212,7 +212,7 @@ def test_detectors_with_a_wrong_head_are_not_written(
             network.model.model.get_submodule(part).weight.mul_(1.01)
         return data
 
-    monkeypatch.setattr(setformer_ext.export, "_export", spoiled)
+    monkeypatch.setattr(setformer_ext.cli.export, "_export", spoiled)
     status, _, err = export(capsys, run, file)
     assert (status, "of the largest output of a head" in err) == (1, True)
     assert not file.exists()

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from setformer_ext import cli
-from setformer_ext.demo.data import load_folder
-from setformer_ext.files import files_under, is_hidden
-from setformer_ext.image_folder import find_images, held_out
-from setformer_ext.train.ade20k import Ade20k
-from setformer_ext.train.classify import Classify
-from setformer_ext.train.task import DataError
+from setformer_ext.cli.demo.data import load_folder
+from setformer_ext.cli.files import files_under, is_hidden
+from setformer_ext.cli.image_folder import find_images, held_out
+from setformer_ext.cli.train.ade20k import Ade20k
+from setformer_ext.cli.train.classify import Classify
+from setformer_ext.cli.train.task import DataError
 from training import TINY, arguments, classify, options_of, write_digits
 
 LEFT_BEHIND = (

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from setformer_ext import cli, images
-from setformer_ext.image_folder import ImageFolder
-from setformer_ext.images import MAX_PIXELS, annotated_size, middle, opened, read_image
-from setformer_ext.predict.predictors import Classifier
-from setformer_ext.train.labelled_images import LabelledImages
+from setformer_ext import cli
+from setformer_ext.cli import images
+from setformer_ext.cli.image_folder import ImageFolder
+from setformer_ext.cli.images import MAX_PIXELS, annotated_size, middle, opened, read_image
+from setformer_ext.cli.predict.predictors import Classifier
+from setformer_ext.cli.train.labelled_images import LabelledImages
 from training import arguments, classify, write_digits
 
 

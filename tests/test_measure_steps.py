@@ -25,8 +25,9 @@ from measure import selftest as measured_selftest
 from conftest import cuda_emulated
 from emulator.build import find_nvcc
 from measuring import CUDA, ENVIRONMENT, ended, record_of
-from setformer_ext import cli, profile, selftest
-from setformer_ext.timing import SHAPES
+from setformer_ext import cli
+from setformer_ext.cli import profile, selftest
+from setformer_ext.cli.timing import SHAPES
 
 
 def report_of(folder: Path, *told: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import setformer_ext
-from setformer_ext import _C, _import_failure, cli, info
+from setformer_ext import _C, _import_failure, cli
+from setformer_ext.cli import info
 
 EXTENSION = importlib.machinery.EXTENSION_SUFFIXES[0]
 
@@ -108,7 +109,8 @@ def test_a_failed_import_keeps_the_original_exception() -> None:
 def test_torch_and_the_kernels_share_one_pool_of_threads() -> None:
     finished = run_python(
         "import setformer_ext, torch\n"
-        "from setformer_ext import _C, info\n"
+        "from setformer_ext import _C\n"
+        "from setformer_ext.cli import info\n"
         "torch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
         "print(info.collect()['OpenMP'].partition(', ')[2])\n"
         "torch.set_num_threads(1); print(_C.max_threads())\n"

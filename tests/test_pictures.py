@@ -15,16 +15,17 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 from PIL import Image
 
-from setformer_ext import cli, fonts
-from setformer_ext.demo.data import Images
-from setformer_ext.demo.model import Classifier, make_set_attention
-from setformer_ext.demo.pictures import draw_curves, draw_plans
-from setformer_ext.demo.train import History
-from setformer_ext.explain.picture import draw_references
-from setformer_ext.explain.sentence import draw_words
-from setformer_ext.pictures import THEMES, covering_references, style
-from setformer_ext.predict import pictures as predictions
-from setformer_ext.predict.answers import Classification, Detection, Segmentation
+from setformer_ext import cli
+from setformer_ext.cli import fonts
+from setformer_ext.cli.demo.data import Images
+from setformer_ext.cli.demo.figure import draw_curves, draw_plans
+from setformer_ext.cli.demo.model import Classifier, make_set_attention
+from setformer_ext.cli.demo.train import History
+from setformer_ext.cli.explain.picture import draw_references
+from setformer_ext.cli.explain.sentence import draw_words
+from setformer_ext.cli.predict import drawing as predictions
+from setformer_ext.cli.predict.answers import Classification, Detection, Segmentation
+from setformer_ext.cli.themes import THEMES, covering_references, style
 
 LONG = "a_file_name_without_a_blank_" * 9
 NAMES = [
@@ -289,7 +290,7 @@ def test_references_are_chosen_almost_as_well_as_can_be() -> None:
 def test_options_may_stand_between_files(
     command: str, given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = __import__(f"setformer_ext.{command}", fromlist=["run"])
+    module = __import__(f"setformer_ext.cli.{command}", fromlist=["run"])
     taken = []
     monkeypatch.setattr(module, "run", taken.append)
     assert cli.main([command, *given]) == 0

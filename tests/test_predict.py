@@ -14,12 +14,12 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from setformer_ext import cli
-from setformer_ext.predict.answers import Classification, Detection, Segmentation
-from setformer_ext.predict.loading import RunError, load_run
-from setformer_ext.predict.masks import mask_image
-from setformer_ext.predict.pictures import PALETTE, REST, _colours, _draw_detection, draw
-from setformer_ext.predict.predictors import PREDICTORS
-from setformer_ext.predict.report import as_csv
+from setformer_ext.cli.predict.answers import Classification, Detection, Segmentation
+from setformer_ext.cli.predict.drawing import PALETTE, REST, _colours, _draw_detection, draw
+from setformer_ext.cli.predict.loading import RunError, load_run
+from setformer_ext.cli.predict.masks import mask_image
+from setformer_ext.cli.predict.predictors import PREDICTORS
+from setformer_ext.cli.predict.report import as_csv
 from training import classify, metrics, write_digits
 
 
@@ -95,7 +95,7 @@ def is_png(path: Path) -> bool:
 
 def test_same_image_same_answer_whatever_its_file(training: Path, tmp_path: Path) -> None:
     """Turned by EXIF, in 16 bits, with a palette, or transparent: it is the same picture."""
-    from setformer_ext.images import read_image
+    from setformer_ext.cli.images import read_image
 
     grey = np.uint8(np.add.outer(4 * np.arange(30), 3 * np.arange(45)) % 251)
     grey[0, :2] = 0, 255  # so that stretching changes nothing
@@ -272,7 +272,7 @@ def test_missing_package_says_what_to_install(
     training: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "setformer_ext.predict.pictures")
+    monkeypatch.delitem(sys.modules, "setformer_ext.cli.predict.drawing")
     with pytest.raises(SystemExit, match=r'needs the package matplotlib.*pip install "\.\[train'):
         cli.main(["predict", str(training), str(photo)])
 
@@ -306,7 +306,7 @@ def test_masks_in_json_are_those_of_coco() -> None:
 @pytest.mark.parametrize(("first", "last"), [(0, 3), (1, 255), (1, 300)])
 def test_label_images_are_what_trainings_read(first: int, last: int, tmp_path: Path) -> None:
     """In 8 or 16 bits, with the labels of the training's own files."""
-    from setformer_ext.train.ade20k import Labels, read_labels
+    from setformer_ext.cli.train.ade20k import Labels, read_labels
 
     names = tuple(f"{label}" for label in range(first, last + 1))
     classes = torch.arange(len(names)).repeat(2, 1)
@@ -513,8 +513,8 @@ def test_layers_of_other_tasks_are_explained(
     card: dict, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The whole image comes to the backbone once, also where predictions take windows."""
-    from setformer_ext.explain.plans import find_attention, observe
-    from setformer_ext.images import read_image
+    from setformer_ext.cli.explain.plans import find_attention, observe
+    from setformer_ext.cli.images import read_image
 
     torch.manual_seed(0)
     predictor = PREDICTORS[card["task"]](card)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from setformer_ext import cli, language
-from setformer_ext.train.glue_data import TASKS
+from setformer_ext.cli.train.glue_data import TASKS
 from text_runs import LENGTH, write_text_run
 
 SINGLE = "index\tsentence"

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from setformer_ext import cli, profile, timing
-from setformer_ext.timing import SHAPES, Shape
+from setformer_ext import cli
+from setformer_ext.cli import profile, timing
+from setformer_ext.cli.timing import SHAPES, Shape
 
 SMALL = ["--batch=1", "--heads=2", "--tokens=9", "--references=3", "--depth=4"]
 

@@ -82,7 +82,7 @@ def test_example(example: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "options"), COMMANDS)
 def test_commands_have_these_options(name: str, options: str) -> None:
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"setformer_ext.{name}").add_arguments(parser)
+    importlib.import_module(f"setformer_ext.cli.{name}").add_arguments(parser)
     parser.parse_args(shlex.split(options))
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from conftest import BACKENDS, Backend
 from emulator.device import Emulator
 from setformer_ext import cli, ops
-from setformer_ext.selftest import cuda_checks, report, runner, selftest, smoke_checks
-from setformer_ext.selftest.outcome import (
+from setformer_ext.cli.selftest import cuda_checks, report, runner, selftest, smoke_checks
+from setformer_ext.cli.selftest.outcome import (
     CHECKS,
     SECTIONS,
     SMOKE,
@@ -28,7 +28,7 @@ from setformer_ext.selftest.outcome import (
     Timing,
     execute,
 )
-from setformer_ext.selftest.tolerance import Comparison
+from setformer_ext.cli.selftest.tolerance import Comparison
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

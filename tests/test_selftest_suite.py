@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from setformer_ext import cli
-from setformer_ext import selftest as package
-from setformer_ext.selftest import runner, selftest
-from setformer_ext.selftest import suite as module
-from setformer_ext.selftest.outcome import Result, Task
-from setformer_ext.selftest.suite import Suite, run_suite
+from setformer_ext.cli import selftest as package
+from setformer_ext.cli.selftest import runner, selftest
+from setformer_ext.cli.selftest import suite as module
+from setformer_ext.cli.selftest.outcome import Result, Task
+from setformer_ext.cli.selftest.suite import Suite, run_suite
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -16,14 +16,19 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from fresh import fresh
 from setformer_ext import cli
+from setformer_ext.cli.train import weights
+from setformer_ext.cli.train.ade20k import read_names
+from setformer_ext.cli.train.glue_data import TASKS, read_examples
+from setformer_ext.cli.train.mlm import Mlm
+from setformer_ext.cli.train.task import DataError
+from setformer_ext.cli.train.texts import (
+    read_documents,
+    text_files,
+    train_tokenizer,
+    wrap_tokenizer,
+)
 from setformer_ext.errors import first_line
 from setformer_ext.language import SetformerConfig, SetformerForMaskedLM, SetformerModel
-from setformer_ext.train import weights
-from setformer_ext.train.ade20k import read_names
-from setformer_ext.train.glue_data import TASKS, read_examples
-from setformer_ext.train.mlm import Mlm
-from setformer_ext.train.task import DataError
-from setformer_ext.train.texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
 from test_train_language import FILES, TINY, reviews, stop_at, write_reviews
 from training import launch, metrics, run_command
 
@@ -71,12 +76,12 @@ def glue(data: Path, model: Path, output: Path, *tasks: str) -> list[str]:
 READERS = """
     from pathlib import Path
     from setformer_ext import cli
-    from setformer_ext.predict.loading import read_card
-    from setformer_ext.train.ade20k import read_names
-    from setformer_ext.train.coco import _read
-    from setformer_ext.train.glue_data import TASKS, read_examples
-    from setformer_ext.train.options import TaskParser
-    from setformer_ext.train.texts import read_documents, text_files
+    from setformer_ext.cli.predict.loading import read_card
+    from setformer_ext.cli.train.ade20k import read_names
+    from setformer_ext.cli.train.coco import _read
+    from setformer_ext.cli.train.glue_data import TASKS, read_examples
+    from setformer_ext.cli.train.options import TaskParser
+    from setformer_ext.cli.train.texts import read_documents, text_files
 
     parser = TaskParser()
     parser.add_argument("--config")

@@ -22,11 +22,11 @@ from torch import nn
 
 import setformer_ext.vision  # noqa: F401 (registers the models)
 from setformer_ext import cli
-from setformer_ext.train import sampling
-from setformer_ext.train.classify import Classify
-from setformer_ext.train.optimization import make_schedule, parameter_groups
-from setformer_ext.train.options import TaskParser
-from setformer_ext.train.task import DataError, TrainingError
+from setformer_ext.cli.train import sampling
+from setformer_ext.cli.train.classify import Classify
+from setformer_ext.cli.train.optimization import make_schedule, parameter_groups
+from setformer_ext.cli.train.options import TaskParser
+from setformer_ext.cli.train.task import DataError, TrainingError
 from training import (
     PLAIN,
     TINY,
@@ -121,8 +121,8 @@ def assert_close(result: dict, known: dict) -> None:
 
 def train_sharded(given: list[str], stop_after: int | None) -> None:
     """With blocks small enough that the tiny network has some; leaves off after a checkpoint."""
-    from setformer_ext.train import parallel
-    from setformer_ext.train.checkpoints import Checkpoints
+    from setformer_ext.cli.train import parallel
+    from setformer_ext.cli.train.checkpoints import Checkpoints
 
     parallel.SHARD_PARAMETERS = 5000
     original = Checkpoints.save
@@ -409,7 +409,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
-    monkeypatch.delitem(sys.modules, "setformer_ext.train.classify")
+    monkeypatch.delitem(sys.modules, "setformer_ext.cli.train.classify")
     with pytest.raises(SystemExit, match=r'needs the package torchmetrics.*install "\.\[train\]"'):
         cli.main(["train", "classify", "--help"])
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setformer_ext import SetAttention
-from setformer_ext.train.learner import Learner
+from setformer_ext.cli.train.learner import Learner
 
 OPTIONS = {
     "shard": False,
@@ -181,7 +181,7 @@ def _smoothed(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_of_classes_is_the_smoothed_cross_entropy(smoothing: float) -> None:
-    from setformer_ext.train.classify import Classify
+    from setformer_ext.cli.train.classify import Classify
 
     task = Classify.__new__(Classify)
     task.mixup, task.options = None, argparse.Namespace(label_smoothing=smoothing)
@@ -192,7 +192,7 @@ def test_loss_of_classes_is_the_smoothed_cross_entropy(smoothing: float) -> None
 
 
 def test_loss_of_segments_is_the_mean_over_the_pixels_that_have_a_class() -> None:
-    from setformer_ext.train import segment
+    from setformer_ext.cli.train import segment
 
     task = segment.Segment.__new__(segment.Segment)
     task.options = argparse.Namespace(dice=0.0)
@@ -218,8 +218,8 @@ def _encoder(kind: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_loss_of_masked_words_is_the_mean_over_those_that_are_asked_for(sparse: bool) -> None:
+    from setformer_ext.cli.train.mlm import Mlm, Prediction
     from setformer_ext.language import SetformerForMaskedLM
-    from setformer_ext.train.mlm import Mlm, Prediction
 
     model = _encoder(SetformerForMaskedLM, sparse_prediction=sparse)
     tokens, labels = torch.randint(5, 20, (3, 7)), torch.full((3, 7), -100)
@@ -245,9 +245,9 @@ def test_loss_of_masked_words_is_the_mean_over_those_that_are_asked_for(sparse: 
 
 @pytest.mark.parametrize("name", ["sst2", "stsb"])
 def test_loss_of_texts_is_cross_entropy_or_the_squared_error(name: str) -> None:
+    from setformer_ext.cli.train.glue import Glue, Scores
+    from setformer_ext.cli.train.glue_data import TASKS
     from setformer_ext.language import SetformerForSequenceClassification
-    from setformer_ext.train.glue import Glue, Scores
-    from setformer_ext.train.glue_data import TASKS
 
     glue = TASKS[name]
     model = _encoder(
@@ -274,7 +274,7 @@ def test_loss_of_texts_is_cross_entropy_or_the_squared_error(name: str) -> None:
 
 
 def test_loss_of_an_evaluation_is_that_of_all_images() -> None:
-    from setformer_ext.train.classify import Accuracy
+    from setformer_ext.cli.train.classify import Accuracy
 
     logits, labels = torch.randn(7, 6), torch.randint(6, (7,))
     measured = Accuracy(6)

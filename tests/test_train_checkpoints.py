@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from setformer_ext import cli
-from setformer_ext.train import parallel
-from setformer_ext.train.checkpoints import CheckpointError, Checkpoints, write_atomically
-from setformer_ext.train.journal import Journal
+from setformer_ext.cli.train import parallel
+from setformer_ext.cli.train.checkpoints import CheckpointError, Checkpoints, write_atomically
+from setformer_ext.cli.train.journal import Journal
 from training import arguments, classify, launch, metrics, run_command, write_digits
 
 # Everything that is random: crops, erasing, mixup, stochastic depth.

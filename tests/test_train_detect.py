@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torchvision.ops import masks_to_boxes
 
 from setformer_ext import cli
-from setformer_ext.images import read_image
-from setformer_ext.train.coco import Coco
-from setformer_ext.train.detect import AveragePrecision, Detect
-from setformer_ext.train.task import DataError
+from setformer_ext.cli.images import read_image
+from setformer_ext.cli.train.coco import Coco
+from setformer_ext.cli.train.detect import AveragePrecision, Detect
+from setformer_ext.cli.train.task import DataError
 from setformer_ext.vision.detection import from_card
 from training import launch, options_of
 

@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from setformer_ext import cli
-from setformer_ext.train.glue import Scores
-from setformer_ext.train.glue_data import TASKS, read_examples
-from setformer_ext.train.mlm import Packed
-from setformer_ext.train.task import DataError
-from setformer_ext.train.texts import SPECIAL, train_tokenizer, wrap_tokenizer
+from setformer_ext.cli.train.glue import Scores
+from setformer_ext.cli.train.glue_data import TASKS, read_examples
+from setformer_ext.cli.train.mlm import Packed
+from setformer_ext.cli.train.task import DataError
+from setformer_ext.cli.train.texts import SPECIAL, train_tokenizer, wrap_tokenizer
 from training import launch, metrics, run_command
 
 GOOD, BAD = ("superb", "lovely", "great", "moving"), ("dull", "awful", "poor", "tired")
@@ -334,7 +334,7 @@ def stop_at(step: int, given: list[str]) -> None:
     """Die as by a kill, in the middle of a step."""
     import os
 
-    from setformer_ext.train.loop import Training
+    from setformer_ext.cli.train.loop import Training
 
     take = Training._step
 
@@ -414,7 +414,7 @@ def test_two_processes_sharded_or_not_learn_the_same(text: Path, tmp_path: Path)
 
 
 def train_in_small_shards(given: list[str]) -> None:
-    from setformer_ext.train import parallel
+    from setformer_ext.cli.train import parallel
 
     parallel.SHARD_PARAMETERS = 500
     run_command(given)

@@ -18,17 +18,17 @@ from torch import nn
 from torchvision.transforms import v2
 
 from setformer_ext import cli
-from setformer_ext import train as train_package
-from setformer_ext.train import journal, loop, options, sampling
-from setformer_ext.train.checkpoints import Checkpoints
-from setformer_ext.train.classify import Accuracy, Classify
-from setformer_ext.train.configuration import read_configuration
-from setformer_ext.train.detect import Detect
-from setformer_ext.train.divergence import explained
-from setformer_ext.train.journal import Journal
-from setformer_ext.train.mlm import Mlm
-from setformer_ext.train.options import TaskParser
-from setformer_ext.train.task import DataError, TrainingError
+from setformer_ext.cli import train as train_package
+from setformer_ext.cli.train import journal, loop, options, sampling
+from setformer_ext.cli.train.checkpoints import Checkpoints
+from setformer_ext.cli.train.classify import Accuracy, Classify
+from setformer_ext.cli.train.configuration import read_configuration
+from setformer_ext.cli.train.detect import Detect
+from setformer_ext.cli.train.divergence import explained
+from setformer_ext.cli.train.journal import Journal
+from setformer_ext.cli.train.mlm import Mlm
+from setformer_ext.cli.train.options import TaskParser
+from setformer_ext.cli.train.task import DataError, TrainingError
 from training import arguments, classify, metrics, write_digits
 
 SHORT = ("--batch-size=8", "--eval-every=2", "--lr=3e-3")

@@ -18,10 +18,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from setformer_ext import cli
-from setformer_ext.train.ade20k import IGNORED, Labels, read_names
-from setformer_ext.train.sampling import SAMPLE, SeededDataset
-from setformer_ext.train.segment import IntersectionOverUnion, Segment
-from setformer_ext.train.task import DataError
+from setformer_ext.cli.train.ade20k import IGNORED, Labels, read_names
+from setformer_ext.cli.train.sampling import SAMPLE, SeededDataset
+from setformer_ext.cli.train.segment import IntersectionOverUnion, Segment
+from setformer_ext.cli.train.task import DataError
 from setformer_ext.vision.segmentation import from_card
 from training import launch, metrics, options_of
 
@@ -528,7 +528,7 @@ def test_a_sharded_segmenter_gathers_its_backbone() -> None:
 def run_sharded() -> None:
     from torch import distributed
 
-    from setformer_ext.train import parallel
+    from setformer_ext.cli.train import parallel
     from setformer_ext.vision.segmentation import Segmenter
 
     distributed.init_process_group("gloo")

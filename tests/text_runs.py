@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
+from setformer_ext.cli.train.glue_data import TASKS
+from setformer_ext.cli.train.texts import train_tokenizer, wrap_tokenizer
 from setformer_ext.language import (
     SetformerConfig,
     SetformerForMaskedLM,
     SetformerForSequenceClassification,
 )
-from setformer_ext.train.glue_data import TASKS
-from setformer_ext.train.texts import train_tokenizer, wrap_tokenizer
 
 TEXTS = ["the film is superb .", "a plot so dull , and a cast so tired !", "is it ?"]
 LENGTH = 12

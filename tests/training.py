@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from setformer_ext import cli
-from setformer_ext.train.task import Task
+from setformer_ext.cli.train.task import Task
 
 TINY = (
     "--model=setformer_mini",
@@ -37,7 +37,9 @@ PLAIN = (
 
 # A clean server that has the modules, so that a process starts at once.
 processes = get_context("forkserver")
-processes.set_forkserver_preload(["setformer_ext.train.loop", "setformer_ext.train.classify"])
+processes.set_forkserver_preload(
+    ["setformer_ext.cli.train.loop", "setformer_ext.cli.train.classify"]
+)
 
 
 def write_digits(root: Path, train: int, val: int) -> Path:

@@ -32,7 +32,7 @@ from report import HEADER, rows, slopes
 from small import small_problems
 
 from setformer_ext import _C
-from setformer_ext.timing import DTYPES, SHAPES, Shape, describe, find_device, keep_memory
+from setformer_ext.cli.timing import DTYPES, SHAPES, Shape, describe, find_device, keep_memory
 
 POOLING_PEERS = ["OTKE"]
 LENGTHS = [2**power for power in (8, 10, 12, 14, 16, 17, 18, 19, 20)]

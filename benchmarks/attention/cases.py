@@ -20,7 +20,7 @@ from limits import Work, count_work
 from peers import EPSILON, ITERATIONS, Attention, peer
 
 from setformer_ext import set_attention, set_pooling
-from setformer_ext.timing import DTYPES, Shape, inputs, milliseconds, step
+from setformer_ext.cli.timing import DTYPES, Shape, inputs, milliseconds, step
 
 OURS = "setformer_ext"
 # The kernels themselves, on inputs of unit length: the peers scale nothing either.

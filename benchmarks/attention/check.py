@@ -13,8 +13,8 @@ from pathlib import Path
 from cases import OURS, Case, measure
 
 from setformer_ext import _C
-from setformer_ext.info import processor_field
-from setformer_ext.timing import Shape, keep_memory
+from setformer_ext.cli.info import processor_field
+from setformer_ext.cli.timing import Shape, keep_memory
 
 FILE = Path(__file__).with_name("ratios.json")
 EAGER = "eager, log domain"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from setformer_ext.timing import Shape
+from setformer_ext.cli.timing import Shape
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"

@@ -10,7 +10,7 @@ from peers import ITERATIONS
 from torch import Tensor
 
 from setformer_ext import set_attention, set_attention_varlen
-from setformer_ext.timing import milliseconds, step
+from setformer_ext.cli.timing import milliseconds, step
 
 Way = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # the attention and what it is given
 

@@ -12,7 +12,7 @@ from limits import count_work
 from peers import ITERATIONS
 
 from setformer_ext import ops, set_attention
-from setformer_ext.timing import Shape, inputs
+from setformer_ext.cli.timing import Shape, inputs
 
 WINDOW = Shape(1, 4, 49, 32, 32, 16)  # a window of 7 x 7 tokens
 MANY = Shape(512, 4, 49, 32, 32, 16)

@@ -35,8 +35,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+from setformer_ext.cli.train.glue_data import TASKS
 from setformer_ext.language import distill_attention, register
-from setformer_ext.train.glue_data import TASKS
 
 TASK = "rotten_tomatoes"
 FOLDER = DATA[TASK].folder

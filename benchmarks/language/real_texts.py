@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from setformer_ext.train.glue_data import GlueTask
+from setformer_ext.cli.train.glue_data import GlueTask
 
 TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 DATA = {

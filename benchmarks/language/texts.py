@@ -31,7 +31,7 @@ from safetensors import safe_open
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from setformer_ext.train.glue_data import TASKS, GlueTask
+from setformer_ext.cli.train.glue_data import TASKS, GlueTask
 
 SIZE = ("hidden_size=128", "num_hidden_layers=2", "num_attention_heads=4")
 COMPARED: dict[str, tuple[str, ...]] = {  # of the same parameters, by the MLPs' width

@@ -30,8 +30,8 @@ from PIL import Image
 from sklearn.tree import DecisionTreeClassifier
 
 from setformer_ext import cli
-from setformer_ext.images import read_image
-from setformer_ext.predict.loading import load_run
+from setformer_ext.cli.images import read_image
+from setformer_ext.cli.predict.loading import load_run
 
 CLASSES = {  # in the order of the map's numbers, with their colours in the picture
     "ocean": "#16324f",

@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from setformer_ext.demo.data import Images
-from setformer_ext.demo.train import train
+from setformer_ext.cli.demo.data import Images
+from setformer_ext.cli.demo.train import train
 from setformer_ext.vision import Setformer
 
 CLASSES = [str(label) for label in range(10)]

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import setformer_ext.vision  # noqa: F401 (registers the models with timm)
-from setformer_ext.timing import keep_memory
+from setformer_ext.cli.timing import keep_memory
 
 OURS = "setformer_small"
 PEERS = {

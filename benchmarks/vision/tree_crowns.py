@@ -33,7 +33,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 from setformer_ext import cli
-from setformer_ext.train.coco import Coco
+from setformer_ext.cli.train.coco import Coco
 from setformer_ext.vision.detection import from_card
 
 TILE = 256

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from setformer_ext import cli, ops
-from setformer_ext.selftest import runner, tasks, worker
-from setformer_ext.selftest.outcome import SMOKE
+from setformer_ext.cli.selftest import runner, tasks, worker
+from setformer_ext.cli.selftest.outcome import SMOKE
 
 from .build import emulated_library, load
 

@@ -26,7 +26,7 @@ from emulator.build import load
 from emulator.device import Emulator, Mode, Order
 from problems import random_problem
 from setformer_ext import ops
-from setformer_ext.selftest.tolerance import compare_with_definition
+from setformer_ext.cli.selftest.tolerance import compare_with_definition
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from emulator.build import load
 from emulator.device import Emulator
-from setformer_ext.selftest.outcome import works
-from setformer_ext.timing import by_the_clock, milliseconds
+from setformer_ext.cli.selftest.outcome import works
+from setformer_ext.cli.timing import by_the_clock, milliseconds
 
 from . import PACKAGE
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
-from setformer_ext.timing import SHAPES
+from setformer_ext.cli.timing import SHAPES
 
 from .device import find
 from .items import options

@@ -10,7 +10,7 @@ from devices import Device
 from layout import MOST_RESIDENT, Problem
 from model import Launch
 
-from setformer_ext.timing import Shape
+from setformer_ext.cli.timing import Shape
 
 from .results import fact, found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN = 3  # of a check's comparisons that failed
-OUT_OF_TIME = ("ended after", "no time was left")  # as setformer_ext/selftest/suite.py has it
+OUT_OF_TIME = ("ended after", "no time was left")  # as setformer_ext/cli/selftest/suite.py has it
 
 
 def outcomes(path: Path) -> list[dict[str, Any]]:

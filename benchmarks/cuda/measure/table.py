@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from setformer_ext import set_attention
-from setformer_ext.timing import DTYPES, SHAPES, Shape, inputs, step
+from setformer_ext.cli.timing import DTYPES, SHAPES, Shape, inputs, step
 
 from .device import Device, find
 from .items import Item, options, work

@@ -7,31 +7,31 @@ from ..seeding import Seeded as Fault
 EXPLAIN = (
     Fault(
         "patches shifted by the tokens before them",
-        "explain/encoders.py",
+        "cli/explain/encoders.py",
         "normalised(plans[:, plans.shape[1] - patches :])",
         "normalised(plans[:, :patches])",
     ),
     Fault(
         "shares of words divided by the wrong sums",
-        "explain/sentence.py",
+        "cli/explain/sentence.py",
         "shares = (plan / plan.sum(0)).T",
         "shares = (plan / plan.sum(1, keepdim=True)).T",
     ),
     Fault(
         "tokens of the padding are squeezed into the image",
-        "explain/__init__.py",
+        "cli/explain/__init__.py",
         "        covered=layer.covered,\n",
         "",
     ),
     Fault(
         "reference of a few bright tokens shows noise as bright as those",
-        "explain/picture.py",
+        "cli/explain/picture.py",
         "brightest = torch.maximum(drawn.quantile(0.99), drawn.max() / 4)",
         "brightest = drawn.quantile(0.99)",
     ),
     Fault(
         "references of a cropped plan all draw the same mass",
-        "explain/plans.py",
+        "cli/explain/plans.py",
         "plans.sum((1, 2), keepdim=True)",
         "plans.sum(1, keepdim=True)",
     ),

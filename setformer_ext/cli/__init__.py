@@ -1,0 +1,73 @@
+"""The command ``setformer``; each subcommand is a module with ``add_arguments`` and ``run``."""
+
+import argparse
+import importlib
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from .. import __version__
+
+COMMANDS = {
+    "info": "print versions, processor, threads and CUDA: what a bug report needs",
+    "demo": "train a small vision classifier with SeT attention, then with softmax, on real images",
+    "train": "train a network with SeT attention on your own images or texts",
+    "predict": "ask a trained network about your images or texts: classes, boxes, masks, words",
+    "evaluate": "measure a trained network on a data set, as its training does",
+    "export": "write a trained network as ONNX, for images or texts of any size and number",
+    "explain": "draw where the references of a layer take their mass from in your image or text",
+    "profile": "run one shape in a loop, for Nsight Systems and Nsight Compute to look at",
+    "selftest": "check every result on this machine and measure its speed: report for bug reports",
+}
+# What commands need that need more than torch.
+EXTRAS = {
+    "demo": "demo",
+    "train": "train",
+    "predict": "train",
+    "evaluate": "train",
+    "export": "train,onnx",
+    "explain": "train",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status.
+
+    Only the chosen module is imported, so that ``info`` needs nothing that ``demo`` needs.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a class's name may have any letters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    parser = argparse.ArgumentParser(prog="setformer", description="SeT attention.")
+    parser.add_argument("--version", action="version", version=f"setformer_ext {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name in arguments[:1]:
+            with _missing_packages_explained(name):
+                module = importlib.import_module(f"{__package__}.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    with _missing_packages_explained(arguments[0] if arguments else ""):
+        # Options may stand between files; argparse cannot have that where a task follows.
+        if arguments and arguments[0] in COMMANDS and arguments[0] != "train":
+            options = subparsers.choices[arguments[0]].parse_intermixed_args(arguments[1:])
+        else:
+            options = parser.parse_args(arguments)  # may import what options depend on
+        return options.run(options) or 0
+
+
+@contextmanager
+def _missing_packages_explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("setformer_ext"):
+            raise
+        remedy = f"pip install {error.name}"
+        if name in EXTRAS:
+            remedy = f'In the source folder: pip install ".[{EXTRAS[name]}]"'
+        sys.exit(
+            f"setformer {name}: needs the package {error.name}, which is not installed. {remedy}"
+        )

@@ -1,0 +1,71 @@
+"""``setformer demo``: SeT attention next to softmax attention, trained on real images."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from ...errors import first_line
+from ..images import add_max_pixels
+
+PACKAGES = ("torch", "numpy", "sklearn", "matplotlib", "PIL", "tqdm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the demo."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="your own images, one subfolder per class (default: scikit-learn's digits)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=Path("setformer_demo"),
+        help="where the pictures go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=800,
+        help="training steps of each network, 64 images each (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="S",
+        help="resize images to S x S, a multiple of 8 (default: 8 for the digits, else 32)",
+    )
+    add_max_pixels(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train both networks, print the table and draw the pictures; returns the exit status."""
+    for name in PACKAGES:
+        importlib.import_module(name)  # before any work; the command says how to install one
+    from .compare import compare
+
+    image_size = args.image_size
+    if image_size is None:
+        image_size = 8 if args.data is None else 32
+    if image_size < 8 or image_size % 8:
+        return _fail(f"--image-size must be a positive multiple of 8, got {image_size}")
+    if args.steps < 1:
+        return _fail(f"--steps must be at least 1, got {args.steps}")
+    if not -(2**63) <= args.seed < 2**64:
+        return _fail(f"--seed must be at least -2^63 and less than 2^64, got {args.seed}")
+    try:
+        compare(args.data, args.output, args.steps, args.seed, image_size, args.max_pixels)
+    except (ValueError, OSError) as error:
+        return _fail(first_line(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"setformer demo: {message}", file=sys.stderr)
+    return 1

@@ -1,0 +1,82 @@
+"""The comparison itself: train the same network with both attentions and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from ...controls import SoftmaxAttention
+from . import lengths
+from .data import load_digits, load_folder
+from .figure import draw_curves, draw_plans
+from .model import Classifier, make_set_attention
+from .train import History, train
+
+ATTENTIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "SeT": make_set_attention,
+    "softmax": SoftmaxAttention,
+}
+
+
+def compare(
+    folder: Path | None, output: Path, steps: int, seed: int, image_size: int, max_pixels: int
+) -> None:
+    """Train, print a table and write ``curves.png`` and ``references.png`` into ``output``.
+
+    Args:
+        folder: images, one subfolder per class; None for the digits.
+        output: made if it does not exist.
+        steps: training steps of each network.
+        seed: of the split, the weights, the order and the augmentation.
+        image_size: S of the S x S images, a multiple of 8.
+        max_pixels: of the images in the folder.
+
+    Raises:
+        ValueError: if the folder cannot be learned from.
+        OSError: if the output cannot be written.
+    """
+    images = (
+        load_digits(image_size, seed)
+        if folder is None
+        else load_folder(folder, image_size, seed, max_pixels)
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{images.source}: {len(images.train)} images to train on, {len(images.test)} to test, "
+        f"{len(images.classes)} classes, {image_size} x {image_size}"
+    )
+    models, histories = {}, {}
+    for name, make_attention in ATTENTIONS.items():
+        models[name], histories[name] = train(
+            partial(
+                Classifier,
+                images.train.shape[1],
+                image_size,
+                len(images.classes),
+                make_attention,
+            ),
+            images,
+            steps=steps,
+            seed=seed,
+            description=f"{name:>7}",
+        )
+    print(_table(models, histories))
+    seconds = lengths.measure()
+    print(f"\nattention alone, forward and backward:\n{lengths.table(seconds)}")
+    draw_curves(histories, images.source, seconds, output / "curves.png")
+    draw_plans(models["SeT"], images, output / "references.png")
+    print(f"\nPictures of the training and of what the references look at: {output.resolve()}")
+
+
+def _table(models: dict[str, Classifier], histories: dict[str, History]) -> str:
+    lines = ["", f"{'attention':<10}{'test accuracy':>15}{'parameters':>12}{'ms per step':>13}"]
+    for name, history in histories.items():
+        parameters = sum(p.numel() for p in models[name].parameters())
+        lines.append(
+            f"{name:<10}{history.accuracy:>15.1%}{parameters:>12,}"
+            f"{history.milliseconds_per_step:>13.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""What the method is for: the time of attention alone, forward and backward, as sequences grow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...functional import set_attention
+
+LENGTHS = (1024, 4096, 16384)
+REFERENCES, DEPTH = 64, 32  # of one head of one sequence
+ENOUGH = 0.3  # seconds after which no further call is timed
+LONGEST = 4.0  # seconds that a call may take
+MOST_CALLS = 20  # of short ones, of which the median forgets the first, that sets things up
+
+
+def measure(lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[float]]:
+    """Seconds of each attention at each length, medians; at no length for which a busy machine
+    would take too long, as times grow with the square of the length at most."""
+    reference = torch.randn(1, REFERENCES, DEPTH)
+
+    def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def transport(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return set_attention(query, key, value, reference)
+
+    attentions = {"SeT": transport, "softmax": softmax}
+    found: dict[str, list[float]] = {}
+    for name, attention in attentions.items():
+        seconds: list[float] = []
+        for before, length in zip((lengths[0], *lengths), lengths, strict=False):
+            if seconds and seconds[-1] * (length / before) ** 2 > LONGEST:
+                break
+            seconds.append(_seconds(attention, length))
+        found[name] = seconds
+    return found
+
+
+def table(seconds: dict[str, list[float]], lengths: tuple[int, ...] = LENGTHS) -> str:
+    """A row for each attention, milliseconds."""
+    lines = [f"{'tokens':<10}" + "".join(f"{length:>12,}" for length in lengths)]
+    for name, of_name in seconds.items():
+        cells = [f"{1e3 * each:.1f} ms" for each in of_name]
+        cells += ["not timed"] * (len(lengths) - len(cells))
+        lines.append(f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], length: int) -> float:
+    tokens = [torch.randn(1, 1, length, DEPTH, requires_grad=True) for _ in range(3)]
+    taken: list[float] = []
+    while sum(taken) < ENOUGH and len(taken) < MOST_CALLS:
+        start = time.perf_counter()
+        attention(*tokens).sum().backward()
+        taken.append(time.perf_counter() - start)
+    return median(taken)

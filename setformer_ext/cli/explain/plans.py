@@ -1,0 +1,144 @@
+"""The transport plan of one layer of a model, for one image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...modules import SetAttention
+from ...vision.blocks import Stage, TokenEmbedding
+from ..themes import mutual_information
+
+if TYPE_CHECKING:
+    from ...language.references import References
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a module
+
+
+class ExplainError(Exception):
+    """A layer that cannot be explained; the message says which ones can."""
+
+
+@dataclass
+class Layer:
+    """What one layer did with one image."""
+
+    plans: Tensor  # [H, N, M], the mass that goes from token i to reference j
+    grid: tuple[int, int]  # rows and columns of the N tokens
+    seen: Tensor  # [channels, height, width], the image as it came to the backbone
+    covered: tuple[float, float]  # height and width of the tokens, in pixels of what was seen
+
+    def without_padding(self, height: int, width: int) -> Layer:
+        """The upper left part of so many pixels, and the tokens that show some of it."""
+        token = [side / count for side, count in zip(self.covered, self.grid, strict=True)]
+        rows, columns = math.ceil(height / token[0]), math.ceil(width / token[1])
+        plans = self.plans.unflatten(1, self.grid)[:, :rows, :columns].flatten(1, 2)
+        covered = (rows * token[0], columns * token[1])
+        seen = self.seen[:, :height, :width]
+        return Layer(normalised(plans), (rows, columns), seen, covered)
+
+
+def normalised(plans: Tensor) -> Tensor:  # [H, N, M]
+    """Plans of some of the tokens as plans of their own: of mass 1."""
+    return plans / plans.sum((1, 2), keepdim=True).clamp_min(1e-30)
+
+
+def find_attention(model: nn.Module, stage: int, block: int) -> tuple[SetAttention, str]:
+    """The attention of a block and what to call it, wherever in the model its backbone is.
+
+    Args:
+        model: the backbone, or anything around it: a detector, a segmenter, a timm feature list.
+        stage: 1 for the finest.
+        block: 1 for the stage's first, -1 for its last.
+
+    Raises:
+        ExplainError: if there is no such block, or it has another kind of attention.
+    """
+    stages = [module for module in model.modules() if isinstance(module, Stage)]
+    if not stages:
+        raise ExplainError(f"{type(model).__name__} holds no Setformer, whose layers are explained")
+    if not 1 <= stage <= len(stages):
+        raise ExplainError(f"--stage must be from 1 to {len(stages)}, got {stage}")
+    blocks = stages[stage - 1].blocks
+    index = choose_block("--block", block, len(blocks), f" in stage {stage}")
+    attention = blocks[index].attention
+    if not isinstance(attention, SetAttention):
+        raise ExplainError(
+            f"only SeT attention has references to explain, and this model was made with "
+            f"{type(attention).__name__}; train one with attention='set'"
+        )
+    return attention, f"stage {stage}, block {index + 1} of {len(blocks)}"
+
+
+def choose_head(plans: Tensor, head: int | None) -> int:  # [H, N, M]
+    """The head that was asked for, from 1, or else the one whose plan tells most.
+
+    Raises:
+        ExplainError: for a head that there is not.
+    """
+    if head is not None and not 1 <= head <= len(plans):
+        raise ExplainError(f"--head must be from 1 to {len(plans)} in this layer, got {head}")
+    return head or 1 + int(mutual_information(plans).argmax())
+
+
+def choose_block(option: str, number: int, count: int, where: str = "") -> int:
+    """One of so many blocks or layers, from 0; given from 1, or from -1 for the last.
+
+    Raises:
+        ExplainError: for one that there is not; it names the option.
+    """
+    if not 1 <= abs(number) <= count:
+        raise ExplainError(
+            f"{option} must be from 1 to {count}{where}, or from -1 for the last to -{count}, "
+            f"got {number}"
+        )
+    return number - 1 if number > 0 else count + number
+
+
+@torch.no_grad()
+def first_calls(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Call]:
+    """What each of the modules is first called with while ``forward`` runs.
+
+    Raises:
+        ExplainError: if ``forward`` leaves one out.
+    """
+    calls: dict[nn.Module, Call] = {}
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        calls.setdefault(module, (arguments, options))
+
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(calls) < len(modules):
+        raise ExplainError("the model leaves this layer out; choose an earlier one")
+    return [calls[module] for module in modules]
+
+
+@torch.no_grad()
+def plans_of(attention: SetAttention | References, call: Call) -> Tensor:  # [H, N, M]
+    """The plans of an attention for the first sequence that it was called with."""
+    arguments, options = call
+    return attention.transport_plan(*arguments, **options)[0].float().cpu()
+
+
+def observe(model: nn.Module, attention: SetAttention, forward: Callable[[], object]) -> Layer:
+    """Run ``forward``, which calls ``model`` on one image, and take what ``attention`` did.
+
+    Raises:
+        ExplainError: if ``forward`` does not come by.
+    """
+    stem = next(module for module in model.modules() if isinstance(module, TokenEmbedding))
+    image, tokens = first_calls([stem, attention], forward)
+    seen: Tensor = image[0][0][0]
+    height, width = seen.shape[1:]
+    plans = plans_of(attention, tokens)
+    return Layer(plans, tokens[1]["grid"], seen.float().cpu(), (height, width))

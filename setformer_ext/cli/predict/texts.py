@@ -1,0 +1,200 @@
+"""The trained language models, asked about texts, and what they answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from ... import language
+from ...errors import first_line
+from ...language.saved import SavedError, load_saved, load_tokenizer, require_embeddings
+from ..train.glue import encode
+from ..train.glue_data import TASKS
+from .answers import Answer, Classification
+from .loading import RunError
+from .predictors import TOP
+
+Texts = tuple[str, ...]  # one, or the two of a task about pairs
+
+
+@dataclass
+class Number(Answer):
+    """How similar two texts are, say."""
+
+    value: float
+
+    def text(self) -> str:
+        return f"{self.value:.3f}"
+
+    def json(self) -> dict[str, Any]:
+        return {"number": self.value}
+
+
+@dataclass
+class Filling(Answer):
+    """The most likely words in place of each mask, the likeliest first."""
+
+    filled: str  # the text with the likeliest
+    words: list[list[str]]  # [masks][K]
+    probabilities: Tensor  # [masks, K], falling
+
+    def text(self) -> str:
+        masks = zip(self.words, self.probabilities.tolist(), strict=True)
+        return self.filled + "".join(
+            "\n  " + ", ".join(f"{word} {p:.1%}" for word, p in zip(*mask, strict=True))
+            for mask in masks
+        )
+
+    def json(self) -> dict[str, Any]:
+        masks = zip(self.words, self.probabilities.tolist(), strict=True)
+        words = [
+            {"mask": place, "word": word, "probability": p}
+            for place, mask in enumerate(masks, start=1)
+            for word, p in zip(*mask, strict=True)
+        ]
+        return {"filled": self.filled, "words": words}
+
+
+class TextPredictor(ABC):
+    """A trained model of transformers and its tokenizer.
+
+    Args:
+        folder: the training's output.
+        card: what ``Task.card()`` wrote.
+
+    Raises:
+        RunError: if the files in the folder are broken or do not belong together.
+        KeyError: if the card lacks something.
+    """
+
+    load: Callable[..., Any]  # transformers' from_pretrained
+
+    def __init__(self, folder: Path, card: dict[str, Any]) -> None:
+        self.card = card
+        language.register()
+        logging.set_verbosity_error()  # weights that do not fit are named here
+        logging.disable_progress_bar()
+        implementation = card.get("attention_implementation")
+        try:
+            self.tokenizer = load_tokenizer(folder)
+            self.model, found = load_saved(
+                type(self).load,
+                folder,
+                dtype=torch.float32,
+                attn_implementation=implementation,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            require_embeddings(self.tokenizer, self.model.config, folder)
+        except SavedError as error:
+            raise RunError(str(error)) from error
+        wrong = [*found["missing_keys"], *found["unexpected_keys"]]
+        wrong += [key[0] for key in found["mismatched_keys"]]
+        if wrong:
+            raise RunError(
+                f"{folder}: these weights are of another model than config.json says: {wrong[0]} "
+                f"and {len(wrong) - 1} more are missing, too many or of another shape"
+            )
+        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @abstractmethod
+    def check(self, texts: Texts) -> str:
+        """What should be said about them before they are answered, such as that they are cut.
+
+        Raises:
+            RunError: if they cannot be answered.
+        """
+
+    @abstractmethod
+    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
+        """The answers, in one batch."""
+
+
+class TextClassifier(TextPredictor):
+    """A model of ``setformer train glue``: a class or a number for a text or two."""
+
+    load = AutoModelForSequenceClassification.from_pretrained
+
+    def __init__(self, folder: Path, card: dict[str, Any]) -> None:
+        self.glue = TASKS[card["glue_task"]]
+        self.classes: list[str] = card["classes"]
+        self.length: int = card["sequence_length"]
+        super().__init__(folder, card)
+        outputs = self.model.config.num_labels
+        if outputs != max(1, len(self.classes)):
+            raise ValueError(f"{len(self.classes)} classes, but the model has {outputs}")
+
+    def check(self, texts: Texts) -> str:
+        columns = self.glue.texts
+        if len(texts) != len(columns):
+            raise RunError(
+                f"--text: {self.glue.folder} needs {' and '.join(columns)} after each --text, "
+                f"got {len(texts)} texts"
+            )
+        tokens = len(self.tokenizer(*texts).input_ids)
+        if tokens > self.length:
+            return f"cut to {self.length} tokens from {tokens}, as in training"
+        return ""
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[Texts]) -> Tensor:  # [B, classes or 1]
+        inputs = encode(self.tokenizer, texts, self.length)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        return self.model(**inputs).logits.float().cpu()
+
+    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
+        logits = self.logits(texts)
+        if not self.classes:
+            return [Number(value) for value in logits[:, 0].tolist()]
+        top = logits.softmax(-1).topk(min(TOP, len(self.classes)))
+        return [
+            Classification([self.classes[i] for i in indices], probabilities)
+            for indices, probabilities in zip(top.indices.tolist(), top.values, strict=True)
+        ]
+
+
+class MaskFiller(TextPredictor):
+    """A model of ``setformer train mlm``: words for each mask in a text."""
+
+    load = AutoModelForMaskedLM.from_pretrained
+
+    def check(self, texts: Texts) -> str:
+        mask = self.tokenizer.mask_token
+        if len(texts) != 1 or mask not in texts[0]:
+            raise RunError(
+                f"--text: a training of mlm fills in words: expected one text after each --text, "
+                f"with {mask} in it, got {' '.join(map(repr, texts))}"
+            )
+        return ""
+
+    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
+        return [self._fill(text) for (text,) in texts]  # each of its own length
+
+    @torch.no_grad()
+    def _fill(self, text: str) -> Filling:
+        tokenizer = self.tokenizer
+        inputs = tokenizer(text, return_tensors="pt").to(self.model.device)
+        tokens = inputs["input_ids"][0]
+        masked = tokens == tokenizer.mask_token_id
+        try:
+            logits = self.model(**inputs).logits[0, masked].float()
+        except ValueError as error:  # longer than the model's positions
+            raise RunError(f"--text: {first_line(error)}") from error
+        top = logits.softmax(-1).topk(min(TOP, logits.shape[-1]))
+        words = [
+            [str(tokenizer.convert_ids_to_tokens(i)) for i in row] for row in top.indices.tolist()
+        ]
+        filled = tokens.masked_scatter(masked, top.indices[:, 0])
+        text = str(tokenizer.decode(filled, skip_special_tokens=True))
+        return Filling(text, words, top.values.cpu())
+
+
+TEXT_PREDICTORS: dict[str, type[TextPredictor]] = {"mlm": MaskFiller, "glue": TextClassifier}

@@ -1,0 +1,96 @@
+"""What pytest loads (-p) to run the tests of one device and to tell of each as it goes.
+
+Lines of JSON on the stdout that pytest was started with, whatever it captures. Imports nothing of
+this package: what cannot be imported is for the tests to tell.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+_stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")
+_mark = ""
+
+
+def _tell(**event: Any) -> None:
+    # a line of its own: pytest does not end those that its dots are in
+    print("\n" + _mark + json.dumps(event), file=_stdout, flush=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--selftest-device", help="cpu or cuda:N")
+    parser.addoption("--selftest-done", type=Path, help="a file of tests to leave out")
+    parser.addoption("--selftest-mark", help="begins the lines that are for suite.py")
+    parser.addoption("--selftest-lost", type=int, help="the status where the GPU fails every call")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _mark
+    _mark = config.option.selftest_mark
+    faulthandler.register(signal.SIGUSR1, file=_stderr)
+
+
+def _is_for(item: pytest.Item, device: str) -> bool:
+    """On a GPU those whose backend it is, on the CPU all that are not about GPUs."""
+    if device == "cpu":
+        return "cuda" not in item.nodeid  # nor cuda-emulated
+    parameters = getattr(item, "callspec", None)
+    return parameters is not None and parameters.params.get("backend") == "cuda"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    done = set(config.option.selftest_done.read_text(encoding="utf-8").splitlines())
+    chosen = [item for item in items if _is_for(item, config.option.selftest_device)]
+    _tell(collected=len(chosen))
+    items[:] = [item for item in chosen if item.nodeid not in done]
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Files that cannot be imported, or leave themselves out."""
+    if report.outcome != "passed":
+        _tell(test=report.nodeid, outcome=report.outcome, seconds=0.0, why=_why(report))
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _tell(running=nodeid)
+
+
+def pytest_runtest_logfinish() -> None:
+    _tell(running="")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    outcome = report.outcome
+    if hasattr(report, "wasxfail") and outcome == "skipped":
+        outcome = "passed"  # it fails as it is expected to
+    if report.when == "call" or outcome != "passed":
+        _tell(test=report.nodeid, outcome=outcome, seconds=report.duration, why=_why(report))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Nothing can be told of tests that run after the GPU is lost."""
+    options = item.config.option
+    if options.selftest_device != "cpu" and not works(options.selftest_device):
+        pytest.exit("the GPU is lost", returncode=options.selftest_lost)
+
+
+def works(device: str) -> bool:
+    """Whether the GPU still answers."""
+    import torch
+
+    from setformer_ext.cli.selftest.outcome import works
+
+    return works(torch.device(device))
+
+
+def _why(report: pytest.CollectReport | pytest.TestReport) -> str:
+    """Why it was skipped, or the end of how it failed."""
+    if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    return report.longreprtext[-3000:]

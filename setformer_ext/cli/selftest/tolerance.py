@@ -1,0 +1,187 @@
+"""The tolerance results are judged by: the error of the definition in the backend's own type."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import reference as definition
+from .problems import Arguments, move, output_gradient, run
+
+# The type that a backend accumulates in, by storage type.
+ACCUMULATION = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+# The derivative by a mass of 0 is the exponential of a difference that nothing bounds: beyond this
+# it is only held to be a number.
+UNBOUNDED = 1e25
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One result against what it should be; an error that is not a number fails."""
+
+    name: str
+    error: float
+    allowed: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """The error in units of what is allowed: a number above 1 fails, infinity for NaN."""
+        if self.error == 0:
+            return 0.0
+        if self.allowed == 0 or math.isnan(self.error):
+            return math.inf
+        return self.error / self.allowed
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}: error {self.error:.3g}, allowed {self.allowed:.3g}{note}"
+
+
+def compare_with_definition(
+    function: Callable[..., Tensor],
+    arguments: Arguments,
+    *,
+    backward: bool = True,
+    seed: int = 0,
+    more_noise: dict[str, float] | None = None,
+    approximate: bool | None = None,
+) -> list[Comparison]:
+    """max|out - exact| <= 2 max|low - exact| + atol for the output and every gradient.
+
+    exact is the definition in float64, low is the definition in the type that the backend
+    accumulates in, rounded to the storage type: it calibrates itself to shape, options and
+    type. atol is for where low is exact by luck; see `rounding`, to which `more_noise` adds.
+    Both are computed on the CPU, wherever the problem is. `approximate` says whether the backend's
+    float32 functions err as a GPU's do; None: where the problem is on one.
+    """
+    dtype = arguments["key"].dtype
+    if approximate is None:
+        approximate = arguments["key"].is_cuda
+    plain = getattr(definition, function.__name__)
+    grad_output = output_gradient(function, arguments, seed) if backward else None
+
+    def in_type(dtype: torch.dtype) -> dict[str, Tensor]:
+        upstream = None if grad_output is None else grad_output.to("cpu", dtype)
+        return run(plain, move(arguments, dtype=dtype, device="cpu"), upstream)
+
+    out = run(function, arguments, grad_output)
+    exact = in_type(torch.float64)
+    # A float64 result has nothing wider to be compared with: its error is what the definition
+    # shows in float32, times the ratio of the two roundings.
+    low = in_type(torch.float32)
+    narrow = torch.finfo(ACCUMULATION[dtype]).eps / torch.finfo(torch.float32).eps
+    noise = rounding(function, arguments, exact, grad_output, approximate)
+    if out.keys() != exact.keys():
+        return [Comparison("gradients", math.inf, 0, f"{sorted(out)}, not {sorted(exact)}")]
+    comparisons = []
+    for name, expected in exact.items():
+        result = out[name].cpu()
+        if result.dtype != dtype or result.shape != expected.shape:
+            note = f"{result.dtype} {list(result.shape)}, not {dtype} {list(expected.shape)}"
+            comparisons.append(Comparison(name, math.inf, 0, note))
+            continue
+        if expected.numel() == 0:
+            continue
+        if largest(expected) > min(torch.finfo(dtype).max, UNBOUNDED):
+            missing = result.isnan().sum().item()
+            comparisons.append(Comparison(name, missing, 0, "entries that are not a number"))
+            continue
+        error = largest(result.double() - expected)
+        calibration = largest(low[name].double() - expected) * narrow
+        atol = noise[name] + (more_noise or {}).get(name, 0.0)
+        allowed = 2 * calibration + atol
+        # written so that a definition that is not finite allows nothing
+        allowed = allowed if math.isfinite(allowed) else 0.0
+        note = f"2 * {calibration:.3g} + {atol:.3g}, largest entry {largest(expected):.3g}"
+        comparisons.append(Comparison(name, error, allowed, note))
+    return comparisons
+
+
+def rounding(
+    function: Callable[..., Tensor],
+    arguments: Arguments,
+    exact: dict[str, Tensor],
+    grad_output: Tensor | None,
+    approximate: bool,
+) -> dict[str, float]:
+    """What rounding alone may change, by name: atol of the calibrated comparison.
+
+    Storing a result costs a unit of the storage type at its largest entry, and at least the
+    distance of its smallest numbers. Inside, s is off by eps (1 + |s|) and by that of the terms
+    it is formed of, and so are the logarithms of the weights of the averages. The gradient of s
+    is a difference of terms dO.v, so it is off by that times such a term; terms that are summed
+    add like random signs, of which the largest of many sums is some three standard deviations.
+
+    Where float32's functions are approximate, an exponential and a quotient err by 2 units each and
+    a logarithm by 2^-22, which is 1.4 units of e^x. A weight is the quotient of an exponential (4
+    units), whose exponent has two logarithms (3) and s three times: itself and in the sums that
+    these are of. s is an exponential over epsilon (4 |s|).
+    """
+    dtype = arguments["key"].dtype
+    wide = move(arguments, dtype=torch.float64, device="cpu")
+    key, value, reference = wide["key"], wide["value"], wide["reference"]
+    epsilon, bandwidth = (torch.as_tensor(wide[x]).min().item() for x in ("epsilon", "bandwidth"))
+    tokens = key if wide["query"] is None else torch.cat([key, wide["query"]], dim=-2)
+    norm_x, norm_y = tokens.norm(dim=-1).unsqueeze(-1), reference.norm(dim=-1).unsqueeze(-2)
+    if wide["kernel"] == "gaussian":
+        formed_of = (norm_x**2 + norm_y**2) / (2 * bandwidth**2)
+        s = definition.similarity(tokens, reference, bandwidth=bandwidth) * (1 + formed_of)
+        slope = 1 / bandwidth
+    else:
+        s = norm_x * norm_y
+        slope = max(typical(norm_x), typical(norm_y))
+    s = s / epsilon
+    approximate = approximate and ACCUMULATION[dtype] == torch.float32
+
+    def errors(s: float) -> float:
+        """Of a weight, of whose exponent s is a part."""
+        units = 1 + s + (7 + 12 * s if approximate else 0)
+        return torch.finfo(ACCUMULATION[dtype]).eps * units
+
+    inner = errors(largest(s))
+    storage = torch.finfo(dtype).eps
+    smallest = torch.finfo(dtype).smallest_normal * storage
+
+    noise = {name: (storage + inner) * largest(x) + smallest for name, x in exact.items()}
+    if grad_output is None:
+        return noise
+    term = 3 * typical(grad_output.double().cpu())
+    if function.__name__ != "transport_plan":
+        term *= typical(value) * value.shape[-1] ** 0.5
+    # the difference may be taken with the stored output, and every iteration forms s again
+    iterations = (1 + wide["iterations"]) ** 0.5
+    term *= storage + errors(typical(s)) * iterations
+    by_tokens, by_references = tokens.shape[-2] ** 0.5, reference.shape[-2] ** 0.5
+    derivative_of_s = {  # and what the terms add up to; masses are at least 0.1
+        "query": slope / epsilon * by_references,
+        "key": slope / epsilon * by_references,
+        "reference": slope / epsilon * by_tokens,
+        "bandwidth": slope / epsilon * by_tokens,
+        "epsilon": typical(s) / epsilon * by_tokens,
+        "reference_mass": 10 * by_tokens,
+        "token_mass": 10 * by_references,
+    }
+    for name in exact.keys() & derivative_of_s.keys():
+        noise[name] += term * derivative_of_s[name]
+    return noise
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def typical(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0

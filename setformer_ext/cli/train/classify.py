@@ -1,0 +1,287 @@
+"""Classification of images in one folder per class, as ImageNet has them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform, resolve_data_config
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from ... import vision  # noqa: F401 (registers the models)
+from ...errors import first_line
+from ..images import add_max_pixels
+from .labelled_images import LabelledImages, classes_without_images, files_left_out, find_data
+from .options import add_model_options, number
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError
+from .weights import load_pretrained, require_weights
+
+
+class Accuracy(Metrics):
+    """The loss, and shares of images whose class is the likeliest, or among the five likeliest."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
+        self.num_classes = num_classes
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        images, labels = batch
+        logits = model(images).float()
+        self.loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+
+    def compute(self) -> dict[str, float]:
+        figures = {EVAL_LOSS: self.loss.compute().item(), "top1": self.top1.compute().item()}
+        if self.num_classes >= 5:  # of fewer classes all are among the first five
+            figures["top5"] = self.top5.compute().item()
+        self.loss.reset()
+        self.top1.reset()
+        self.top5.reset()
+        return figures
+
+
+class Classify(Task):
+    """Images in ``DATA/train/CLASS/`` and ``DATA/val/CLASS/``, or in ``DATA/CLASS/``."""
+
+    name = "classify"
+    monitor = "top1"
+    train: LabelledImages
+    eval: LabelledImages
+
+    @staticmethod
+    def add_options(parser: argparse._ArgumentGroup) -> None:
+        parser.add_argument(
+            "--data",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="holds train/CLASS/*.jpg and val/CLASS/*.jpg, or with --val-share CLASS/*.jpg",
+        )
+        parser.add_argument(
+            "--val-share",
+            type=number(float, 0.001, 0.999),
+            metavar="SHARE",
+            help="of the images of every class in --data, drawn by --seed, to evaluate on",
+        )
+        add_max_pixels(parser)
+        parser.add_argument(
+            "--model",
+            default="setformer_tiny",
+            help="any classifier that timm knows (default: %(default)s)",
+        )
+        add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
+        parser.add_argument(
+            "--pretrained",
+            type=Path,
+            metavar="FILE",
+            help="weights to start from; the classifier is left out if it is of other classes",
+        )
+        parser.add_argument(
+            "--input-size",
+            type=number(int, 1),
+            metavar="S",
+            help="images are S x S (default: what the model says of itself, mostly 224)",
+        )
+        parser.add_argument(
+            "--in-chans",
+            type=int,
+            choices=(1, 3),
+            default=3,
+            help="1 for grey, 3 for colours (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--crop-scale",
+            type=number(float, 0.01, 1),
+            default=0.08,
+            metavar="SHARE",
+            help="least share of an image's area that a random crop has (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--flip",
+            type=number(float, 0, 1),
+            default=0.5,
+            metavar="PROBABILITY",
+            help="of mirroring left and right (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--auto-augment",
+            default="rand-m9-mstd0.5-inc1",
+            metavar="POLICY",
+            help="timm's name of it, or none (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--color-jitter",
+            type=number(float, 0),
+            default=0.4,
+            help="strength, without a policy (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--random-erasing",
+            type=number(float, 0, 1),
+            default=0.25,
+            metavar="PROBABILITY",
+            help="default: %(default)s",
+        )
+        parser.add_argument(
+            "--mixup",
+            type=number(float, 0),
+            default=0.8,
+            metavar="ALPHA",
+            help="0 for none (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--cutmix",
+            type=number(float, 0),
+            default=1.0,
+            metavar="ALPHA",
+            help="0 for none (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--label-smoothing",
+            type=number(float, 0, 1),
+            default=0.1,
+            help="default: %(default)s",
+        )
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        require_weights(options.pretrained)
+        train, val = find_data(options)
+        self.classes = [*train.classes]
+        self.without = classes_without_images(self.classes, train, val)
+        if self.without and options.on_error == "stop":
+            raise DataError(f"--data: {'; '.join(self.without)} (--on-error skip: go on without)")
+        self.notes = [*self.without, *files_left_out(train, val)]
+        mode = "L" if options.in_chans == 1 else "RGB"
+        self.train = LabelledImages(train, self.classes, mode, options.max_pixels)
+        self.eval = LabelledImages(val, self.classes, mode, options.max_pixels)
+        if options.batch_size % 2 and (options.mixup or options.cutmix):
+            raise TrainingError(
+                f"--batch-size: expected an even number, got {options.batch_size}: --mixup and "
+                "--cutmix pair the images; give them as 0, or another size"
+            )
+        if not timm.is_model(options.model):
+            pattern = f"*{options.model}*"
+            close = [*timm.list_models(f"setformer{pattern}"), *timm.list_models(pattern)][:5]
+            hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them"
+            raise TrainingError(f"--model: timm knows no {options.model!r}; {hint}")
+        given = dict(options.model_options)
+        for name, source in (("num_classes", "the folders"), ("in_chans", "--in-chans")):
+            if name in given:
+                raise TrainingError(f"--model-options: {name} comes from {source}; leave it out")
+        self.model_options = {
+            **given,
+            "num_classes": len(self.classes),
+            "in_chans": options.in_chans,
+        }
+        self.config = self._data_config()
+        self._make_transforms()
+        self.mixup = (
+            Mixup(
+                options.mixup,
+                options.cutmix,
+                label_smoothing=options.label_smoothing,
+                num_classes=len(self.classes),
+            )
+            if options.mixup or options.cutmix
+            else None
+        )
+
+    def _make_transforms(self) -> None:
+        options = self.options
+        common = {key: self.config[key] for key in ("input_size", "interpolation", "mean", "std")}
+        operations = auto_augment.NAME_TO_OP
+        try:
+            with patch.dict(operations, {n: _posterize for n in operations if "Posterize" in n}):
+                self.train.transform = create_transform(
+                    **common,
+                    is_training=True,
+                    scale=(options.crop_scale, 1.0),
+                    hflip=options.flip,
+                    auto_augment=None if options.auto_augment == "none" else options.auto_augment,
+                    color_jitter=options.color_jitter or None,
+                    re_prob=options.random_erasing,
+                )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise TrainingError(
+                f"--auto-augment: {options.auto_augment!r}: {first_line(error)}"
+            ) from error
+        self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
+
+    def _data_config(self) -> dict[str, Any]:
+        """What the model says of its images, at this size and with this many channels."""
+        pretrained = timm.get_pretrained_cfg(self.options.model).to_dict()
+        config = resolve_data_config(pretrained_cfg=pretrained)
+        channels = self.options.in_chans
+        size = self.options.input_size
+        if size and pretrained.get("fixed_input_size"):
+            self.model_options.setdefault("img_size", size)
+        config["input_size"] = (channels, *((size, size) if size else config["input_size"][1:]))
+        if channels == 1:
+            for name in ("mean", "std"):
+                config[name] = (sum(config[name]) / len(config[name]),)
+        return config
+
+    def describe(self) -> str:
+        size = "x".join(str(s) for s in self.config["input_size"])
+        return (
+            f"{len(self.train)} training and {len(self.eval)} evaluation images of "
+            f"{len(self.classes)} classes, read as {size}" + "".join(f"; {s}" for s in self.notes)
+        )
+
+    def make_model(self) -> nn.Module:
+        try:
+            model = timm.create_model(self.options.model, **self.model_options)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise TrainingError(
+                f"--model-options: {self.options.model}: {first_line(error)}"
+            ) from error
+        if self.options.pretrained is not None:
+            load_pretrained(model, self.options.pretrained)
+        return model
+
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
+        images, labels = zip(*samples, strict=True)
+        return torch.stack(images), torch.tensor(labels)
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        images, labels = batch  # [B, C, H, W], [B]
+        if self.mixup is not None and len(images) % 2 == 0:  # it pairs them
+            images, labels = self.mixup(images, labels)  # labels: [B, classes]
+            return {"cross_entropy": F.cross_entropy(model(images).float(), labels)}
+        smoothing = self.options.label_smoothing
+        logits = model(images).float()
+        return {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=smoothing)}
+
+    def metrics(self) -> Metrics:
+        return Accuracy(len(self.classes))
+
+    def card(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "model": self.options.model,
+            "model_options": self.model_options,
+            "classes": self.classes,
+            **{k: self.config[k] for k in ("input_size", "interpolation", "mean", "std")},
+            "crop_pct": self.config["crop_pct"],
+        }
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **more: Any) -> Image.Image:
+    """timm's, also where no bit is kept and all becomes black, which Pillow refuses from 13 on."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **more)

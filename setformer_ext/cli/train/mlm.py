@@ -1,0 +1,366 @@
+"""Pretraining of a language encoder: words that were masked are predicted from the others."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics import MeanMetric
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from ...errors import first_line
+from ...language import SIZES, SetformerConfig, SetformerForMaskedLM
+from ...language.heads import IGNORED
+from ...language.saved import (
+    SavedError,
+    load_model,
+    load_saved,
+    load_tokenizer,
+    require_embeddings,
+)
+from .options import add_model_options, number
+from .parallel import from_main_process
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
+from .texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
+
+CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # BERT's shares: of the words; of those, the rest stay
+MANY_UNKNOWN = 0.01  # share of the words that is worth a warning
+VOCAB_SIZE = 30522  # of BERT
+
+
+class Packed(Dataset[tuple[Tensor, Tensor]]):
+    """Documents one after the other, cut into sequences of one length, with words masked anew.
+
+    Args:
+        documents: their tokens, each [n] int32, to be joined by the separator.
+        length: of every sequence L, with [CLS] in front and [SEP] at the end.
+        tokenizer: knows the special tokens.
+        chosen: share of the words that have to be predicted.
+
+    A sample is the sequence [L] int64 with words masked, and what has to be predicted [L] int64,
+    -100 elsewhere; drawn from torch's global generator.
+    """
+
+    def __init__(
+        self,
+        documents: list[np.ndarray],
+        length: int,
+        tokenizer: PreTrainedTokenizerFast,
+        chosen: float = CHOSEN,
+    ) -> None:
+        self.length, self.chosen = length, chosen
+        self.first, self.last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.mask = tokenizer.mask_token_id
+        special = {*tokenizer.all_special_ids}
+        self.special = torch.tensor(sorted(special))
+        self.words = torch.tensor(sorted({*tokenizer.get_vocab().values()} - special))
+        separator = np.array([self.last], dtype=np.int32)
+        joined = [part for document in documents for part in (document, separator)]
+        self.tokens = np.concatenate(joined) if joined else separator[:0]
+
+    def __len__(self) -> int:
+        return len(self.tokens) // (self.length - 2)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inside = self.length - 2
+        piece = self.tokens[index * inside : (index + 1) * inside]
+        tokens = torch.tensor([self.first, *piece.tolist(), self.last])
+        labels = tokens.clone()
+        chosen = (torch.rand(self.length) < self.chosen) & ~torch.isin(tokens, self.special)
+        labels[~chosen] = IGNORED
+        fate = torch.rand(self.length)
+        tokens[chosen & (fate < MASKED)] = self.mask
+        other = self.words[torch.randint(len(self.words), (self.length,))]
+        replaced = chosen & (fate >= MASKED) & (fate < MASKED + RANDOM)
+        tokens[replaced] = other[replaced]
+        return tokens, labels
+
+
+class Prediction(Metrics):
+    """The loss, the share of masked words that are the likeliest, and their perplexity."""
+
+    def __init__(self) -> None:
+        self.right = MeanMetric()
+        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        tokens, labels = batch
+        answer = model(tokens, labels=labels)
+        known = labels[labels != IGNORED]
+        if len(known):
+            self.right.update((answer.logits.argmax(-1) == known).float())
+            self.loss.update(answer.loss, weight=len(known))
+
+    def compute(self) -> dict[str, float]:
+        loss = self.loss.compute().item()
+        figures = {
+            EVAL_LOSS: loss,
+            "accuracy": self.right.compute().item(),
+            "perplexity": math.exp(min(loss, 700.0)),  # what a float holds
+        }
+        self.right.reset()
+        self.loss.reset()
+        return figures
+
+
+class Mlm(Task):
+    """Text files with one document a line."""
+
+    name = "mlm"
+    monitor = EVAL_LOSS
+    smaller_is_better = True
+    defaults = {"batch_size": 64, "epochs": 10, "lr": 5e-4, "ema_decay": 0.0, "weight_decay": 0.01}
+    train: Packed
+    eval: Packed
+
+    @staticmethod
+    def add_options(parser: argparse._ArgumentGroup) -> None:
+        parser.add_argument(
+            "--data",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="PATH",
+            help="text files, or folders of *.txt, with one document a line",
+        )
+        parser.add_argument(
+            "--eval-data",
+            type=Path,
+            nargs="+",
+            metavar="PATH",
+            help="the same to evaluate on (default: every hundredth document of --data)",
+        )
+        parser.add_argument("--model", choices=tuple(SIZES), help="size (default: base)")
+        add_model_options(
+            parser, "of SetformerConfig, such as num_references=64 or attention=softmax"
+        )
+        parser.add_argument(
+            "--pretrained",
+            type=Path,
+            metavar="DIR",
+            help="SeTformer encoder to start from, such as what train mlm wrote: its weights, "
+            "sizes and, without --tokenizer, its vocabulary",
+        )
+        parser.add_argument(
+            "--tokenizer",
+            type=Path,
+            metavar="DIR",
+            help="take this one of transformers' instead of training one",
+        )
+        parser.add_argument(
+            "--vocab-size",
+            type=number(int, 100),
+            help=f"largest vocabulary of the tokenizer that is trained (default: {VOCAB_SIZE})",
+        )
+        parser.add_argument(
+            "--alphabet",
+            type=number(int, 1),
+            metavar="N",
+            help="characters that it knows at most, the commonest; words with others are [UNK] "
+            "(default: what the texts need, if half of the vocabulary has room for it)",
+        )
+        parser.add_argument(
+            "--cased", action="store_true", help="tell capital letters from small ones"
+        )
+        parser.add_argument(
+            "--sequence-length",
+            type=number(int, 8),
+            default=128,
+            metavar="N",
+            help="documents are joined and cut into sequences of N (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--mask-share",
+            type=number(float, 0.01, 0.9),
+            default=CHOSEN,
+            metavar="SHARE",
+            help="of the words that have to be predicted (default: %(default)s)",
+        )
+
+    @staticmethod
+    def split(options: argparse.Namespace) -> list[argparse.Namespace]:
+        """With the defaults of what no --pretrained or --tokenizer gives."""
+        defaults = {"model": "base", "vocab_size": VOCAB_SIZE}
+        of_tokenizer = ("vocab_size", "alphabet", "cased")
+        for source, names in (
+            ("pretrained", ("model", *of_tokenizer)),
+            ("tokenizer", of_tokenizer),
+        ):
+            if getattr(options, source) is None:
+                continue
+            for name in names:
+                defaults.pop(name, None)
+                if getattr(options, name):
+                    option = name.replace("_", "-")
+                    raise TrainingError(f"--{option}: comes from --{source}; leave one of them out")
+        missing = {name: value for name, value in defaults.items() if not getattr(options, name)}
+        return [argparse.Namespace(**{**vars(options), **missing})]
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.pretrained = _encoder_configuration(options.pretrained)
+        tokenizer = from_main_process(self._saved_tokenizer)
+        self.problems: list[str] = []
+        notes = self.problems if options.on_error == "skip" else None
+        files = text_files("--data", options.data)
+        eval_files = text_files("--eval-data", options.eval_data or [])
+        documents, held_out = read_documents(files, notes), read_documents(eval_files, notes)
+        if options.eval_data is None:
+            held_out = documents[99::100]
+            documents = [d for place, d in enumerate(documents) if place % 100 != 99]
+        self.counts = len(documents), len(held_out)
+        self.tokenizer = tokenizer or self._train_tokenizer(documents)
+        self.train, self.eval = self._pack(documents), self._pack(held_out)
+        for data, which in ((self.train, "train"), (self.eval, "evaluate")):
+            if not len(data):
+                raise DataError(
+                    f"--data: {len(data.tokens)} tokens to {which} on, expected at least one "
+                    f"sequence of {options.sequence_length}; give more text, --eval-data or a "
+                    "smaller --sequence-length"
+                )
+        if self.pretrained is None:
+            words = 1 + max(self.tokenizer.get_vocab().values())
+            start: dict[str, Any] = {**SIZES[options.model], "vocab_size": words}
+        else:
+            names = inspect.signature(SetformerConfig).parameters
+            start = {n: value for n, value in self.pretrained.to_dict().items() if n in names}
+        self.model_options = {
+            **start,
+            **dict(options.model_options),
+            "vocab_size": start["vocab_size"],
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        unknown = self.model_options.keys() - SetformerConfig().to_dict().keys()
+        if unknown:
+            raise TrainingError(
+                f"--model-options: SetformerConfig has no {', '.join(sorted(unknown))}"
+            )
+
+    def _saved_tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """That of a training which is resumed, or else one that is given; None to train one."""
+        options, option, folder = self.options, "resume", self.options.output
+        if not options.resume or not (folder / "tokenizer.json").exists():
+            option = "pretrained" if options.tokenizer is None else "tokenizer"
+            folder = getattr(options, option)
+        if folder is None:
+            return None
+        try:
+            tokenizer = load_tokenizer(folder)
+            if self.pretrained is not None:
+                require_embeddings(tokenizer, self.pretrained, options.pretrained)
+        except SavedError as error:
+            raise TrainingError(f"--{option}: {error}") from error
+        needed = ("cls_token", "sep_token", "mask_token")
+        lacks = [name for name in needed if getattr(tokenizer, name) is None]
+        if lacks:
+            raise TrainingError(f"--{option}: {folder}: its tokenizer has no {', '.join(lacks)}")
+        return tokenizer
+
+    def _train_tokenizer(self, documents: list[str]) -> PreTrainedTokenizerFast:
+        """One for these documents, the same in all processes."""
+        options = self.options
+        how = (options.vocab_size, not options.cased, options.alphabet)
+        return wrap_tokenizer(from_main_process(lambda: train_tokenizer(documents, *how)))
+
+    def _pack(self, documents: list[str]) -> Packed:
+        options = self.options
+        return pack(documents, self.tokenizer, options.sequence_length, options.mask_share)
+
+    def describe(self) -> str:
+        text = (
+            f"{self.counts[0]} documents to train on and {self.counts[1]} to evaluate on, "
+            f"{len(self.train)} and {len(self.eval)} sequences of {self.options.sequence_length}; "
+            f"a vocabulary of {len(self.tokenizer)}"
+        )
+        if self.problems:
+            text += f"; {len(self.problems)} lines were left out: {listed(self.problems)}"
+        unknown = self._unknown_share()
+        if unknown > MANY_UNKNOWN:
+            text += (
+                f"\nwarning: {unknown:.1%} of the words to train on are unknown ([UNK]); a larger "
+                "--alphabet and --vocab-size may know them, or another --tokenizer"
+            )
+        return text
+
+    def _unknown_share(self) -> float:
+        """How many of the words to train on the tokenizer does not know."""
+        tokenizer, tokens = self.tokenizer, self.train.tokens
+        inside = [i for token, i in tokenizer.get_vocab().items() if token.startswith("##")]
+        words = ~np.isin(tokens, [*inside, tokenizer.sep_token_id])
+        return float((tokens == tokenizer.unk_token_id).sum() / max(1, words.sum()))
+
+    def make_model(self) -> nn.Module:
+        try:
+            config = SetformerConfig(**{**self.model_options, "sparse_prediction": True})
+            if self.pretrained is None:
+                return SetformerForMaskedLM(config)
+        except (TypeError, ValueError, KeyError) as error:
+            raise TrainingError(f"--model-options: {first_line(error)}") from error
+        folder: Path = self.options.pretrained
+        try:
+            return load_model(
+                SetformerForMaskedLM.from_pretrained, folder, "decoder", config=config
+            )
+        except SavedError as error:
+            raise TrainingError(f"--pretrained: {error}") from error
+
+    def prepare(self, output: Path) -> None:
+        SetformerConfig(
+            **self.model_options, architectures=["SetformerForMaskedLM"]
+        ).save_pretrained(output)
+        self.tokenizer.save_pretrained(output)
+
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
+        tokens, labels = zip(*samples, strict=True)
+        return torch.stack(tokens), torch.stack(labels)
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        tokens, labels = batch
+        return {"cross_entropy": model(tokens, labels=labels).loss}
+
+    def metrics(self) -> Metrics:
+        return Prediction()
+
+    def card(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "task": self.name,
+            "model_options": self.model_options,
+            # What the words are masked by that are evaluated on.
+            "sequence_length": options.sequence_length,
+            "mask_share": options.mask_share,
+            "seed": options.seed,
+        }
+
+
+def pack(
+    documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int, chosen: float
+) -> Packed:
+    """Documents as sequences of tokens; arguments as of :class:`Packed`."""
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    tokens = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    return Packed(tokens, length, tokenizer, chosen)
+
+
+def _encoder_configuration(folder: Path | None) -> SetformerConfig | None:
+    """What ``--pretrained`` holds."""
+    if folder is None:
+        return None
+    try:
+        config = load_saved(AutoConfig.from_pretrained, folder)
+    except SavedError as error:
+        raise TrainingError(f"--pretrained: {error}") from error
+    if isinstance(config, SetformerConfig):
+        return config
+    raise TrainingError(
+        "--pretrained: expected a SeTformer encoder, such as the --output of train mlm, "
+        f"got a {type(config).__name__} in {folder}"
+    )

@@ -1,0 +1,81 @@
+"""What each parameter's learning rate and weight decay are."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from ...weight_decay import undecayed
+from .task import TrainingError
+
+
+def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW with ``--lr``, ``--weight-decay`` and ``--layer-decay``."""
+    groups = parameter_groups(model, options.weight_decay, options.layer_decay)
+    return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, options: argparse.Namespace, steps: int
+) -> CosineLRScheduler:
+    """Half a cosine down to 0 over all steps, after a linear rise over ``--warmup`` of them."""
+    # Which takes a single step for none.
+    logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=steps,
+        warmup_t=int(options.warmup * steps),
+        warmup_lr_init=options.lr / max(1, int(options.warmup * steps)),
+        t_in_epochs=False,
+    )
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer; what is one-dimensional does not decay, nor what modules exempt.
+
+    With a layer decay below 1, ``lr_scale`` falls from the backbone's last layer to its first. The
+    backbone is the outermost module with timm's ``group_matcher``: all of a classifier, a part of
+    a detector, the rest of which learns at the full rate.
+
+    Raises:
+        TrainingError: for a layer decay if there is no such module.
+    """
+    backbone = next((m for m in model.modules() if hasattr(m, "group_matcher")), None)
+    if layer_decay < 1 and backbone is None:
+        raise TrainingError(
+            f"--layer-decay: {type(model).__name__} does not say what its layers are "
+            "(timm's group_matcher); leave the option out"
+        )
+    exempt = undecayed(model)
+    groups = []
+    inside: set[int] = set()
+    if backbone is not None:
+        named = dict(backbone.named_parameters())
+        groups = param_groups_layer_decay(
+            backbone,
+            weight_decay,
+            no_weight_decay_list={name for name, p in named.items() if id(p) in exempt},
+            layer_decay=layer_decay,
+        )
+        inside = {id(p) for p in named.values()}
+    for decays in (True, False):
+        outside = [
+            p
+            for name, p in model.named_parameters()
+            if p.requires_grad
+            and id(p) not in inside
+            and decays == (p.ndim > 1 and not name.endswith(".bias") and id(p) not in exempt)
+        ]
+        if outside:
+            groups.append(
+                {"params": outside, "weight_decay": weight_decay * decays, "lr_scale": 1.0}
+            )
+    return groups

@@ -1,0 +1,311 @@
+"""The options that all trainings share, from the command line and from a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from .configuration import ConfigurationError, read_configuration, with_numbers
+from .task import Task
+
+MOST_WORKERS = 4
+LENGTH = {"epochs", "steps"}  # more of them go on with a training that is at its end
+# Options that may be others when a training is resumed; they do not change its numbers.
+MAY_DIFFER = {
+    *("command", "config", "max_pixels", "on_error", "output", "resume", "run", "save_every"),
+    "workers",
+}
+
+
+def comparable(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that make a training's numbers; files may have moved."""
+    return {
+        name: json.loads(json.dumps(value))
+        for name, value in vars(options).items()
+        if name not in MAY_DIFFER
+        and not any(isinstance(v, Path) for v in (value if isinstance(value, list) else [value]))
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of a training is not as it was, but for its length; of :func:`comparable`, and more."""
+    names = {*before, *now} - LENGTH - MAY_DIFFER
+    return [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted(names)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def total_steps(shared: dict[str, Any]) -> int:
+    """The steps of a training, by :func:`comparable`, "processes" and "training samples"."""
+    per_step = shared["batch_size"] * shared["processes"] * shared["accumulate"]
+    return shared["steps"] or -(-shared["epochs"] * shared["training samples"] // per_step)
+
+
+def task_class(name: str) -> type[Task]:
+    """The class that a task's module is for: ``Classify`` of ``classify``."""
+    return getattr(importlib.import_module(f"{__package__}.{name}"), name.capitalize())
+
+
+class TaskParser(argparse.ArgumentParser):
+    """The parser of one task, which declares its options when it is asked to parse.
+
+    So only the chosen task's module is imported. ``--config FILE.yaml`` is read first, as if its
+    entries stood at the start of the command line: they are checked alike, and what really stands
+    there wins.
+    """
+
+    task = ""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str], namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        kind = task_class(self.task)
+        kind.add_options(self.add_argument_group(f"options of {self.task}"))
+        add_common_options(self)
+        self.set_defaults(**kind.defaults)
+        finder = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", type=Path)
+        config = finder.parse_known_args(args)[0].config
+        entries = [] if config is None else self._entries(config)
+        parsed, unknown = super().parse_known_args([*entries, *args], namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; --help lists the options")
+        return parsed, unknown
+
+    def error(self, message: str) -> Any:
+        """One line; a usage of fifty options would bury it."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def _entries(self, path: Path) -> list[str]:
+        """A configuration file as arguments of the command line."""
+        try:
+            content = read_configuration(path)
+        except ConfigurationError as error:
+            self.error(str(error))
+        return [
+            argument
+            for key, value in content.items()
+            for argument in self._entry(f"{path}: {key}", key, value)
+        ]
+
+    def _entry(self, where: str, key: str, value: Any) -> list[str]:
+        option = f"--{key.replace('_', '-')}"
+        known = {name: a for a in self._actions for name in a.option_strings if name[:2] == "--"}
+        for name in ("--config", "--help"):
+            known.pop(name)
+        if option not in known:
+            close = [name[2:] for name in get_close_matches(option, known, 3)]
+            self.error(
+                f"{where}: no such option; "
+                + (f"did you mean {' or '.join(close)}?" if close else "--help lists them")
+            )
+        action = known[option]
+        if value is None:
+            return []
+        if action.nargs == 0:
+            if str(value).lower() not in ("true", "false"):
+                self.error(f"{where}: expected true or false, got {value!r}")
+            if isinstance(action, argparse.BooleanOptionalAction):
+                return [option if value.lower() == "true" else f"--no-{option[2:]}"]
+            return [option] if value.lower() == "true" else []
+        if isinstance(value, dict):
+            value = [f"{name}={with_numbers(part)}" for name, part in value.items()]
+        values = value if isinstance(value, list) else [value]
+        if action.nargs is None and isinstance(value, list):
+            self.error(f"{where}: expected one value, got {value!r}")
+        for part in values:
+            self._check(where, action, part)
+        return [option, *values] if action.nargs is not None else [f"{option}={value}"]
+
+    def _check(self, where: str, action: argparse.Action, value: Any) -> None:
+        if not isinstance(value, str):
+            self.error(f"{where}: expected a plain value, got {value!r}")
+        try:
+            parsed = action.type(value) if callable(action.type) else value
+        except argparse.ArgumentTypeError as error:
+            self.error(f"{where}: {error}")
+        except (TypeError, ValueError):
+            kind = getattr(action.type, "__name__", "value")
+            self.error(f"{where}: expected a valid {kind}, got {value!r}")
+        if action.choices is not None and parsed not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            self.error(f"{where}: expected one of {choices}, got {value!r}")
+
+
+def number(
+    kind: Callable[[str], Any], low: float, high: float = float("inf")
+) -> Callable[[str], Any]:
+    """For ``type=``: an int or float between the bounds, both included."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+            if low <= value <= high and value != float("inf"):
+                return value
+        except ValueError:
+            pass
+        name = "a whole number" if kind is int else "a number"
+        bounds = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"expected {name} {bounds}, got {text!r}")
+
+    return parse
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    """For ``type=``: ``key=value``, the value a Python literal or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    try:
+        literal = ast.literal_eval(value)
+        json.dumps(literal)  # as the card will hold it
+    except (ValueError, SyntaxError, TypeError):
+        return key, value
+    return key, literal
+
+
+def add_model_options(parser: argparse._ArgumentGroup, purpose: str) -> None:
+    """Declare ``--model-options KEY=VALUE ...``, which several tasks have."""
+    parser.add_argument(
+        "--model-options",
+        type=key_and_value,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=purpose,
+    )
+
+
+def default_workers() -> int:
+    """As many as this process may use cores beside the one that it computes on, 4 at most."""
+    here = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, by torchrun
+    return max(0, min(MOST_WORKERS, len(here) // processes - 1))
+
+
+def add_workers(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Declare ``--workers``, of all that loads samples."""
+    parser.add_argument(
+        "--workers",
+        type=number(int, 0),
+        default=default_workers(),
+        help="processes that load samples, for each process that computes (default: as many as "
+        "it has cores beside one, 4 at most; here %(default)s)",
+    )
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what every training has: length, optimizer, processes, precision, checkpoints."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1), default=100, help="default: %(default)s")
+    group.add_argument("--steps", type=number(int, 1), help="so many steps, instead of epochs")
+    group.add_argument(
+        "--batch-size",
+        type=number(int, 1),
+        default=64,
+        help="samples per process and pass (default: %(default)s)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=number(int, 1),
+        default=1,
+        metavar="PASSES",
+        help="passes whose gradients make one step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr",
+        type=number(float, 0),
+        default=1e-3,
+        help="AdamW's learning rate, of cosine schedule (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup",
+        type=number(float, 0, 1),
+        default=0.05,
+        metavar="SHARE",
+        help="share of the steps over which the learning rate first rises (default: %(default)s)",
+    )
+    group.add_argument(
+        "--weight-decay", type=number(float, 0), default=0.05, help="default: %(default)s"
+    )
+    group.add_argument(
+        "--layer-decay",
+        type=number(float, 0, 1),
+        default=1.0,
+        metavar="FACTOR",
+        help="learning rate of a backbone's layer / that of the next one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--clip-grad",
+        type=number(float, 0),
+        default=1.0,
+        metavar="NORM",
+        help="largest norm of the gradient, 0 for any (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ema-decay",
+        type=number(float, 0, 1),
+        default=0.9998,
+        metavar="DECAY",
+        help="of the weights' moving average, reached by and by; 0 for none (default: %(default)s)",
+    )
+    group.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--precision",
+        choices=("no", "bf16", "fp16"),
+        default="no",
+        help="of mixed-precision training (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shard", action="store_true", help="split weights among the processes (FSDP2, not DDP)"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute the backbone's blocks in backward: slower, less memory",
+    )
+    add_workers(group)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a folder that all processes see"
+    )
+    group.add_argument("--config", type=Path, metavar="FILE.yaml", help="options, one a line")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the training in --output, if there is one; if that is at its end and more "
+        "--epochs or --steps are given, go on along the cosine of their number",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="default: once in an epoch, or --steps / 10",
+    )
+    group.add_argument(
+        "--save-every",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="checkpoints beside those after each evaluation",
+    )
+    group.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about a broken sample (default: %(default)s)",
+    )

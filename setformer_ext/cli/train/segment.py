@@ -1,0 +1,301 @@
+"""Semantic segmentation: a class for each pixel, in ADE20K's layout."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image, Mask
+
+from ... import vision  # noqa: F401 (registers the models)
+from ...errors import first_line
+from ...vision.segmentation import DECODERS, enlargement, from_card, segment
+from ..images import add_annotated, add_max_pixels
+from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
+from .options import add_model_options, key_and_value, number
+from .task import Batch, DataError, Metrics, Task, TrainingError
+from .weights import load_pretrained, require_weights
+
+LISTED = 5  # of what is wrong with the data, in one message
+
+
+class IntersectionOverUnion(Metrics):
+    """Mean IoU and pixel accuracy of all pixels, and the IoU of each class that the truth has.
+
+    The mean is over classes that the truth or the answers have, whose IoU is defined.
+
+    Args:
+        classes: their names.
+        short_side, window: see :func:`setformer_ext.vision.segmentation.segment`.
+    """
+
+    def __init__(self, classes: Sequence[str], short_side: int, window: int) -> None:
+        self.classes, self.short_side, self.window = classes, short_side, window
+        self.confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED)
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        for image, truth in zip(*batch, strict=True):
+            self.confusion.update(segment(model, image, self.short_side, self.window), truth)
+
+    def compute(self) -> dict[str, float]:
+        counts = self.confusion.compute().double()  # [truth, answer]
+        self.confusion.reset()
+        right, truth = counts.diagonal(), counts.sum(1)
+        union = truth + counts.sum(0) - right
+        figures = {
+            "mIoU": (right / union)[union > 0].mean().item(),
+            "pixel_accuracy": (right.sum() / counts.sum()).item(),
+        }
+        for i, name in enumerate(self.classes):
+            if truth[i] > 0:
+                figures[f"IoU/{name}"] = (right[i] / union[i]).item()
+        return figures
+
+
+class Segment(Task):
+    """``DATA/images/{training,validation}`` and ``DATA/annotations/{training,validation}``."""
+
+    name = "segment"
+    monitor = "mIoU"
+    defaults = {"batch_size": 16}
+    train: Ade20k
+    eval: Ade20k
+
+    @staticmethod
+    def add_options(parser: argparse._ArgumentGroup) -> None:
+        parser.add_argument(
+            "--data",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="holds images/ and annotations/, each with training/ and validation/, and the "
+            "classes' names in objectInfo150.txt (ADE20K's) or classes.txt (one a line)",
+        )
+        parser.add_argument(
+            "--ignore-label",
+            type=_label_or_none,
+            default=0,
+            metavar="LABEL",
+            help="of pixels without a class, or none; the classes are 1, 2, ... if it is 0, else "
+            "0, 1, ... (default: %(default)s)",
+        )
+        add_annotated(parser)
+        add_max_pixels(parser)
+        parser.add_argument(
+            "--model",
+            default="setformer_tiny",
+            help="backbone: a name that timm knows (default: %(default)s)",
+        )
+        add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
+        parser.add_argument(
+            "--pretrained",
+            type=Path,
+            metavar="FILE",
+            help="the backbone's weights to start from, of a classifier",
+        )
+        parser.add_argument(
+            "--decoder",
+            choices=tuple(DECODERS),
+            default="upernet",
+            help="default: %(default)s",
+        )
+        parser.add_argument(
+            "--decoder-options",
+            type=key_and_value,
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="for segmentation-models-pytorch, such as decoder_channels=128",
+        )
+        parser.add_argument(
+            "--short-side",
+            type=number(int, 0),
+            default=512,
+            metavar="S",
+            help="images are resized so that their shorter side is S; 0 for their own size "
+            "(default: %(default)s)",
+        )
+        parser.add_argument(
+            "--window",
+            type=number(int, 0),
+            default=0,
+            metavar="S",
+            help="evaluate and predict by overlapping windows of S x S, as large images need; 0 "
+            "for whole images (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--crop",
+            type=number(int, 1),
+            nargs="+",
+            default=[512],
+            metavar="S",
+            help="train on random crops of S x S, or of height and width (default: 512)",
+        )
+        parser.add_argument(
+            "--scale-jitter",
+            type=number(float, 0.01),
+            nargs=2,
+            default=[0.5, 2.0],
+            metavar=("LOW", "HIGH"),
+            help="of images scaled by a random factor (default: 0.5 2)",
+        )
+        parser.add_argument(
+            "--flip",
+            type=number(float, 0, 1),
+            default=0.5,
+            metavar="PROBABILITY",
+            help="of mirroring left and right (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--photometric",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="distort brightness, contrast, saturation and hue at random (default: yes)",
+        )
+        parser.add_argument(
+            "--dice",
+            type=number(float, 0),
+            default=0.0,
+            metavar="WEIGHT",
+            help="of the Dice loss beside the cross entropy (default: %(default)s)",
+        )
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        require_weights(options.pretrained)
+        low, high = options.scale_jitter
+        if low > high:
+            raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")
+        if len(options.crop) > 2:
+            raise TrainingError(f"--crop: expected one or two numbers, got {len(options.crop)}")
+        if not timm.is_model(options.model):
+            raise TrainingError(
+                f"--model: timm knows no {options.model!r}; timm.list_models() has the names"
+            )
+        config = timm.get_pretrained_cfg(options.model).to_dict()
+        self.mean, self.std = list(config["mean"]), list(config["std"])
+        normalise = _normalisation(self.mean, self.std)
+        reading = (options.annotated, options.max_pixels)
+        self.train = Ade20k(options.data, "training", self._augmentation(normalise), *reading)
+        self.eval = Ade20k(options.data, "validation", plain(self.mean, self.std), *reading)
+        self.labels, self.failures = look_over(
+            options.data, self.train, self.eval, options.ignore_label
+        )
+        if self.failures and options.on_error == "stop":
+            raise DataError(f"{self._failures()} (--on-error skip: go on without)")
+        self.train.labels = self.eval.labels = self.labels
+        self.dice = smp.losses.DiceLoss("multiclass", ignore_index=IGNORED)
+
+    def _failures(self) -> str:
+        more = len(self.failures) - LISTED
+        return "; ".join(self.failures[:LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+    def _augmentation(self, normalise: Callable[..., Any]) -> Callable[..., Any]:
+        options = self.options
+        crop = options.crop * 2 if len(options.crop) == 1 else options.crop
+        fill = {Image: [round(255 * value) for value in self.mean], Mask: IGNORED}
+        steps = [
+            v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
+            v2.RandomHorizontalFlip(options.flip),
+            *([v2.RandomPhotometricDistort()] if options.photometric else []),
+            normalise,
+        ]
+        return partial(_augment, options.short_side, options.scale_jitter, v2.Compose(steps))
+
+    def describe(self) -> str:
+        text = (
+            f"{len(self.train)} training and {len(self.eval)} evaluation images of "
+            f"{len(self.labels.names)} classes"
+        )
+        failures = [self._failures()] if self.failures else []
+        return "; ".join([text, *failures, *self.train.notes, *self.eval.notes])
+
+    def make_model(self) -> nn.Module:
+        options = self.options
+        try:
+            model = from_card(self.card())
+        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+            raise TrainingError(
+                f"--model, --decoder: {options.model}: {first_line(error)}"
+            ) from error
+        if options.pretrained is not None:
+            whole = timm.create_model(options.model, **dict(options.model_options))
+            load_pretrained(whole, options.pretrained)
+            state = whole.state_dict()
+            own = model.backbone.state_dict()
+            model.backbone.load_state_dict({name: state[name] for name in own})
+        return model
+
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
+        images, classes = zip(*samples, strict=True)
+        return list(images), list(classes)  # those of evaluation are of different sizes
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        images, classes = map(torch.stack, batch)  # [B, 3, H, W], [B, H, W]
+        logits = model(images).float()  # [B, classes, H, W]
+        # The mean would be 0 / 0 in a batch of ignored pixels alone.
+        sum_ = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="sum")
+        losses = {"cross_entropy": sum_ / (classes != IGNORED).sum().clamp(min=1)}
+        if self.options.dice:
+            losses["dice"] = self.options.dice * self.dice(logits, classes)
+        return losses
+
+    def metrics(self) -> Metrics:
+        options = self.options
+        return IntersectionOverUnion(self.labels.names, options.short_side, options.window)
+
+    def card(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "task": self.name,
+            "model": options.model,
+            "model_options": dict(options.model_options),
+            "decoder": options.decoder,
+            "decoder_options": dict(options.decoder_options),
+            "classes": list(self.labels.names),
+            "ignore_label": options.ignore_label,
+            "mean": self.mean,
+            "std": self.std,
+            "short_side": options.short_side,
+            "window": options.window,
+        }
+
+
+def _augment(
+    short_side: int, jitter: tuple[float, float], rest: Callable[..., Any], image: Image, mask: Mask
+) -> tuple[Tensor, Tensor]:
+    """A random view of an image [3, H, W] and its mask [H, W]."""
+    factor = random.uniform(*jitter) * enlargement(mask.shape, short_side)
+    size = [max(1, round(side * factor)) for side in mask.shape]
+    image, mask = v2.functional.resize(image, size), v2.functional.resize(mask, size)
+    image, mask = rest(image, mask)
+    return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+def plain(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
+    """Of an image to evaluate on and its mask: as they are, normalised."""
+    return partial(_plain, _normalisation(mean, std))
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def _plain(normalise: Callable[..., Any], image: Image, mask: Mask) -> tuple[Tensor, Tensor]:
+    return normalise(image).as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+def _label_or_none(text: str) -> int | None:
+    return None if text == "none" else number(int, 0, LARGEST_LABEL)(text)
