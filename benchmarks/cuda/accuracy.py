@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 import setformer_ext
 from setformer_ext import ops, reference
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "cuda"))
 
 from emulator.build import emulated_module
 from emulator.device import Emulator

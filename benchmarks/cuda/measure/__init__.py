@@ -13,4 +13,4 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout
 PACKAGE = "package"  # beside the report: what was installed, or the emulated module
 
-sys.path.append(str(ROOT / "tests"))  # for the emulator
+sys.path.append(str(ROOT / "tests" / "cuda"))  # for the emulator

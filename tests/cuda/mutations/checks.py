@@ -1,0 +1,189 @@
+"""The problems that faults are looked for with, and what objects to a result.
+
+    python -m mutations.checks LIBRARY PROBLEM [ORDER ...]
+
+runs the threads in those orders (by default in all), then under the race detector, and prints each
+objection as a line of JSON, and null after the last: a process of its own, for a fault may write
+anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import setformer_ext
+from emulator.build import load
+from emulator.device import Emulator, Mode, Order
+from setformer_ext import ops
+from setformer_ext.cli.selftest.problems import random_problem
+from setformer_ext.cli.selftest.tolerance import compare_with_definition
+
+
+@dataclass(frozen=True)
+class Problem:
+    storage: str
+    resident: bool
+    backward: bool
+    options: dict[str, Any]  # of random_problem
+    arranged: Callable[[Tensor], Tensor] | None = None  # the same key, elsewhere in memory
+    in_group: bool = False  # by the launches of a group of ranks, here of one
+    hidden: int = 0  # tokens from the first on that the mask leaves out
+
+
+def transposed(key: Tensor) -> Tensor:
+    """Its last dimension is not the innermost."""
+    return key.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def far(key: Tensor) -> Tensor:
+    """Its heads are 2^31 elements apart. Pages that nobody touches take no memory."""
+    B, H, N, D = key.shape
+    room = key.new_empty((H - 1) * 2**31 + B * N * D)
+    return room.as_strided((B, H, N, D), (N * D, 2**31, D, 1)).copy_(key)
+
+
+# Small, but with a tail in every dimension: tiles are of 64 tokens and 64 references, and of 64
+# columns (float32: 32); more than four tiles of tokens are split over blocks.
+LEARNED = {"epsilon": "learned", "bandwidth": "learned"}
+RESIDENT = {
+    "B": 1, "H": 2, "N": 75, "M": 19, "D": 24, "Dv": 21, "iterations": 2, "Nq": 41, "P": 2,
+    "masked": True, "token_mass": True, "reference_mass": "learned", **LEARNED,
+}  # fmt: skip
+STREAMING = {"B": 1, "H": 1, "N": 403, "M": 19, "D": 72, "Dv": 9, "iterations": 2, **LEARNED}
+TWO_TILES = {"M": 70, "D": 136}
+DEEP = {"D": 40}  # two depth tiles of float32
+SMALL = {"N": 45}  # fits the 64 KiB of a block on sm_75
+SHALLOW = {"N": 2100, "D": 16}
+MANY_QUERIES = {"N": 5, "Nq": 301, "M": 70}  # and more references than a tile
+IN_LOGARITHMS = {"epsilon": 0.01, "masked": True}
+
+PROBLEMS = {
+    "bfloat16 resident forward": Problem("bfloat16", True, False, RESIDENT),
+    "bfloat16 resident forward, transposed": Problem("bfloat16", True, False, RESIDENT, transposed),
+    "bfloat16 resident forward, far": Problem("bfloat16", True, False, RESIDENT, far),
+    "bfloat16 resident forward, wide": Problem("bfloat16", True, False, RESIDENT | {"Dv": 72}),
+    "float16 resident forward": Problem("float16", True, False, RESIDENT),
+    "float32 resident forward": Problem("float32", True, False, RESIDENT),
+    "bfloat16 streaming forward": Problem("bfloat16", False, False, STREAMING),
+    "float32 streaming forward": Problem("float32", False, False, STREAMING),
+    "float32 streaming forward, shallow": Problem("float32", False, False, STREAMING | SHALLOW),
+    "bfloat16 resident backward": Problem("bfloat16", True, True, RESIDENT),
+    "bfloat16 resident backward, small": Problem("bfloat16", True, True, RESIDENT | SMALL),
+    "float32 resident backward": Problem("float32", True, True, RESIDENT),
+    "float32 resident backward, deep": Problem("float32", True, True, RESIDENT | DEEP),
+    "bfloat16 resident backward, many queries": Problem(
+        "bfloat16", True, True, RESIDENT | MANY_QUERIES
+    ),
+    "float32 resident backward, many queries": Problem(
+        "float32", True, True, RESIDENT | MANY_QUERIES
+    ),
+    "bfloat16 streaming backward": Problem("bfloat16", False, True, STREAMING),
+    "float32 streaming backward, first spans hidden": Problem(
+        "float32", False, True, STREAMING | IN_LOGARITHMS, hidden=280
+    ),
+    "bfloat16 streaming backward, two tiles": Problem(
+        "bfloat16", False, True, STREAMING | TWO_TILES
+    ),
+    "float32 streaming backward": Problem("float32", False, True, STREAMING | TWO_TILES),
+    "float32 streaming backward, in a group": Problem(
+        "float32", False, True, STREAMING, in_group=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Objection:
+    """What found a fault, in which order of threads, and its own words."""
+
+    by: str  # numbers, race, address, barrier, ...
+    order: Order
+    words: str
+
+
+MODES: list[tuple[Order, Mode]] = [
+    ("forward", "plain"),
+    ("reverse", "plain"),
+    ("random", "plain"),
+    ("forward", "race"),
+]
+ADDRESS_MODES: list[tuple[Order, Mode]] = [("forward", "address")]
+
+
+def sanitizer_is_loaded() -> bool:
+    """AddressSanitizer's runtime, which knows where allocations end."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+# What the emulator says, and what that is.
+KINDS = {
+    "race:": "race",
+    "cp.async has not delivered": "copy under way",
+    "nobody has written": "unwritten memory",
+    "misaligned": "alignment",
+    "beyond": "address",
+    "access of": "address",
+    "deadlock": "barrier",
+    "divergent": "barrier",
+}
+
+
+def kind(message: str) -> str:
+    return next((name for words, name in KINDS.items() if words in message), "launch")
+
+
+def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterator[Objection]:
+    """What is wrong, in each of the orders and in the other modes."""
+    torch.set_num_threads(1)
+    ops._C = load(library)
+    if problem.in_group:
+        ops.run = partial(_run_in_group, ops.run)
+    emulator = Emulator(library)
+    arguments = random_problem(dtype=getattr(torch, problem.storage), **problem.options)
+    if problem.arranged is not None:
+        arguments["key"] = problem.arranged(arguments["key"])
+    if problem.hidden:
+        arguments["mask"][:, : problem.hidden] = False
+    modes = [(order, mode) for order, mode in MODES if mode != "plain" or order in orders]
+    for order, mode in modes + ADDRESS_MODES * sanitizer_is_loaded():
+        emulator.clear_errors()
+        failed: list[str] = []
+        with emulator.configured(order=order, mode=mode):
+            try:
+                comparisons = compare_with_definition(
+                    setformer_ext.set_attention, arguments, backward=problem.backward
+                )
+                failed = [str(comparison) for comparison in comparisons if not comparison.passed]
+            except RuntimeError as error:  # a launch failed
+                failed = [str(error)]
+        if emulator.errors:
+            yield Objection(kind(emulator.last_message), order, emulator.last_message)
+        elif failed:
+            yield Objection("numbers", order, failed[0])
+
+
+def _run_in_group(
+    run: Callable[..., None], function: str, arrays: dict[str, Any], _: object = None
+) -> None:
+    run(function, arrays, lambda numbers, how: None)
+
+
+def main() -> None:
+    library, name, *orders = sys.argv[1:]
+    orders = orders or [order for order, _ in MODES]
+    for objection in objections(Path(library), PROBLEMS[name], orders):
+        print(json.dumps(asdict(objection)), flush=True)
+    print(json.dumps(None), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Prints which test finds each fault that is seeded into a Python file. Fails if none does.
+
+    python -m mutations.python [--quick] [WORD ...]    # faults whose name, file or area has a word
+
+Each fault is in a copy of the package that the tests of its area import in place of the installed
+one; ``--quick`` runs those that are not marked as slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import setformer_ext
+
+from .python_faults import PYTHON_FAULTS
+from .seeding import Seeded, python_path
+
+TESTS = Path(__file__).resolve().parents[2]
+PACKAGE = Path(setformer_ext.__file__).parent
+# Of test files, by patterns; the kernels' own tests and those of benchmarks find nothing here.
+AREAS = {
+    "operation": (
+        *("definition", "gradients", "errors", "approximations", "modules", "module_interface"),
+        *("numerics", "normalize", "numpy*", "arguments", "strides", "torch_layer", "varlen"),
+        *("controls", "any_problem", "other_attentions", "memory", "trainer", "export"),
+    ),
+    "vision": ("vision*", "detection", "segmentation", "stochastic", "train_segment"),
+    "language": ("language*", "distillation", "stochastic", "train_language", "texts"),
+    "train": ("train*", "data_absolute", "image*", "coco_exports", "texts", "demo", "evaluate"),
+    "predict": ("predict*", "evaluate", "pictures", "export", "vision_export"),
+    "explain": ("explain*",),
+    "distributed": ("distributed*",),
+}
+LONGEST = 1800  # seconds of one fault's tests
+COLUMNS = "{:<72} {:<30} {:<9} {}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    fault: Seeded
+    tests: tuple[str, ...]  # that failed first; none if all passed
+    seconds: float
+
+
+def find(area: str, fault: Seeded, quick: bool) -> Finding:
+    """Run the tests of an area until one fails.
+
+    Raises:
+        RuntimeError: if the tests could not run.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "setformer_ext"
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        file = package / fault.file
+        file.write_text(fault.apply(file.read_text(encoding="utf-8")), encoding="utf-8")
+        chosen = ["-m", "not slow"] if quick else []
+        command = [sys.executable, "-m", "pytest", "--exitfirst", "--quiet", "-rfE", *chosen]
+        try:
+            result = subprocess.run(
+                [*command, "-p", "no:cacheprovider", *files(area, fault.file)],
+                capture_output=True,
+                text=True,
+                env=os.environ | python_path(folder),
+                cwd=TESTS,
+                timeout=LONGEST,
+                encoding="utf-8",
+            )
+        except subprocess.TimeoutExpired:
+            return Finding(fault, ("no end",), time.perf_counter() - start)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+    if result.returncode not in (0, 1):
+        raise RuntimeError(f"{fault.name}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
+    return Finding(fault, tuple(failed), time.perf_counter() - start)
+
+
+def files(area: str, file: str = "") -> list[str]:
+    """The test files of an area: first those that name the file's module, and of these the
+    smallest."""
+    found = {path for name in AREAS[area] for path in TESTS.rglob(f"test_{name}.py")}
+    module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    def key(path: Path) -> tuple[bool, int, str]:
+        names = module in path.read_text(encoding="utf-8")
+        return not names, path.stat().st_size, path.name
+
+    return [str(path) for path in sorted(found, key=key)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    options = parser.parse_args(arguments)
+    faults = [
+        (area, fault)
+        for area, of_area in PYTHON_FAULTS.items()
+        for fault in of_area
+        if fault.is_meant(options.words, area)
+    ]
+    print(COLUMNS.format("fault", "file", "time", "found by"))
+    missed = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for found in pool.map(lambda chosen: find(*chosen, options.quick), faults):
+            by = " ".join(name.removeprefix("test_") for name in found.tests) or "NOTHING"
+            columns = (found.fault.name, found.fault.file, f"{found.seconds:.0f} s", by)
+            print(COLUMNS.format(*columns), flush=True)
+            missed += not found.tests
+    print(f"{len(faults) - missed} of {len(faults)} faults found")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Outputs and gradients against the float64 definition, of problems that hypothesis thinks of."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import Backend
+from exactness import assert_as_exact_as_definition
+from setformer_ext.cli.selftest.problems import Arguments, move, random_problem
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FUNCTIONS = ["set_attention", "set_pooling", "transport_plan"]
+ODD = [1, 2, 3, 7, 8, 17, 33, 97, 129]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Arguments:
+    """Any combination of shapes, options and types."""
+
+    def choose(*values: object) -> st.SearchStrategy:
+        return st.sampled_from(values)
+
+    return random_problem(
+        draw(st.integers(0, 9999)),
+        B=draw(choose(1, 2, 3)),
+        H=draw(choose(1, 2, 5)),
+        N=draw(choose(*ODD, 196, 257)),
+        M=draw(choose(*ODD)),
+        D=draw(choose(*ODD)),
+        Dv=draw(choose(*ODD)),
+        Nq=draw(choose(None, None, *ODD, 257)),
+        per_sample=draw(st.booleans()),
+        masked=draw(st.booleans()),
+        token_mass=draw(st.booleans()),
+        reference_mass=draw(choose(None, "learned", "per-sample")),
+        kernel=draw(choose("gaussian", "linear")),
+        bandwidth=draw(choose(0.5, 1.0, 2.0, "learned")),
+        epsilon=draw(choose(0.05, 0.1, 1.0, "learned")),
+        iterations=draw(choose(0, 1, 2, 5, 20)),
+        P=draw(choose(0, 0, 1, 2, 3)),
+        dtype=draw(choose(*DTYPES)),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_any_problem(backend: Backend, function: str) -> None:
+    @settings(max_examples=backend.examples)
+    @given(arguments=problems())
+    def as_exact_as_definition(arguments: Arguments) -> None:
+        arguments = move(arguments, device=backend.device)
+        assert_as_exact_as_definition(getattr(backend, function), arguments)
+
+    as_exact_as_definition()

@@ -1,0 +1,189 @@
+"""Scaling to unit length, which is the default: what it computes and what follows from it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import setformer_ext
+from conftest import Backend
+from exactness import assert_as_exact_as_definition
+from setformer_ext import set_attention, set_attention_varlen
+from setformer_ext.cli.selftest.problems import call, random_problem, run
+from setformer_ext.unit import unit
+
+SCALED = ("query", "key", "reference")
+
+
+def problem(**options: Any) -> dict[str, Any]:
+    return random_problem(**{"N": 19, "iterations": 2, "normalize": True, **options})
+
+
+def scaled_by_hand(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same for those who take vectors as they are."""
+    by_hand = {
+        name: F.normalize(x.double(), dim=-1).to(x.dtype) if name in SCALED and x is not None else x
+        for name, x in arguments.items()
+    }
+    return by_hand | {"normalize": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [None, 11], ids=["self", "cross"])
+@pytest.mark.parametrize("kernel", ["gaussian", "linear"])
+def test_as_exact_as_the_definition(
+    backend: Backend, kernel: str, queries: int | None, dtype: torch.dtype
+) -> None:
+    arguments = problem(
+        Nq=queries, kernel=kernel, masked=True, token_mass=True, dtype=dtype, device=backend.device
+    )
+    assert_as_exact_as_definition(backend.set_attention, arguments)
+
+
+@pytest.mark.parametrize("function", ["set_attention", "set_pooling", "transport_plan"])
+@pytest.mark.parametrize("module", [setformer_ext, setformer_ext.reference])
+def test_as_scaled_by_hand(module: Any, function: str) -> None:
+    arguments = problem(Nq=11, masked=True, P=2, per_sample=True)
+    expected = call(getattr(module, function), scaled_by_hand(arguments))
+    torch.testing.assert_close(call(getattr(module, function), arguments), expected)
+
+
+def test_it_is_the_default() -> None:
+    arguments = problem(Nq=11)
+    del arguments["normalize"]
+    for module in (setformer_ext, setformer_ext.reference):
+        for name in ("set_attention", "set_pooling", "transport_plan"):
+            function = getattr(module, name)
+            expected = call(function, scaled_by_hand(arguments))
+            torch.testing.assert_close(call(function, arguments), expected)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_packed_sequences(cross: bool) -> None:
+    arguments = problem(B=1, Nq=19 if cross else None)
+    packed = {
+        name: x.squeeze(0).transpose(0, 1)
+        if name in ("query", "key", "value") and x is not None
+        else x
+        for name, x in arguments.items()
+    }
+    ends = torch.tensor([0, 19])
+    output = set_attention_varlen(
+        **packed, cu_seqlens=ends, cu_seqlens_query=ends if cross else None
+    )
+    assert torch.equal(output.transpose(0, 1).unsqueeze(0), set_attention(**arguments))
+
+
+@pytest.mark.parametrize("queries", [None, 11])
+def test_gradients_are_at_right_angles_to_what_is_scaled(queries: int | None) -> None:
+    """Lengths make no difference, so no gradient points along them."""
+    arguments = problem(Nq=queries)
+    names = [name for name in SCALED if arguments[name] is not None]
+    results = run(set_attention, arguments, torch.ones_like(set_attention(**arguments)).cumsum(-1))
+    longer = {name: 7 * arguments[name] for name in names}
+    torch.testing.assert_close(set_attention(**arguments | longer), results["output"])
+    for name in names:
+        along = (results[name] * arguments[name]).sum(-1)
+        assert along.abs().max() < 1e-13 * results[name].norm(dim=-1).max()
+        assert results[name].norm(dim=-1).min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zero_vectors_stay_zero(dtype: torch.dtype) -> None:
+    arguments = problem(dtype=dtype)
+    for name in ("key", "reference"):
+        arguments[name][..., 1, :] = 0
+    expected = set_attention(**scaled_by_hand(arguments))
+    results = run(set_attention, arguments, torch.ones_like(expected))
+    torch.testing.assert_close(results["output"], expected, rtol=4e-2, atol=1e-2)
+    # Not divided by a length of nothing: no larger than where lengths are about 1.
+    for name in ("key", "reference"):
+        gradient = results[name].abs()
+        assert gradient.isfinite().all()
+        assert gradient[..., 1, :].max() <= 10 * gradient.max(-2).values.max()
+
+
+def test_what_masked_tokens_hold_gets_no_gradient() -> None:
+    arguments = problem(Nq=11, masked=True)
+    clean = run(set_attention, arguments, torch.ones(2, 3, 11, 5, dtype=torch.float64))
+    for name, mask in (("key", "mask"), ("query", "query_mask")):
+        arguments[name] = arguments[name].masked_fill(~arguments[mask][:, None, :, None], torch.nan)
+    holed = run(set_attention, arguments, torch.ones(2, 3, 11, 5, dtype=torch.float64))
+    for name, gradient in clean.items():
+        assert torch.equal(holed[name], gradient), name
+
+
+def test_first_and_second_derivatives() -> None:
+    key = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def attend(key: Tensor, reference: Tensor) -> Tensor:
+        return set_attention(None, key, key, reference, epsilon=0.5, iterations=2)
+
+    assert torch.autograd.gradcheck(attend, (key, reference))
+    assert torch.autograd.gradgradcheck(attend, (key, reference))
+
+
+def test_compiled_and_under_autocast() -> None:
+    arguments = problem(dtype=torch.float32)
+    compiled = torch.compile(set_attention, fullgraph=True)
+    torch.testing.assert_close(compiled(**arguments), set_attention(**arguments))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = set_attention(**arguments)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), set_attention(**arguments), rtol=0.05, atol=0.05)
+
+
+def test_who_comes_from_softmax_attention_gets_more_than_the_mean() -> None:
+    """Of vectors of unit variance, whose gaussian kernel vanishes otherwise."""
+    torch.manual_seed(0)
+    key, value, reference = (torch.randn(s) for s in ((2, 4, 196, 32),) * 2 + ((4, 16, 32),))
+    mean = value.mean(2, keepdim=True)
+    distance = [
+        (set_attention(None, key, value, reference, normalize=normalize) - mean).abs().max()
+        for normalize in (True, False)
+    ]
+    assert distance[0] > 0.01
+    assert distance[1] < 1e-6
+
+
+@pytest.mark.parametrize("given", [1, "yes", None])
+def test_other_types_are_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match="set_attention: normalize must be a bool, got"):
+        set_attention(**problem() | {"normalize": given})
+
+
+@pytest.mark.parametrize("function", [unit, setformer_ext.reference.unit])
+def test_both_derivatives_of_unit_length(function: Callable[[Tensor], Tensor]) -> None:
+    """Finite at zero vectors too, whose gradient is as if their length were 1."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(function(x), F.normalize(x, dim=-1))
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+    zero = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(zero), zero, upstream, create_graph=True)
+    assert torch.equal(gradient, upstream)
+    second = torch.autograd.grad(gradient.square().sum(), (zero, upstream), materialize_grads=True)
+    assert all(x.isfinite().all() for x in second)
+
+
+def test_second_derivatives_beside_a_zero_key() -> None:
+    key = torch.randn(1, 1, 4, 3, dtype=torch.float64)
+    key[..., 1, :] = 0
+    key.requires_grad_()
+    reference = torch.randn(1, 2, 3, dtype=torch.float64)
+    output = set_attention(None, key, key, reference, iterations=2)
+    (gradient,) = torch.autograd.grad(output.square().sum(), key, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), key)
+    assert second.isfinite().all()
+
+
+def test_a_trace_scales_what_it_is_given() -> None:
+    """And not, as a constant, what the trace was made with."""
+    x, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    traced = torch.jit.trace(unit, (x,), check_trace=False)
+    torch.testing.assert_close(traced(other), F.normalize(other, dim=-1))

@@ -1,0 +1,303 @@
+"""Packed sequences against each sequence alone, and nested tensors in SetAttention."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import setformer_ext
+from conftest import Backend, cuda_emulated
+from setformer_ext import SetAttention, set_attention_varlen
+from setformer_ext.cli.selftest.problems import differentiable
+
+LENGTHS = [5, 0, 49, 1, 130]
+QUERY_LENGTHS = [3, 4, 0, 60, 1]
+
+
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def packed_problem(
+    dtype: torch.dtype, device: str = "cpu", *, cross: bool = False, everything: bool = False
+) -> dict[str, Any]:
+    """Arguments of set_attention_varlen; masses, positions and references of each sequence's own
+    where `everything`."""
+    rng = torch.Generator().manual_seed(0)
+    S, N, Nq, H, D, Dv, M = len(LENGTHS), sum(LENGTHS), sum(QUERY_LENGTHS), 2, 8, 6, 7
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(sizes, generator=rng, dtype=torch.float64).to(device, dtype)
+
+    arguments: dict[str, Any] = {
+        "query": normal(Nq, H, D) if cross else None,
+        "key": normal(N, H, D),
+        "value": normal(N, H, Dv),
+        "reference": normal(*(S, H, M, D) if everything else (H, M, D)),
+        "cu_seqlens": offsets_of(LENGTHS),
+        "iterations": 3,
+    }
+    if cross:
+        arguments["cu_seqlens_query"] = offsets_of(QUERY_LENGTHS).int()
+    if everything:
+        arguments |= {
+            "token_mass": normal(N, H, dtype=accumulate).abs(),
+            "reference_mass": normal(S, H, M, dtype=accumulate).exp(),
+            "epsilon": normal(H, dtype=accumulate).exp(),
+            "token_positions": normal(N, 2, dtype=accumulate),
+            "reference_positions": normal(M, 2, dtype=accumulate),
+            "position_bandwidth": 2.0,
+        }
+        if cross:
+            arguments["query_positions"] = normal(Nq, 2, dtype=accumulate)
+    for name in differentiable(arguments):
+        arguments[name].requires_grad_()
+    return arguments
+
+
+def inputs_of(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: arguments[name] for name in differentiable(arguments)}
+
+
+def sequences(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of set_attention for each sequence."""
+    shared = dict(arguments)
+    ends = shared.pop("cu_seqlens").tolist()
+    query_ends = shared.pop("cu_seqlens_query").tolist() if "cu_seqlens_query" in shared else ends
+    rows = dict.fromkeys(("key", "value", "token_mass", "token_positions"), ends)
+    rows |= dict.fromkeys(("query", "query_positions"), query_ends)
+    ranks = {"reference": 4, "reference_mass": 3}
+    problems = []
+    for s in range(len(ends) - 1):
+        own = dict(shared)
+        for name, x in shared.items():
+            if not isinstance(x, Tensor):
+                continue
+            if name in rows:
+                x = x[rows[name][s] : rows[name][s + 1]]
+                own[name] = x if "positions" in name else x.transpose(0, 1).unsqueeze(0)
+            elif x.dim() == ranks.get(name):
+                own[name] = x[s : s + 1]
+        problems.append(own)
+    return problems
+
+
+def one_by_one(arguments: dict[str, Any]) -> Tensor:
+    outputs = [setformer_ext.set_attention(**own) for own in sequences(arguments)]
+    return torch.cat([output.squeeze(0).transpose(0, 1) for output in outputs])
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_packed_sequences_are_the_sequences(
+    backend: Backend, dtype: torch.dtype, cross: bool, everything: bool
+) -> None:
+    """Bit by bit, but for gradients that are sums over sequences: these are added up elsewhere."""
+    if backend.emulated and (dtype == torch.float64 or cross != everything):
+        pytest.skip("two problems will do of each other type, emulated")
+    arguments = packed_problem(dtype, backend.device, cross=cross, everything=everything)
+    inputs = inputs_of(arguments)
+    output, expected = set_attention_varlen(**arguments), one_by_one(arguments)
+    assert torch.equal(output, expected)
+    upstream = torch.randn(output.shape, generator=torch.manual_seed(1)).to(output)
+    grads = torch.autograd.grad(output, list(inputs.values()), upstream)
+    expected_grads = torch.autograd.grad(expected, list(inputs.values()), upstream)
+    for name, grad, wanted in zip(inputs, grads, expected_grads, strict=True):
+        if name in ("reference", "epsilon") and not (everything and name == "reference"):
+            largest = float(wanted.abs().max())
+            rounding = len(LENGTHS) * torch.finfo(grad.dtype).eps
+            torch.testing.assert_close(grad, wanted, rtol=0, atol=8 * rounding * largest)
+        else:
+            assert torch.equal(grad, wanted), name
+
+
+def test_results_lie_in_memory_as_they_are_read() -> None:
+    arguments = packed_problem(torch.float32)
+    output = set_attention_varlen(**arguments)
+    assert output.is_contiguous()
+    assert torch.autograd.grad(output.sum(), arguments["key"])[0].is_contiguous()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 16])  # the spans of a head in parallel, or heads
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads: int, heads: int) -> None:
+    lengths = [3, 3000, 0, 1]
+    arguments = {
+        "query": None,
+        "key": torch.randn(sum(lengths), heads, 4),
+        "value": torch.randn(sum(lengths), heads, 3),
+        "reference": torch.randn(heads, 5, 4),
+        "cu_seqlens": offsets_of(lengths),
+    }
+    torch.set_num_threads(1)
+    expected = one_by_one(arguments)
+    torch.set_num_threads(threads)
+    assert torch.equal(set_attention_varlen(**arguments), expected)
+
+
+def test_second_derivative() -> None:
+    arguments = packed_problem(torch.float64, everything=True)
+    inputs = inputs_of(arguments)
+
+    def twice(output: Tensor) -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(output.square().sum(), list(inputs.values()), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), list(inputs.values()))
+
+    found, expected = twice(set_attention_varlen(**arguments)), twice(one_by_one(arguments))
+    for name, x, wanted in zip(inputs, found, expected, strict=True):
+        torch.testing.assert_close(x, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_compile() -> None:
+    arguments = packed_problem(torch.float32, cross=True, everything=True)
+    compiled = torch.compile(set_attention_varlen, fullgraph=True)
+    output = compiled(**arguments)
+    torch.testing.assert_close(output, set_attention_varlen(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"key": torch.zeros(1, 2, 9, 8)},
+            ValueError,
+            r"key must be \[N, H, D\], got \[1, 2, 9",
+        ),
+        ({"key": None}, TypeError, "key must be a tensor, got NoneType"),
+        ({"value": torch.zeros(9, 2, 6)}, ValueError, r"value must be \[N=185, H=2, Dv\]"),
+        ({"cu_seqlens": None}, TypeError, "cu_seqlens must be an int32 or int64 tensor"),
+        ({"cu_seqlens": torch.zeros(6)}, TypeError, "cu_seqlens must be int32 or int64, got float"),
+        (
+            {"cu_seqlens": torch.tensor([0])},
+            ValueError,
+            r"cu_seqlens must be \[S \+ 1\] for S >= 1",
+        ),
+        *(
+            (
+                {"cu_seqlens": torch.tensor(offsets)},
+                ValueError,
+                r"cu_seqlens must be ascending from 0 to the number of packed tokens, 185, got \[",
+            )
+            for offsets in ([0, 9], [0, 99, 98, 185], [1, 185], [0, -9, 185])
+        ),
+        (
+            {"cu_seqlens": torch.zeros(6, dtype=torch.int64, device="meta")},
+            ValueError,
+            "cu_seqlens must be on a",
+        ),
+        ({"key": torch.zeros(185, 2, 0)}, ValueError, r"key must be \[N, H, D\] with D >= 1"),
+        ({"value": torch.zeros(185, 2, 0)}, ValueError, r"value must be \[N, H, Dv\] with Dv >= 1"),
+        (
+            {"reference": torch.zeros(3, 2, 7, 8)},
+            ValueError,
+            r"reference must be .*\[S=5, H=2, M, D=8\], got \[3, 2, 7, 8\]",
+        ),
+        (
+            {"cu_seqlens_query": torch.tensor([0, 185])},
+            ValueError,
+            "cu_seqlens_query must be None in self attention",
+        ),
+        ({"query": torch.zeros(9, 2, 8)}, TypeError, "cu_seqlens_query must be an int32 or int64"),
+        (
+            {"query": torch.zeros(9, 2, 8), "cu_seqlens_query": torch.tensor([0, 9])},
+            ValueError,
+            r"cu_seqlens_query must be \[S \+ 1=6\] as cu_seqlens is, got \[2\]",
+        ),
+        ({"token_mass": torch.zeros(2, 185)}, ValueError, r"token_mass must be \[N=185, H=2\]"),
+        ({"token_mass": -torch.ones(185, 2)}, ValueError, "token_mass must be >= 0 everywhere"),
+    ],
+)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"set_attention.*: {message}"):
+        set_attention_varlen(**packed_problem(torch.float32) | changes)
+
+
+MODULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "pooled references": {"pooled_references": True},
+    "queries are keys": {"query_projection": False},
+    "adaptive masses": {"adaptive_reference_mass": True},
+    "positions": {"position_bandwidth": 0.5},
+    "anchors": {"num_anchors": 6},
+}
+
+
+@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
+def test_nested_tensors_in_the_module(options: dict[str, Any]) -> None:
+    """Each sequence alone, and without positions (which count padding) the padded call."""
+    torch.manual_seed(0)
+    module = SetAttention(16, num_heads=2, num_references=6, **options).double()
+    parts = [torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (5, 1, 49)]
+    nested = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    output = module(nested)
+    alone = [module(part.unsqueeze(0)).squeeze(0) for part in parts]
+    for found, expected in zip(output.unbind(), alone, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert (nested + output).is_nested  # a residual
+    grads = torch.autograd.grad(output.values().square().sum(), parts)
+    expected_grads = torch.autograd.grad(sum(x.square().sum() for x in alone), parts)
+    for found, expected in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(found, expected)
+    if "position_bandwidth" not in options:
+        mask = torch.arange(49) < torch.tensor([[5], [1], [49]])
+        padded = module(nested.to_padded_tensor(0.0), mask)
+        torch.testing.assert_close(output.to_padded_tensor(0.0), padded)
+
+
+def test_errors_of_nested_tensors() -> None:
+    module = SetAttention(16, num_heads=2, num_references=6)
+    parts = [torch.randn(n, 16) for n in (5, 3)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    with pytest.raises(ValueError, match="mask must be None with a nested x"):
+        module(nested, torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"x must be a nested tensor of layout torch\.jagged"):
+        module(torch.nested.nested_tensor(parts, layout=torch.strided))
+    with pytest.raises(ValueError, match=r"x must be floating point \[B, j, C=16\]"):
+        module(torch.nested.nested_tensor([torch.randn(5, 8)], layout=torch.jagged))
+    with pytest.raises(TypeError, match="x must be floating point"):
+        module(torch.nested.nested_tensor([torch.ones(5, 16).int()], layout=torch.jagged))
+    starts, lengths = torch.tensor([0, 4]), torch.tensor([2, 5])
+    holes = torch.nested.narrow(torch.randn(2, 9, 16), 1, starts, lengths, layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"x must be .* without holes \(call \.contiguous\(\)\)"):
+        module(holes)
+
+
+def test_nested_tensors_without_tokens() -> None:
+    module = SetAttention(16, num_heads=2, num_references=6)
+    empty = torch.nested.nested_tensor([torch.zeros(0, 16)] * 3, layout=torch.jagged)
+    assert module(empty).values().shape == (0, 16)
+
+
+def test_cuda_workspace_is_that_of_the_greediest_sequence() -> None:
+    """Which is not the longest: from 65,537 tokens on a head is cut into fewer parts."""
+    module = cuda_emulated().module
+
+    def bytes_wanted(lengths: list[int]) -> int:
+        S, N, H, D, M, T = len(lengths), sum(lengths), 1, 4, 3, 1
+        arrays = {
+            "key": np.zeros((1, H, N, D), "f4"),
+            "value": np.zeros((1, H, N, D), "f4"),
+            "reference": np.zeros((H, M, D), "f4"),
+            "epsilon": np.ones(H, "f4"),
+            "offsets": np.cumsum([0, *lengths]),
+            "output": np.zeros((1, H, N, D), "f4"),
+            "pooled": np.zeros((S, H, M, D), "f4"),
+            "rows": np.zeros((1, H, T + 1, N), "f4"),
+            "columns": np.zeros((S, H, T + 1, M), "f4"),
+        }
+        wanted = []
+
+        def workspace(size: int) -> None:
+            wanted.append(size)
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            module.set_attention_forward(**arrays, iterations=T, workspace=workspace)
+        return wanted[0]
+
+    assert bytes_wanted([60000]) > bytes_wanted([70000])
+    assert bytes_wanted([70000, 5, 60000]) == bytes_wanted([60000])
