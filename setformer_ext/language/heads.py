@@ -39,14 +39,57 @@ class PredictionHead(nn.Module):
         return self.norm(self.activation(self.dense(x)))
 
 
-class SetformerForMaskedLM(SetformerPreTrainedModel):
-    """Predicts the words that were masked, by the word embeddings' own weights."""
-
-    _tied_weights_keys = {"decoder.weight": "setformer.embeddings.word_embeddings.weight"}
+class _WithHead(SetformerPreTrainedModel):
+    """The encoder and a head; what both are called with stands here once."""
 
     def __init__(self, config: SetformerConfig) -> None:
         super().__init__(config)
         self.setformer = SetformerModel(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [B, N]
+        attention_mask: Tensor | None = None,  # [B, N]
+        token_type_ids: Tensor | None = None,  # [B, N]
+        position_ids: Tensor | None = None,  # [B, N]
+        inputs_embeds: Tensor | None = None,  # [B, N, C]
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput | SequenceClassifierOutput | TokenClassifierOutput:
+        """Logits, and given labels the loss, as the class describes both; the other arguments are
+        those of :class:`SetformerModel`."""
+        encoded = self.setformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+        )
+        logits, loss = self.answer(encoded.last_hidden_state, attention_mask, labels)
+        return self.output(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+
+    output: Any  # of which of transformers' classes
+
+    def answer(
+        self,
+        x: Tensor,  # [B, N, C]
+        attention_mask: Tensor | None,  # [B, N]
+        labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits and loss of the encoded tokens."""
+        raise NotImplementedError
+
+
+class SetformerForMaskedLM(_WithHead):
+    """Predicts the words that were masked, by the word embeddings' own weights.
+
+    Labels are the words [B, N] that should be predicted, -100 where none should. The logits are
+    [B, N, vocab_size], or with sparse_prediction and labels those of the K labelled places,
+    [K, vocab_size]; the loss is the mean cross entropy there, 0 of none.
+    """
+
+    _tied_weights_keys = {"decoder.weight": "setformer.embeddings.word_embeddings.weight"}
+    output = MaskedLMOutput
+
+    def __init__(self, config: SetformerConfig) -> None:
+        super().__init__(config)
         self.head = PredictionHead(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -57,84 +100,41 @@ class SetformerForMaskedLM(SetformerPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.decoder = new_embeddings
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,  # [B, N]
-        attention_mask: Tensor | None = None,  # [B, N]
-        token_type_ids: Tensor | None = None,  # [B, N]
-        position_ids: Tensor | None = None,  # [B, N]
-        inputs_embeds: Tensor | None = None,  # [B, N, C]
-        labels: Tensor | None = None,  # [B, N]
-        **kwargs: Any,
-    ) -> MaskedLMOutput:
-        """Logits of every word at every place.
-
-        Args:
-            labels: the words [B, N] that should be predicted, -100 where none should; the others
-                are arguments of :class:`SetformerModel`.
-
-        Returns:
-            ``logits`` [B, N, vocab_size], or with sparse_prediction and labels those of the K
-            labelled places, [K, vocab_size]; ``loss``, the mean cross entropy there, 0 of none.
-        """
-        encoded = self.setformer(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        x, loss = encoded.last_hidden_state, None
+    def answer(
+        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if labels is not None and self.config.sparse_prediction:
             wanted = labels != IGNORED
             x, labels = x[wanted], labels[wanted]
         logits = self.decoder(self.head(x))
-        if labels is not None:
-            loss = _cross_entropy(logits, labels)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return logits, None if labels is None else _cross_entropy(logits, labels)
 
 
-class SetformerForSequenceClassification(SetformerPreTrainedModel):
-    """A class for a text or a pair of texts, or with ``num_labels=1`` a number."""
+class SetformerForSequenceClassification(_WithHead):
+    """A class for a text or a pair of texts, or with ``num_labels=1`` a number.
+
+    Labels are [B], int64 classes; numbers for regression; or [B, num_labels] of 0 and 1 where
+    several classes may hold. ``config.problem_type`` says which ("regression",
+    "single_label_classification", "multi_label_classification"), else num_labels and the labels'
+    dtype do. The logits are [B, num_labels]; the loss is the squared error, cross entropy, or
+    binary cross entropy.
+    """
+
+    output = SequenceClassifierOutput
 
     def __init__(self, config: SetformerConfig) -> None:
         super().__init__(config)
         self.num_labels: int = config.num_labels or 2
-        self.setformer = SetformerModel(config)
         self.head = PredictionHead(config)
         self.dropout = _classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,  # [B, N]
-        attention_mask: Tensor | None = None,  # [B, N]
-        token_type_ids: Tensor | None = None,  # [B, N]
-        position_ids: Tensor | None = None,  # [B, N]
-        inputs_embeds: Tensor | None = None,  # [B, N, C]
-        labels: Tensor | None = None,  # [B]
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Logits of the classes, or the number.
-
-        Args:
-            labels: [B], int64 classes; numbers for regression; or [B, num_labels] of 0 and 1 where
-                several classes may hold. ``config.problem_type`` says which ("regression",
-                "single_label_classification", "multi_label_classification"), else num_labels and
-                the labels' dtype do. The others are arguments of :class:`SetformerModel`.
-
-        Returns:
-            ``logits`` [B, num_labels]; ``loss``: squared error, cross entropy, or binary cross
-            entropy.
-        """
-        encoded = self.setformer(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        pooled = self._pool(encoded.last_hidden_state, attention_mask)
-        logits = self.classifier(self.dropout(self.head(pooled)))
-        loss = None if labels is None else self._loss(logits, labels)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states
-        )
+    def answer(
+        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        logits = self.classifier(self.dropout(self.head(self._pool(x, attention_mask))))
+        return logits, None if labels is None else self._loss(logits, labels)
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C] -> [B, C]
         if self.config.classifier_pooling == "cls":
@@ -158,43 +158,27 @@ class SetformerForSequenceClassification(SetformerPreTrainedModel):
         return F.cross_entropy(logits.float(), labels.view(-1))
 
 
-class SetformerForTokenClassification(SetformerPreTrainedModel):
-    """A class for each token."""
+class SetformerForTokenClassification(_WithHead):
+    """A class for each token.
+
+    Labels are classes [B, N], -100 where there is none. The logits are [B, N, num_labels]; the loss
+    is the mean cross entropy, 0 of no labels.
+    """
+
+    output = TokenClassifierOutput
 
     def __init__(self, config: SetformerConfig) -> None:
         super().__init__(config)
         self.num_labels: int = config.num_labels or 2
-        self.setformer = SetformerModel(config)
         self.dropout = _classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,  # [B, N]
-        attention_mask: Tensor | None = None,  # [B, N]
-        token_type_ids: Tensor | None = None,  # [B, N]
-        position_ids: Tensor | None = None,  # [B, N]
-        inputs_embeds: Tensor | None = None,  # [B, N, C]
-        labels: Tensor | None = None,  # [B, N]
-        **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        """Logits of the classes of every token.
-
-        Args:
-            labels: classes [B, N], -100 where there is none; the others are arguments of
-                :class:`SetformerModel`.
-
-        Returns:
-            ``logits`` [B, N, num_labels]; ``loss``, the mean cross entropy, 0 of no labels.
-        """
-        encoded = self.setformer(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        logits = self.classifier(self.dropout(encoded.last_hidden_state))
-        loss = None if labels is None else _cross_entropy(logits, labels)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+    def answer(
+        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        logits = self.classifier(self.dropout(x))
+        return logits, None if labels is None else _cross_entropy(logits, labels)
 
 
 def _classifier_dropout(config: SetformerConfig) -> nn.Dropout:

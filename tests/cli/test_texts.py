@@ -16,11 +16,11 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from fresh import fresh
 from setformer_ext import cli
-from setformer_ext.cli.train import weights
+from setformer_ext.cli.train import backbones
 from setformer_ext.cli.train.ade20k import read_names
 from setformer_ext.cli.train.glue_data import TASKS, read_examples
 from setformer_ext.cli.train.mlm import Mlm
-from setformer_ext.cli.train.task import DataError
+from setformer_ext.cli.train.task import DataError, TrainingError
 from setformer_ext.cli.train.texts import (
     read_documents,
     text_files,
@@ -344,9 +344,9 @@ def test_an_error_without_words_is_named_by_its_class(
     def fail(_: str) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(weights.timm.models, "load_state_dict", fail)
-    with pytest.raises(weights.TrainingError, match=r"weights: AssertionError$"):
-        weights.load_pretrained(torch.nn.Linear(1, 1), path)
+    monkeypatch.setattr(backbones.timm.models, "load_state_dict", fail)
+    with pytest.raises(TrainingError, match=r"weights: AssertionError$"):
+        backbones.load_pretrained(torch.nn.Linear(1, 1), path)
 
 
 def test_pretraining_goes_on_from_an_encoder(encoder: Path, text: Path, tmp_path: Path) -> None:

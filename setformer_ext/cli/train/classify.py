@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ... import vision  # noqa: F401 (registers the models)
 from ...errors import first_line
 from ..images import add_max_pixels
+from .backbones import add_flip, add_network, load_pretrained, require_network
 from .labelled_images import LabelledImages, classes_without_images, files_left_out, find_data
-from .options import add_model_options, number
+from .options import number
 from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError
-from .weights import load_pretrained, require_weights
 
 
 class Accuracy(Metrics):
@@ -76,17 +75,10 @@ class Classify(Task):
             help="of the images of every class in --data, drawn by --seed, to evaluate on",
         )
         add_max_pixels(parser)
-        parser.add_argument(
-            "--model",
-            default="setformer_tiny",
-            help="any classifier that timm knows (default: %(default)s)",
-        )
-        add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
-        parser.add_argument(
-            "--pretrained",
-            type=Path,
-            metavar="FILE",
-            help="weights to start from; the classifier is left out if it is of other classes",
+        add_network(
+            parser,
+            "any classifier",
+            "weights to start from; the classifier is left out if it is of other classes",
         )
         parser.add_argument(
             "--input-size",
@@ -108,13 +100,7 @@ class Classify(Task):
             metavar="SHARE",
             help="least share of an image's area that a random crop has (default: %(default)s)",
         )
-        parser.add_argument(
-            "--flip",
-            type=number(float, 0, 1),
-            default=0.5,
-            metavar="PROBABILITY",
-            help="of mirroring left and right (default: %(default)s)",
-        )
+        add_flip(parser)
         parser.add_argument(
             "--auto-augment",
             default="rand-m9-mstd0.5-inc1",
@@ -157,7 +143,7 @@ class Classify(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        require_weights(options.pretrained)
+        require_network(options)
         train, val = find_data(options)
         self.classes = [*train.classes]
         self.without = classes_without_images(self.classes, train, val)
@@ -172,11 +158,6 @@ class Classify(Task):
                 f"--batch-size: expected an even number, got {options.batch_size}: --mixup and "
                 "--cutmix pair the images; give them as 0, or another size"
             )
-        if not timm.is_model(options.model):
-            pattern = f"*{options.model}*"
-            close = [*timm.list_models(f"setformer{pattern}"), *timm.list_models(pattern)][:5]
-            hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them"
-            raise TrainingError(f"--model: timm knows no {options.model!r}; {hint}")
         given = dict(options.model_options)
         for name, source in (("num_classes", "the folders"), ("in_chans", "--in-chans")):
             if name in given:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms import v2
 
-from ... import vision  # noqa: F401 (registers the models)
 from ...errors import first_line
 from ...vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from ..images import add_annotated, add_max_pixels
+from .backbones import add_flip, add_network, load_backbone, require_jitter, require_network
 from .coco import Coco
-from .options import add_model_options, key_and_value, number
+from .options import key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError, listed
-from .weights import load_pretrained, require_weights
 
 
 class AveragePrecision(Metrics):
@@ -95,17 +94,8 @@ class Detect(Task):
             default="mask_rcnn",
             help="the others find boxes only (default: %(default)s)",
         )
-        parser.add_argument(
-            "--model",
-            default="setformer_tiny",
-            help="backbone: a name that timm knows (default: %(default)s)",
-        )
-        add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
-        parser.add_argument(
-            "--pretrained",
-            type=Path,
-            metavar="FILE",
-            help="the backbone's weights to start from, of a classifier",
+        add_network(
+            parser, "backbone: a name", "the backbone's weights to start from, of a classifier"
         )
         parser.add_argument(
             "--min-size",
@@ -161,13 +151,7 @@ class Detect(Task):
             help="train on random squares of min-size, of images scaled by a random factor of "
             "what would fit; 0.1 2 is usual where there is no pretraining (default: none)",
         )
-        parser.add_argument(
-            "--flip",
-            type=number(float, 0, 1),
-            default=0.5,
-            metavar="PROBABILITY",
-            help="of mirroring left and right (default: %(default)s)",
-        )
+        add_flip(parser)
         parser.add_argument(
             "--vertical-flip",
             type=number(float, 0, 1),
@@ -185,20 +169,14 @@ class Detect(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        require_weights(options.pretrained)
+        require_network(options)
         self.masks = options.detector == "mask_rcnn"
         if min(options.min_size) > options.max_size:
             raise TrainingError(
                 f"--min-size: expected at most --max-size, {options.max_size}, "
                 f"got {min(options.min_size)}"
             )
-        if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
-            low, high = options.scale_jitter
-            raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")
-        if not timm.is_model(options.model):
-            raise TrainingError(
-                f"--model: timm knows no {options.model!r}; timm.list_models() has the names"
-            )
+        require_jitter(options)
         self.train = self._read("train2017", crowds=False)
         used = {t["label"] for things in self.train.objects.values() for t in things}
         names = enumerate(self.train.classes, start=1)
@@ -263,12 +241,7 @@ class Detect(Task):
             model: Any = from_card(self.card())
         except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
             raise TrainingError(f"--model: {options.model}: {first_line(error)}") from error
-        if options.pretrained is not None:
-            whole = timm.create_model(options.model, **dict(options.model_options))
-            load_pretrained(whole, options.pretrained)
-            body = model.backbone.body.model
-            state = whole.state_dict()
-            body.load_state_dict({name: state[name] for name in body.state_dict()})
+        load_backbone(model.backbone.body.model, options)
         return model
 
     @staticmethod

@@ -18,14 +18,13 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
-from ... import vision  # noqa: F401 (registers the models)
 from ...errors import first_line
 from ...vision.segmentation import DECODERS, enlargement, from_card, segment
 from ..images import add_annotated, add_max_pixels
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
-from .options import add_model_options, key_and_value, number
+from .backbones import add_flip, add_network, load_backbone, require_jitter, require_network
+from .options import key_and_value, number
 from .task import Batch, DataError, Metrics, Task, TrainingError
-from .weights import load_pretrained, require_weights
 
 LISTED = 5  # of what is wrong with the data, in one message
 
@@ -92,17 +91,8 @@ class Segment(Task):
         )
         add_annotated(parser)
         add_max_pixels(parser)
-        parser.add_argument(
-            "--model",
-            default="setformer_tiny",
-            help="backbone: a name that timm knows (default: %(default)s)",
-        )
-        add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
-        parser.add_argument(
-            "--pretrained",
-            type=Path,
-            metavar="FILE",
-            help="the backbone's weights to start from, of a classifier",
+        add_network(
+            parser, "backbone: a name", "the backbone's weights to start from, of a classifier"
         )
         parser.add_argument(
             "--decoder",
@@ -150,13 +140,7 @@ class Segment(Task):
             metavar=("LOW", "HIGH"),
             help="of images scaled by a random factor (default: 0.5 2)",
         )
-        parser.add_argument(
-            "--flip",
-            type=number(float, 0, 1),
-            default=0.5,
-            metavar="PROBABILITY",
-            help="of mirroring left and right (default: %(default)s)",
-        )
+        add_flip(parser)
         parser.add_argument(
             "--photometric",
             action=argparse.BooleanOptionalAction,
@@ -173,16 +157,10 @@ class Segment(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        require_weights(options.pretrained)
-        low, high = options.scale_jitter
-        if low > high:
-            raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")
+        require_network(options)
+        require_jitter(options)
         if len(options.crop) > 2:
             raise TrainingError(f"--crop: expected one or two numbers, got {len(options.crop)}")
-        if not timm.is_model(options.model):
-            raise TrainingError(
-                f"--model: timm knows no {options.model!r}; timm.list_models() has the names"
-            )
         config = timm.get_pretrained_cfg(options.model).to_dict()
         self.mean, self.std = list(config["mean"]), list(config["std"])
         normalise = _normalisation(self.mean, self.std)
@@ -229,12 +207,7 @@ class Segment(Task):
             raise TrainingError(
                 f"--model, --decoder: {options.model}: {first_line(error)}"
             ) from error
-        if options.pretrained is not None:
-            whole = timm.create_model(options.model, **dict(options.model_options))
-            load_pretrained(whole, options.pretrained)
-            state = whole.state_dict()
-            own = model.backbone.state_dict()
-            model.backbone.load_state_dict({name: state[name] for name in own})
+        load_backbone(model.backbone, options)
         return model
 
     @staticmethod

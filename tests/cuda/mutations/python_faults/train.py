@@ -146,7 +146,7 @@ TRAIN = (
     ),
     Fault(
         "pretrained classifier is drawn anew though its classes are as many",
-        "cli/train/weights.py",
+        "cli/train/backbones.py",
         "if any(name in state and state[name].shape != own[name].shape for name in heads):",
         "if any(name in state for name in heads):",
     ),

@@ -1,0 +1,103 @@
+"""What the trainings on images share: the options of a network and of its images, and weights to
+start from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from ... import vision  # noqa: F401 (registers the models)
+from ...errors import first_line
+from .options import add_model_options, number
+from .task import TrainingError
+
+
+def add_network(parser: argparse._ArgumentGroup, model: str, pretrained: str) -> None:
+    """Declare ``--model``, ``--model-options`` and ``--pretrained``, the weights to start from."""
+    parser.add_argument(
+        "--model", default="setformer_tiny", help=f"{model} that timm knows (default: %(default)s)"
+    )
+    add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
+    parser.add_argument("--pretrained", type=Path, metavar="FILE", help=pretrained)
+
+
+def add_flip(parser: argparse._ArgumentGroup) -> None:
+    """Declare ``--flip``."""
+    parser.add_argument(
+        "--flip",
+        type=number(float, 0, 1),
+        default=0.5,
+        metavar="PROBABILITY",
+        help="of mirroring left and right (default: %(default)s)",
+    )
+
+
+def require_network(options: argparse.Namespace) -> None:
+    """Before the data are read, which may take long.
+
+    Raises:
+        TrainingError: for a name that timm does not know, or where there is no file of weights.
+    """
+    path = options.pretrained
+    if path is not None and not path.is_file():
+        raise TrainingError(f"--pretrained: cannot read weights from {path}: there is no such file")
+    if not timm.is_model(options.model):
+        pattern = f"*{options.model}*"
+        close = [*timm.list_models(f"setformer{pattern}"), *timm.list_models(pattern)][:5]
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them"
+        raise TrainingError(f"--model: timm knows no {options.model!r}; {hint}")
+
+
+def require_jitter(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        TrainingError: if the bounds of ``--scale-jitter`` are the wrong way round.
+    """
+    if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
+        low, high = options.scale_jitter
+        raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")
+
+
+def load_backbone(body: nn.Module, options: argparse.Namespace) -> None:
+    """Load the part of a classifier's weights that a backbone has, where any are given.
+
+    Raises:
+        TrainingError: if the file cannot be read or is of another model.
+    """
+    if options.pretrained is None:
+        return
+    whole = timm.create_model(options.model, **dict(options.model_options))
+    load_pretrained(whole, options.pretrained)
+    state = whole.state_dict()
+    body.load_state_dict({name: state[name] for name in body.state_dict()})
+
+
+def load_pretrained(model: nn.Module, path: Path) -> None:
+    """Load weights, but for a classifier of another number of classes.
+
+    Raises:
+        TrainingError: if the file cannot be read or is of another model.
+    """
+    try:
+        state = timm.models.load_state_dict(str(path))
+    except Exception as error:  # each format has errors of its own
+        reason = first_line(error)
+        raise TrainingError(f"--pretrained: cannot read weights from {path}: {reason}") from error
+    own = model.state_dict()
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    heads = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+    if any(name in state and state[name].shape != own[name].shape for name in heads):
+        state = {name: tensor for name, tensor in state.items() if name not in heads}
+    wrong = [name for name in own if name not in state and name not in heads]
+    wrong += [name for name in state if name not in own or state[name].shape != own[name].shape]
+    if wrong:
+        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise TrainingError(
+            f"--pretrained: {path} holds weights of another model: "
+            f"missing, unknown or of another shape are {listed}"
+        )
+    model.load_state_dict(state, strict=False)
