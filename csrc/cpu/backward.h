@@ -38,28 +38,16 @@ class BackwardHead {
 
   Masses<T>& masses() { return masses_; }
 
-  // Stage 0 prepares; 1 is a pass of the log domain; 2 goes through distribute; then come, for the
-  // keys and in cross attention for the queries, S = max(T, 1) steps and what follows from them.
   int64_t stages() const { return 3 + (steps() + 1) * (p_.cross ? 2 : 1); }
 
   Status run(int64_t stage, int64_t b, int64_t h, const Team<Worker<T>>& team) {
-    if (stage == 0) return prepare(b, h, team);
-    if (stage == 1) begin(b, h, team);
-    if (keys_.transport().empty()) {
-      if (stage == 1) clear(b, h);
-    } else if (stage == 2) {
-      keys_.finish_begin();
-      if (distributed()) receivers().distribute(team);
-    } else if (stage > 2) {
-      if (stage == 3) finish_pooled();
-      const bool of_queries = stage > 3 + steps();
-      if (!of_queries) {
-        run_side(keys_, stage - 3, b, h, team, p_.grad_token_mass);
-      } else if (distributed()) {
-        run_side(queries_, stage - 4 - steps(), b, h, team, Tensor{});
-      } else if (stage + 1 == stages()) {
-        clear_tokens(p_.grad_query, b, h, p_.queries, p_.depth);
-      }
+    const Place place = place_of(stage);
+    if (place.phase == Phase::kPrepare) return prepare(b, h, team);
+    if (place.phase == Phase::kBegin) begin(b, h, team);
+    if (!keys_.transport().empty()) {
+      differentiate(place, b, h, team);
+    } else if (place.phase == Phase::kBegin) {
+      clear(b, h);
     }
     if (stage + 1 == stages()) store_reference_mass_gradient(b * p_.heads + h);
     return Status::kOk;
@@ -67,33 +55,67 @@ class BackwardHead {
 
   // What all ranks need merged after a stage: how many entries of `shared` [2] it fills.
   int share(int64_t stage, Shared* shared) const {
-    const int64_t references = p_.references, pooled = references * widths_.value_depth;
-    if (stage == 0) {
+    const Place place = place_of(stage);
+    if (place.phase == Phase::kPrepare) {
       shared[0] = masses_.shared();
       return 1;
     }
     if (keys_.transport().empty()) return 0;
-    if (stage == 1) {
-      if (!keys_.transport().log_domain()) return 0;
-      shared[0] = share_of_head(keys_.transport().column_sums(), references);
-      return 1;
+    const int64_t references = p_.references, pooled = references * widths_.value_depth;
+    switch (place.phase) {
+      case Phase::kBegin:
+        shared[0] = share_of_head(keys_.transport().column_sums(), references);
+        return keys_.transport().log_domain() ? 1 : 0;
+      case Phase::kDistribute:
+        if (!distributed()) return 0;
+        shared[0] = share_of_head(receivers().sums(), references);
+        shared[1] = share_of_head(receivers().matrix_sums(), pooled);
+        return 2;
+      case Phase::kStep:
+        // The last step leaves nothing to go on from.
+        if (place.step + 1 >= steps() || (place.of_queries && !distributed())) return 0;
+        shared[0] = share_of_head((place.of_queries ? queries_ : keys_).sums(), references);
+        return 1;
+      default:
+        return 0;
     }
-    if (stage == 2) {
-      if (!distributed()) return 0;
-      shared[0] = share_of_head(receivers().sums(), references);
-      shared[1] = share_of_head(receivers().matrix_sums(), pooled);
-      return 2;
-    }
-    const bool of_queries = stage > 3 + steps();
-    const int64_t step = of_queries ? stage - 4 - steps() : stage - 3;
-    // The last step leaves nothing to go on from.
-    if (step + 1 >= steps() || (of_queries && !distributed())) return 0;
-    const SideGradient<Storage>& side = of_queries ? queries_ : keys_;
-    shared[0] = share_of_head(side.sums(), references);
-    return 1;
   }
 
  private:
+  // Begin is a pass of the log domain; distribute goes through R; then come, for the keys and in
+  // cross attention for the queries, S = max(T, 1) steps and what follows from them.
+  enum class Phase { kPrepare, kBegin, kDistribute, kStep, kFinish };
+  struct Place {
+    Phase phase;
+    bool of_queries = false;
+    int64_t step = 0;  // 0..S - 1, from the last one back
+  };
+
+  Place place_of(int64_t stage) const {
+    if (stage == 0) return {Phase::kPrepare};
+    if (stage == 1) return {Phase::kBegin};
+    if (stage == 2) return {Phase::kDistribute};
+    const int64_t of_a_side = steps() + 1, step = (stage - 3) % of_a_side;
+    return {step < steps() ? Phase::kStep : Phase::kFinish, stage - 3 >= of_a_side, step};
+  }
+
+  void differentiate(const Place& place, int64_t b, int64_t h, const Team<Worker<T>>& team) {
+    if (place.phase == Phase::kBegin) return;
+    if (place.phase == Phase::kDistribute) {
+      keys_.finish_begin();
+      if (distributed()) receivers().distribute(team);
+      return;
+    }
+    if (!place.of_queries) {
+      if (place.step == 0) finish_pooled();
+      run_side(keys_, place, b, h, team, p_.grad_token_mass);
+    } else if (distributed()) {
+      run_side(queries_, place, b, h, team, Tensor{});
+    } else if (place.phase == Phase::kFinish) {
+      clear_tokens(p_.grad_query, b, h, p_.queries, p_.depth);
+    }
+  }
+
   int64_t steps() const { return larger<int64_t>(p_.iterations, 1); }
   // The side that receives the output, and whether anything comes of it.
   SideGradient<Storage>& receivers() { return p_.cross ? queries_ : keys_; }
@@ -154,12 +176,12 @@ class BackwardHead {
     }
   }
 
-  // `part` of a side: its steps T..1, or 0 where T = 0, and after the last its gradients.
-  void run_side(SideGradient<Storage>& side, int64_t part, int64_t b, int64_t h,
+  // Of a side: its steps T..1, or 0 where T = 0, and after the last its gradients.
+  void run_side(SideGradient<Storage>& side, const Place& place, int64_t b, int64_t h,
                 const Team<Worker<T>>& team, const Tensor& grad_mass) {
-    if (part > 0) side.finish_step();
-    if (part < steps()) {
-      side.step(p_.iterations - part, team, pooled_, grad_log_b_);
+    if (place.step > 0) side.finish_step();
+    if (place.phase == Phase::kStep) {
+      side.step(p_.iterations - place.step, team, pooled_, grad_log_b_);
       return;
     }
     side.finish(team, results_, &side == &queries_);

@@ -68,7 +68,8 @@ struct Masses {
 };
 
 // The work on a head is cut into stages at the sums over all its tokens. Where several ranks have
-// the tokens, what `share` tells of a stage is merged before the next.
+// the tokens, what `share` tells of a stage is merged before the next. What a stage is, its phase
+// and the step of it, `place_of` tells.
 template <class Storage>
 class ForwardHead {
   using T = Accumulate<Storage>;
@@ -92,18 +93,91 @@ class ForwardHead {
   int64_t spans() const { return larger(keys_.spans().count, queries_.spans().count); }
   Masses<T>& masses() { return masses_; }
 
-  // Stage 0 prepares; 1..S are the steps of the keys, S = max(T, 1); S + 1 and S + 2 are what
-  // collects in the log domain; then come, in cross attention, the steps of the queries; the last
-  // distributes.
   int64_t stages() const { return 4 + steps() * (queried() ? 2 : 1); }
 
   Status run(int64_t stage, int64_t b, int64_t h, const Team<Worker<T>>& team) {
-    if (stage == 0) return prepare(b, h, team);
-    if (stage == 1) begin();
-    const bool empty = keys_.empty(), collects_now = !keys_.log_domain();
-    const auto clear = [this](int64_t span) { pooled_.clear(span); };
-    const auto pool = [&](int64_t span, int64_t begin, int64_t count, const T* matrix,
-                          const Worker<T>& worker) {
+    const Place place = place_of(stage);
+    switch (place.phase) {
+      case Phase::kPrepare:
+        return prepare(b, h, team);
+      case Phase::kStep:
+        step_of_keys(place.step, b, h, team);
+        break;
+      case Phase::kSumCollection:
+        if (!keys_.empty()) keys_.finish_step(p_.iterations);
+        if (!keys_.empty() && keys_.log_domain()) keys_.sum_collection(team);
+        break;
+      case Phase::kPool:
+        if (!keys_.empty() && keys_.log_domain()) pool_collection(b, h, team);
+        break;
+      case Phase::kStepOfQueries:
+        if (!keys_.empty() && !queries_.empty()) step_of_queries(place.step, team);
+        break;
+      case Phase::kDistribute:
+        finish(b, h, team);
+    }
+    return Status::kOk;
+  }
+
+  // What all ranks need merged after a stage: how many entries of `shared` [2] it fills.
+  int share(int64_t stage, Shared* shared) const {
+    const Place place = place_of(stage);
+    if (place.phase == Phase::kPrepare) {
+      shared[0] = masses_.shared();
+      return 1;
+    }
+    const int64_t references = p_.references, pooled = references * widths_.value_depth;
+    const Transport<Storage>& side = place.phase == Phase::kStepOfQueries ? queries_ : keys_;
+    if (keys_.empty() || side.empty()) return 0;
+    const Shared columns = share_of_head(side.column_sums(), references, side.merge_of_columns());
+    const Shared sums = share_of_head(side.column_sums(), references);
+    const Shared collected = share_of_head(pooled_.of(0), pooled);
+    switch (place.phase) {
+      case Phase::kStep:
+        shared[0] = columns;
+        shared[1] = collected;
+        return pools_with(place.step) ? 2 : 1;
+      case Phase::kStepOfQueries:
+        shared[0] = columns;
+        return 1;
+      case Phase::kSumCollection:
+        shared[0] = sums;
+        return keys_.log_domain() ? 1 : 0;
+      case Phase::kPool:
+        shared[0] = collected;
+        return keys_.log_domain() ? 1 : 0;
+      default:
+        return 0;
+    }
+  }
+
+ private:
+  // Of the keys S = max(T, 1) steps; in the log domain the sums of the collection and what it
+  // pools, which otherwise the last step does; in cross attention S steps of the queries; the
+  // output.
+  enum class Phase { kPrepare, kStep, kSumCollection, kPool, kStepOfQueries, kDistribute };
+  struct Place {
+    Phase phase;
+    int64_t step = 0;  // 1..S
+  };
+
+  Place place_of(int64_t stage) const {
+    if (stage == 0) return {Phase::kPrepare};
+    if (stage <= steps()) return {Phase::kStep, stage};
+    if (stage == steps() + 1) return {Phase::kSumCollection};
+    if (stage == steps() + 2) return {Phase::kPool};
+    if (stage + 1 < stages()) return {Phase::kStepOfQueries, stage - steps() - 2};
+    return {Phase::kDistribute};
+  }
+  bool pools_with(int64_t step) const { return step == steps() && !keys_.log_domain(); }
+
+  auto clearing() {
+    return [this](int64_t span) { pooled_.clear(span); };
+  }
+  // Adds sum_i matrix_ij v_i of a tile to its span.
+  auto pooling(int64_t b, int64_t h) {
+    return [this, b, h](int64_t span, int64_t begin, int64_t count, const T* matrix,
+                        const Worker<T>& worker) {
       load_tokens<Storage>(p_.value, b, h, begin, count, p_.value_depth, keys_.similarity().valid(),
                            worker.values, widths_.value_depth);
       scale_rows(worker.values, count, widths_.value_depth, worker.row_factors);
@@ -111,59 +185,30 @@ class ForwardHead {
                worker.values, widths_.value_depth, pooled_.of(span), widths_.value_depth, true,
                next_tile<Storage>(p_.value, b, h, begin, p_.value_depth));
     };
-    if (stage <= steps()) {
-      if (empty) return Status::kOk;
-      if (stage > 1) keys_.finish_step(step_of(stage - 1));
-      const bool pools = collects_now && stage == steps();
-      keys_.step(step_of(stage), team, pools, clear, pool);
-      if (pools) pooled_.total(keys_.spans());
-    } else if (stage == steps() + 1) {
-      if (empty) return Status::kOk;
-      keys_.finish_step(p_.iterations);
-      if (!collects_now) keys_.sum_collection(team);
-    } else if (stage == steps() + 2) {
-      if (empty || collects_now) return Status::kOk;
-      keys_.finish_collection();
-      keys_.pool_collection(team, clear, pool);
-      pooled_.total(keys_.spans());
-    } else if (stage + 1 < stages()) {
-      if (empty || queries_.empty()) return Status::kOk;
-      const int64_t of_queries = stage - steps() - 2;
-      if (of_queries > 1) queries_.finish_step(step_of(of_queries - 1));
-      queries_.step(step_of(of_queries), team, false, clear, pool);
-    } else {
-      finish(b, h, team);
-    }
-    return Status::kOk;
   }
 
-  // What all ranks need merged after a stage: how many entries of `shared` [2] it fills.
-  int share(int64_t stage, Shared* shared) const {
-    const int64_t references = p_.references, pooled = references * widths_.value_depth;
-    if (stage == 0) {
-      shared[0] = masses_.shared();
-      return 1;
-    }
-    const bool of_queries = stage > steps() + 2;
-    const Transport<Storage>& side = of_queries ? queries_ : keys_;
-    if (keys_.empty() || side.empty() || stage + 1 == stages()) return 0;
-    const Shared columns = share_of_head(side.column_sums(), references, side.merge_of_columns());
-    const Shared sums = share_of_head(side.column_sums(), references);
-    const Shared collected = share_of_head(pooled_.of(0), pooled);
-    if (of_queries || stage <= steps()) {
-      shared[0] = columns;
-      if (of_queries || stage < steps() || keys_.log_domain()) return 1;
-      shared[1] = collected;
-      return 2;
-    }
-    if (!keys_.log_domain()) return 0;
-    shared[0] = stage == steps() + 1 ? sums : collected;
-    return 1;
+  void step_of_keys(int64_t step, int64_t b, int64_t h, const Team<Worker<T>>& team) {
+    if (step == 1) begin();
+    if (keys_.empty()) return;
+    if (step > 1) keys_.finish_step(number_of(step - 1));
+    keys_.step(number_of(step), team, pools_with(step), clearing(), pooling(b, h));
+    if (pools_with(step)) pooled_.total(keys_.spans());
   }
 
- private:
+  void pool_collection(int64_t b, int64_t h, const Team<Worker<T>>& team) {
+    keys_.finish_collection();
+    keys_.pool_collection(team, clearing(), pooling(b, h));
+    pooled_.total(keys_.spans());
+  }
+
+  void step_of_queries(int64_t step, const Team<Worker<T>>& team) {
+    if (step > 1) queries_.finish_step(number_of(step - 1));
+    queries_.step(number_of(step), team, false, clearing(), pooling(0, 0));
+  }
+
   int64_t steps() const { return larger<int64_t>(p_.iterations, 1); }
-  int64_t step_of(int64_t stage) const { return p_.iterations == 0 ? 0 : stage; }
+  // t of a step: 0 where T = 0.
+  int64_t number_of(int64_t step) const { return p_.iterations == 0 ? 0 : step; }
   bool queried() const { return p_.cross && p_.distribute; }
 
   Status prepare(int64_t b, int64_t h, const Team<Worker<T>>& team) {

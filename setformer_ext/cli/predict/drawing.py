@@ -1,4 +1,5 @@
-"""The pictures of what a model says about an image."""
+"""The pictures of what a model says about an image, with themes, legends and names in any script,
+which torchvision.utils, that draws into pixels, has not."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ class Packed(Dataset[tuple[Tensor, Tensor]]):
         chosen: share of the words that have to be predicted.
 
     A sample is the sequence [L] int64 with words masked, and what has to be predicted [L] int64,
-    -100 elsewhere; drawn from torch's global generator.
+    -100 elsewhere; drawn from torch's global generator. (The collator of transformers draws special
+    tokens too where a word is to be replaced by any other.)
     """
 
     def __init__(

@@ -60,7 +60,8 @@ class TaskParser(argparse.ArgumentParser):
 
     So only the chosen task's module is imported. ``--config FILE.yaml`` is read first, as if its
     entries stood at the start of the command line: they are checked alike, and what really stands
-    there wins.
+    there wins. (Libraries that read both, such as jsonargparse, take YAML's `no` for False, and
+    their errors are pages, not a line with the file and the option.)
     """
 
     task = ""
