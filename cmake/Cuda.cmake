@@ -120,7 +120,7 @@ else()
   set(SETFORMER_CUDA_ENABLED ON)
   enable_language(CUDA)
   setformer_share_ptx(SETFORMER_CUDA_CODE)
-  # Profilers show source lines; ptxas tells of registers that do not fit; compressed, seven
+  # Profilers show source lines; ptxas tells of registers that do not fit; compressed, the
   # architectures and their line tables take a fifth of the room.
   set(SETFORMER_CUDA_OPTIONS
       -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all
@@ -128,4 +128,6 @@ else()
   set(SETFORMER_CUDA_DECISION
       "compiled by nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER})${remarks}")
   message(STATUS "setformer: CUDA ${SETFORMER_CUDA_DECISION} for ${CMAKE_CUDA_ARCHITECTURES}")
+  message(STATUS "setformer: compiling CUDA takes minutes; SETFORMER_CUDA=off in the environment "
+                 "skips it, CUDAARCHS=90-real compiles for one architecture")
 endif()

@@ -2,8 +2,9 @@
 #   CMAKE_CUDA_ARCHITECTURES, CUDAARCHS   CMake's syntax, "75-real;90", also all, all-major, native
 #   TORCH_CUDA_ARCH_LIST                  torch's, "8.0;9.0a+PTX", and its names, "Hopper"
 # else it is every architecture below that nvcc knows, with PTX of the newest so that later devices
-# can run it.
-set(SETFORMER_USUAL_ARCHITECTURES 75 80 86 89 90 100 120)
+# can run it. Devices of 8.6 and 8.9 run the code of 8.0: their own would be 0.4 % shorter
+# (instructions of all kernels), and take a quarter of the time of the build.
+set(SETFORMER_USUAL_ARCHITECTURES 75 80 90 100 120)
 
 # The letters after a number that CMake passes on to nvcc.
 set(SETFORMER_VARIANTS a)

@@ -49,5 +49,5 @@ def build_info() -> dict[str, str]:
 def cuda_driver_version() -> str:
     """Empty where there is no CUDA driver."""
 
-def cuda_devices() -> str:
+def cuda_devices() -> list[str]:
     """One line a device, and whether this module has code for it."""

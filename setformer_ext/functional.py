@@ -258,6 +258,8 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
     marginal b, its rows to the token marginal a as T grows. For looking at, and for losses on the
     plan: it stores N x M numbers, by the definition in plain torch, in float32 at least.
 
+    It has forward-mode derivatives, too.
+
     Args:
         key, reference, options: as in ``set_attention``, whose errors they raise: mask, token_mass,
             reference_mass, kernel, bandwidth, epsilon, iterations, token_positions,
@@ -270,14 +272,15 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
     given |= with_defaults("transport_plan", options)
     check("transport_plan", given)
     storage = storage_type(key)
-    problem = make_problem(given | {"value": key})  # a plan has no values, but a problem does
+    # A plan has no values, but a problem does; the definition scales to unit length itself.
+    problem = make_problem(given | {"value": key, "normalize": False})
     problem = problem.in_storage_type(storage).in_storage_type(accumulate_dtype(storage))
     # Contiguous, so that torch's products round alike whatever the strides.
     contiguous = {name: x.contiguous() for name, x in problem.tensors().items()}
     arguments = problem.with_tensors(contiguous).arguments(of_queries=False)
     del arguments["value"]
     with torch.autocast(key.device.type, enabled=False):
-        plan = definition.transport_plan(**arguments)
+        plan = definition.transport_plan(**arguments | {"normalize": given["normalize"]})
     return plan.to(storage)
 
 

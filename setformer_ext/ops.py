@@ -5,8 +5,8 @@ beside the results, what its backward needs; ``set_attention_backward`` is an op
 shared by every way to differentiate. Derivatives are registered in ``autograd.py``, vmap, autocast
 and FLOP counts in ``transforms.py``.
 
-Arguments arrive checked (``functional.py``): storage type is that of key, and "accumulate" is
-float64 for float64 keys and float32 otherwise.
+Arguments are checked by the compiled module, or before (``arguments.py``): storage type is that of
+key, and "accumulate" is float64 for float64 keys and float32 otherwise.
 """
 
 from collections.abc import Callable

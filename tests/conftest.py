@@ -49,7 +49,8 @@ def pytest_report_header() -> str:
 
 @dataclass(frozen=True)
 class Backend:
-    """The three functions as one implementation offers them, and where their tensors live."""
+    """The functions as one implementation offers them, and where their tensors live. (A plan is the
+    definition's in plain torch, whatever the module.)"""
 
     name: str
     device: str
@@ -81,9 +82,9 @@ def cpu() -> Backend:
 
 
 def cuda_emulated() -> Backend:
-    """The CUDA kernels and their launch code on CPU tensors, see emulator/."""
+    """The CUDA kernels and their launch code on CPU tensors, see tests/cuda/emulator/."""
     if find_nvcc() is None:
-        pytest.skip("the emulator needs nvcc, see emulator/build.py")
+        pytest.skip("the emulator needs nvcc, see tests/cuda/emulator/build.py")
     return Backend("cuda-emulated", "cpu", emulated_module(), examples=6)
 
 

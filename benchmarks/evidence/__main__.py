@@ -1,5 +1,6 @@
 """Does an attention earn its place? Mixers of tokens in one network, on tasks that need them.
 
+    cd benchmarks
     python -m evidence TASK                 run what a task's table lacks, and print it
     python -m evidence --table              run nothing, print all tables and draw the picture
     python -m evidence TASK --costs         time and memory of a step, on an idle machine

@@ -1,4 +1,4 @@
-"""Tables as README has them."""
+"""Tables as docs/evidence.md has them."""
 
 from __future__ import annotations
 

@@ -405,7 +405,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpu_checks_without_the_caching_of_memory(
     pretended_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As README runs them under compute-sanitizer."""
+    """As docs/cuda.md runs them under compute-sanitizer."""
     monkeypatch.setenv(cuda_checks.NO_CACHING, "1")
     monkeypatch.setattr(cuda_checks, "MANY", cuda_checks.FEW)
     outcomes = {task.name: execute(task, CPU) for task in cuda_checks.tasks()}

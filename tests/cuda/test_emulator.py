@@ -487,7 +487,7 @@ INVALID_HANDLE, OUT_OF_RESOURCES, MISALIGNED, LAUNCH_FAILURE = 400, 701, 716, 71
 @pytest.fixture(scope="module")
 def library() -> Path:
     if find_nvcc() is None:
-        pytest.skip("needs nvcc, see emulator/build.py")
+        pytest.skip("needs nvcc, see tests/cuda/emulator/build.py")
     return build_cuda(SOURCE)
 
 

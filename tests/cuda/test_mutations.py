@@ -1,6 +1,6 @@
 """The checks find faults that were seeded into the kernels, and every fault fits its file. Finding
 one takes a build of its own: that is tried where MUTATIONS=some or MUTATIONS=all asks for it;
-`python -m mutations` and `python -m mutations.python` print the tables."""
+`python -m mutations` and `python -m mutations.python` in tests/cuda print the tables."""
 
 import ast
 import os

@@ -8,7 +8,8 @@ from setformer_ext import _C
 CHECK = """
 import torch
 import setformer_ext
-from problems import assert_as_exact_as_definition, random_problem
+from exactness import assert_as_exact_as_definition
+from setformer_ext.cli.selftest.problems import random_problem
 
 torch.set_num_threads(2)
 problems = [

@@ -102,6 +102,23 @@ FORWARD_MODE: dict[str, Callable[[Tensor], object]] = {
 }
 
 
+def test_forward_mode_of_a_plan_is_there() -> None:
+    """By torch.func and by dual numbers, against a difference."""
+    key, tangent = torch.randn(2, 1, 4, 7, 8, dtype=torch.float64)
+
+    def plan(x: Tensor) -> Tensor:
+        return setformer_ext.transport_plan(x, REFERENCE.double())
+
+    step = 1e-6 * tangent
+    known = (plan(key + step) - plan(key - step)) / 2e-6
+    torch.testing.assert_close(
+        torch.func.jvp(plan, (key,), (tangent,))[1], known, rtol=0, atol=1e-8
+    )
+    with forward_ad.dual_level():
+        dual = plan(forward_ad.make_dual(key, tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, known, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", FORWARD_MODE)
 def test_forward_mode_says_that_it_is_not_there(name: str) -> None:
     with pytest.raises(NotImplementedError, match=r"no forward-mode derivatives.*jacrev"):

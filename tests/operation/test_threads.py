@@ -90,7 +90,7 @@ def test_calls_from_several_python_threads(backend: Backend) -> None:
 COUNT = """
 import os, re
 import torch, setformer_ext
-from problems import output_gradient, random_problem, run
+from setformer_ext.cli.selftest.problems import output_gradient, random_problem, run
 
 def count():
     return len(os.listdir("/proc/self/task"))

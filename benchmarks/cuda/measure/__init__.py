@@ -1,4 +1,5 @@
-"""Builds, checks and measures the CUDA kernels on the card at hand: `bash measure.sh OUTPUT`.
+"""Builds, checks and measures the CUDA kernels on the card at hand:
+`bash benchmarks/cuda/measure.sh OUTPUT`.
 
 plan.py says which steps there are, run.py runs the process of one until its deadline, and
 bounded.py sees to it that nothing of it stays; record.py keeps what was found, report.py writes

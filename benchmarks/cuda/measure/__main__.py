@@ -1,4 +1,4 @@
-"""The command: `bash measure.sh OUTPUT`."""
+"""The command: `bash benchmarks/cuda/measure.sh OUTPUT`."""
 
 import argparse
 import os

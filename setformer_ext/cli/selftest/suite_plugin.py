@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _is_for(item: pytest.Item, device: str) -> bool:
     """On a GPU those whose backend it is, on the CPU all that are not about GPUs."""
     if device == "cpu":
-        return "cuda" not in item.nodeid  # nor cuda-emulated
+        return "cuda" not in item.nodeid.rpartition("/")[2]  # nor cuda-emulated
     parameters = getattr(item, "callspec", None)
     return parameters is not None and parameters.params.get("backend") == "cuda"
 

@@ -1,6 +1,6 @@
 """The command `setformer` with the kernels on emulated devices, in the processes it starts too.
 
-python -m emulator.command selftest --only smoke        # from tests/
+python -m emulator.command selftest --only smoke        # from tests/cuda/
 
 To its options a device is the CPU. EMULATOR_FAULT makes kernels fail, see runtime/cudart.cpp.
 After EMULATOR_PATIENCE seconds a smoke check is taken to hang, and then all is given up.

@@ -1,1 +1,1 @@
-"""Seeded faults in the CUDA kernels, and the proof that the tests' checks find each of them."""
+"""Faults seeded into the CUDA kernels and into Python files, and which tests find each of them."""

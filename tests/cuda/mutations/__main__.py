@@ -1,7 +1,7 @@
 """Prints how each seeded fault was found. Fails if one was not, or if a check objects to the
 kernels as they are.
 
-    python -m mutations [WORD ...]     # those whose name, file or problem has one of the words
+    cd tests/cuda && python -m mutations [WORD ...]     # whose name, file or problem has a word
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The problems that faults are looked for with, and what objects to a result.
 
-    python -m mutations.checks LIBRARY PROBLEM [ORDER ...]
+    cd tests/cuda && python -m mutations.checks LIBRARY PROBLEM [ORDER ...]
 
 runs the threads in those orders (by default in all), then under the race detector, and prints each
 objection as a line of JSON, and null after the last: a process of its own, for a fault may write

@@ -1,5 +1,6 @@
 """Prints which test finds each fault that is seeded into a Python file. Fails if none does.
 
+    cd tests/cuda
     python -m mutations.python [--quick] [WORD ...]    # faults whose name, file or area has a word
 
 Each fault is in a copy of the package that the tests of its area import in place of the installed
