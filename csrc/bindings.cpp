@@ -69,11 +69,11 @@ void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params&
     case Status::kNonPositiveReferenceMass:
       throw py::value_error(function + ": reference_mass must be > 0 everywhere, got a mass <= 0");
     case Status::kNonPositiveBandwidth:
-      throw py::value_error(function +
-                            ": bandwidth must be > 0 for every head, got a value <= 0 or NaN");
+      throw py::value_error(
+          function + ": bandwidth must be > 0 for every head, got a value <= 0, infinite or NaN");
     case Status::kNonPositiveEpsilon:
-      throw py::value_error(function +
-                            ": epsilon must be > 0 for every head, got a value <= 0 or NaN");
+      throw py::value_error(
+          function + ": epsilon must be > 0 for every head, got a value <= 0, infinite or NaN");
     case Status::kPeerFailed:
       throw std::runtime_error(function +
                                ": another rank of the group failed; its own error says why");

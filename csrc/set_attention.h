@@ -21,8 +21,8 @@ enum class Status : int32_t {
   kOutOfMemory,
   kNegativeTokenMass,         // token_mass must be >= 0
   kNonPositiveReferenceMass,  // reference_mass must be > 0
-  kNonPositiveBandwidth,      // bandwidth must be > 0
-  kNonPositiveEpsilon,        // epsilon must be > 0
+  kNonPositiveBandwidth,      // bandwidth must be > 0 and finite
+  kNonPositiveEpsilon,        // epsilon must be > 0 and finite
   kPeerFailed,                // another rank of the group has an error of its own
   kMergeFailed,               // RankGroup::merge gave up
 };

@@ -1,9 +1,9 @@
 """Checks of the public functions' arguments, by the table of the problem.
 
-Each raises one error that names the function, the argument, what was expected and what came. In
-eager calls of plain tensors the compiled module has checked all of it already (`seen_by_kernels`),
-and `check` only finds the words for what it refused. Values of tensors are checked where they can
-be read without waiting for a device (eager CPU tensors).
+Each raises one error that names the function, the argument, what was expected and what came. Of
+eager calls of ``set_attention`` and ``set_pooling`` the compiled module checks all of it
+(`seen_by_kernels`), and `check` only finds the words for what it refused. Values of tensors are
+checked where they can be read without waiting for a device (eager CPU tensors).
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .problem import KERNELS, OPTIONAL, STORAGE_TYPES, TENSORS
+from .problem import KERNELS, OPTIONAL, STORAGE_TYPES, TENSORS, accumulate_dtype
 
 BUILD = _C.build_info()
 DEVICES = ("cpu", "meta", "cuda") if BUILD["cuda_runtime"] else ("cpu", "meta")
@@ -31,33 +31,40 @@ ORDER = (*FIRST, *(name for name in TENSORS if name not in FIRST))
 
 
 def seen_by_kernels(given: Given) -> bool:
-    """Whether the compiled module sees all that there is to check: eager calls of plain tensors.
+    """Whether the compiled module sees all that there is to check of ``set_attention`` and
+    ``set_pooling``: eager calls of plain tensors of one device.
 
     Not so where torch traces or transforms, behind autocast and subclasses of tensors, nor what
     does not get there: whether positions want a gradient and have a bandwidth, masses of masked
     tokens, and what options were before they became numbers of C++.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in given.values()):
-        return False
     key = given["key"]
+    if (
+        not isinstance(key, Tensor)
+        or key.device.type not in ("cpu", "cuda")
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or autocast_enabled(key.device.type)
+    ):
+        return False
+    for x in given.values():
+        if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.device != key.device):
+            return False
     without = ["position_bandwidth", *POSITIONS]
     if given.get("query") is None:
         without += QUERY
     if given.get("mask") is not None:
         without.append("token_mass")
     return (
-        isinstance(key, Tensor)
-        and key.device.type in ("cpu", "cuda")
-        and key.numel() > 0
-        and not autocast_enabled(key.device.type)
+        key.numel() > 0
         and all(given.get(name) is None for name in without)
         and type(given["kernel"]) is str
         and type(given["iterations"]) is int
         and type(given["normalize"]) is bool
         and all(
-            x.is_floating_point() if isinstance(x, Tensor) else type(x) in (int, float) and x > 0
+            x.is_floating_point()
+            if isinstance(x, Tensor)
+            else type(x) in (int, float) and 0 < x < math.inf
             for x in (given["bandwidth"], given["epsilon"])
         )
     )
@@ -87,7 +94,9 @@ class _Check:
         if not isinstance(self.key, Tensor):
             raise self.type_error("key", "a tensor", type(self.key).__name__)
         self.distributed = is_dtensor(self.key)
-        self.autocast = autocast_enabled(self.key.device.type)
+        # Which leaves float64 alone.
+        self.autocast = autocast_enabled(self.key.device.type) and self.key.dtype != torch.float64
+        self.accumulate = accumulate_dtype(self.key.dtype)
         if self.key.dtype not in STORAGE_TYPES:
             raise self.type_error(
                 "key", "float32, float64, bfloat16 or float16", _name(self.key.dtype)
@@ -98,7 +107,10 @@ class _Check:
         if self.given.get("query") is None:
             for name in QUERY:
                 if (x := self.given.get(name)) is not None:
-                    expected = "None in self attention (mask and token_positions serve both sides)"
+                    both = (
+                        "token_positions serve" if self.packed else "mask and token_positions serve"
+                    )
+                    expected = f"None in self attention ({both} both sides)"
                     raise self.value_error(name, expected, type(x).__name__)
         self.positions()
         for name in ORDER:
@@ -131,7 +143,7 @@ class _Check:
         self.device(name, x)
         self.shape(name, x, *self.shapes(name))
         if name.endswith("mass") and readable(x) and x.numel() > 0:
-            least, zero = x.min().item(), name == "token_mass"
+            least, zero = x.to(self.accumulate).min().item(), name == "token_mass"
             if least < 0 or (least == 0 and not zero):
                 raise self.value_error(name, f"{'>=' if zero else '>'} 0 everywhere", least)
         if name in POSITIONS and x.requires_grad:
@@ -219,14 +231,19 @@ class _Check:
             if not is_number(x):
                 raise self.type_error(name, "a number or a tensor", type(x).__name__)
             self.in_range(name, x)
+            limits = torch.finfo(self.accumulate)
+            if not limits.smallest_normal <= float(x) <= limits.max:
+                raise self.value_error(name, f"> 0 and finite as {_name(self.accumulate)}", x)
             return
         if not x.is_floating_point():
             raise self.type_error(name, "a floating-point tensor", _name(x.dtype))
         self.device(name, x)
         if x.dim() > 0 and x.shape != (1,):
             self.shape(name, x, ("H",))
-        if readable(x) and x.numel() > 0 and (bad := ~((x > 0) & x.isfinite())).any():
-            raise self.value_error(name, "> 0 and finite", x[bad][0].item())
+        if readable(x):
+            numbers = x.to(self.accumulate)
+            if (bad := ~((numbers > 0) & numbers.isfinite())).any():
+                raise self.value_error(name, "> 0 and finite", x[bad][0].item())
 
     def in_range(self, name: str, x: float) -> None:
         if not 0 < x < math.inf:

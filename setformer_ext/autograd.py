@@ -87,7 +87,9 @@ class SetAttentionFunction(torch.autograd.Function):
 
 def save(ctx: Any, problem: Problem, solution: Solution) -> None:
     """Keep for backward what it needs of a problem and its solution."""
-    ctx.mark_non_differentiable(*solution[2:])  # all but output and pooled
+    others = solution._asdict()
+    del others["output"], others["pooled"]
+    ctx.mark_non_differentiable(*others.values())
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*solution, *(getattr(problem, name) for name in TENSORS))
     ctx.problem = problem.with_tensors(dict.fromkeys(TENSORS))

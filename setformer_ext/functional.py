@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from contextlib import nullcontext
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import reference as definition
 from . import transforms  # noqa: F401  (registers vmap, autocast and FLOP counts)
-from .arguments import check, is_dtensor, readable, seen_by_kernels, storage_type
+from .arguments import (
+    autocast_enabled,
+    check,
+    is_dtensor,
+    readable,
+    seen_by_kernels,
+    storage_type,
+)
 from .autograd import differentiable_call
 from .foreign import answers_foreign_names
-from .problem import Problem, Solution, accumulate_dtype
+from .problem import TENSORS, Problem, Solution, accumulate_dtype
 from .reference import zero_invalid
 from .unit import unit
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["set_attention", "set_attention_varlen", "set_pooling", "transport_plan"]
 
@@ -256,7 +262,8 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
 
     For T >= 1 that is ``exp(S_ij / epsilon + f_i + g_j)``. Its columns sum to the reference
     marginal b, its rows to the token marginal a as T grows. For looking at, and for losses on the
-    plan: it stores N x M numbers, by the definition in plain torch, in float32 at least.
+    plan: it stores N x M numbers, by the definition in plain torch, in float32 at least (as exact
+    as ``torch.get_float32_matmul_precision()``, by default "highest").
 
     It has forward-mode derivatives, too.
 
@@ -276,10 +283,16 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
     problem = make_problem(given | {"value": key, "normalize": False})
     problem = problem.in_storage_type(storage).in_storage_type(accumulate_dtype(storage))
     # Contiguous, so that torch's products round alike whatever the strides.
-    contiguous = {name: x.contiguous() for name, x in problem.tensors().items()}
-    arguments = problem.with_tensors(contiguous).arguments(of_queries=False)
+    tensors = {name: x.contiguous() for name, x in problem.tensors().items()}
+    for name in ("bandwidth", "epsilon", "token_mass", "reference_mass"):
+        if (x := tensors.get(name)) is not None:  # bad ones that could not be read become NaN
+            good = x >= 0 if name == "token_mass" else x > 0
+            tensors[name] = torch.where(good, x, torch.nan)
+    arguments = problem.with_tensors(tensors).arguments(of_queries=False)
     del arguments["value"]
-    with torch.autocast(key.device.type, enabled=False):
+    device = key.device.type
+    autocast = autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         plan = definition.transport_plan(**arguments | {"normalize": given["normalize"]})
     return plan.to(storage)
 
@@ -307,64 +320,55 @@ def with_defaults(
 
 def _solve(function: str, given: Mapping[str, Any], distribute: bool = True) -> Solution:
     """The operation on the arguments of a public function."""
-    if not seen_by_kernels(given):
+    checked = not seen_by_kernels(given)
+    if checked:
         check(function, given)
-        problem = make_problem(given, distribute)
-        if is_dtensor(problem.key):
-            from .distributed.sharding import placed  # registers how operations are cut, too
-
-            problem = placed(problem)
-        return Solution(*differentiable_call("set_attention", *problem))
     try:
         problem = make_problem(given, distribute)
         return Solution(*differentiable_call("set_attention", *problem))
-    except Exception:
-        check(function, given)  # names what was refused as the caller knows it
-        raise
+    except Exception as error:
+        if not checked:
+            try:
+                check(function, given)  # names what was refused as the caller knows it
+            except (TypeError, ValueError) as named:
+                raise named from None
+        raise error
 
 
 def make_problem(given: Mapping[str, Any], distribute: bool = True) -> Problem:
     """The arguments of a public function in the form of the operation."""
     query, key, reference = given.get("query"), given["key"], given["reference"]
-    mask, query_mask = given.get("mask"), given.get("query_mask")
     if given["normalize"]:
-        key, reference = unit(zero_invalid(key, mask)), unit(reference)
-        query = None if query is None else unit(zero_invalid(query, query_mask))
-    heads, accumulate = key.shape[1], accumulate_dtype(key.dtype)
-
-    def numbers(name: str) -> Tensor | None:
-        x: Tensor | None = given.get(name)
-        return x if x is None or not x.is_floating_point() else x.to(accumulate)
+        key, reference = unit(zero_invalid(key, given.get("mask"))), unit(reference)
+        if query is not None:
+            query = unit(zero_invalid(query, given.get("query_mask")))
+    accumulate = accumulate_dtype(key.dtype)
 
     def for_heads(x: float | Tensor) -> Tensor:  # [H]
         if isinstance(x, Tensor):
-            return x.to(accumulate).expand(heads)
-        return key.new_full((heads,), float(x), dtype=accumulate)  # a DTensor where the key is one
+            return x.to(accumulate).expand(key.shape[1])
+        # A DTensor where the key is one.
+        return key.new_full(key.shape[1:2], float(x), dtype=accumulate)
 
+    tensors: dict[str, Any] = {name: given.get(name) for name in TENSORS}
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and TENSORS[name].type == "accumulate" and x.is_floating_point():
+            tensors[name] = x.to(accumulate)
+    tensors |= {"query": query, "key": key, "reference": reference}
+    tensors |= {name: for_heads(given[name]) for name in ("bandwidth", "epsilon")}
     steps = given["iterations"]
-    if not isinstance(steps, torch.SymInt):
-        steps = int(steps)
-    return Problem(
-        key=key,
-        value=given["value"],
-        reference=reference,
-        bandwidth=for_heads(given["bandwidth"]),
-        epsilon=for_heads(given["epsilon"]),
-        query=query,
-        mask=mask,
-        query_mask=query_mask,
-        token_mass=numbers("token_mass"),
-        reference_mass=numbers("reference_mass"),
-        token_positions=numbers("token_positions"),
-        query_positions=numbers("query_positions"),
-        reference_positions=numbers("reference_positions"),
-        offsets=None,
-        query_offsets=None,
+    problem = Problem(
+        **tensors,
         kernel=given["kernel"],
         position_bandwidth=float(given["position_bandwidth"] or 1.0),
-        iterations=steps,
+        iterations=steps if isinstance(steps, torch.SymInt) else int(steps),  # type: ignore[arg-type]
         distribute=distribute,
     )
+    if is_dtensor(key):
+        from .distributed.sharding import placed  # registers how operations are cut, too
+
+        problem = placed(problem)
+    return problem
 
 
 def _error(kind: type[Exception], name: str, expected: str, got: object) -> Exception:

@@ -105,12 +105,17 @@ def set_pooling(key: Array, value: Array, reference: Array, **options: Unpack[Op
 
 @answers_foreign_names
 def transport_plan(key: Array, reference: Array, **options: Unpack[Options]) -> Array:
-    """The plan of :func:`set_attention`, [B, H, N, M] of the key's type."""
+    """The plan of :func:`set_attention`, [B, H, N, M] of the key's type.
+
+    It is what the kernels pool of the N x N identity, in O(N^2 M).
+    """
     arrays = _arrays(key, reference, **options)
     key = arrays["key"]
     tokens = (*key.shape, 0, 0, 0)[2]
     identity = np.eye(tokens, max(tokens, 1), dtype=key.dtype)
-    value = np.broadcast_to(identity, (*key.shape[:2], *identity.shape))
+    # One for all heads. (Older NumPys hand out no array that numpy.broadcast_to made.)
+    strides = (0,) * len(key.shape[:2]) + identity.strides
+    value = np.lib.stride_tricks.as_strided(identity, (*key.shape[:2], *identity.shape), strides)
     pooled = _solve(arrays | {"value": value})["pooled"][..., :tokens]  # C, [B, H, M, N]
     mass = arrays.get("reference_mass", np.ones(pooled.shape[2], pooled.dtype))
     plan = pooled * (mass / mass.sum(-1, keepdims=True))[..., None]

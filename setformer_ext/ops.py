@@ -136,11 +136,8 @@ def run(function: str, arrays: dict[str, Any], merge: Merge | None = None) -> No
 
 def _arrays(problem: Problem, solution: Solution) -> dict[str, Any]:
     """What there is of a problem and its results, by the names that the compiled module knows."""
-    arrays: dict[str, Any] = {**problem.tensors(), **solution._asdict()}
-    if not problem.distribute:
-        del arrays["output"]
-    if problem.query is None:
-        del arrays["query_rows"], arrays["query_columns"]
+    arrays: dict[str, Any] = problem.tensors()
+    arrays |= {name: getattr(solution, name) for name in problem.results}
     return arrays | {name: getattr(problem, name) for name in OPTIONS if name != "distribute"}
 
 

@@ -77,6 +77,13 @@ class Problem(NamedTuple):
     def queries(self) -> Tensor:  # [B, H, Nq, D], or [B, H, N, D] in self attention
         return self.key if self.query is None else self.query
 
+    @property
+    def results(self) -> list[str]:
+        """The fields of the solution that are not empty."""
+        absent = set() if self.distribute else {"output"}
+        absent |= {"query_rows", "query_columns"} if self.query is None else set()
+        return [name for name in Solution._fields if name not in absent]
+
     def tensors(self) -> dict[str, Tensor]:
         """Those that are given."""
         return {name: x for name in TENSORS if (x := getattr(self, name)) is not None}

@@ -152,10 +152,14 @@ class ForwardHead {
   }
 
  private:
-  // Of the keys S = max(T, 1) steps; in the log domain the sums of the collection and what it
-  // pools, which otherwise the last step does; in cross attention S steps of the queries; the
-  // output.
-  enum class Phase { kPrepare, kStep, kSumCollection, kPool, kStepOfQueries, kDistribute };
+  enum class Phase {
+    kPrepare,
+    kStep,           // of the keys, S = max(T, 1) times; scaled, the last one pools, too
+    kSumCollection,  // in the log domain: the sums of C over its columns
+    kPool,           // in the log domain: A
+    kStepOfQueries,  // in cross attention, S times
+    kDistribute
+  };
   struct Place {
     Phase phase;
     int64_t step = 0;  // 1..S
@@ -203,7 +207,7 @@ class ForwardHead {
 
   void step_of_queries(int64_t step, const Team<Worker<T>>& team) {
     if (step > 1) queries_.finish_step(number_of(step - 1));
-    queries_.step(number_of(step), team, false, clearing(), pooling(0, 0));
+    queries_.step(number_of(step), team, false, clearing(), pooling(0, 0));  // which pools nothing
   }
 
   int64_t steps() const { return larger<int64_t>(p_.iterations, 1); }

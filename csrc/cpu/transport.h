@@ -104,8 +104,9 @@ class Transport {
                  const ReferenceMarginal<T>& marginal, T* rows, T* columns,
                  const Worker<T>& worker) {
     const T* bandwidth = at<const T>(p_->bandwidth, h);
-    if (bandwidth != nullptr && !(*bandwidth > 0)) return Status::kNonPositiveBandwidth;
-    if (!(*at<const T>(p_->epsilon, h) > 0)) return Status::kNonPositiveEpsilon;
+    const auto is_good = [](T x) { return x > 0 && __builtin_isfinite(x); };
+    if (bandwidth != nullptr && !is_good(*bandwidth)) return Status::kNonPositiveBandwidth;
+    if (!is_good(*at<const T>(p_->epsilon, h))) return Status::kNonPositiveEpsilon;
     similarity_.prepare(*p_, widths_, tokens_, b, h, worker.tile);
     marginal_ = marginal;
     rows_ = rows;

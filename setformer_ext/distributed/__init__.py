@@ -7,7 +7,7 @@ are collected, and as much in backward.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from typing_extensions import Unpack
 
 from .. import arguments
 from ..autograd import refuse_tangents
@@ -25,9 +26,6 @@ from . import (
     operations,  # noqa: F401  (registers torch.ops.setformer_ext.distributed_set_attention)
 )
 from .ranks import FUNCTION, Ranks
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["set_attention"]
 

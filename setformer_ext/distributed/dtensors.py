@@ -17,12 +17,12 @@ TOKENS = OF_KEYS | OF_QUERIES
 
 def call(
     function: Callable[..., Tensor],
-    tensors: dict[str, Any],
+    given: dict[str, Any],
     group: ProcessGroup | DeviceMesh | None,
     **options: Any,
 ) -> Tensor:
-    """function(local shards, group) where the group is what the key's tokens are sharded over."""
-    key: DTensor = tensors["key"]
+    """function(local shards, group), in the group that the key's tokens are sharded over."""
+    key: DTensor = given["key"]
     over_tokens = [axis for axis, placement in enumerate(key.placements) if placement == Shard(2)]
     others = [placement for placement in key.placements if placement != Shard(2)]
     if len(over_tokens) != 1 or any(x not in (Replicate(), Shard(0), Shard(1)) for x in others):
@@ -38,14 +38,14 @@ def call(
                 f"{FUNCTION}: group must be None for DTensors, whose mesh tells it, got "
                 f"{type(group).__name__}"
             )
-        local = {name: _local(name, x, key, over_tokens[0]) for name, x in tensors.items()}
+        local = {name: _local(name, x, key, over_tokens[0]) for name, x in given.items()}
     except Exception:
         if options["check"]:
             Ranks(own_group).refuse(key.to_local())
         raise
     output = function(local, own_group, **options)
-    receivers = key if tensors["query"] is None else tensors["query"]
-    shape = receivers.shape[:3] + tensors["value"].shape[3:]
+    receivers = key if given["query"] is None else given["query"]
+    shape = receivers.shape[:3] + given["value"].shape[3:]
     return DTensor.from_local(
         output,
         key.device_mesh,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..problem import TENSORS, Backward, Gradients, Problem, is_per_sample
+from ..problem import TENSORS, Backward, Gradients, Problem, Solution, is_per_sample
 
 Placements = Sequence[Placement | None]
 OPERATIONS = torch.ops.setformer_ext
@@ -96,9 +96,7 @@ def _of_problem(problem: Problem, key: Placement) -> list[Placement | None]:
 
 
 def _of_solution(problem: Problem, key: Placement) -> list[Placement]:
-    cross = problem.query is not None
-    given = (problem.distribute, True, True, True, cross, cross)
-    return _results(key, given)
+    return _results(key, [name in problem.results for name in Solution._fields])
 
 
 def _set_attention(*arguments: Any) -> list[Any]:

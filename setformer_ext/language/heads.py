@@ -40,7 +40,9 @@ class PredictionHead(nn.Module):
 
 
 class _WithHead(SetformerPreTrainedModel):
-    """The encoder and a head; what both are called with stands here once."""
+    """The encoder and a head, with the ``forward`` that all of them share."""
+
+    output: type[MaskedLMOutput | SequenceClassifierOutput | TokenClassifierOutput]
 
     def __init__(self, config: SetformerConfig) -> None:
         super().__init__(config)
@@ -64,8 +66,6 @@ class _WithHead(SetformerPreTrainedModel):
         )
         logits, loss = self.answer(encoded.last_hidden_state, attention_mask, labels)
         return self.output(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
-
-    output: Any  # of which of transformers' classes
 
     def answer(
         self,

@@ -273,13 +273,22 @@ def test_set_attention_itself_takes_dtensors(dimension: int, compiled: bool) -> 
             torch.testing.assert_close(found[name], gradient, **CLOSE)
 
 
+def positions(tokens: int, reference: Tensor) -> dict[str, Any]:
+    """Of plain tensors, which all processes have alike."""
+    return {
+        "token_positions": torch.arange(tokens).double().unsqueeze(1),
+        "reference_positions": torch.arange(reference.shape[-2]).double().unsqueeze(1),
+        "position_bandwidth": 2.0,
+    }
+
+
 def pool_and_plan() -> tuple[Tensor, Tensor]:
     mesh = init_device_mesh("cpu", (2,))
     problem = random_problem(N=5, H=2)
     key, value = (distribute_tensor(problem[name], mesh, [Shard(0)]) for name in ("key", "value"))
     reference = distribute_tensor(problem["reference"], mesh, [Replicate()])
     pooled = setformer_ext.set_pooling(key, value, reference)
-    plan = setformer_ext.transport_plan(key, reference)
+    plan = setformer_ext.transport_plan(key, reference, **positions(5, problem["reference"]))
     with pytest.raises(TypeError, match="value must be a DTensor as the key is, got Tensor"):
         setformer_ext.set_pooling(key, problem["value"], reference)
     with pytest.raises(TypeError, match="value must be a plain tensor as the key is, got DTensor"):
@@ -301,7 +310,9 @@ def pool_and_plan() -> tuple[Tensor, Tensor]:
 def test_pooling_and_plan_of_dtensors() -> None:
     problem = random_problem(N=5, H=2)
     expected = setformer_ext.set_pooling(problem["key"], problem["value"], problem["reference"])
-    plan = setformer_ext.transport_plan(problem["key"], problem["reference"])
+    plan = setformer_ext.transport_plan(
+        problem["key"], problem["reference"], **positions(5, problem["reference"])
+    )
     for found in values(run_on_ranks(2, pool_and_plan)):
         torch.testing.assert_close(found, (expected, plan), **CLOSE)
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fresh import fresh
-from setformer_ext import functional, set_attention
+from setformer_ext import functional, set_attention, transport_plan
 from setformer_ext.arguments import seen_by_kernels
 from setformer_ext.cli.selftest.problems import random_problem
 
@@ -57,6 +57,7 @@ def test_eager_calls_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         {"key": torch.ones(2, 3, 9, 4).as_subclass(Wrapped)},
         {"key": torch.ones(2, 3, 9, 4, device="meta")},
         {"key": torch.ones(0, 3, 9, 4)},
+        {"value": torch.ones(2, 3, 9, 5, device="meta")},
         {"token_positions": torch.ones(9, 2)},
         {"position_bandwidth": 1.0},
         {"query_mask": torch.ones(2, 9, dtype=torch.bool)},
@@ -66,6 +67,7 @@ def test_eager_calls_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         {"epsilon": torch.ones(3, dtype=torch.int64)},
         {"bandwidth": True},
         {"bandwidth": float("nan")},
+        {"epsilon": float("inf")},
     ],
     ids=lambda options: ", ".join(options),
 )
@@ -126,6 +128,28 @@ def test_nothing_to_attend_to_is_checked_as_well() -> None:
     empty = {"key": arguments["key"][:0], "value": arguments["value"][:0]}
     with pytest.raises(ValueError, match="reference_mass must be > 0"):
         set_attention(**arguments | empty | {"reference_mass": torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize("name", ["bandwidth", "epsilon", "token_mass", "reference_mass"])
+def test_values_of_a_plan_that_cannot_be_read_become_nan(name: str) -> None:
+    arguments = problem(
+        token_mass=True, reference_mass="learned", bandwidth="learned", epsilon="learned"
+    )
+    del arguments["value"]
+
+    def plan(x: Tensor) -> Tensor:
+        return transport_plan(**arguments | {name: x})
+
+    bad = arguments[name].clone()
+    bad.view(-1)[0] = -1
+    assert torch.func.vmap(plan)(bad.unsqueeze(0)).isnan().any()
+    assert not torch.func.vmap(plan)(arguments[name].unsqueeze(0)).isnan().any()
+
+
+def test_plans_have_shapes_without_numbers() -> None:
+    key, reference = problem()["key"].to("meta"), problem()["reference"].to("meta")
+    plan = transport_plan(key, reference)
+    assert (plan.device.type, plan.shape) == ("meta", (2, 3, 9, 3))
 
 
 @pytest.mark.slow

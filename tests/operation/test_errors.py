@@ -27,6 +27,16 @@ def problem(backend: Backend, **options: object) -> Arguments:
     )
 
 
+def few(backend: Backend) -> Arguments:
+    """Without options: what the compiled module checks alone."""
+    left_out = ("mask", "query_mask", "position_bandwidth")
+    return {
+        name: x
+        for name, x in problem(backend).items()
+        if name not in left_out and not name.endswith(("mass", "positions"))
+    }
+
+
 def ones(*shape: int, **options: object) -> torch.Tensor:
     return torch.ones(shape, **options)
 
@@ -119,6 +129,8 @@ CASES = [
     ("epsilon", -0.1, ValueError, "> 0", "-0.1"),
     ("epsilon", float("nan"), ValueError, "> 0", "nan"),
     ("epsilon", float("inf"), ValueError, "finite", "inf"),
+    ("epsilon", 1e-300, ValueError, "> 0 and finite as float32", "1e-300"),
+    ("bandwidth", 1e300, ValueError, "> 0 and finite as float32", "1e+300"),
     ("iterations", -1, ValueError, ">= 0", "-1"),
     ("iterations", 2**62, ValueError, "< 2^31", str(2**62)),
     ("kernel", "cosine", ValueError, "'gaussian' or 'linear'", "'cosine'"),
@@ -155,6 +167,10 @@ VALUES = [
     ("token_mass", -ones(2, 6, 9), ValueError, ">= 0", "-1"),
     ("reference_mass", -ones(6, 5), ValueError, "> 0", "-1"),
     ("reference_mass", 0 * ones(6, 5), ValueError, "> 0", "0"),
+    ("bandwidth", torch.tensor(float("inf")), ValueError, "finite", "inf"),
+    ("epsilon", torch.full((6,), float("inf")), ValueError, "finite", "inf"),
+    ("epsilon", torch.tensor(1e-60, dtype=F64), ValueError, "> 0", "1e-60"),
+    ("reference_mass", ones(6, 5, dtype=F64) * 1e-60, ValueError, "> 0", "0"),
 ]
 
 
@@ -194,6 +210,32 @@ def test_refused(
         bad = bad.to(backend.device)
     arguments = problem(backend) | {argument: bad}
     assert_refused(getattr(backend, function), arguments, error, argument, expected, came)
+
+
+@cases(
+    [case for case in CASES + VALUES if not case[0].endswith(("positions", "position_bandwidth"))]
+)
+def test_refused_without_other_options(
+    backend: Backend,
+    function: str,
+    argument: str,
+    bad: object,
+    error: type,
+    expected: str,
+    came: str,
+) -> None:
+    """In calls that the compiled module checks; on a GPU it reads no values."""
+    if isinstance(bad, torch.Tensor) and bad.device.type != "meta":
+        if backend.device != "cpu":
+            pytest.skip("test_values_refused is about that")
+        bad = bad.to(backend.device)
+    arguments = few(backend) | {argument: bad}
+    # Sizes that a mass or a position would have told are unknown here.
+    assert_refused(getattr(backend, function), arguments, error, argument, "", "")
+    with pytest.raises(error) as caught:
+        call(getattr(backend, function), arguments)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
 @cases(VALUES)

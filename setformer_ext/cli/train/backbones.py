@@ -36,7 +36,7 @@ def add_flip(parser: argparse._ArgumentGroup) -> None:
 
 
 def require_network(options: argparse.Namespace) -> None:
-    """Before the data are read, which may take long.
+    """Refuse a network or weights that are not there, before the data are read.
 
     Raises:
         TrainingError: for a name that timm does not know, or where there is no file of weights.
@@ -52,7 +52,8 @@ def require_network(options: argparse.Namespace) -> None:
 
 
 def require_jitter(options: argparse.Namespace) -> None:
-    """
+    """Refuse a ``--scale-jitter`` of no factor.
+
     Raises:
         TrainingError: if the bounds of ``--scale-jitter`` are the wrong way round.
     """

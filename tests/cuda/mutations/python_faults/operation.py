@@ -8,7 +8,7 @@ OPERATION = (
     Fault(
         "padding of NaN reaches the gradient of the keys",
         "functional.py",
-        "unit(zero_invalid(key, mask))",
+        'unit(zero_invalid(key, given.get("mask")))',
         "unit(key)",
     ),
     Fault(
