@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fresh import fresh
 from setformer_ext import functional, set_attention, transport_plan
 from setformer_ext.arguments import seen_by_kernels
-from setformer_ext.cli.selftest.problems import random_problem
+from setformer_ext.cli.selftest.problems import call, random_problem
 
 OPERATION = torch.ops.setformer_ext.set_attention.default
 
@@ -135,10 +135,9 @@ def test_values_of_a_plan_that_cannot_be_read_become_nan(name: str) -> None:
     arguments = problem(
         token_mass=True, reference_mass="learned", bandwidth="learned", epsilon="learned"
     )
-    del arguments["value"]
 
     def plan(x: Tensor) -> Tensor:
-        return transport_plan(**arguments | {name: x})
+        return call(transport_plan, arguments | {name: x})
 
     bad = arguments[name].clone()
     bad.view(-1)[0] = -1
