@@ -127,7 +127,7 @@ else()
       ${SETFORMER_CUDA_CODE})
   set(SETFORMER_CUDA_DECISION
       "compiled by nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER})${remarks}")
-  message(STATUS "setformer: CUDA ${SETFORMER_CUDA_DECISION} for ${CMAKE_CUDA_ARCHITECTURES}")
   message(STATUS "setformer: compiling CUDA takes minutes; SETFORMER_CUDA=off in the environment "
                  "skips it, CUDAARCHS=90-real compiles for one architecture")
+  message(STATUS "setformer: CUDA ${SETFORMER_CUDA_DECISION} for ${CMAKE_CUDA_ARCHITECTURES}")
 endif()

@@ -1,7 +1,9 @@
-"""Whether a kernel has become slower than it was, relative to the eager definition.
+"""Whether a kernel has become slower than it was.
 
-Ratios of times of one run stand in ratios.json for each instruction set and processor; times
-themselves would tell more about the machine than about the kernels.
+Where valgrind is, its instructions are counted, which repeat exactly; the counts of each compiler
+stand in instructions.json. Elsewhere it is the ratio of its time to that of the eager definition in
+the same run: ratios.json has them for each instruction set and processor. Times themselves would
+tell more about the machine than about the kernels.
 """
 
 from __future__ import annotations
@@ -9,14 +11,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cases import OURS, Case, measure
+from instructions import can_count, count
 
 from setformer_ext import _C
 from setformer_ext.cli.info import processor_field
 from setformer_ext.cli.timing import Shape, keep_memory
 
 FILE = Path(__file__).with_name("ratios.json")
+COUNTS = Path(__file__).with_name("instructions.json")
+MORE = 1.02  # times the instructions on record: then the check fails
 EAGER = "eager, log domain"
 SLOWER = 1.3  # times, relative to eager: then the check fails
 SLOWER_ELSEWHERE = 2.0  # on a processor without ratios of its own, which are others' at their least
@@ -47,8 +53,36 @@ def ratio(case: Case, rounds: int = 9) -> float:
 
 def check() -> list[str]:
     """What has become slower, in words."""
+    counts = _read(COUNTS).get(_compiler())
+    if can_count() and counts is not None:
+        return check_instructions(counts)
+    return check_ratios()
+
+
+def check_instructions(known: dict[str, int]) -> list[str]:
+    problems = []
+    for name, found in count_all().items():
+        text = f"{name}: {found:,} instructions, {known[name]:,} on record"
+        print(text, flush=True)
+        if found > MORE * known[name]:
+            problems.append(text)
+    return problems
+
+
+def count_all() -> dict[str, int]:
+    return {
+        f"{name}, {dtype}, {'forward + backward' if gradient else 'forward'}": count(
+            shape, dtype, gradient
+        )
+        for name, shape in SHAPES.items()
+        for dtype in ("float32", "float16")  # NumPy has no bfloat16
+        for gradient in (False, True)
+    }
+
+
+def check_ratios() -> list[str]:
     keep_memory()
-    recorded, machine = _recorded(), _machine()
+    recorded, machine = _read(FILE), _machine()
     alike = [ratios for key, ratios in recorded.items() if key.startswith(f"{_C.cpu_isa()},")]
     if not alike:
         print(f"{FILE.name} has no ratios for {_C.cpu_isa()}: nothing to check")
@@ -74,12 +108,12 @@ def check() -> list[str]:
 
 
 def record() -> None:
-    """Write this machine's ratios for its instruction set."""
+    """Write this machine's ratios for its instruction set, and its compiler's instructions."""
+    if can_count():
+        _write(COUNTS, {_compiler(): count_all()})
     keep_memory()
     ratios = {name: round(ratio(case), 2) for name, case in CASES.items()}
-    FILE.write_text(
-        json.dumps(_recorded() | {_machine(): ratios}, indent=2) + "\n", encoding="utf-8"
-    )
+    _write(FILE, {_machine(): ratios})
 
 
 def _machine() -> str:
@@ -88,5 +122,13 @@ def _machine() -> str:
     return f"{_C.cpu_isa()}, {' '.join(design)}"
 
 
-def _recorded() -> dict[str, dict[str, float]]:
-    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+def _compiler() -> str:
+    return _C.build_info()["compiler"]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _write(file: Path, more: dict[str, Any]) -> None:
+    file.write_text(json.dumps(_read(file) | more, indent=2) + "\n", encoding="utf-8")
