@@ -44,7 +44,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 panel.errorbar(
                     cost.milliseconds, cell.mean, cell.spread, fmt="o", color=colour, capsize=3
                 )
-        panel.set_title(TASKS[task].about, fontsize=9)
+        panel.set_title(TASKS[task].about, fontsize=9, wrap=True)
         panel.set(xlabel="milliseconds a step", ylabel="accuracy")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
