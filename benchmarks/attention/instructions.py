@@ -87,6 +87,6 @@ def _count(code: str) -> int:
             check=True,
             capture_output=True,
         )
-        totals = re.search(r"^totals: (\d+)", file.read_text(), re.MULTILINE)
+        totals = re.search(r"^totals: (\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     assert totals is not None
     return int(totals[1])
