@@ -12,27 +12,22 @@ class SupportsDLPack(Protocol):
 Array = SupportsDLPack | Any
 Merge = Callable[[list[Any], Literal["sum", "logsum"]], None]
 
-def set_attention_forward(
-    kernel: str = "gaussian",
-    position_bandwidth: float = 1.0,
-    iterations: int = 1,
-    stream: int = 0,
-    workspace: Callable[[int], Array] | None = None,
-    merge: Merge | None = None,
-    **arrays: Array,
-) -> None:
-    """Writes output, pooled, rows and columns."""
+class Operation(Protocol):
+    def __call__(
+        self,
+        kernel: str = "gaussian",
+        position_bandwidth: float = 1.0,
+        iterations: int = 1,
+        stream: int = 0,
+        workspace: Callable[[int], Array] | None = None,
+        merge: Merge | None = None,
+        **arrays: Array,
+    ) -> None: ...
 
-def set_attention_backward(
-    kernel: str = "gaussian",
-    position_bandwidth: float = 1.0,
-    iterations: int = 1,
-    stream: int = 0,
-    workspace: Callable[[int], Array] | None = None,
-    merge: Merge | None = None,
-    **arrays: Array,
-) -> None:
-    """Writes the gradients of what forward took, from that and what it wrote."""
+# Writes output, pooled, rows and columns.
+set_attention_forward: Operation
+# Writes the gradients of what forward took, from that and what it wrote.
+set_attention_backward: Operation
 
 def cpu_isa() -> Literal["baseline", "avx2", "avx512"]:
     """The instruction set in use; SETFORMER_CPU_ISA overrides the choice."""

@@ -121,10 +121,10 @@ class _Check:
         self.options()
 
     def value_error(self, name: str, expected: str, got: object) -> ValueError:
-        return ValueError(f"{self.function}: {name} must be {expected}, got {got}")
+        return ValueError(refusal(self.function, name, expected, got))
 
     def type_error(self, name: str, expected: str, got: object) -> TypeError:
-        return TypeError(f"{self.function}: {name} must be {expected}, got {got}")
+        return TypeError(refusal(self.function, name, expected, got))
 
     def tensor(self, name: str, x: object) -> None:
         about = TENSORS[name]
@@ -278,6 +278,11 @@ class _Check:
         if not isinstance(self.given["normalize"], bool):
             got = type(self.given["normalize"]).__name__
             raise self.type_error("normalize", "a bool", got)
+
+
+def refusal(function: str, name: str, expected: str, got: object) -> str:
+    """The words of every refusal."""
+    return f"{function}: {name} must be {expected}, got {got}"
 
 
 def is_dtensor(x: Tensor) -> bool:

@@ -5,7 +5,7 @@ gradient of the unrolled Sinkhorn steps. Higher derivatives go through the diffe
 definition (``reference.py``), whose N x M matrices they then store.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,11 +70,11 @@ class SetAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        save(ctx, Problem(*inputs), Solution(*output))
+        save_solved(ctx, Problem(*inputs), Solution(*output))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: None) -> Any:
-        solution, problem = saved(ctx)
+        solution, problem = saved_solved(ctx)
         if not problem.distribute:
             grad_output = None  # of the empty output
         if grad_output is None and grad_pooled is None:
@@ -85,21 +85,32 @@ class SetAttentionFunction(torch.autograd.Function):
         return gradients_of_inputs(problem, Gradients(*gradients)._asdict())
 
 
-def save(ctx: Any, problem: Problem, solution: Solution) -> None:
+def save_solved(ctx: Any, problem: Problem, solution: Solution) -> None:
     """Keep for backward what it needs of a problem and its solution."""
     others = solution._asdict()
     del others["output"], others["pooled"]
     ctx.mark_non_differentiable(*others.values())
+    _save(ctx, problem, solution)
+
+
+def saved_solved(ctx: Any) -> tuple[Solution, Problem]:
+    """What `save_solved` kept."""
+    solution, problem = _saved(ctx)
+    return Solution(*solution), problem
+
+
+def _save(ctx: Any, problem: Problem, others: Iterable[Tensor | None]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*solution, *(getattr(problem, name) for name in TENSORS))
+    ctx.save_for_backward(*others, *(getattr(problem, name) for name in TENSORS))
     ctx.problem = problem.with_tensors(dict.fromkeys(TENSORS))
 
 
-def saved(ctx: Any) -> tuple[Solution, Problem]:
-    """What `save` kept."""
-    tensors = iter(ctx.saved_tensors)
-    solution = Solution(*(next(tensors) for _ in Solution._fields))
-    return solution, ctx.problem.with_tensors(dict(zip(TENSORS, tensors, strict=True)))
+def _saved(ctx: Any) -> tuple[Sequence[Any], Problem]:
+    """The others and the problem that `_save` kept."""
+    kept = ctx.saved_tensors
+    others = len(kept) - len(TENSORS)
+    problem = ctx.problem.with_tensors(dict(zip(TENSORS, kept[others:], strict=True)))
+    return kept[:others], problem
 
 
 def gradients_of_inputs(
@@ -127,19 +138,12 @@ class _SetAttentionBackwardFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         given = Backward.read(*inputs)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            given.grad_output,
-            given.grad_pooled,
-            *(getattr(given.problem, name) for name in TENSORS),
-        )
-        ctx.problem = given.problem.with_tensors(dict.fromkeys(TENSORS))
+        _save(ctx, given.problem, (given.grad_output, given.grad_pooled))
 
     @staticmethod
     def backward(ctx: Any, *grad_gradients: Tensor | None) -> Any:
         """The derivative of sum_k <gradient_k, grad_gradient_k>."""
-        grad_output, grad_pooled, *tensors = ctx.saved_tensors
-        problem = ctx.problem.with_tensors(dict(zip(TENSORS, tensors, strict=True)))
+        (grad_output, grad_pooled), problem = _saved(ctx)
         inputs = {
             name: _for_each_sample(problem, name)
             for name in Gradients._fields

@@ -18,6 +18,7 @@ from .arguments import (
     check,
     is_dtensor,
     readable,
+    refusal,
     seen_by_kernels,
     storage_type,
 )
@@ -372,7 +373,7 @@ def make_problem(given: Mapping[str, Any], distribute: bool = True) -> Problem:
 
 
 def _error(kind: type[Exception], name: str, expected: str, got: object) -> Exception:
-    return kind(f"set_attention_varlen: {name} must be {expected}, got {got}")
+    return kind(refusal("set_attention_varlen", name, expected, got))
 
 
 def _offsets(name: str, x: object) -> Tensor:  # [S + 1]

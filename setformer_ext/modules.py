@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import autocast_enabled, is_dtensor, is_integer, is_number
+from .arguments import autocast_enabled, is_dtensor, is_integer, is_number, refusal
 from .foreign import answers_foreign_names
 from .functional import set_attention, set_attention_varlen, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
@@ -504,7 +504,7 @@ class SetAttention(nn.Module):
 
 
 def _message(name: str, expected: str, got: object) -> str:
-    return f"SetAttention: {name} must be {expected}, got {got}"
+    return refusal("SetAttention", name, expected, got)
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:

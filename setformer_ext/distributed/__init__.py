@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
 from .. import arguments
-from ..autograd import refuse_tangents
+from ..autograd import refuse_tangents, wants_gradient
 from ..foreign import answers_foreign_names
 from ..functional import Options, make_problem, with_defaults
 from . import (
@@ -133,11 +133,8 @@ def _set_attention(given: Mapping[str, Any], group: ProcessGroup, *, check: bool
         raise
     problem = problem.in_storage_type(arguments.storage_type(key))
     refuse_tangents(problem)
-    differentiated = torch.is_grad_enabled() and any(
-        x.requires_grad for x in problem.tensors().values()
-    )
     output: Tensor = torch.ops.setformer_ext.distributed_set_attention(
-        *problem, group.group_name, check, given["normalize"], differentiated
+        *problem, group.group_name, check, given["normalize"], wants_gradient(problem)
     )[0]
     return output
 

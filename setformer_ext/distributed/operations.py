@@ -71,12 +71,12 @@ def _fake_backward(*arguments: Any) -> Gradients:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    autograd.save(ctx, Problem(*inputs[:_FIELDS]), Solution(*output))
+    autograd.save_solved(ctx, Problem(*inputs[:_FIELDS]), Solution(*output))
     ctx.ranks = inputs[_FIELDS : _FIELDS + 2]
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
-    solution, problem = autograd.saved(ctx)
+    solution, problem = autograd.saved_solved(ctx)
     if grad_output is None:  # the other ranks go on all the same
         grad_output = torch.zeros_like(solution.output)
     given = Backward(grad_output, None, solution, problem)
