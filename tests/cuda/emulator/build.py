@@ -197,16 +197,33 @@ def cuda_include() -> Path:
     raise BuildError(f"{' '.join(command)} names no folder with cuda_runtime_api.h")
 
 
+@functools.cache
+def translator_digest() -> str:
+    sources = sorted(Path(__file__).resolve().parent.glob("*.py"))
+    return digest([source.read_text(encoding="utf-8") for source in sources])
+
+
+def translated_sources(ptx: Path) -> list[Path]:
+    """C++ of the kernels of a PTX file. Ten seconds for all kernels, hence kept as well: a list of
+    files' names."""
+    folder = cache() / "translated"
+    key = digest(ptx.name, ptx.read_text(encoding="utf-8"), translator_digest())
+    names = folder / f"{ptx.stem}-{key}.txt"
+    if not names.exists():
+        written = []
+        for name, text in translate_module(ptx).sources.items():
+            written.append(write(folder / f"{Path(name).stem}-{digest(text)}.cpp", text).name)
+        write(names, "\n".join(written))
+    return [folder / name for name in names.read_text(encoding="utf-8").split()]
+
+
 def translate_and_compile(ptx: Path) -> list[Path]:
     """Objects of the kernels of a PTX file."""
-    translated = translate_module(ptx)
-    folder = cache() / "translated"
-    jobs = []
-    for name, text in translated.sources.items():
-        stem = f"{Path(name).stem}-{digest(text)}"
-        jobs.append(write(folder / f"{stem}.cpp", text))
     flags = (*KERNEL_FLAGS, *processor_flags())
-    return parallel(lambda source: compile_cpp(source, flags, [RUNTIME], kernel_compiler()), jobs)
+    return parallel(
+        lambda source: compile_cpp(source, flags, [RUNTIME], kernel_compiler()),
+        translated_sources(ptx),
+    )
 
 
 def most_jobs() -> int:
