@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from setformer_ext.cli.train.sampling import SAMPLE, SeededDataset
 from setformer_ext.cli.train.segment import IntersectionOverUnion, Segment
 from setformer_ext.cli.train.task import DataError
 from setformer_ext.vision.segmentation import from_card
-from training import launch, metrics, options_of
+from training import launch, metrics, options_of, run_command
 
 COLOURS = np.array([[0, 0, 0], [220, 40, 40], [40, 200, 60], [50, 70, 230]], np.uint8)
 TINY = (
@@ -128,10 +126,8 @@ def test_it_learns_and_its_weights_give_the_figures_it_prints(
 def test_two_processes_measure_what_one_does(data: Path, tmp_path: Path) -> None:
     """Five images in two processes: none counts twice, and absent classes agree."""
     one = train(data, tmp_path / "one", "--steps=2", "--eval-every=1")
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "setformer_ext"]
     two = arguments(data, tmp_path / "two", "--steps=2", "--eval-every=1", "--batch-size=2")
-    # elsewhere: in a checkout its own folder would come before the installed package
-    subprocess.run([sys.executable, *command, *two], check=True, timeout=100, cwd=tmp_path)
+    assert launch(2, run_command, two) == [0, 0]
     for entry, other in zip(metrics(tmp_path / "two")["history"], one["history"], strict=True):
         assert entry == pytest.approx(other, rel=0.02, abs=0.005)
 

@@ -38,7 +38,7 @@ PLAIN = (
 # A clean server that has the modules, so that a process starts at once.
 processes = get_context("forkserver")
 processes.set_forkserver_preload(
-    ["setformer_ext.cli.train.loop", "setformer_ext.cli.train.classify"]
+    [f"setformer_ext.cli.train.{name}" for name in ("loop", "classify", "segment", "mlm", "glue")]
 )
 
 
