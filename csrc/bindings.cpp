@@ -126,11 +126,11 @@ void run_on_cuda(const Call& call, const ForwardParams& p, const Launch& launch)
 }
 
 void forward(const std::string& kernel, double position_bandwidth, int64_t iterations,
-             uintptr_t stream, const py::object& workspace, const py::object& merge,
+             bool normalize, uintptr_t stream, const py::object& workspace, const py::object& merge,
              const py::kwargs& arrays) {
   Call call("set_attention_forward", arrays, stream);
   ForwardParams p;
-  call.read_problem(p, kernel, position_bandwidth, iterations);
+  call.read_problem(p, kernel, position_bandwidth, iterations, normalize);
   call.read_query(p);
   call.read_value(p);
   call.read_forward_results(p, true);
@@ -145,11 +145,11 @@ void forward(const std::string& kernel, double position_bandwidth, int64_t itera
 }
 
 void backward(const std::string& kernel, double position_bandwidth, int64_t iterations,
-              uintptr_t stream, const py::object& workspace, const py::object& merge,
-              const py::kwargs& arrays) {
+              bool normalize, uintptr_t stream, const py::object& workspace,
+              const py::object& merge, const py::kwargs& arrays) {
   Call call("set_attention_backward", arrays, stream);
   BackwardParams p;
-  call.read_problem(p, kernel, position_bandwidth, iterations);
+  call.read_problem(p, kernel, position_bandwidth, iterations, normalize);
   call.read_query(p);
   call.read_value(p);
   call.read_forward_results(p, false);
@@ -190,6 +190,9 @@ Inputs:
     reference_positions  [M, P]                     accumulate, optional
     offsets              [S + 1]                    int64, on the CPU, optional
     query_offsets        [S + 1]                    int64, on the CPU, optional
+
+With normalize=True query, key and reference count as scaled to unit length, and gradients are by
+what is given here.
 
 Results of forward, contiguous but for output:
 
@@ -233,8 +236,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = kAbout;
   const auto define = [&m](const char* name, auto function, const char* about) {
     m.def(name, function, py::arg("kernel") = "gaussian", py::arg("position_bandwidth") = 1.0,
-          py::arg("iterations") = 1, py::arg("stream") = 0, py::arg("workspace") = py::none(),
-          py::arg("merge") = py::none(), about);
+          py::arg("iterations") = 1, py::arg("normalize") = false, py::arg("stream") = 0,
+          py::arg("workspace") = py::none(), py::arg("merge") = py::none(), about);
   };
   define("set_attention_forward", &forward,
          "Writes output, pooled, rows and columns; see the module's docstring for the arrays.");

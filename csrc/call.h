@@ -61,7 +61,7 @@ class Call {
 
   // Inputs and options common to all calls.
   void read_problem(ForwardParams& p, const std::string& kernel, double position_bandwidth,
-                    int64_t iterations) {
+                    int64_t iterations, bool normalize) {
     const Array key = required("key");
     choose_device(key);
     p.type = scalar_type(function_, key.type());
@@ -101,6 +101,7 @@ class Call {
     p.kernel = kernel == "gaussian" ? Kernel::kGaussian : Kernel::kLinear;
     p.position_bandwidth = position_bandwidth;
     p.iterations = iterations;
+    p.normalize = normalize;
 
     p.mask = optional("mask", kBoolType, {{{"B", p.batch}, {"N", p.tokens}}}, 2);
     require(p.mask.data == nullptr || p.offsets == nullptr, function_,

@@ -16,6 +16,10 @@ enum class Kernel : int32_t {
   kLinear,    // <k, y>
 };
 
+// Vectors up to this length have no direction but that of rounding: scaled to unit length they stay
+// as they are, as if theirs were 1.
+inline constexpr double kShortest = 1e-12;
+
 enum class Status : int32_t {
   kOk,
   kOutOfMemory,
@@ -69,6 +73,7 @@ struct ForwardParams {
   // Options.
   ScalarType type = ScalarType::kFloat32;
   Kernel kernel = Kernel::kGaussian;
+  bool normalize = false;  // queries, keys and references count as scaled to unit length
   double position_bandwidth = 1.0;
   int64_t iterations = 1;  // T
   bool cross = false;      // queries are not the keys: they get a Sinkhorn solve of their own

@@ -18,6 +18,7 @@ class Operation(Protocol):
         kernel: str = "gaussian",
         position_bandwidth: float = 1.0,
         iterations: int = 1,
+        normalize: bool = False,
         stream: int = 0,
         workspace: Callable[[int], Array] | None = None,
         merge: Merge | None = None,

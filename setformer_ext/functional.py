@@ -25,8 +25,6 @@ from .arguments import (
 from .autograd import differentiable_call
 from .foreign import answers_foreign_names
 from .problem import TENSORS, Problem, Solution, accumulate_dtype
-from .reference import zero_invalid
-from .unit import unit
 
 __all__ = ["set_attention", "set_attention_varlen", "set_pooling", "transport_plan"]
 
@@ -280,8 +278,7 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
     given |= with_defaults("transport_plan", options)
     check("transport_plan", given)
     storage = storage_type(key)
-    # A plan has no values, but a problem does; the definition scales to unit length itself.
-    problem = make_problem(given | {"value": key, "normalize": False})
+    problem = make_problem(given | {"value": key})  # a plan has no values, but a problem does
     problem = problem.in_storage_type(storage).in_storage_type(accumulate_dtype(storage))
     # Contiguous, so that torch's products round alike whatever the strides.
     tensors = {name: x.contiguous() for name, x in problem.tensors().items()}
@@ -294,7 +291,7 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
     device = key.device.type
     autocast = autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        plan = definition.transport_plan(**arguments | {"normalize": given["normalize"]})
+        plan = definition.transport_plan(**arguments)
     return plan.to(storage)
 
 
@@ -338,11 +335,7 @@ def _solve(function: str, given: Mapping[str, Any], distribute: bool = True) -> 
 
 def make_problem(given: Mapping[str, Any], distribute: bool = True) -> Problem:
     """The arguments of a public function in the form of the operation."""
-    query, key, reference = given.get("query"), given["key"], given["reference"]
-    if given["normalize"]:
-        key, reference = unit(zero_invalid(key, given.get("mask"))), unit(reference)
-        if query is not None:
-            query = unit(zero_invalid(query, given.get("query_mask")))
+    key = given["key"]
     accumulate = accumulate_dtype(key.dtype)
 
     def for_heads(x: float | Tensor) -> Tensor:  # [H]
@@ -355,7 +348,6 @@ def make_problem(given: Mapping[str, Any], distribute: bool = True) -> Problem:
     for name, x in tensors.items():
         if isinstance(x, Tensor) and TENSORS[name].type == "accumulate" and x.is_floating_point():
             tensors[name] = x.to(accumulate)
-    tensors |= {"query": query, "key": key, "reference": reference}
     tensors |= {name: for_heads(given[name]) for name in ("bandwidth", "epsilon")}
     steps = given["iterations"]
     problem = Problem(
@@ -363,6 +355,7 @@ def make_problem(given: Mapping[str, Any], distribute: bool = True) -> Problem:
         kernel=given["kernel"],
         position_bandwidth=float(given["position_bandwidth"] or 1.0),
         iterations=steps if isinstance(steps, torch.SymInt) else int(steps),  # type: ignore[arg-type]
+        normalize=given["normalize"],
         distribute=distribute,
     )
     if is_dtensor(key):

@@ -15,7 +15,7 @@ from .foreign import answers_foreign_names
 from .functional import set_attention, set_attention_varlen, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
-from .unit import unit
+from .reference import unit
 
 LEAST_SHARE = 1e-30  # which float32 holds in full, and by far too little to be noticed
 

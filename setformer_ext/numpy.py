@@ -80,8 +80,6 @@ def set_attention(
                 raise ValueError(f"set_attention: {name} must be None in self attention")
     else:
         arrays["query"] = _native("query", query)
-        if options.get("normalize", True):
-            arrays["query"] = _unit(arrays["query"])
         if query_mask is not None:
             arrays["query_mask"] = _native("query_mask", query_mask)
         if query_positions is not None:
@@ -142,8 +140,6 @@ def _arrays(
     }
     if not isinstance(normalize, bool):
         raise TypeError(f"set_attention: normalize must be a bool, got {normalize!r}")
-    if normalize:
-        arrays = {name: _unit(x) for name, x in arrays.items()}
     for name, x in (("bandwidth", bandwidth), ("epsilon", epsilon), *others.items()):
         if x is not None:
             numbers = _accumulate(name, x, arrays["key"])
@@ -155,7 +151,7 @@ def _arrays(
     elif arrays.keys() & {"token_positions", "reference_positions"}:
         raise ValueError("set_attention: position_bandwidth must be given together with positions")
     steps = _number(operator.index, "iterations", iterations)
-    return arrays | {"kernel": str(kernel), "iterations": steps}
+    return arrays | {"kernel": str(kernel), "iterations": steps, "normalize": normalize}
 
 
 def _number(convert: Callable[[Any], Any], name: str, x: object) -> Any:
@@ -198,13 +194,3 @@ def _accumulate(name: str, x: ArrayLike, key: Array) -> Array:
     if array.dtype.kind not in "fiu":
         return array  # which the compiled module refuses
     return array.astype(np.float64 if key.dtype == np.float64 else np.float32)
-
-
-def _unit(array: Array) -> Array:  # [..., D]
-    """x / |x|, a zero vector staying zero, as ``setformer_ext.reference.unit``."""
-    if array.dtype.kind != "f" or array.ndim < 1:
-        return array  # which the compiled module refuses
-    wide = array.astype(np.promote_types(array.dtype, np.float32), copy=False)
-    length = np.linalg.norm(wide, axis=-1, keepdims=True)
-    scaled: Array = wide / np.where(length > 1e-12, length, 1)
-    return scaled.astype(array.dtype, copy=False)

@@ -66,6 +66,7 @@ class Problem(NamedTuple):
     kernel: str
     position_bandwidth: float
     iterations: int
+    normalize: bool
     distribute: bool
 
     @property
@@ -93,12 +94,11 @@ class Problem(NamedTuple):
         return self._replace(**tensors)
 
     def arguments(self, of_queries: bool = True) -> dict[str, Any]:
-        """What the functions of ``reference`` take; scaling to unit length comes before."""
+        """What the functions of ``reference`` take."""
         left_out = {"offsets", "query_offsets", "distribute"}
         if not of_queries:
             left_out |= {"query", "query_mask", "query_positions"}
-        given = {name: x for name, x in self._asdict().items() if name not in left_out}
-        return given | {"normalize": False}
+        return {name: x for name, x in self._asdict().items() if name not in left_out}
 
     def in_storage_type(self, dtype: torch.dtype) -> "Problem":
         """The problem with all its numbers in this storage type and what goes with it."""

@@ -52,6 +52,10 @@ def small_problems(threads: int) -> str:
         for count in (1, threads):
             torch.set_num_threads(count)
             times.append(_microseconds(lambda: set_attention(None, *many, **OPTIONS), calls=5))
+        scaled = [
+            _microseconds(lambda: set_attention(None, *x, iterations=ITERATIONS), calls=calls)
+            for x, calls in ((tensors, 1000), (many, 5))
+        ]
     rows = [
         ("one window of 7 x 7, forward", f"{call:.1f} us"),
         (
@@ -61,6 +65,8 @@ def small_problems(threads: int) -> str:
         ("of that call outside of the compiled module", f"{outside:.1f} us"),
         ("the call with the compiled module replaced by nothing", f"{python:.1f} us"),
         (f"{MANY.batch} windows, {threads} threads over 1", f"{times[0] / times[1]:.2f} times"),
+        ("scaling to unit length (normalize=True), one window", f"{scaled[0] / call:.2f} times"),
+        (f"the same, {MANY.batch} windows", f"{scaled[1] / times[1]:.2f} times"),
     ]
     return "\n".join(["| what | |", "| --- | --: |", *(f"| {a} | {b} |" for a, b in rows)])
 

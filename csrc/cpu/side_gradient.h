@@ -237,6 +237,7 @@ class SideGradient {
                                   worker.grad_keys,
                                   {matrix_sums_.of(span), sums_.of(span), scalar_sums_.of(span)},
                                   next(p_.grad_output, begin));
+          similarity.finish_gradient(count, worker.tile, worker.grad_keys);
           store_tokens<Storage>(worker.grad_keys, widths_.depth, grad_tokens_, b_, head_, begin,
                                 count, p_.depth);
         });

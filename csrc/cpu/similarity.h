@@ -1,8 +1,9 @@
 // Scores of tokens against the references of one head, a tile of tokens at a time, and their
 // gradient.
 //
-// Gaussian keys and references are first centred on the mean reference: the expansion
-// |k|^2 + |y|^2 - 2 k.y would otherwise cancel where the data lies far from the origin.
+// Keys and references are scaled to unit length where the problem asks for it. Gaussian ones are
+// then centred on the mean reference: the expansion |k|^2 + |y|^2 - 2 k.y would otherwise cancel
+// where the data lies far from the origin.
 #pragma once
 
 #include "../set_attention.h"
@@ -87,18 +88,52 @@ void store_tokens(const T* rows, int64_t width, const Tensor& tensor, int64_t b,
 // What one thread needs for the tile it is at.
 template <class T>
 struct TileBuffers {
-  T* keys;     // [tile, depth] centred
+  T* keys;     // [tile, depth] scaled, centred
+  T* lengths;  // [tile] what keys were divided by, where they are scaled
   T* norms;    // [tile]
   T* scores;   // [tile, references]
   T* factors;  // [tile, references]
 
   void place(Arena& arena, const Widths<T>& widths) {
     keys = arena.take<T>(kMostTileTokens * widths.depth);
+    lengths = arena.take<T>(kMostTileTokens);
     norms = arena.take<T>(kMostTileTokens);
     scores = arena.take<T>(kMostTileTokens * widths.references);
     factors = arena.take<T>(kMostTileTokens * widths.references);
   }
 };
+
+// Divides rows by their lengths.
+template <class T>
+void to_unit_length(T* rows, int64_t count, int64_t width, T* lengths) {
+  T factors[kMostTileTokens];
+  for (int64_t first = 0; first < count; first += kMostTileTokens) {
+    const int64_t some = smaller(kMostTileTokens, count - first);
+    row_sums(rows + first * width, some, width, rows + first * width, factors,
+             [](Vector<T> x, Vector<T>) SETFORMER_LAMBDA { return x * x; });
+    for (int64_t i = 0; i < some; ++i) {
+      const T length = T(__builtin_sqrt(factors[i]));
+      lengths[first + i] = length <= T(kShortest) ? T(1) : length;
+      factors[i] = 1 / lengths[first + i];
+    }
+    scale_rows(rows + first * width, some, width, factors);
+  }
+}
+
+// From the gradient by a row of unit length, u = centred + center, to that by the row itself:
+// (du - u <u, du>) / length.
+template <class T>
+void through_unit_length(const T* centred, const T* center, T length, int64_t width, T* gradient) {
+  Vector<T> products{};
+  for (int64_t d = 0; d < width; d += kLanes<T>) {
+    products += (load(centred + d) + load(center + d)) * load(gradient + d);
+  }
+  const Vector<T> along = splat(sum_of<T>(products)), factor = splat(1 / length);
+  for (int64_t d = 0; d < width; d += kLanes<T>) {
+    const Vector<T> u = load(centred + d) + load(center + d);
+    store<T>(gradient + d, (load(gradient + d) - along * u) * factor);
+  }
+}
 
 template <class Storage>
 class Similarity {
@@ -107,6 +142,7 @@ class Similarity {
  public:
   void place(Arena& arena, const ForwardParams& p, const Widths<T>& widths) {
     references_ = arena.take<T>(p.references * widths.depth);
+    reference_lengths_ = arena.take<T>(p.references);
     center_ = arena.take<T>(widths.depth);
     square_weights_ = arena.take<T>(widths.depth);
     right_ = arena.take<T>(p.depth * widths.references);
@@ -145,10 +181,11 @@ class Similarity {
   bool log_domain() const { return log_domain_; }
   const Validity& valid() const { return valid_; }
 
-  // buffers.keys = the tile's keys, centred.
+  // buffers.keys = the tile's keys, scaled and centred.
   void load_keys(int64_t begin, int64_t count, const TileBuffers<T>& buffers) const {
     load_tokens<Storage>(tokens_->rows, b_, h_, begin, count, p_->depth, valid_, buffers.keys,
                          widths_.depth);
+    if (p_->normalize) to_unit_length(buffers.keys, count, widths_.depth, buffers.lengths);
     if (!gaussian_) return;
     for (int64_t i = 0; i < count; ++i) {
       T* key = buffers.keys + i * widths_.depth;
@@ -223,6 +260,16 @@ class Similarity {
     gradient.scalars[1] += sum_of<T>(products);
   }
 
+  // From dk of scaled keys to that of the keys as they were given.
+  void finish_gradient(int64_t count, const TileBuffers<T>& buffers, T* grad_keys) const {
+    if (!p_->normalize) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = i * widths_.depth;
+      through_unit_length(buffers.keys + at, center_, buffers.lengths[i], widths_.depth,
+                          grad_keys + at);
+    }
+  }
+
   // Where the gradient of one head goes.
   struct Results {
     T* reference;  // [M, D]
@@ -239,15 +286,16 @@ class Similarity {
     const auto put = [accumulate](T value, T* to) { *to = accumulate ? *to + value : value; };
     T products = gradient.scalars[1];
     for (int64_t j = 0; j < p_->references; ++j) {
-      for (int64_t d = 0; d < p_->depth; ++d) {
-        const int64_t at = j * widths_.depth + d;
-        T sum = gradient.references[at];
-        if (gaussian_) {
-          sum -= gradient.columns[j] * references_[at];
-          products += sum * references_[at];
-        }
-        put(sum, results.reference + j * p_->depth + d);
+      const T* reference = references_ + j * widths_.depth;
+      T* row = gradient.references + j * widths_.depth;
+      for (int64_t d = 0; gaussian_ && d < p_->depth; ++d) {
+        row[d] -= gradient.columns[j] * reference[d];
+        products += row[d] * reference[d];
       }
+      if (p_->normalize) {
+        through_unit_length(reference, center_, reference_lengths_[j], widths_.depth, row);
+      }
+      for (int64_t d = 0; d < p_->depth; ++d) put(row[d], results.reference + j * p_->depth + d);
     }
     if (results.bandwidth != nullptr) {
       put(gaussian_ ? -products / bandwidth_ : T(0), results.bandwidth);
@@ -263,6 +311,8 @@ class Similarity {
   void load_references() {
     const int64_t count = p_->references, depth = p_->depth, width = widths_.depth;
     load_tokens<Storage>(p_->reference, b_, h_, 0, count, depth, Validity(), references_, width);
+    if (p_->normalize) to_unit_length(references_, count, width, reference_lengths_);
+    fill(center_, width, T(0));
     fill(reference_norms_, widths_.references, T(0));
     // In base 2: -|k - y|^2 c = k.(2 c y) - c |k|^2 - c |y|^2 with c = log2(e) / (2 bandwidth^2).
     T factor = 1;
@@ -401,8 +451,9 @@ class Similarity {
   bool gaussian_ = true, has_positions_ = false, log_domain_ = false;
   T bandwidth_ = 1, epsilon_ = 1, scale_ = 1, shift_ = 0, position_scale_ = 0;
 
-  T* references_ = nullptr;           // [M, depth] y, centred
-  T* center_ = nullptr;               // [depth]
+  T* references_ = nullptr;           // [M, depth] y, scaled, centred
+  T* reference_lengths_ = nullptr;    // [M] what they were divided by, where they are scaled
+  T* center_ = nullptr;               // [depth] 0 for the linear kernel
   T* square_weights_ = nullptr;       // [depth] -c
   T* right_ = nullptr;                // [D, references] 2 c y transposed (gaussian), y (linear)
   T* reference_norms_ = nullptr;      // [references] -c |y_j|^2

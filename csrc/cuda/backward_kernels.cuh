@@ -4,6 +4,7 @@
 
 #include "gradient.cuh"
 #include "launch.cuh"
+#include "unit_length.cuh"
 
 namespace setformer::cuda {
 
@@ -262,6 +263,7 @@ BackwardWorkspace BackwardKernels<Storage>::workspace(const BackwardParams& p) {
   }
   const int64_t width = p.depth > p.value_depth ? p.depth : p.value_depth;
   parts.partial = take(heads * splits * references * (width + 1));
+  parts.scaled = unit_length_workspace<Storage>(p, parts.total);
   return parts;
 }
 
@@ -313,6 +315,10 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
   using T = Accumulate<Storage>;
   const BackwardWorkspace parts = workspace(p);
   T* workspace = static_cast<T*>(memory);
+  if (p.normalize) {
+    run(scaled<Storage>(p, parts.scaled, workspace, stream), memory, stream);
+    return finish_gradients<Storage>(p, stream);
+  }
   const int64_t heads = p.batch * p.heads, references = p.references;
   if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDifferentiates, stream)) {

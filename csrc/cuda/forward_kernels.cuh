@@ -4,6 +4,7 @@
 
 #include "forward.cuh"
 #include "launch.cuh"
+#include "unit_length.cuh"
 
 namespace setformer::cuda {
 
@@ -166,6 +167,7 @@ ForwardWorkspace ForwardKernels<Storage>::workspace(const ForwardParams& p) {
   if (keys > 1) parts.total = heads * keys * p.references * (p.value_depth + 1);
   const int64_t states = heads * (keys > queries ? keys : queries) * p.references * 2;
   if ((keys > 1 || queries > 1) && parts.total < states) parts.total = states;
+  parts.scaled = unit_length_workspace<Storage>(p, parts.total);
   return parts;
 }
 
@@ -175,6 +177,10 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
   T* partial = static_cast<T*>(workspace);
+  if (p.normalize) {
+    const UnitLengthWorkspace parts = ForwardKernels::workspace(p).scaled;
+    return run(scaled<Storage>(p, parts, partial, stream), workspace, stream);
+  }
   if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDistributes, stream)) {
       launch<attention_forward_resident_kernel<Storage>>(

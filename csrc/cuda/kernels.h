@@ -20,8 +20,12 @@ struct Stream {
 };
 
 // Where the workspace's parts are, in numbers of the accumulate type from its start.
+struct UnitLengthWorkspace {
+  int64_t key = 0, query = 0, reference = 0;  // storage [B, H, count, D], reference 1 or B
+};
 struct ForwardWorkspace {
   int64_t partial = 0, total = 0;
+  UnitLengthWorkspace scaled;  // after all others
 };
 struct BackwardWorkspace {
   int64_t delta = 0;                   // [B, H, receivers]
@@ -32,6 +36,7 @@ struct BackwardWorkspace {
   int64_t scalars[2] = {};             // [B, H, splits, 2]
   int64_t reference_products[2] = {};  // [B, H, M]
   int64_t partial = 0, total = 0;
+  UnitLengthWorkspace scaled;  // after all others
 };
 
 template <class Storage>

@@ -134,7 +134,7 @@ def _set_attention(given: Mapping[str, Any], group: ProcessGroup, *, check: bool
     problem = problem.in_storage_type(arguments.storage_type(key))
     refuse_tangents(problem)
     output: Tensor = torch.ops.setformer_ext.distributed_set_attention(
-        *problem, group.group_name, check, given["normalize"], wants_gradient(problem)
+        *problem, group.group_name, check, wants_gradient(problem)
     )[0]
     return output
 

@@ -21,8 +21,7 @@ BACKWARD = "setformer_ext::distributed_set_attention_backward"
 _FIELDS = len(Problem._fields)
 
 ops.LIBRARY.define(
-    f"{OPERATION}({ops.PROBLEM}, str group, bool check, bool normalized, bool differentiated) "
-    f"-> ({ops.SOLUTION})",
+    f"{OPERATION}({ops.PROBLEM}, str group, bool check, bool differentiated) -> ({ops.SOLUTION})"
 )
 ops.LIBRARY.define(f"{BACKWARD}({ops.BACKWARD}, str group, bool check) -> ({ops.GRADIENTS})")
 
@@ -34,7 +33,7 @@ def _ranks(group: str) -> Ranks:
 @torch.library.impl(OPERATION, ops.DISPATCH_KEYS, lib=ops.LIBRARY)
 def _set_attention(*arguments: Any) -> Solution:
     problem = Problem(*arguments[:_FIELDS])
-    group, check, normalized, differentiated = arguments[_FIELDS:]
+    group, check, differentiated = arguments[_FIELDS:]
     ranks = _ranks(group)
     if not check:
         return ops.solve(problem, ranks.merge)
@@ -43,7 +42,7 @@ def _set_attention(*arguments: Any) -> Solution:
     except RuntimeError:
         ranks.refuse(problem.key)
         raise
-    ranks.agree(problem, normalized, differentiated)
+    ranks.agree(problem, differentiated)
     return ops.solve(problem, ranks.merge, solution)
 
 
@@ -84,7 +83,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
         *given.arguments(), *ctx.ranks
     )
     of_problem = autograd.gradients_of_inputs(problem, Gradients(*gradients)._asdict())
-    return *of_problem, None, None, None, None
+    return *of_problem, None, None, None  # of group, check and differentiated
 
 
 def _setup_no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -90,7 +90,7 @@ class Ranks:
         for array, part in zip(own, everything.split(sizes), strict=True):
             array.copy_(part.view_as(array))
 
-    def agree(self, problem: Problem, normalized: bool, differentiated: bool) -> None:
+    def agree(self, problem: Problem, differentiated: bool) -> None:
         """Raises, on every rank, where the ranks' problems do not fit together."""
         batch, heads, _, depth = problem.key.shape
         numbers = (
@@ -99,7 +99,7 @@ class Ranks:
             problem.iterations,
             KERNELS.index(problem.kernel),
             struct.unpack("q", struct.pack("d", problem.position_bandwidth))[0],
-            normalized,
+            problem.normalize,
             differentiated,
             *(getattr(problem, name) is not None for name in GIVEN),
         )

@@ -6,10 +6,10 @@ from ..seeding import Seeded as Fault
 
 OPERATION = (
     Fault(
-        "padding of NaN reaches the gradient of the keys",
-        "functional.py",
-        'unit(zero_invalid(key, given.get("mask")))',
-        "unit(key)",
+        "padding of NaN reaches the definition",
+        "reference.py",
+        "    key = zero_invalid(key, mask)\n",
+        "",
     ),
     Fault(
         "float64 becomes the type of autocast",
@@ -61,10 +61,10 @@ OPERATION = (
         "torch.where(rank < (part + 1) * total // count, rank + 1, 0)",
     ),
     Fault(
-        "gradient of zero vectors explodes",
-        "unit.py",
-        "length.masked_fill_(length <= SHORTEST, 1)",
-        "length.clamp_(min=SHORTEST)",
+        "vectors of NumPy keep their lengths",
+        "numpy.py",
+        '"iterations": steps, "normalize": normalize}',
+        '"iterations": steps}',
     ),
     Fault(
         "masses of references sum to M in the definition",
