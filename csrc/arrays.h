@@ -66,12 +66,12 @@ class Array {
   Array() = default;
   // `object` may be None: an absent array. `stream` is the cudaStream_t that will use it.
   Array(const char* function, const char* name, const py::object& object, uintptr_t stream)
-      : label_(std::string(function) + ": " + name) {
+      : function_(function), name_(name) {
     if (object.is_none()) return;
     capsule_ = object;
     if (!PyCapsule_CheckExact(object.ptr())) {
       if (!py::hasattr(object, "__dlpack__")) {
-        throw py::type_error(label_ +
+        throw py::type_error(label() +
                              " must be an array with __dlpack__ (NumPy, torch, ...), got " +
                              class_name(object));
       }
@@ -113,12 +113,12 @@ class Array {
     std::vector<std::string> sizes;
     for (int i = 0; i < rank(); ++i) sizes.push_back(std::to_string(size(i)));
     for (const std::string& size : sizes) given.push_back({size.c_str()});
-    throw py::value_error(label_ + " must be " + expected + ", got " + describe(given));
+    throw py::value_error(label() + " must be " + expected + ", got " + describe(given));
   }
 
   const Array& expect_type(dlpack::DataType expected) const {
     if (type().code != expected.code || type().bits != expected.bits || type().lanes != 1) {
-      throw py::type_error(label_ + " must be " + type_name(expected) + ", got " +
+      throw py::type_error(label() + " must be " + type_name(expected) + ", got " +
                            type_name(type()));
     }
     return *this;
@@ -126,7 +126,7 @@ class Array {
 
   const Array& expect_device(dlpack::Device expected) const {
     if (device().type != expected.type || device().id != expected.id) {
-      throw py::value_error(label_ + " must be on the key's device, " + device_name(expected) +
+      throw py::value_error(label() + " must be on the key's device, " + device_name(expected) +
                             ", got " + device_name(device()) + ": move one to the other");
     }
     return *this;
@@ -141,18 +141,18 @@ class Array {
 
   const Array& expect_host_memory() const {
     if (tensor_->device.type != dlpack::kCpu) {
-      throw py::value_error(label_ + " must be in the memory of the CPU, got " +
+      throw py::value_error(label() + " must be in the memory of the CPU, got " +
                             device_name(tensor_->device));
     }
     return *this;
   }
 
   const Array& expect_writable() const {
-    if (read_only_) throw py::value_error(label_ + " must be writable, got a read-only array");
+    if (read_only_) throw py::value_error(label() + " must be writable, got a read-only array");
     if (!has_elements()) return *this;  // NumPy gives such arrays strides of 0
     for (int i = 0; tensor_->strides != nullptr && i < rank(); ++i) {
       if (size(i) > 1 && tensor_->strides[i] == 0) {
-        throw py::value_error(label_ + " must hold every element once, got an expanded array");
+        throw py::value_error(label() + " must hold every element once, got an expanded array");
       }
     }
     return *this;
@@ -164,7 +164,7 @@ class Array {
     if (!has_elements()) return *this;
     for (int i = rank() - 1; i >= 0; --i) {
       if (size(i) > 1 && tensor_->strides != nullptr && tensor_->strides[i] != stride) {
-        throw py::value_error(label_ + " must be contiguous");
+        throw py::value_error(label() + " must be contiguous");
       }
       stride *= size(i);
     }
@@ -218,7 +218,11 @@ class Array {
     }
   }
 
-  std::string label_;
+  // How errors begin.
+  std::string label() const { return std::string(function_) + ": " + name_; }
+
+  const char* function_ = "";
+  const char* name_ = "";
   py::object capsule_;
   const dlpack::Tensor* tensor_ = nullptr;
   bool read_only_ = false;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "arrays.h"
@@ -219,9 +220,10 @@ class Call {
   // Names that no read above knows would otherwise be ignored in silence.
   void finish() const {
     for (const auto& [name, array] : arrays_) {
-      const auto text = py::cast<std::string>(name);
+      const auto text = py::cast<std::string_view>(name);
       if (std::find(known_.begin(), known_.end(), text) == known_.end()) {
-        throw py::type_error(std::string(function_) + ": unexpected argument '" + text + "'");
+        throw py::type_error(std::string(function_) + ": unexpected argument '" +
+                             std::string(text) + "'");
       }
     }
   }
@@ -282,10 +284,13 @@ class Call {
                 ": install again with SETFORMER_CUDA=on in the environment and nvcc in PATH");
   }
 
-  Array array(const char* name) {
+  // None where it is not given.
+  py::object object(const char* name) {
     known_.push_back(name);
-    return array_of(name, arrays_.contains(name) ? py::object(arrays_[name]) : py::none());
+    PyObject* const found = PyDict_GetItemString(arrays_.ptr(), name);
+    return py::reinterpret_borrow<py::object>(found == nullptr ? Py_None : found);
   }
+  Array array(const char* name) { return array_of(name, object(name)); }
   Array required(const char* name) {
     Array found = array(name);
     if (!found.given()) {
@@ -344,11 +349,10 @@ class Call {
   }
   // An array [H], or on the CPU a number for all heads.
   Tensor per_head(const char* name, int64_t heads, Number& number) {
-    const py::object given = arrays_.contains(name) ? py::object(arrays_[name]) : py::none();
+    const py::object given = object(name);
     if (!PyFloat_Check(given.ptr()) || on_cuda()) {
       return optional(name, accumulate(), {{{"H", heads}}}, 1);
     }
-    known_.push_back(name);
     const double value = py::cast<double>(given);
     require(std::isfinite(value), function_, std::string(name) + " must be finite");
     number = {value, float(value)};
@@ -367,7 +371,7 @@ class Call {
   std::vector<int64_t> offsets_, query_offsets_;
   std::vector<std::unique_ptr<char[]>> scratch_;
   std::vector<Array> kept_;
-  std::vector<std::string> known_;
+  std::vector<std::string_view> known_;
 };
 
 }  // namespace setformer

@@ -267,6 +267,7 @@ py::dict options(int64_t iterations, Bytes& bytes) {
   py::dict options;
   options["iterations"] = iterations;
   if (bytes.ConsumeBool()) options["kernel"] = "linear";
+  options["normalize"] = bytes.ConsumeBool();
   if (bytes.ConsumeIntegral<uint8_t>() != 1) return options;
   options["kernel"] = py::bytes(bytes.ConsumeRandomLengthString(8));
   options["position_bandwidth"] = bytes.ConsumeFloatingPoint<double>();

@@ -154,6 +154,7 @@ options = st.fixed_dictionaries(
     optional={
         "kernel": st.sampled_from(["gaussian", "linear", "", "cosine", None, 3]),
         "iterations": st.sampled_from([0, 1, T, 3, -1, 2**31, 2**63, 1.5, None, "2"]),
+        "normalize": st.sampled_from([True, False, None, 2, "yes"]),
         "position_bandwidth": st.sampled_from([1.0, 0.0, -1.0, float("nan"), float("inf"), None]),
         "stream": st.sampled_from([0, 1, -1, None]),
         "workspace": st.sampled_from([None, 3, lambda size: None]),
