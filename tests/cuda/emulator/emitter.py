@@ -39,6 +39,12 @@ SPECIAL_REGISTERS = {
         for name, field in (("ntid", "block"), ("nctaid", "grid"))
         for axis in "xyz"
     },
+    "%cluster_ctarank": "thread.rank",
+    "%cluster_ctaid.x": "thread.rank",
+    "%cluster_nctarank": "thread.launch.kernel->ranks",
+    "%cluster_nctaid.x": "thread.launch.kernel->ranks",
+    "%clusterid.x": "(thread.ctaid.x / thread.launch.kernel->ranks)",
+    "%nclusterid.x": "(thread.launch.grid.x / thread.launch.kernel->ranks)",
     "%laneid": "thread.lane",
     "%warpid": "thread.warp",
     "%lanemask_eq": "(1u << thread.lane)",

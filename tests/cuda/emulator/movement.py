@@ -6,7 +6,9 @@ from .arithmetic import BITS, INTEGERS
 from .emitter import CPP_TYPES, FLOATS, Emitter, comma, label_name, translates
 from .ptx import SIZES
 
-SPACES = ("global", "shared", "local", "param", "const", "shared::cta", "param::entry")
+SPACES = (
+    "global", "shared", "local", "param", "const", "shared::cta", "shared::cluster", "param::entry",
+)  # fmt: skip
 SCOPES = ("cta", "gpu", "sys", "cluster")
 CACHE_HINTS = (
     "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc",
@@ -18,6 +20,7 @@ ANY_TYPE = (*SIZES,)
 
 def pointer(e: Emitter, index: int, space: str, size: int, access: str) -> str:
     """C++ for a checked host pointer to operand `index`."""
+    of_cluster = space == "shared::cluster"
     space = space.split("::")[0]
     named_space, base, offset = e.address(index)
     if named_space and space and named_space != space:
@@ -31,6 +34,8 @@ def pointer(e: Emitter, index: int, space: str, size: int, access: str) -> str:
         "local": "local_address",
         "": "generic_address",
     }.get(space, "global_address")
+    if of_cluster:
+        check = "cluster_address"
     site = f"thread, {e.site}, Access::{access}"
     return f"{check}<{size}>({site}, {base} + uint64_t({offset}))"
 
@@ -108,6 +113,8 @@ def load(e: Emitter) -> str:
 
 @translates("st")
 def store(e: Emitter) -> str:
+    if e.take("async"):
+        return asynchronous_store(e)
     space, count, type_ = memory_modifiers(e)
     e.count(2)
     cpp = CPP_TYPES[type_]
@@ -139,7 +146,7 @@ def atomic(e: Emitter) -> str:
     returns = e.instruction.name == "atom"
     e.take("relaxed", "acquire", "release", "acq_rel")
     e.skip(*SCOPES)
-    space = e.take("global", "shared", "shared::cta")
+    space = e.take("global", "shared", "shared::cta", "shared::cluster")
     operation = e.need(*ATOMICS)
     e.take("noftz")
     type_ = e.type("b32", "b64", "u32", "s32", "u64", "s64", "f32", "f64", "f16x2", "bf16x2")
@@ -188,6 +195,8 @@ def asynchronous_copy(e: Emitter) -> str:
 
 @translates("bar", "barrier")
 def barrier(e: Emitter) -> str:
+    if e.take("cluster"):
+        return cluster_barrier(e)
     e.take("cta")
     if e.take("warp"):
         e.need("sync")
@@ -283,9 +292,96 @@ def fence(e: Emitter) -> str:
     if e.instruction.name == "membar":
         e.need("cta", "gl", "sys")
     else:
-        e.take("sc", "acq_rel")
+        if e.take("mbarrier_init"):
+            e.need("release")
+        else:
+            e.take("sc", "acq_rel")
         e.need(*SCOPES)
     return ";"
+
+
+# Clusters: blocks that see one another's shared memory
+
+
+@translates("mapa")
+def map_address(e: Emitter) -> str:
+    """The same place in the shared memory of another block."""
+    if e.take("shared::cluster"):
+        e.type("u32")
+        e.count(3)
+        values = f"{e.value(1, 'u32')}, {e.value(2, 'u32')}"
+        return e.result(f"map_shared(thread, {e.site}, {values})", "u32")
+    e.type("u64")
+    e.count(3)
+    values = f"{e.value(1, 'u64')}, {e.value(2, 'u32')}"
+    return e.result(f"map_generic(thread, {e.site}, {values})", "u64")
+
+
+def cluster_barrier(e: Emitter) -> str:
+    if e.need("arrive", "wait") == "wait":
+        e.take("acquire")
+        code = f"wait_for_cluster(thread, {e.site});"
+    else:
+        releases = "false" if e.take("release", "relaxed") == "relaxed" else "true"
+        code = f"arrive_at_cluster(thread, {e.site}, {releases});"
+    e.take("aligned")
+    e.count(0)
+    return code
+
+
+@translates("mbarrier")
+def memory_barrier(e: Emitter) -> str:
+    """An object in shared memory that counts arrivals and bytes, and completes phase by phase."""
+    operation = e.need("init", "inval", "arrive", "expect_tx", "test_wait", "try_wait")
+    expects = operation == "arrive" and bool(e.take("expect_tx"))
+    by_parity = operation.endswith("wait") and bool(e.need("parity"))
+    e.take("release", "relaxed", "acquire")
+    e.skip(*SCOPES)
+    space = e.take("shared", "shared::cta", "shared::cluster")
+    e.type("b64")
+    place = int(operation in ("arrive", "test_wait", "try_wait"))
+    access = "write" if operation in ("init", "inval") else "atomic"
+    where = pointer(e, place, space or "shared", 8, access)
+    call = f"thread, {e.site}, {where}"
+    if operation in ("init", "expect_tx"):
+        e.count(2)
+        name = "init_mbarrier" if operation == "init" else "expect_bytes"
+        return f"{name}({call}, {e.value(1, 'u32')});"
+    if operation == "inval":
+        e.count(1)
+        return f"invalidate_mbarrier({call});"
+    if operation == "arrive":
+        if e.operands[0] != "_":
+            raise e.error("the state of an arrival is not kept: wait by parity")
+        e.count(2, 3)
+        number = e.value(2, "u32") if len(e.operands) == 3 else "1"
+        if expects:
+            return f"expect_bytes({call}, {number}); arrive_at_mbarrier({call}, 1);"
+        return f"arrive_at_mbarrier({call}, {number});"
+    assert by_parity
+    e.count(3, 4)  # the fourth: how long to try
+    return e.result(f"has_completed({call}, {e.value(2, 'u32')})")
+
+
+def asynchronous_store(e: Emitter) -> str:
+    e.take("weak")
+    e.need("shared::cluster")
+    e.need("mbarrier::complete_tx::bytes")
+    count = int((e.take("v2", "v4") or "v1")[1:])
+    type_ = e.type("b32", "b64", "u32", "u64", "s32", "s64", "f32", "f64")
+    e.count(3)
+    values = e.vector(1)
+    if len(values) != count:
+        raise e.error(f"expected {count} registers")
+    bytes_ = SIZES[type_] * count
+    cpp = CPP_TYPES[type_]
+    to = pointer(e, 0, "shared::cluster", bytes_, "issue")
+    barrier = pointer(e, 2, "shared::cluster", 8, "atomic")
+    row = comma([e.read(value, type_) for value in values])
+    return (
+        f"{{ const {cpp} row[{count}] = {{{row}}}; "
+        f"store_async(thread, {e.site}, {to}, row, {bytes_}, {barrier}); }}"
+    )
 
 
 # Matrices

@@ -86,6 +86,7 @@ class Function:
     parameters: list[Variable]
     body: list[Statement]
     most_threads: int = 0  # .maxntid; 0 where it is not given
+    ranks: int = 1  # blocks of a cluster, side by side along x
 
 
 @dataclass
@@ -247,7 +248,16 @@ class Parser:
             if threads:
                 x, y, z = (int(size or 1) for size in threads.groups())
                 function.most_threads = x * y * z
-            elif not self.take(r"\.(minnctapersm|maxnreg)\s+\d+|\.noreturn\b"):
+                continue
+            cluster = self.take(r"\.reqnctapercluster\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
+            if cluster:
+                x, y, z = (int(size or 1) for size in cluster.groups())
+                if y * z != 1:
+                    raise self.error("clusters lie along x")
+                function.ranks = x
+            elif not self.take(
+                r"\.(minnctapersm|maxnreg|maxclusterrank)\s+\d+|\.(noreturn|explicitcluster)\b"
+            ):
                 raise self.error(f"unknown directive of a function: {self.take_until(chr(10))}")
         raise self.error(f"function {name[0]} has no end")
 

@@ -62,14 +62,13 @@ def build_module(
 
 
 def translated_kernels(ptx: Path, resident: bool) -> list[Path]:
-    """Objects of one regime's kernels: a launch of another fails."""
+    """Objects with one regime's kernels: a launch of another's fails, if it is a large one."""
     translated = translate_module(ptx)
     flags = (*build.KERNEL_FLAGS, *build.processor_flags())
     objects = []
-    for kernel, (name, text) in zip(
-        [*translated.kernels, None], translated.sources.items(), strict=False
-    ):
-        if kernel is None or ("resident" in kernel) == resident:
+    for name, text in translated.sources.items():
+        kernels = [kernel for kernel in translated.kernels if f'"{kernel}"' in text]
+        if not kernels or any(("resident" in kernel) == resident for kernel in kernels):
             stem = f"{Path(name).stem}-{build.digest(text)}"
             source = build.write(build.cache() / "translated" / f"{stem}.cpp", text)
             objects.append(

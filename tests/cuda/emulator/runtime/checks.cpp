@@ -34,12 +34,16 @@ bool in_one_array(const Thread& thread, uint32_t offset, uint32_t bytes) {
   return false;
 }
 
-std::vector<uint32_t> barrier_participants[16];
-std::vector<std::vector<uint32_t>> warp_participants;
+std::vector<uint32_t> barrier_participants[kMostRanks][16];
+std::vector<std::vector<uint32_t>> warp_participants;  // [rank, warp]
+
+std::vector<uint32_t>& participants_of_warp(const Thread& thread) {
+  return warp_participants[thread.rank * 32 + thread.warp];
+}
 
 }  // namespace
 
-void check_shared(Thread& thread, const Site& site, Access access, uint32_t offset,
+void check_shared(Thread& thread, const Site& site, Access access, uint32_t rank, uint32_t offset,
                   uint32_t bytes) {
   if (offset % bytes) {
     fail(thread, site, kMisalignedAddress,
@@ -51,7 +55,8 @@ void check_shared(Thread& thread, const Site& site, Access access, uint32_t offs
          of_bytes("access beyond an array", bytes) + "shared memory byte " +
              std::to_string(offset) + " of " + std::to_string(thread.shared_bytes));
   }
-  if (options.race) race::shared_access(thread, site, access, offset, bytes);
+  if (access == Access::issue) return;
+  if (options.race) race::shared_access(thread, site, access, rank, offset, bytes);
   if (options.trace) trace::access(thread, site, access, true, offset, bytes);
 }
 
@@ -89,37 +94,52 @@ void launch_ends() {
   if (options.race) race::launch_ends();
   if (options.trace) trace::launch_ends();
 }
-void block_starts(const Thread& first) {
-  if (options.race) race::block_starts(first);
-  if (options.trace) trace::block_starts();
-  for (auto& participants : barrier_participants) participants.clear();
-  warp_participants.assign(32, {});
+void cluster_starts(const Thread& first) {
+  if (options.race) race::cluster_starts(first);
+  if (options.trace) trace::cluster_starts();
+  for (auto& of_block : barrier_participants) {
+    for (auto& participants : of_block) participants.clear();
+  }
+  warp_participants.assign(32 * first.launch.kernel->ranks, {});
 }
 void barrier_joined(const Thread& thread, uint32_t barrier) {
-  if (options.race) race::joined(thread, barrier_participants[barrier]);
+  if (options.race) race::joined(thread, barrier_participants[thread.rank][barrier]);
 }
-void barrier_passed(uint32_t barrier) {
-  if (options.race) race::passed(barrier_participants[barrier]);
-  barrier_participants[barrier].clear();
+void barrier_passed(uint32_t rank, uint32_t barrier) {
+  if (options.race) race::passed(barrier_participants[rank][barrier]);
+  barrier_participants[rank][barrier].clear();
 }
 void warp_joined(const Thread& thread) {
-  if (options.race) race::joined(thread, warp_participants[thread.warp]);
+  if (options.race) race::joined(thread, participants_of_warp(thread));
 }
 // Lanes of other masks may wait in the same warp: they stay.
 void warp_passed(const Thread& thread, uint32_t mask) {
   if (!options.race) return;
   std::vector<uint32_t> passing, waiting;
-  for (const uint32_t index : warp_participants[thread.warp]) {
-    (mask >> (index % 32) & 1 ? passing : waiting).push_back(index);
+  const uint32_t first = race::number_of(thread) - thread.lane;  // of the warp
+  for (const uint32_t number : participants_of_warp(thread)) {
+    (mask >> (number - first) & 1 ? passing : waiting).push_back(number);
   }
   race::passed(passing);
-  warp_participants[thread.warp] = waiting;
+  participants_of_warp(thread) = waiting;
 }
 void copy_issued(const Thread& thread, const Copy& copy) {
   if (options.race) race::copy_issued(thread, copy);
 }
 void copy_arrived(const Thread& thread, const Site& site, const Copy& copy) {
   if (options.race) race::copy_arrived(thread, site, copy);
+}
+void released(const Thread& thread, std::vector<uint32_t>& knowledge) {
+  if (options.race) race::released(thread, knowledge);
+}
+void acquired(const Thread& thread, const std::vector<uint32_t>& knowledge) {
+  if (options.race) race::acquired(thread, knowledge);
+}
+uint32_t number_of(const Thread& thread) { return options.race ? race::number_of(thread) : 0; }
+void store_arrived(const Thread& thread, const Site& site, uint32_t issuer,
+                   const std::vector<uint32_t>& known, const uint8_t* to, uint32_t bytes,
+                   std::vector<uint32_t>& arriving) {
+  if (options.race) race::store_arrived(thread, site, issuer, known, to, bytes, arriving);
 }
 
 }  // namespace checks

@@ -7,12 +7,22 @@ namespace emulator::checks {
 
 void launch_starts(const Launch& launch, uint8_t* shared);
 void launch_ends();
-void block_starts(const Thread& first);
+void cluster_starts(const Thread& first);
 void barrier_joined(const Thread& thread, uint32_t barrier);
-void barrier_passed(uint32_t barrier);  // by all that joined since it last passed
+void barrier_passed(uint32_t rank, uint32_t barrier);  // by all that joined since it last passed
 void warp_joined(const Thread& thread);
 void warp_passed(const Thread& thread, uint32_t mask);
 void copy_issued(const Thread& thread, const Copy& copy);
 void copy_arrived(const Thread& thread, const Site& site, const Copy& copy);
+
+// What the thread knows of, itself included, goes into `knowledge`; or comes from there.
+void released(const Thread& thread, std::vector<uint32_t>& knowledge);
+void acquired(const Thread& thread, const std::vector<uint32_t>& knowledge);
+// Of a thread among those of the cluster.
+uint32_t number_of(const Thread& thread);
+// What `issuer` has stored, of which it knew `known`, has come, for those that `arriving` reaches.
+void store_arrived(const Thread& thread, const Site& site, uint32_t issuer,
+                   const std::vector<uint32_t>& known, const uint8_t* to, uint32_t bytes,
+                   std::vector<uint32_t>& arriving);
 
 }  // namespace emulator::checks

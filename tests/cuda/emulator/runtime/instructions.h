@@ -1,6 +1,7 @@
 // All that a translated kernel includes.
 #pragma once
 
+#include "cluster.h"
 #include "machine.h"
 #include "values.h"
 #include "warp.h"

@@ -13,6 +13,7 @@
 #include <string_view>
 
 #include "checks.h"
+#include "cluster.h"
 #include "fiber.h"
 
 namespace emulator {
@@ -34,7 +35,7 @@ EMULATOR_ADDRESSES(16)
 
 namespace {
 
-enum class State { ready, at_barrier, in_warp, finished };
+enum class State { ready, at_barrier, in_warp, polling, finished };
 
 struct Fiber : Thread {
   void* stack = nullptr;
@@ -45,7 +46,7 @@ struct Fiber : Thread {
   Counted counted{};
 
   Fiber(const Launch& launch)
-      : Thread{launch, {}, {}, 0, 0, 0, nullptr, 0, nullptr, {}, {}, {}, {}} {}
+      : Thread{launch, {}, {}, 0, 0, 0, 0, nullptr, 0, nullptr, {}, {}, {}, {}} {}
 };
 
 // Lanes that wait for each other; a warp may have several, of disjoint masks.
@@ -66,21 +67,30 @@ struct Barrier {
 
 constexpr int kBarriers = 16;
 
-struct Machine {
-  std::vector<Fiber> fibers;
+struct Block {
   std::vector<Warp> warps;
-  std::vector<uint32_t> order;
   Barrier barriers[kBarriers];
+  uint32_t alive = 0;
+};
+
+// The blocks of one cluster at a time.
+struct Machine {
+  std::vector<Fiber> fibers;  // of one block after another
+  std::vector<Block> blocks;  // by rank
+  std::vector<uint32_t> order;
   Stacks stacks;
   void* scheduler = nullptr;  // the stack of run()
   Fiber* current = nullptr;
-  uint32_t alive = 0;
+  bool progressed = false;
   int error = 0;
   bool failed = false;  // the launch ends
   std::mt19937_64 random;
-  uint8_t* shared = nullptr;
+  uint8_t* shared = nullptr;  // of rank 0; the others' follow
 };
 Machine machine;
+
+Block& block_of(const Thread& thread) { return machine.blocks[thread.rank]; }
+Warp& warp_of(const Thread& thread) { return block_of(thread).warps[thread.warp]; }
 
 Fiber& fiber_of(Thread& thread) { return static_cast<Fiber&>(thread); }
 
@@ -107,22 +117,19 @@ std::string_view opcode(const Site& site) {
   return text.substr(0, text.find(' '));
 }
 
-uint32_t expected_at(const Barrier& barrier) {
-  return barrier.expected ? barrier.expected : machine.alive;
-}
-
-void release_barrier_if_complete(uint32_t number) {
-  Barrier& barrier = machine.barriers[number];
-  const uint32_t expected = expected_at(barrier);
+void release_barrier_if_complete(uint32_t rank, uint32_t number) {
+  Block& block = machine.blocks[rank];
+  Barrier& barrier = block.barriers[number];
+  const uint32_t expected = barrier.expected ? barrier.expected : block.alive;
   if (barrier.arrived == 0 || barrier.arrived < expected) return;
   const Counted counted{barrier.yes, expected};
   for (Fiber& fiber : machine.fibers) {
-    if (fiber.state == State::at_barrier && fiber.barrier == number) {
+    if (fiber.rank == rank && fiber.state == State::at_barrier && fiber.barrier == number) {
       fiber.state = State::ready;
       fiber.counted = counted;
     }
   }
-  checks::barrier_passed(number);
+  checks::barrier_passed(rank, number);
   barrier.arrived = barrier.yes = barrier.expected = 0;
   std::fill(barrier.site_of_warp.begin(), barrier.site_of_warp.end(), nullptr);
 }
@@ -131,11 +138,11 @@ void join_barrier(Thread& thread, const Site& site, bool aligned, uint32_t numbe
                   bool yes) {
   if (number >= kBarriers) fail(thread, site, kLaunchFailure, "there are barriers 0 to 15");
   if (threads % 32) fail(thread, site, kLaunchFailure, "a barrier counts whole warps");
-  Barrier& barrier = machine.barriers[number];
+  Barrier& barrier = block_of(thread).barriers[number];
   if (barrier.arrived && barrier.expected != threads) {
     fail(thread, site, kLaunchFailure, "barrier joined with different thread counts");
   }
-  barrier.site_of_warp.resize(machine.warps.size());
+  barrier.site_of_warp.resize(block_of(thread).warps.size());
   const Site*& site_of_warp = barrier.site_of_warp[thread.warp];
   if (aligned && site_of_warp && site_of_warp != &site) {
     fail(thread, site, kLaunchFailure,
@@ -150,7 +157,7 @@ void join_barrier(Thread& thread, const Site& site, bool aligned, uint32_t numbe
 }
 
 void leave_warp(Fiber& fiber) {
-  Warp& warp = machine.warps[fiber.warp];
+  Warp& warp = warp_of(fiber);
   warp.exited |= 1u << fiber.lane;
   for (Gathering& gathering : warp.gatherings) {
     if (!gathering.arrived || !(gathering.mask >> fiber.lane & 1)) continue;
@@ -166,11 +173,13 @@ void leave_warp(Fiber& fiber) {
 
 void finish(Fiber& fiber) {
   fiber.state = State::finished;
-  --machine.alive;
+  Block& block = block_of(fiber);
+  --block.alive;
   leave_warp(fiber);
   for (uint32_t i = 0; i < kBarriers; ++i) {
-    if (machine.barriers[i].expected == 0) release_barrier_if_complete(i);
+    if (block.barriers[i].expected == 0) release_barrier_if_complete(fiber.rank, i);
   }
+  cluster::thread_leaves(fiber);
   switch_to_scheduler(fiber);
   std::abort();
 }
@@ -181,23 +190,24 @@ void fiber_main() {
   finish(fiber);
 }
 
-void place_thread(Fiber& fiber, uint32_t index, Size3 block_index) {
+void place_thread(Fiber& fiber, uint32_t rank, uint32_t index, Size3 block_index) {
   const Size3 size = fiber.launch.block;
   fiber.tid = {index % size.x, index / size.x % size.y, index / (size.x * size.y)};
   fiber.ctaid = block_index;
+  fiber.rank = rank;
   fiber.index = index;
   fiber.warp = index / 32;
   fiber.lane = index % 32;
-  fiber.shared = machine.shared;
+  fiber.shared = machine.shared + size_t{rank} * kSharedWindow;
   fiber.shared_bytes =
       fiber.launch.kernel->dynamic_shared_offset + fiber.launch.dynamic_shared_bytes;
-  fiber.lanes = machine.warps[fiber.warp].lanes;
+  fiber.lanes = warp_of(fiber).lanes;
   fiber.lanes[fiber.lane] = &fiber;
   fiber.copies.clear();
   fiber.copy_groups.clear();
   fiber.state = State::ready;
   fiber.waits_at = nullptr;
-  fiber.stack = machine.stacks.prepare(index, fiber_main);
+  fiber.stack = machine.stacks.prepare(rank * size.x * size.y * size.z + index, fiber_main);
 }
 
 void report_deadlock() {
@@ -216,39 +226,55 @@ void report_deadlock() {
          "deadlock: " + std::to_string(shown) + " threads wait for others that never come:" + who);
 }
 
-void run_block(Size3 block_index) {
+void start_block(uint32_t rank, Size3 block_index) {
   Machine& m = machine;
-  const uint32_t threads = uint32_t(m.fibers.size());
-  for (Warp& warp : m.warps) {
+  Block& block = m.blocks[rank];
+  const uint32_t threads = uint32_t(m.fibers.size() / m.blocks.size());
+  for (Warp& warp : block.warps) {
     std::fill(std::begin(warp.lanes), std::end(warp.lanes), nullptr);
     warp.exited = 0;
     warp.gatherings.clear();
   }
-  if (threads % 32) m.warps.back().exited = ~0u << (threads % 32);
-  for (uint32_t i = 0; i < threads; ++i) place_thread(m.fibers[i], i, block_index);
-  for (Barrier& barrier : m.barriers) barrier = {};
-  m.alive = threads;
+  if (threads % 32) block.warps.back().exited = ~0u << (threads % 32);
+  Fiber* fibers = &m.fibers[size_t{rank} * threads];
+  for (uint32_t i = 0; i < threads; ++i) place_thread(fibers[i], rank, i, block_index);
+  for (Barrier& barrier : block.barriers) barrier = {};
+  block.alive = threads;
   // Memory that nobody has written reads as NaN.
-  std::memset(m.shared, 0xff, std::min<size_t>(m.fibers[0].shared_bytes, kSharedWindow));
-  checks::block_starts(m.fibers[0]);
-  while (m.alive) {
-    bool any = false;
-    if (options.order == Options::Order::random) {
-      std::shuffle(m.order.begin(), m.order.end(), m.random);
-    }
-    for (const uint32_t i : m.order) {
-      Fiber& fiber = m.fibers[i];
-      if (fiber.state != State::ready) continue;
-      any = true;
-      m.current = &fiber;
-      emulator_switch_stack(&m.scheduler, fiber.stack);
-      if (m.failed) return;
-    }
-    if (!any && m.alive) {
-      report_deadlock();
-      m.failed = true;
-      return;
-    }
+  std::memset(fibers->shared, 0xff, std::min<size_t>(fibers->shared_bytes, kSharedWindow));
+}
+
+// A round lets every thread run that can.
+bool run_round() {
+  Machine& m = machine;
+  bool any = false;
+  if (options.order == Options::Order::random) {
+    std::shuffle(m.order.begin(), m.order.end(), m.random);
+  }
+  for (const uint32_t i : m.order) {
+    Fiber& fiber = m.fibers[i];
+    if (fiber.state != State::ready && fiber.state != State::polling) continue;
+    m.progressed = false;
+    m.current = &fiber;
+    emulator_switch_stack(&m.scheduler, fiber.stack);
+    any |= m.progressed || fiber.state != State::polling;
+    if (m.failed) break;
+  }
+  return any;
+}
+
+// The blocks from the first one's index on.
+void run_cluster(Size3 first) {
+  Machine& m = machine;
+  for (uint32_t rank = 0; rank < m.blocks.size(); ++rank) {
+    start_block(rank, {first.x + rank, first.y, first.z});
+  }
+  cluster::starts();
+  checks::cluster_starts(m.fibers[0]);
+  while (threads_left() > 0 && !m.failed) {
+    if (run_round() || m.failed) continue;
+    report_deadlock();
+    m.failed = true;
   }
 }
 
@@ -287,30 +313,35 @@ int run(const Kernel& kernel, Size3 grid, Size3 block, uint32_t dynamic_shared_b
   m.error = 0;
   m.failed = false;
   m.random.seed(options.seed);
-  if (!m.shared) m.shared = static_cast<uint8_t*>(std::aligned_alloc(4096, kSharedWindow));
+  if (!m.shared) {
+    m.shared = static_cast<uint8_t*>(std::aligned_alloc(4096, kMostRanks * kSharedWindow));
+  }
+  const uint32_t ranks = kernel.ranks;
+  if (ranks > kMostRanks || grid.x % ranks) return kInvalidClusterSize;
   const uint32_t threads = launch.block.x * launch.block.y * launch.block.z;
-  m.stacks.reserve(threads);
+  m.stacks.reserve(ranks * threads);
   m.fibers.clear();
-  m.fibers.reserve(threads);
-  for (uint32_t i = 0; i < threads; ++i) m.fibers.emplace_back(launch);
-  m.warps.resize((threads + 31) / 32);
-  order_threads(threads);
+  m.fibers.reserve(ranks * threads);
+  for (uint32_t i = 0; i < ranks * threads; ++i) m.fibers.emplace_back(launch);
+  m.blocks.resize(ranks);
+  for (Block& each : m.blocks) each.warps.resize((threads + 31) / 32);
+  order_threads(ranks * threads);
   checks::launch_starts(launch, m.shared);
 
-  const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-  std::vector<uint64_t> block_order;
+  const uint64_t clusters = uint64_t{grid.x} * grid.y * grid.z / ranks;
+  std::vector<uint64_t> cluster_order;
   if (options.order == Options::Order::random) {
-    block_order.resize(blocks);
-    std::iota(block_order.begin(), block_order.end(), 0);
-    std::shuffle(block_order.begin(), block_order.end(), m.random);
+    cluster_order.resize(clusters);
+    std::iota(cluster_order.begin(), cluster_order.end(), 0);
+    std::shuffle(cluster_order.begin(), cluster_order.end(), m.random);
   }
-  for (uint64_t i = 0; i < blocks && !m.failed; ++i) {
-    uint64_t block = i;
-    if (options.order == Options::Order::reverse) block = blocks - 1 - i;
-    if (options.order == Options::Order::random) block = block_order[i];
-    const uint64_t row = block / launch.grid.x;
-    run_block({uint32_t(block % launch.grid.x), uint32_t(row % launch.grid.y),
-               uint32_t(row / launch.grid.y)});
+  for (uint64_t i = 0; i < clusters && !m.failed; ++i) {
+    uint64_t first = i;
+    if (options.order == Options::Order::reverse) first = clusters - 1 - i;
+    if (options.order == Options::Order::random) first = cluster_order[i];
+    first *= ranks;
+    const uint64_t row = first / grid.x;
+    run_cluster({uint32_t(first % grid.x), uint32_t(row % grid.y), uint32_t(row / grid.y)});
   }
   checks::launch_ends();
   return m.error;
@@ -329,6 +360,20 @@ void fail(Thread& thread, const Site& site, int error, const std::string& messag
   std::abort();
 }
 
+void poll(Thread& thread, const Site& site) {
+  Fiber& fiber = fiber_of(thread);
+  wait(fiber, State::polling, &site);
+  fiber.state = State::ready;
+}
+void has_progressed() { machine.progressed = true; }
+
+uint32_t threads_left(uint32_t rank) { return machine.blocks[rank].alive; }
+uint32_t threads_left() {
+  uint32_t left = 0;
+  for (const Block& block : machine.blocks) left += block.alive;
+  return left;
+}
+
 void yield(Thread& thread) { switch_to_scheduler(fiber_of(thread)); }
 
 void exit_thread(Thread& thread) {
@@ -341,7 +386,7 @@ uint64_t clock_ticks() {
 }
 
 bool arrive_in_warp(Thread& thread, const Site& site, uint32_t mask, Meeting meeting) {
-  Warp& warp = machine.warps[thread.warp];
+  Warp& warp = warp_of(thread);
   if (!(mask >> thread.lane & 1)) {
     fail(thread, site, kLaunchFailure, "the thread's own lane is not in its mask");
   }
@@ -374,7 +419,7 @@ bool arrive_in_warp(Thread& thread, const Site& site, uint32_t mask, Meeting mee
 }
 
 void release_warp(Thread& thread, uint32_t mask) {
-  Warp& warp = machine.warps[thread.warp];
+  Warp& warp = warp_of(thread);
   for (Gathering& gathering : warp.gatherings) {
     if (gathering.mask != mask) continue;
     for (uint32_t left = gathering.arrived; left; left &= left - 1) {
@@ -400,14 +445,14 @@ Counted count_in_block(Thread& thread, const Site& site, bool aligned, uint32_t 
   fiber.barrier = number;
   fiber.state = State::at_barrier;
   fiber.waits_at = &site;
-  release_barrier_if_complete(number);
+  release_barrier_if_complete(thread.rank, number);
   if (fiber.state != State::ready) switch_to_scheduler(fiber);
   return fiber.counted;
 }
 
 void arrive_at_barrier(Thread& thread, const Site& site, uint32_t number, uint32_t threads) {
   join_barrier(thread, site, true, number, threads, false);
-  release_barrier_if_complete(number);
+  release_barrier_if_complete(thread.rank, number);
 }
 
 }  // namespace emulator

@@ -41,6 +41,7 @@ struct Kernel {
   uint32_t dynamic_shared_offset;
   bool uses_dynamic_shared;
   int most_threads;  // of a block, by __launch_bounds__; 0 where it gives none
+  uint32_t ranks;    // blocks of a cluster, side by side along x
 };
 
 struct RegisterKernel {
@@ -65,6 +66,7 @@ struct Copy {
 struct Thread {
   const Launch& launch;
   Size3 tid, ctaid;
+  uint32_t rank;               // of the block in its cluster
   uint32_t index, warp, lane;  // index counts the threads of the block
   uint8_t* shared;             // of the block
   uint32_t shared_bytes;
@@ -79,12 +81,15 @@ struct Thread {
 };
 
 constexpr uint32_t kSharedWindow = 256 << 10;  // of addresses; no device has more for a block
+constexpr uint32_t kMostRanks = 16;            // of a cluster
 
-enum class Access { read, write, atomic };
+// issue: by st.async, whose data arrive later.
+enum class Access { read, write, atomic, issue };
 
 // Errors. fail() ends the launch and does not return; report() lets it go on to find more. The
 // number is the cudaError_t that the launch gives.
 constexpr int kIllegalAddress = 700, kMisalignedAddress = 716, kLaunchFailure = 719;
+constexpr int kInvalidClusterSize = 912;
 [[noreturn]] void fail(Thread& thread, const Site& site, int error, const std::string& message);
 void report(const Thread& thread, const Site& site, int error, const std::string& message);
 
@@ -108,7 +113,8 @@ extern std::string last_message;
 
 // Addresses
 
-void check_shared(Thread& thread, const Site& site, Access access, uint32_t offset, uint32_t bytes);
+void check_shared(Thread& thread, const Site& site, Access access, uint32_t rank, uint32_t offset,
+                  uint32_t bytes);
 void check_global(Thread& thread, const Site& site, Access access, uint64_t address,
                   uint32_t bytes);
 
@@ -119,7 +125,7 @@ inline bool in_shared(const Thread& thread, uint64_t address) {
 template <int bytes>
 uint8_t* shared_address(Thread& thread, const Site& site, Access access, uint32_t offset) {
   if (offset % bytes || uint64_t(offset) + bytes > thread.shared_bytes || watching) [[unlikely]] {
-    check_shared(thread, site, access, offset, bytes);
+    check_shared(thread, site, access, thread.rank, offset, bytes);
   }
   return thread.shared + offset;
 }
@@ -178,6 +184,14 @@ inline void sync_block(Thread& thread, const Site& site, bool aligned, uint32_t 
 }
 void arrive_at_barrier(Thread& thread, const Site& site, uint32_t barrier, uint32_t threads);
 void sync_warp(Thread& thread, const Site& site, uint32_t mask);
+
+// Lets the others run. A launch in which all threads do nothing but poll has come to a standstill;
+// has_progressed() tells that what a thread polled for has come.
+void poll(Thread& thread, const Site& site);
+void has_progressed();
+// Threads of the cluster, or of the block of that rank, that are still there.
+uint32_t threads_left();
+uint32_t threads_left(uint32_t rank);
 
 void yield(Thread& thread);
 [[noreturn]] void exit_thread(Thread& thread);

@@ -13,11 +13,11 @@ namespace {
 struct Cell {
   const Site* write_site = nullptr;
   const Site* read_site = nullptr;
-  uint32_t write_block = 0, read_block = 0;
+  uint32_t write_cluster = 0, read_cluster = 0;
   uint32_t write_clock = 0, read_clock = 0;
   int32_t readers = -1;  // index of the clocks of several readers
   uint16_t writer = 0, reader = 0;
-  bool written = false, read = false, read_by_several_blocks = false, by_atomic = false;
+  bool written = false, read = false, read_by_several_clusters = false, by_atomic = false;
   bool initialised = false, pending = false;  // of shared memory; pending: cp.async is under way
 };
 
@@ -33,10 +33,11 @@ struct Page {
 };
 
 struct Detector {
-  uint32_t threads = 0, block = 0;
-  std::vector<uint32_t> clocks;  // [threads, threads]: what each knows of each
-  std::vector<Word> shared;
-  std::vector<uint32_t> reader_clocks;  // [.., threads]; 0 where a thread has not read
+  uint32_t threads_of_block = 0, threads = 0, ranks = 1;  // threads: of the cluster
+  uint32_t cluster = 0;
+  std::vector<uint32_t> clocks;           // [threads, threads]: what each knows of each
+  std::vector<std::vector<Word>> shared;  // by rank
+  std::vector<uint32_t> reader_clocks;    // [.., threads]; 0 where a thread has not read
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages;
   std::set<std::pair<const Site*, const Site*>> reported;
 
@@ -57,77 +58,86 @@ void complain(const Thread& thread, const Site& site, const Site* other, const s
   if (detector.reported.insert({&site, other}).second) report(thread, site, kLaunchFailure, text);
 }
 
-bool known(uint32_t thread, uint32_t other, uint32_t clock) {
-  return thread == other || detector.clock(thread, other) >= clock;
+// Who accesses, and what that thread knew of the others when it did.
+struct Actor {
+  uint32_t number;
+  const uint32_t* knowledge;  // [threads]
+
+  bool knows(uint32_t other, uint32_t clock) const {
+    return number == other || knowledge[other] >= clock;
+  }
+  uint32_t now() const { return knowledge[number]; }
+};
+Actor actor(uint32_t number) { return {number, &detector.clock(number, 0)}; }
+
+std::string with(const char* what, uint32_t cluster, uint32_t thread, const Site& site) {
+  const uint32_t block = cluster * detector.ranks + thread / detector.threads_of_block;
+  return std::string(what) + " thread " + std::to_string(thread % detector.threads_of_block) +
+         " of block " + std::to_string(block) + " at " + name(site);
 }
 
-std::string with(const char* what, uint32_t block, uint32_t thread, const Site& site) {
-  return std::string(what) + " thread " + std::to_string(thread) + " of block " +
-         std::to_string(block) + " at " + name(site);
-}
-
-void remember_read(Cell& cell, uint32_t thread, const Site& site) {
-  const uint32_t now = detector.clock(thread, thread);
-  if (cell.read && cell.read_block != detector.block) {
-    cell.read_by_several_blocks = true;
+void remember_read(Cell& cell, const Actor& actor, const Site& site) {
+  const uint32_t thread = actor.number, now = actor.now();
+  if (cell.read && cell.read_cluster != detector.cluster) {
+    cell.read_by_several_clusters = true;
     cell.read = false;
     cell.readers = -1;
   }
   if (cell.readers >= 0) {
     detector.readers(cell.readers)[thread] = now;
-  } else if (cell.read && !known(thread, cell.reader, cell.read_clock)) {
+  } else if (cell.read && !actor.knows(cell.reader, cell.read_clock)) {
     cell.readers = detector.add_readers();
     uint32_t* clocks = detector.readers(cell.readers);
     clocks[cell.reader] = cell.read_clock;
     clocks[thread] = now;
   }
   cell.read = true;
-  cell.read_block = detector.block;
+  cell.read_cluster = detector.cluster;
   cell.reader = uint16_t(thread);
   cell.read_clock = now;
   cell.read_site = &site;
 }
 
 // The reader that this thread does not know of, or -1.
-int64_t unknown_reader(const Cell& cell, uint32_t thread) {
+int64_t unknown_reader(const Cell& cell, const Actor& actor) {
   if (!cell.read) return -1;
-  if (cell.read_block != detector.block || cell.read_by_several_blocks) return cell.reader;
-  if (cell.readers < 0) return known(thread, cell.reader, cell.read_clock) ? -1 : cell.reader;
+  if (cell.read_cluster != detector.cluster || cell.read_by_several_clusters) return cell.reader;
+  if (cell.readers < 0) return actor.knows(cell.reader, cell.read_clock) ? -1 : cell.reader;
   const uint32_t* clocks = detector.readers(cell.readers);
   for (uint32_t other = 0; other < detector.threads; ++other) {
-    if (clocks[other] && !known(thread, other, clocks[other])) return other;
+    if (clocks[other] && !actor.knows(other, clocks[other])) return other;
   }
   return -1;
 }
 
-void touch(Cell& cell, const Thread& thread, const Site& site, Access access) {
-  const uint32_t index = thread.index;
+// `thread` is the one that finds out; `actor` may have been earlier.
+void touch(Cell& cell, const Thread& thread, const Actor& actor, const Site& site, Access access) {
   const bool atomic = access == Access::atomic;
   if (cell.written && !(atomic && cell.by_atomic)) {
-    const bool other_block = cell.write_block != detector.block;
-    if (other_block || !known(index, cell.writer, cell.write_clock)) {
+    const bool of_another = cell.write_cluster != detector.cluster;
+    if (of_another || !actor.knows(cell.writer, cell.write_clock)) {
       complain(thread, site, cell.write_site,
-               with("race: nothing orders this access after the write of", cell.write_block,
+               with("race: nothing orders this access after the write of", cell.write_cluster,
                     cell.writer, *cell.write_site));
     }
   }
   if (access == Access::read) {
-    remember_read(cell, index, site);
+    remember_read(cell, actor, site);
     return;
   }
-  const int64_t reader = unknown_reader(cell, index);
+  const int64_t reader = unknown_reader(cell, actor);
   if (reader >= 0) {
     complain(thread, site, cell.read_site,
-             with("race: nothing orders this write after the read of", cell.read_block,
+             with("race: nothing orders this write after the read of", cell.read_cluster,
                   uint32_t(reader), *cell.read_site));
   }
-  cell.read = cell.read_by_several_blocks = false;
+  cell.read = cell.read_by_several_clusters = false;
   cell.readers = -1;
   cell.written = true;
   cell.by_atomic = atomic;
-  cell.writer = uint16_t(index);
-  cell.write_block = detector.block;
-  cell.write_clock = detector.clock(index, index);
+  cell.writer = uint16_t(actor.number);
+  cell.write_cluster = detector.cluster;
+  cell.write_clock = actor.now();
   cell.write_site = &site;
 }
 
@@ -136,8 +146,8 @@ void split(Word& word) {
   word.split = true;
   for (int i = 1; i < 4; ++i) {
     word.cells[i] = word.cells[0];
-    // Clocks of a former block say nothing more; the index of a block's own is not to be shared.
-    if (word.cells[0].readers < 0 || word.cells[0].read_block != detector.block) continue;
+    // Clocks of a former cluster say nothing more; the index of one's own is not to be shared.
+    if (word.cells[0].readers < 0 || word.cells[0].read_cluster != detector.cluster) continue;
     word.cells[i].readers = detector.add_readers();
     std::copy_n(detector.readers(word.cells[0].readers), detector.threads,
                 detector.readers(word.cells[i].readers));
@@ -164,28 +174,46 @@ void for_cells(Word* words, uint64_t offset, uint32_t bytes, const Visit& visit)
   }
 }
 
+// The words of a block's shared memory, and where in them a place is.
+std::pair<Word*, uint64_t> place_of(const Thread& thread, const uint8_t* to) {
+  const uint8_t* first = thread.shared - size_t{thread.rank} * kSharedWindow;
+  const uint64_t offset = uint64_t(to - first);
+  return {detector.shared[offset / kSharedWindow].data(), offset % kSharedWindow};
+}
+
+// A time of its own for what the thread does from now on.
+void advance(uint32_t number) { ++detector.clock(number, number); }
+
 }  // namespace
 
+uint32_t number_of(const Thread& thread) {
+  return thread.rank * detector.threads_of_block + thread.index;
+}
+
 void launch_starts(const Launch& launch) {
-  detector.threads = launch.block.x * launch.block.y * launch.block.z;
+  detector.threads_of_block = launch.block.x * launch.block.y * launch.block.z;
+  detector.ranks = launch.kernel->ranks;
+  detector.threads = detector.ranks * detector.threads_of_block;
   detector.pages.clear();
   detector.reported.clear();
 }
 
 void launch_ends() { detector.pages.clear(); }
 
-void block_starts(const Thread& first) {
+void cluster_starts(const Thread& first) {
   const uint32_t n = detector.threads;
   const Size3 grid = first.launch.grid;
-  detector.block = first.ctaid.x + grid.x * (first.ctaid.y + grid.y * first.ctaid.z);
+  const uint32_t block = first.ctaid.x + grid.x * (first.ctaid.y + grid.y * first.ctaid.z);
+  detector.cluster = block / detector.ranks;
   detector.clocks.assign(size_t{n} * n, 0);
   for (uint32_t i = 0; i < n; ++i) detector.clock(i, i) = 1;
-  detector.shared.assign((first.shared_bytes + 3) / 4, Word{});
+  const std::vector<Word> untouched((first.shared_bytes + 3) / 4);
+  detector.shared.assign(detector.ranks, untouched);
   detector.reader_clocks.clear();
 }
 
 void joined(const Thread& thread, std::vector<uint32_t>& participants) {
-  participants.push_back(thread.index);
+  participants.push_back(number_of(thread));
 }
 
 void passed(const std::vector<uint32_t>& participants) {
@@ -197,24 +225,41 @@ void passed(const std::vector<uint32_t>& participants) {
   }
   for (const uint32_t i : participants) {
     std::copy(all.begin(), all.end(), &detector.clock(i, 0));
-    ++detector.clock(i, i);
+    advance(i);
   }
 }
 
-void shared_access(const Thread& thread, const Site& site, Access access, uint32_t offset,
-                   uint32_t bytes) {
-  for_cells(detector.shared.data(), offset, bytes, [&](Cell& cell) {
+void released(const Thread& thread, std::vector<uint32_t>& knowledge) {
+  const uint32_t number = number_of(thread);
+  knowledge.resize(detector.threads, 0);
+  for (uint32_t i = 0; i < detector.threads; ++i) {
+    knowledge[i] = std::max(knowledge[i], detector.clock(number, i));
+  }
+  advance(number);
+}
+
+void acquired(const Thread& thread, const std::vector<uint32_t>& knowledge) {
+  const uint32_t number = number_of(thread);
+  for (uint32_t i = 0; i < knowledge.size(); ++i) {
+    if (i == number) continue;
+    detector.clock(number, i) = std::max(detector.clock(number, i), knowledge[i]);
+  }
+}
+
+void shared_access(const Thread& thread, const Site& site, Access access, uint32_t rank,
+                   uint32_t offset, uint32_t bytes) {
+  for_cells(detector.shared[rank].data(), offset, bytes, [&](Cell& cell) {
     if (cell.pending) {
       complain(thread, site, cell.write_site,
                "access to shared memory that cp.async has not delivered yet, issued by" +
-                   with("", detector.block, cell.writer, *cell.write_site));
+                   with("", detector.cluster, cell.writer, *cell.write_site));
     }
     if (access != Access::write && !cell.initialised) {
       complain(
           thread, site, nullptr,
           "read of shared memory that nobody has written, from byte " + std::to_string(offset));
     }
-    touch(cell, thread, site, access);
+    touch(cell, thread, actor(number_of(thread)), site, access);
     cell.initialised = true;
   });
 }
@@ -225,20 +270,33 @@ void global_access(const Thread& thread, const Site& site, Access access, uint64
   auto& page = detector.pages[address / (4 * kPageWords)];
   if (!page) page = std::make_unique<Page>();
   for_cells(page->words, address % (4 * kPageWords), bytes,
-            [&](Cell& cell) { touch(cell, thread, site, access); });
+            [&](Cell& cell) { touch(cell, thread, actor(number_of(thread)), site, access); });
 }
 
 void copy_issued(const Thread& thread, const Copy& copy) {
-  for_cells(detector.shared.data(), uint64_t(copy.to - thread.shared), copy.bytes,
-            [](Cell& cell) { cell.pending = true; });
+  const auto [words, offset] = place_of(thread, copy.to);
+  for_cells(words, offset, copy.bytes, [](Cell& cell) { cell.pending = true; });
 }
 
 // The data arrive for the thread that waits, and for others once something orders them after it.
 void copy_arrived(const Thread& thread, const Site&, const Copy& copy) {
-  for_cells(detector.shared.data(), uint64_t(copy.to - thread.shared), copy.bytes, [&](Cell& cell) {
+  const auto [words, offset] = place_of(thread, copy.to);
+  for_cells(words, offset, copy.bytes, [&](Cell& cell) {
     cell.pending = false;
-    touch(cell, thread, *copy.site, Access::write);
+    touch(cell, thread, actor(number_of(thread)), *copy.site, Access::write);
   });
+}
+
+void store_arrived(const Thread& thread, const Site& site, uint32_t issuer,
+                   const std::vector<uint32_t>& known, const uint8_t* to, uint32_t bytes,
+                   std::vector<uint32_t>& arriving) {
+  const auto [words, offset] = place_of(thread, to);
+  for_cells(words, offset, bytes, [&](Cell& cell) {
+    touch(cell, thread, Actor{issuer, known.data()}, site, Access::write);
+    cell.initialised = true;
+  });
+  arriving.resize(detector.threads, 0);
+  for (uint32_t i = 0; i < detector.threads; ++i) arriving[i] = std::max(arriving[i], known[i]);
 }
 
 }  // namespace emulator::race

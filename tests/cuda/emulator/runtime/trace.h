@@ -8,7 +8,7 @@ namespace emulator::trace {
 
 void launch_starts(const Launch& launch);
 void launch_ends();
-void block_starts();
+void cluster_starts();
 void access(const Thread& thread, const Site& site, Access access, bool shared, uint64_t address,
             uint32_t bytes);
 

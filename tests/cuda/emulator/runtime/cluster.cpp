@@ -1,0 +1,209 @@
+#include "cluster.h"
+
+#include <cstring>
+#include <map>
+
+#include "checks.h"
+
+namespace emulator {
+namespace {
+
+constexpr uint32_t kRankShift = 24;
+
+// What is known of the threads that have arrived, for those that wait (race.h).
+using Knowledge = std::vector<uint32_t>;
+
+struct ClusterBarrier {
+  uint32_t arrived = 0;
+  uint64_t phase = 0;
+  Knowledge arriving, passed;
+  std::map<const Thread*, uint64_t> phase_of;  // of those that have arrived and not waited yet
+};
+ClusterBarrier cluster_barrier;
+
+struct Store {
+  uint8_t* to;
+  std::vector<uint8_t> data;
+  uint32_t issuer;
+  const Site* site;
+  Knowledge known;
+};
+
+// A phase is over when all have arrived and no byte that was expected is still to come.
+struct MemoryBarrier {
+  uint32_t count = 0, arrived = 0;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  Knowledge arriving, passed;
+  std::vector<Store> stores;
+};
+std::map<uint8_t*, MemoryBarrier> memory_barriers;
+
+void pass_cluster_barrier() {
+  ClusterBarrier& barrier = cluster_barrier;
+  if (barrier.arrived == 0 || barrier.arrived < threads_left()) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+  barrier.passed = std::move(barrier.arriving);
+  barrier.arriving.clear();
+}
+
+MemoryBarrier& at(Thread& thread, const Site& site, uint8_t* barrier) {
+  const auto found = memory_barriers.find(barrier);
+  if (found == memory_barriers.end()) {
+    fail(thread, site, kLaunchFailure, "there is no mbarrier: nobody has initialised it");
+  }
+  return found->second;
+}
+
+void pass_if_complete(MemoryBarrier& barrier) {
+  if (barrier.arrived < barrier.count || barrier.bytes != 0) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+  barrier.passed = std::move(barrier.arriving);
+  barrier.arriving.clear();
+}
+
+}  // namespace
+
+uint32_t map_shared(Thread& thread, const Site& site, uint32_t address, uint32_t rank) {
+  if (rank >= thread.launch.kernel->ranks) {
+    fail(thread, site, kIllegalAddress,
+         "rank " + std::to_string(rank) + " of a cluster of " +
+             std::to_string(thread.launch.kernel->ranks));
+  }
+  return (rank + 1) << kRankShift | (address & ((1u << kRankShift) - 1));
+}
+
+uint64_t map_generic(Thread& thread, const Site& site, uint64_t address, uint32_t rank) {
+  if (!in_shared(thread, address)) {
+    fail(thread, site, kIllegalAddress, "mapa of an address that is not in shared memory");
+  }
+  const uint32_t offset = uint32_t(address - uint64_t(thread.shared));
+  return uint64_t(
+      cluster_address<1>(thread, site, Access::issue, map_shared(thread, site, offset, rank)));
+}
+
+template <int bytes>
+uint8_t* cluster_address(Thread& thread, const Site& site, Access access, uint32_t address) {
+  const uint32_t offset = address & ((1u << kRankShift) - 1), high = address >> kRankShift;
+  const uint32_t rank = high == 0 ? thread.rank : high - 1;
+  if (rank >= thread.launch.kernel->ranks) {
+    fail(thread, site, kIllegalAddress, "access beyond the blocks of the cluster");
+  }
+  if (threads_left(rank) == 0) {
+    fail(thread, site, kIllegalAddress,
+         "access to the shared memory of a block that has left, rank " + std::to_string(rank));
+  }
+  check_shared(thread, site, access, rank, offset, bytes);
+  return thread.shared + (int64_t(rank) - thread.rank) * int64_t(kSharedWindow) + offset;
+}
+template uint8_t* cluster_address<1>(Thread&, const Site&, Access, uint32_t);
+template uint8_t* cluster_address<2>(Thread&, const Site&, Access, uint32_t);
+template uint8_t* cluster_address<4>(Thread&, const Site&, Access, uint32_t);
+template uint8_t* cluster_address<8>(Thread&, const Site&, Access, uint32_t);
+template uint8_t* cluster_address<16>(Thread&, const Site&, Access, uint32_t);
+
+void arrive_at_cluster(Thread& thread, const Site& site, bool releases) {
+  ClusterBarrier& barrier = cluster_barrier;
+  if (!barrier.phase_of.emplace(&thread, barrier.phase).second) {
+    fail(thread, site, kLaunchFailure, "arrives at the cluster's barrier a second time");
+  }
+  if (releases) checks::released(thread, barrier.arriving);
+  ++barrier.arrived;
+  pass_cluster_barrier();
+}
+
+void wait_for_cluster(Thread& thread, const Site& site) {
+  ClusterBarrier& barrier = cluster_barrier;
+  const auto arrival = barrier.phase_of.find(&thread);
+  if (arrival == barrier.phase_of.end()) {
+    fail(thread, site, kLaunchFailure, "waits at the cluster's barrier and has not arrived");
+  }
+  while (barrier.phase == arrival->second) poll(thread, site);
+  has_progressed();
+  barrier.phase_of.erase(arrival);
+  checks::acquired(thread, barrier.passed);
+}
+
+void init_mbarrier(Thread& thread, const Site& site, uint8_t* barrier, uint32_t count) {
+  if (count == 0) fail(thread, site, kLaunchFailure, "an mbarrier of no arrivals");
+  memory_barriers[barrier] = {};
+  memory_barriers[barrier].count = count;
+}
+
+void invalidate_mbarrier(Thread& thread, const Site& site, uint8_t* barrier) {
+  at(thread, site, barrier);
+  memory_barriers.erase(barrier);
+}
+
+void expect_bytes(Thread& thread, const Site& site, uint8_t* barrier, uint32_t bytes) {
+  at(thread, site, barrier).bytes += bytes;
+}
+
+void arrive_at_mbarrier(Thread& thread, const Site& site, uint8_t* barrier, uint32_t count) {
+  MemoryBarrier& own = at(thread, site, barrier);
+  if (own.arrived + count > own.count) {
+    fail(thread, site, kLaunchFailure, "more arrive at an mbarrier than it counts");
+  }
+  checks::released(thread, own.arriving);
+  own.arrived += count;
+  pass_if_complete(own);
+}
+
+bool has_completed(Thread& thread, const Site& site, uint8_t* barrier, uint32_t parity) {
+  MemoryBarrier& own = at(thread, site, barrier);
+  std::vector<Store> stores;
+  stores.swap(own.stores);
+  for (const Store& store : stores) {
+    std::memcpy(store.to, store.data.data(), store.data.size());
+    checks::store_arrived(thread, *store.site, store.issuer, store.known, store.to,
+                          uint32_t(store.data.size()), own.arriving);
+    own.bytes -= int64_t(store.data.size());
+  }
+  if (!stores.empty()) pass_if_complete(own);
+  // The phase of a parity is over when the one at hand has the other.
+  if ((own.phase & 1) == (parity & 1)) {
+    poll(thread, site);
+    return false;
+  }
+  has_progressed();
+  checks::acquired(thread, own.passed);
+  return true;
+}
+
+void store_async(Thread& thread, const Site& site, uint8_t* to, const void* data, uint32_t bytes,
+                 uint8_t* barrier) {
+  const auto rank_of = [&](const uint8_t* place) {
+    const uint8_t* first = thread.shared - int64_t(thread.rank) * kSharedWindow;
+    return (place - first) / int64_t(kSharedWindow);
+  };
+  if (rank_of(to) != rank_of(barrier)) {
+    fail(thread, site, kLaunchFailure, "st.async reports to an mbarrier of another block");
+  }
+  Store store{to, {}, checks::number_of(thread), &site, {}};
+  const auto* from = static_cast<const uint8_t*>(data);
+  store.data.assign(from, from + bytes);
+  checks::released(thread, store.known);
+  at(thread, site, barrier).stores.push_back(std::move(store));
+}
+
+namespace cluster {
+
+void starts() {
+  cluster_barrier = {};
+  memory_barriers.clear();
+}
+
+void thread_leaves(Thread& thread) {
+  ClusterBarrier& barrier = cluster_barrier;
+  const auto arrival = barrier.phase_of.find(&thread);
+  if (arrival != barrier.phase_of.end()) {
+    if (arrival->second == barrier.phase) --barrier.arrived;
+    barrier.phase_of.erase(arrival);
+  }
+  pass_cluster_barrier();
+}
+
+}  // namespace cluster
+}  // namespace emulator
