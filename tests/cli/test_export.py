@@ -30,7 +30,7 @@ CLASSIFY = COMMON | {
     "interpolation": "bicubic",
     "crop_pct": 0.9,
 }
-FEW_PROPOSALS = {"rpn_post_nms_top_n_test": 50}
+SMALL = {"rpn_post_nms_top_n_test": 50, "pyramid_channels": 32}
 
 
 def export(capsys: pytest.CaptureFixture, run: Path, file: Path) -> tuple[int, str, str]:
@@ -127,7 +127,7 @@ def test_objects_in_an_image_of_any_size(
     """SeT attention is in them, written out."""
     few = {
         "retinanet": {"score_thresh": 0.0, "detections_per_img": 30},
-        "mask_rcnn": {"box_score_thresh": 0.0, "box_detections_per_img": 30} | FEW_PROPOSALS,
+        "mask_rcnn": {"box_score_thresh": 0.0, "box_detections_per_img": 30} | SMALL,
     }
     card = DETECT | {"detector": detector}
     card["detector_options"] = DETECT["detector_options"] | few[detector]
@@ -202,10 +202,11 @@ def test_wrong_answers_are_not_written(
 @pytest.mark.slow
 def test_detectors_with_a_wrong_head_are_not_written(tmp_path: Path) -> None:
     """Even where no object is sure enough to be found."""
-    card = DETECT | {"detector_options": DETECT["detector_options"] | FEW_PROPOSALS}
+    card = DETECT | {"detector_options": DETECT["detector_options"] | SMALL}
     torch.manual_seed(0)
     network = load_network(write_run(tmp_path / "run", card, make_detector(card)))
     data = _export(network)
+    network.sizes = network.sizes[:1]
     for part in ("rpn.head.bbox_pred", "roi_heads.box_predictor.cls_score"):
         weight = network.model.model.get_submodule(part).weight.data
         weight.mul_(1.01)

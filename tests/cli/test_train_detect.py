@@ -442,12 +442,12 @@ def test_it_learns_and_measures_as_cocoeval(shapes: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet"])
 def test_other_detectors_train_and_measure(detector: str, shapes: Path, tmp_path: Path) -> None:
-    given = (f"--detector={detector}", "--steps=50", "--batch-size=4", "--lr=2e-3")
+    given = (f"--detector={detector}", "--steps=30", "--batch-size=4", "--lr=3e-3")
     if detector == "retinanet":
         given = ("--detector-options", "score_thresh=0.0", *given)
     else:  # fewer masks to paste
         given = ("box_detections_per_img=10", *given)
-    result = train(shapes, tmp_path / "out", *given, "--eval-every=50", "--ema-decay=0")
+    result = train(shapes, tmp_path / "out", *given, "--eval-every=30", "--ema-decay=0")
     last = result["last"]
     kinds = {"bbox": ""} | ({"segm": "mask_"} if detector == "mask_rcnn" else {})
     for kind, prefix in kinds.items():

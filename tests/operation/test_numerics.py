@@ -80,6 +80,8 @@ def test_masses_of_zero_at_small_epsilon(
     backend: Backend, epsilon: float, iterations: int, seed: int
 ) -> None:
     """A few tokens, so that one without mass can be far nearer a reference than all with mass."""
+    if backend.emulated and seed > 2:
+        pytest.skip("a second each")
     if backend.on_cuda and epsilon == 0.02 and seed == 0 and iterations > 1:
         # v.dv and sum_j c_ij (eta_j + gbar_j) are rounded apart before they all but cancel.
         pytest.xfail("derivatives of 1e16 by a mass of 0: up to eight times the tolerance")

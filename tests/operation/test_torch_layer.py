@@ -246,6 +246,8 @@ VMAPS = [
 @pytest.mark.parametrize("in_dims", VMAPS, ids=str)
 def test_vmap(backend: Backend, in_dims: dict[str, int], per_sample: bool) -> None:
     """Over a batch of problems: each sample is the call alone, forward and backward."""
+    if backend.emulated and len(in_dims) < 3:
+        pytest.skip("samples are folded before any kernel: the longest list will do, emulated")
     reference_mass = "per-sample" if per_sample else "learned"
     options = {
         "per_sample": per_sample, "reference_mass": reference_mass, "device": backend.device,

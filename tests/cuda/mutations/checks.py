@@ -60,7 +60,7 @@ RESIDENT = {
     "masked": True, "token_mass": True, "reference_mass": "learned", **LEARNED,
 }  # fmt: skip
 STREAMING = {"B": 1, "H": 1, "N": 403, "M": 19, "D": 72, "Dv": 9, "iterations": 2, **LEARNED}
-TWO_TILES = {"M": 70, "D": 136}
+TWO_TILES = {"N": 275, "M": 70, "D": 136}
 DEEP = {"D": 40}  # two depth tiles of float32
 SMALL = {"N": 45}  # fits the 64 KiB of a block on sm_75
 SHALLOW = {"N": 2100, "D": 16}
