@@ -75,7 +75,8 @@ def row_of(kernel: Kernel) -> Row:
     """The line of the table."""
     if kernel.threads == 0:
         raise SystemExit(f"{kernel.name} has no __launch_bounds__, which tell its occupancy")
-    base, _, storage = kernel.name.rstrip(">").partition("<")
+    base, _, types = kernel.name.rstrip(">").partition("<")
+    storage = types.partition(",")[0]
     problem = Problem(1, 1, tokens=1024, depth=64, references=64, storage=STORAGES[storage])
     if "resident" in base:
         problem = replace(problem, tokens=49, depth=32, references=49)

@@ -167,6 +167,8 @@ NOTHING = {
     "merge_blocks_kernel",
     "rescale_pooled_kernel",
     "head_gradient_kernel",
+    "unit_length_kernel",
+    "unit_length_backward_kernel",
 }
 
 
