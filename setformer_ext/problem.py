@@ -12,6 +12,8 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from .reference import unit, zero_invalid
+
 KERNELS = ("gaussian", "linear")
 STORAGE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -103,10 +105,16 @@ class Problem(NamedTuple):
     def in_storage_type(self, dtype: torch.dtype) -> "Problem":
         """The problem with all its numbers in this storage type and what goes with it."""
         types = {"storage": dtype, "accumulate": accumulate_dtype(dtype)}
+        tensors = self.tensors()
+        if self.normalize and dtype == torch.float16:
+            # Whose numbers end at 65504 and 6e-8: longer and shorter vectors are scaled before.
+            for name, mask in (("key", self.mask), ("query", self.query_mask), ("reference", None)):
+                if (x := tensors.get(name)) is not None and x.dtype != dtype:
+                    tensors[name] = unit(zero_invalid(x, mask))
         return self.with_tensors(
             {
                 name: x.to(types[TENSORS[name].type])
-                for name, x in self.tensors().items()
+                for name, x in tensors.items()
                 if TENSORS[name].type in types
             }
         )

@@ -169,7 +169,8 @@ class Similarity {
     // Potentials are bounded by the range of S / epsilon: up to these ranges solving by scaling
     // cannot leave the exponents of the type (transport.h); all else, NaN included, takes the log
     // domain.
-    const T range = (gaussian_ ? T(1) : T(2) * largest_product(buffers)) / epsilon_;
+    const T largest = gaussian_ || p.normalize ? T(1) : largest_product(buffers);
+    const T range = (gaussian_ ? T(1) : T(2) * largest) / epsilon_;
     log_domain_ = !(range <= (sizeof(T) == 4 ? T(32) : T(256)));
     // The ranks of a group must agree, whatever keys each has.
     if (p.group != nullptr && !gaussian_) log_domain_ = true;
@@ -277,7 +278,8 @@ class Similarity {
     T* epsilon;
   };
 
-  // From the sums of add_gradient over all tokens. E is homogeneous in k and y, so that
+  // From the sums of add_gradient over all tokens, which it overwrites. E is homogeneous in k and
+  // y, so that
   //   gaussian  dL/dbandwidth = sum E |k - y|^2 / bandwidth = -(sum <k, dk> + sum <y, dy>) /
   //   bandwidth
   //             dL/depsilon   = -sum E bandwidth^2 / epsilon

@@ -11,13 +11,13 @@ namespace setformer::cuda {
 template <class Storage>
 struct UnitRow {
   using T = Accumulate<Storage>;
-  int64_t index, b, i;
+  int64_t b, i;
   const Storage* data;
   int64_t stride;
   T length;
 
   __device__ UnitRow(int64_t index, const Tensor& rows, int64_t heads, int64_t count, int64_t depth)
-      : index(index), b(index / count / heads), i(index % count), stride(rows.stride[3]) {
+      : b(index / count / heads), i(index % count), stride(rows.stride[3]) {
     data = static_cast<const Storage*>(rows.data) + b * rows.stride[0] +
            index / count % heads * rows.stride[1] + i * rows.stride[2];
     T squares = 0;

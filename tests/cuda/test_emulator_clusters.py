@@ -65,14 +65,19 @@ def test_known_values(emulator: Emulator, order: str, seed: int, mode: str) -> N
         status, data = launch(emulator, "signal", 2)
         assert status == SUCCESS, emulator.last_message
         assert (data[0] == 7 * (31 - lanes)).all()
+        status, data = launch(emulator, "answer", 2)
+        assert status == SUCCESS, emulator.last_message
+        assert (data == [[1], [2]]).all()
     assert emulator.errors == 0
 
 
-def test_generic_addresses(emulator: Emulator) -> None:
-    status, data = launch(emulator, "generic", 2)
+@pytest.mark.parametrize("mode", ["plain", "race"])
+def test_generic_addresses(emulator: Emulator, mode: str) -> None:
+    with emulator.configured(mode=mode):  # type: ignore[arg-type]
+        status, data = launch(emulator, "generic", 4)
     assert status == SUCCESS, emulator.last_message
-    assert (data[0] == np.arange(32) + 1000).all()
-    assert (data[1] == np.arange(32)).all()
+    assert (data[::2] == np.arange(32) + 1000).all()
+    assert (data[1::2] == np.arange(32)).all()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,8 @@ def test_generic_addresses(emulator: Emulator) -> None:
     [
         ("no_meeting", ("nothing orders", "nobody has written")),
         ("not_released", ("nothing orders this access after the write",)),
-        ("not_awaited", ("nobody has written",)),
+        ("not_awaited", ("nobody has written", "left before it waited for this store")),
+        ("read_too_early", ("nothing orders this write after the read",)),
     ],
 )
 @pytest.mark.parametrize(("order", "seed"), ORDERS)

@@ -42,6 +42,40 @@ def test_as_exact_as_the_definition(
     assert_as_exact_as_definition(backend.set_attention, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"D": 40, "Nq": 11, "per_sample": True},
+        {"D": 129, "M": 70, "N": 5, "iterations": 0},
+        {"N": 300, "D": 72, "H": 1, "B": 1},
+        {"B": 1, "per_sample": True, "kernel": "linear", "D": 33},
+        {"bandwidth": "learned", "epsilon": "learned", "reference_mass": "learned", "P": 2},
+    ],
+    ids=str,
+)
+def test_of_any_size(backend: Backend, options: dict[str, Any], dtype: torch.dtype) -> None:
+    arguments = problem(masked=True, dtype=dtype, device=backend.device, **options)
+    assert_as_exact_as_definition(backend.set_attention, arguments)
+
+
+def test_of_any_strides(backend: Backend) -> None:
+    arguments = problem(Nq=11, D=40, dtype=torch.float32, device=backend.device)
+    upstream = torch.ones(2, 3, 11, 5, device=backend.device).cumsum(-1)
+    expected = run(backend.set_attention, arguments, upstream)
+    for name in SCALED:
+        arguments[name] = arguments[name].mT.contiguous().mT
+    for name, found in run(backend.set_attention, arguments, upstream).items():
+        torch.testing.assert_close(found, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("sizes", [{"N": 0}, {"B": 0}])
+def test_nothing_to_scale(backend: Backend, sizes: dict[str, int]) -> None:
+    arguments = problem(device=backend.device, **sizes)
+    output = backend.set_attention(**arguments)
+    assert output.shape[2] == sizes.get("N", 19)
+
+
 @pytest.mark.parametrize("function", ["set_attention", "set_pooling", "transport_plan"])
 @pytest.mark.parametrize("module", [setformer_ext, setformer_ext.reference])
 def test_as_scaled_by_hand(module: Any, function: str) -> None:
@@ -102,8 +136,8 @@ def test_gradients_are_at_right_angles_to_what_is_scaled(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_zero_vectors_stay_zero(dtype: torch.dtype) -> None:
-    arguments = problem(dtype=dtype)
+def test_zero_vectors_stay_zero(backend: Backend, dtype: torch.dtype) -> None:
+    arguments = problem(dtype=dtype, device=backend.device)
     for name in ("key", "reference"):
         arguments[name][..., 1, :] = 0
     expected = set_attention(**scaled_by_hand(arguments))
@@ -146,6 +180,21 @@ def test_compiled_and_under_autocast() -> None:
         output = set_attention(**arguments)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), set_attention(**arguments), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e5])
+def test_lengths_that_float16_does_not_hold(size: float) -> None:
+    """Under autocast float32 keys are scaled before they are cast."""
+    arguments = problem(Nq=11, masked=True, dtype=torch.float32)
+    expected = set_attention(**arguments)
+    for name in SCALED:
+        arguments[name] = (size * arguments[name]).requires_grad_()
+    arguments["key"].data[~arguments["mask"][:, None].expand(-1, 3, -1)] = torch.nan
+    with torch.autocast("cpu", torch.float16):
+        output = set_attention(**arguments)
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.01)
+    for gradient in torch.autograd.grad(output.float().sum(), [arguments[x] for x in SCALED]):
+        assert gradient.isfinite().all()
 
 
 def test_who_comes_from_softmax_attention_gets_more_than_the_mean() -> None:

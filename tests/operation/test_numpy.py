@@ -23,7 +23,6 @@ def problem(dtype: str = "float64", **options: object) -> Arrays:
     )
     accumulate = "float64" if dtype == "float64" else "float32"
     storage = ("query", "key", "value", "reference")
-    del arguments["normalize"]  # which is none of the compiled module's
     arrays = {}
     for name, x in arguments.items():
         if isinstance(x, torch.Tensor):

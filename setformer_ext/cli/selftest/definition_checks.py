@@ -30,6 +30,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "linear cross attention": {
         "B": 1, "H": 1, "N": 17, "Nq": 21, "M": 5, "iterations": 2, "kernel": "linear",
     },
+    "scaled to unit length": {
+        "B": 1, "H": 2, "N": 21, "Nq": 11, "M": 5, "D": 40, "iterations": 2, "normalize": True,
+    },
     "more than a block holds": {"B": 1, "H": 1, "N": 705, "M": 3, "D": 64, "iterations": 1},
 }  # fmt: skip
 # Heads that fit the shared memory of one block, and heads that do not; every size with a tail.

@@ -120,7 +120,6 @@ __global__ void __cluster_dims__(2, 1, 1) generic(float* out) {
   uint64_t address;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(numbers + i), "r"(other));
   *reinterpret_cast<float*>(address) += 1000.0f * special_rank();
-  asm volatile("red.shared::cluster.add.f32 [%0], %1;" ::"r"(remote(numbers + 40, 0)), "f"(0.0f));
   meet();
   out[32 * blockIdx.x + i] = numbers[i];
 }
@@ -168,6 +167,37 @@ __global__ void __cluster_dims__(2, 1, 1) signal(float* out) {
   } else {
     await(&barrier, 0);
     out[i] = numbers[31 - i];
+  }
+  meet();
+}
+
+// Rank 1 answers rank 0, of which each polls while the other goes on.
+__global__ void __cluster_dims__(2, 1, 1) answer(float* out) {
+  const uint32_t i = threadIdx.x, rank = special_rank();
+  if (i == 0) init_barrier(&barrier, 1);
+  meet();
+  if (rank == 1) {
+    __syncthreads();
+    if (i == 0) arrive_remote(remote(&barrier, 0));
+    await(&barrier, 0);
+  } else {
+    await(&barrier, 0);
+    if (i == 0) arrive_remote(remote(&barrier, 1));
+  }
+  out[32 * blockIdx.x + i] = float(rank + 1);
+  meet();
+}
+// The target was read after the store was issued, and nothing was waited for.
+__global__ void __cluster_dims__(2, 1, 1) read_too_early(float* out) {
+  const uint32_t i = threadIdx.x, rank = special_rank();
+  numbers[2 * i] = numbers[2 * i + 1] = 0;
+  if (i == 0) init_barrier(&barrier, 1);
+  meet();
+  if (i == 0) {
+    expect(&barrier, 8);
+    store_async(remote(numbers, rank), 1.0f, 2.0f, remote(&barrier, rank));
+    out[blockIdx.x] = numbers[0];
+    await(&barrier, 0);
   }
   meet();
 }
@@ -225,6 +255,8 @@ LAUNCH(sums)
 LAUNCH(messages)
 LAUNCH(not_awaited)
 LAUNCH(signal)
+LAUNCH(answer)
+LAUNCH(read_too_early)
 LAUNCH(left_alone)
 LAUNCH(never_comes)
 LAUNCH(did_not_arrive)

@@ -335,9 +335,10 @@ def memory_barrier(e: Emitter) -> str:
     operation = e.need("init", "inval", "arrive", "expect_tx", "test_wait", "try_wait")
     expects = operation == "arrive" and bool(e.take("expect_tx"))
     by_parity = operation.endswith("wait") and bool(e.need("parity"))
-    e.take("release", "relaxed", "acquire")
+    releases = "false" if e.take("release", "relaxed", "acquire") == "relaxed" else "true"
     e.skip(*SCOPES)
-    space = e.take("shared", "shared::cta", "shared::cluster")
+    remote = ("shared::cluster",) if operation in ("arrive", "expect_tx") else ()
+    space = e.take("shared", "shared::cta", *remote)
     e.type("b64")
     place = int(operation in ("arrive", "test_wait", "try_wait"))
     access = "write" if operation in ("init", "inval") else "atomic"
@@ -356,8 +357,8 @@ def memory_barrier(e: Emitter) -> str:
         e.count(2, 3)
         number = e.value(2, "u32") if len(e.operands) == 3 else "1"
         if expects:
-            return f"expect_bytes({call}, {number}); arrive_at_mbarrier({call}, 1);"
-        return f"arrive_at_mbarrier({call}, {number});"
+            return f"expect_bytes({call}, {number}); arrive_at_mbarrier({call}, 1, {releases});"
+        return f"arrive_at_mbarrier({call}, {number}, {releases});"
     assert by_parity
     e.count(3, 4)  # the fourth: how long to try
     return e.result(f"has_completed({call}, {e.value(2, 'u32')})")

@@ -15,7 +15,7 @@ void warp_passed(const Thread& thread, uint32_t mask);
 void copy_issued(const Thread& thread, const Copy& copy);
 void copy_arrived(const Thread& thread, const Site& site, const Copy& copy);
 
-// What the thread knows of, itself included, goes into `knowledge`; or comes from there.
+// What a thread knows to have happened is added to `knowledge`, and with `acquired` taken from it.
 void released(const Thread& thread, std::vector<uint32_t>& knowledge);
 void acquired(const Thread& thread, const std::vector<uint32_t>& knowledge);
 // Of a thread among those of the cluster.

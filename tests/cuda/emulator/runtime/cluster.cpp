@@ -39,6 +39,13 @@ struct MemoryBarrier {
 };
 std::map<uint8_t*, MemoryBarrier> memory_barriers;
 
+uint8_t* first_of_cluster(const Thread& thread) {
+  return thread.shared - size_t{thread.rank} * kSharedWindow;
+}
+int64_t rank_of(const Thread& thread, const uint8_t* place) {
+  return (place - first_of_cluster(thread)) / int64_t(kSharedWindow);
+}
+
 void pass_cluster_barrier() {
   ClusterBarrier& barrier = cluster_barrier;
   if (barrier.arrived == 0 || barrier.arrived < threads_left()) return;
@@ -54,6 +61,17 @@ MemoryBarrier& at(Thread& thread, const Site& site, uint8_t* barrier) {
     fail(thread, site, kLaunchFailure, "there is no mbarrier: nobody has initialised it");
   }
   return found->second;
+}
+
+// The stores that report to a barrier arrive.
+void deliver(const Thread& thread, MemoryBarrier& barrier) {
+  for (const Store& store : barrier.stores) {
+    std::memcpy(store.to, store.data.data(), store.data.size());
+    checks::store_arrived(thread, *store.site, store.issuer, store.known, store.to,
+                          uint32_t(store.data.size()), barrier.arriving);
+    barrier.bytes -= int64_t(store.data.size());
+  }
+  barrier.stores.clear();
 }
 
 void pass_if_complete(MemoryBarrier& barrier) {
@@ -84,10 +102,10 @@ uint64_t map_generic(Thread& thread, const Site& site, uint64_t address, uint32_
       cluster_address<1>(thread, site, Access::issue, map_shared(thread, site, offset, rank)));
 }
 
-template <int bytes>
-uint8_t* cluster_address(Thread& thread, const Site& site, Access access, uint32_t address) {
-  const uint32_t offset = address & ((1u << kRankShift) - 1), high = address >> kRankShift;
-  const uint32_t rank = high == 0 ? thread.rank : high - 1;
+namespace {
+
+uint8_t* in_block(Thread& thread, const Site& site, Access access, uint32_t rank, uint32_t offset,
+                  uint32_t bytes) {
   if (rank >= thread.launch.kernel->ranks) {
     fail(thread, site, kIllegalAddress, "access beyond the blocks of the cluster");
   }
@@ -96,7 +114,21 @@ uint8_t* cluster_address(Thread& thread, const Site& site, Access access, uint32
          "access to the shared memory of a block that has left, rank " + std::to_string(rank));
   }
   check_shared(thread, site, access, rank, offset, bytes);
-  return thread.shared + (int64_t(rank) - thread.rank) * int64_t(kSharedWindow) + offset;
+  return first_of_cluster(thread) + size_t{rank} * kSharedWindow + offset;
+}
+
+}  // namespace
+
+template <int bytes>
+uint8_t* cluster_address(Thread& thread, const Site& site, Access access, uint32_t address) {
+  const uint32_t offset = address & ((1u << kRankShift) - 1), high = address >> kRankShift;
+  return in_block(thread, site, access, high == 0 ? thread.rank : high - 1, offset, bytes);
+}
+uint8_t* of_another_block(Thread& thread, const Site& site, Access access, uint64_t address,
+                          uint32_t bytes) {
+  const uint64_t place = address - uint64_t(first_of_cluster(thread));
+  return in_block(thread, site, access, uint32_t(place / kSharedWindow),
+                  uint32_t(place % kSharedWindow), bytes);
 }
 template uint8_t* cluster_address<1>(Thread&, const Site&, Access, uint32_t);
 template uint8_t* cluster_address<2>(Thread&, const Site&, Access, uint32_t);
@@ -110,6 +142,7 @@ void arrive_at_cluster(Thread& thread, const Site& site, bool releases) {
     fail(thread, site, kLaunchFailure, "arrives at the cluster's barrier a second time");
   }
   if (releases) checks::released(thread, barrier.arriving);
+  has_progressed();
   ++barrier.arrived;
   pass_cluster_barrier();
 }
@@ -141,27 +174,24 @@ void expect_bytes(Thread& thread, const Site& site, uint8_t* barrier, uint32_t b
   at(thread, site, barrier).bytes += bytes;
 }
 
-void arrive_at_mbarrier(Thread& thread, const Site& site, uint8_t* barrier, uint32_t count) {
+void arrive_at_mbarrier(Thread& thread, const Site& site, uint8_t* barrier, uint32_t count,
+                        bool releases) {
   MemoryBarrier& own = at(thread, site, barrier);
+  has_progressed();
   if (own.arrived + count > own.count) {
     fail(thread, site, kLaunchFailure, "more arrive at an mbarrier than it counts");
   }
-  checks::released(thread, own.arriving);
+  if (releases) checks::released(thread, own.arriving);
   own.arrived += count;
   pass_if_complete(own);
 }
 
 bool has_completed(Thread& thread, const Site& site, uint8_t* barrier, uint32_t parity) {
   MemoryBarrier& own = at(thread, site, barrier);
-  std::vector<Store> stores;
-  stores.swap(own.stores);
-  for (const Store& store : stores) {
-    std::memcpy(store.to, store.data.data(), store.data.size());
-    checks::store_arrived(thread, *store.site, store.issuer, store.known, store.to,
-                          uint32_t(store.data.size()), own.arriving);
-    own.bytes -= int64_t(store.data.size());
+  if (!own.stores.empty()) {
+    deliver(thread, own);
+    pass_if_complete(own);
   }
-  if (!stores.empty()) pass_if_complete(own);
   // The phase of a parity is over when the one at hand has the other.
   if ((own.phase & 1) == (parity & 1)) {
     poll(thread, site);
@@ -174,17 +204,14 @@ bool has_completed(Thread& thread, const Site& site, uint8_t* barrier, uint32_t 
 
 void store_async(Thread& thread, const Site& site, uint8_t* to, const void* data, uint32_t bytes,
                  uint8_t* barrier) {
-  const auto rank_of = [&](const uint8_t* place) {
-    const uint8_t* first = thread.shared - int64_t(thread.rank) * kSharedWindow;
-    return (place - first) / int64_t(kSharedWindow);
-  };
-  if (rank_of(to) != rank_of(barrier)) {
+  if (rank_of(thread, to) != rank_of(thread, barrier)) {
     fail(thread, site, kLaunchFailure, "st.async reports to an mbarrier of another block");
   }
   Store store{to, {}, checks::number_of(thread), &site, {}};
   const auto* from = static_cast<const uint8_t*>(data);
   store.data.assign(from, from + bytes);
   checks::released(thread, store.known);
+  has_progressed();
   at(thread, site, barrier).stores.push_back(std::move(store));
 }
 
@@ -203,6 +230,14 @@ void thread_leaves(Thread& thread) {
     barrier.phase_of.erase(arrival);
   }
   pass_cluster_barrier();
+  if (threads_left(thread.rank) > 0) return;
+  // What was never waited for may come at any time up to now, and later to nobody's memory.
+  for (auto& [place, memory_barrier] : memory_barriers) {
+    if (rank_of(thread, place) != thread.rank || memory_barrier.stores.empty()) continue;
+    const Site& site = *memory_barrier.stores.front().site;
+    deliver(thread, memory_barrier);
+    report(thread, site, kLaunchFailure, "a block left before it waited for this store to it");
+  }
 }
 
 }  // namespace cluster

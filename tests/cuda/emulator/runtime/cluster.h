@@ -20,7 +20,8 @@ void wait_for_cluster(Thread& thread, const Site& site);
 void init_mbarrier(Thread& thread, const Site& site, uint8_t* barrier, uint32_t count);
 void invalidate_mbarrier(Thread& thread, const Site& site, uint8_t* barrier);
 void expect_bytes(Thread& thread, const Site& site, uint8_t* barrier, uint32_t bytes);
-void arrive_at_mbarrier(Thread& thread, const Site& site, uint8_t* barrier, uint32_t count);
+void arrive_at_mbarrier(Thread& thread, const Site& site, uint8_t* barrier, uint32_t count,
+                        bool releases);
 // Whether the phase of that parity is over. Stores arrive when the barrier they report to is asked,
 // the latest moment there is.
 bool has_completed(Thread& thread, const Site& site, uint8_t* barrier, uint32_t parity);

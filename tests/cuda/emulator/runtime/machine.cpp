@@ -253,11 +253,12 @@ bool run_round() {
   }
   for (const uint32_t i : m.order) {
     Fiber& fiber = m.fibers[i];
-    if (fiber.state != State::ready && fiber.state != State::polling) continue;
+    const bool polled = fiber.state == State::polling;
+    if (fiber.state != State::ready && !polled) continue;
     m.progressed = false;
     m.current = &fiber;
     emulator_switch_stack(&m.scheduler, fiber.stack);
-    any |= m.progressed || fiber.state != State::polling;
+    any |= m.progressed || !polled || fiber.state != State::polling;
     if (m.failed) break;
   }
   return any;

@@ -1,4 +1,5 @@
-// A block of CUDA threads on one host thread: each is a fiber that runs until it waits for others.
+// CUDA threads on one host thread, those of a cluster at a time, which mostly is one block: each is
+// a fiber that runs until it waits for others.
 #pragma once
 
 #include <cstddef>
@@ -137,11 +138,19 @@ uint8_t* global_address(Thread& thread, const Site& site, Access access, uint64_
   }
   return reinterpret_cast<uint8_t*>(address);
 }
+// What lies in the shared memory of another block of the cluster.
+inline bool in_cluster(const Thread& thread, uint64_t address) {
+  const uint8_t* first = thread.shared - size_t{thread.rank} * kSharedWindow;
+  return address - uint64_t(first) < uint64_t{thread.launch.kernel->ranks} * kSharedWindow;
+}
+uint8_t* of_another_block(Thread& thread, const Site& site, Access access, uint64_t address,
+                          uint32_t bytes);
 template <int bytes>
 uint8_t* generic_address(Thread& thread, const Site& site, Access access, uint64_t address) {
   if (in_shared(thread, address)) {
     return shared_address<bytes>(thread, site, access, address - uint64_t(thread.shared));
   }
+  if (in_cluster(thread, address)) return of_another_block(thread, site, access, address, bytes);
   return global_address<bytes>(thread, site, access, address);
 }
 template <int bytes>
@@ -185,8 +194,8 @@ inline void sync_block(Thread& thread, const Site& site, bool aligned, uint32_t 
 void arrive_at_barrier(Thread& thread, const Site& site, uint32_t barrier, uint32_t threads);
 void sync_warp(Thread& thread, const Site& site, uint32_t mask);
 
-// Lets the others run. A launch in which all threads do nothing but poll has come to a standstill;
-// has_progressed() tells that what a thread polled for has come.
+// Lets the others run. A launch in which all threads do nothing but poll for a round has come to a
+// standstill; has_progressed() tells that a thread has done more.
 void poll(Thread& thread, const Site& site);
 void has_progressed();
 // Threads of the cluster, or of the block of that rank, that are still there.

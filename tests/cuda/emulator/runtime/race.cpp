@@ -8,7 +8,7 @@
 namespace emulator::race {
 namespace {
 
-// What happened last to a byte. A thread's clock counts its barriers; an event is known to a thread
+// What happened last to a byte. A thread's clock counts what it has passed and released; an event is known to a thread
 // whose entry for the other one has reached the event's clock.
 struct Cell {
   const Site* write_site = nullptr;
@@ -64,7 +64,7 @@ struct Actor {
   const uint32_t* knowledge;  // [threads]
 
   bool knows(uint32_t other, uint32_t clock) const {
-    return number == other || knowledge[other] >= clock;
+    return knowledge[other] >= clock;
   }
   uint32_t now() const { return knowledge[number]; }
 };
