@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,7 +54,7 @@ def small_problems(threads: int) -> str:
             torch.set_num_threads(count)
             times.append(_microseconds(lambda: set_attention(None, *many, **OPTIONS), calls=5))
         scaled = [
-            _microseconds(lambda: set_attention(None, *x, iterations=ITERATIONS), calls=calls)
+            _microseconds(partial(set_attention, None, *x, iterations=ITERATIONS), calls=calls)
             for x, calls in ((tensors, 1000), (many, 5))
         ]
     rows = [

@@ -1,4 +1,4 @@
-"""Time a step against accuracy: a panel for each task that tells something."""
+"""Time a step against accuracy: a panel for each task that tells something and was timed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLUMNS = 3
 def draw(runs: Sequence[Run], path: Path) -> None:
     """A dot for each mixer, and its spread over the seeds."""
     of_tasks = {task: cells(runs, task) for task in TASKS}
-    shown = {task: found for task, found in of_tasks.items() if tells(found)}
+    shown = {task: x for task, x in of_tasks.items() if tells(x) and costs.load(task)}
     rows = max(1, math.ceil(len(shown) / COLUMNS))
     figure = Figure(figsize=(11, 3.2 * rows + 0.5), layout="constrained")
     panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)

@@ -59,7 +59,7 @@ OPTIONS = (
     "--workers=0",
 )
 MLP_RATIOS = {"set": 3.0, "softmax": 3.26, "mean": 4.77, "none": 5.29}  # by attention
-STEPS, QUICK_STEPS = 200, 100
+STEPS, QUICK_STEPS = 200, 120
 
 
 def main() -> int:
