@@ -10,10 +10,10 @@ import pytest
 
 from emulator.build import build_cuda, find_nvcc
 from emulator.device import Emulator
+from test_emulator import ILLEGAL_ADDRESS, LAUNCH_FAILURE, ORDERS, SUCCESS
 
 SOURCE = (Path(__file__).parent / "emulator" / "cluster_samples.cu").read_text(encoding="utf-8")
-SUCCESS, ILLEGAL_ADDRESS, LAUNCH_FAILURE, INVALID_CLUSTER_SIZE = 0, 700, 719, 912
-ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
+INVALID_CLUSTER_SIZE = 912
 
 
 @pytest.fixture(scope="module")

@@ -211,19 +211,20 @@ def translated_sources(ptx: Path) -> list[Path]:
     names = folder / f"{ptx.stem}-{key}.txt"
     if not names.exists():
         written = []
-        for name, text in translate_module(ptx).sources.items():
+        for name, text in translate_module(ptx).items():
             written.append(write(folder / f"{Path(name).stem}-{digest(text)}.cpp", text).name)
         write(names, "\n".join(written))
     return [folder / name for name in names.read_text(encoding="utf-8").split()]
 
 
+def compile_translated(sources: Sequence[Path]) -> list[Path]:
+    flags = (*KERNEL_FLAGS, *processor_flags())
+    return parallel(lambda path: compile_cpp(path, flags, [RUNTIME], kernel_compiler()), sources)
+
+
 def translate_and_compile(ptx: Path) -> list[Path]:
     """Objects of the kernels of a PTX file."""
-    flags = (*KERNEL_FLAGS, *processor_flags())
-    return parallel(
-        lambda source: compile_cpp(source, flags, [RUNTIME], kernel_compiler()),
-        translated_sources(ptx),
-    )
+    return compile_translated(translated_sources(ptx))
 
 
 def most_jobs() -> int:

@@ -208,14 +208,6 @@ def variable_definition(variable: Variable, path: Path) -> str:
     return f'extern "C" {{ alignas({max(variable.alignment, 8)}) {declaration} = {{{signed}}}; }}'
 
 
-@dataclass
-class Translated:
-    """Sources by file name, and the kernels they hold."""
-
-    sources: dict[str, str]
-    kernels: list[str]
-
-
 def function_source(
     module: Module,
     name: str,
@@ -337,8 +329,8 @@ def variable_size(translation: FunctionTranslation, module: Module, name: str) -
 LARGE = 200_000  # characters of C++
 
 
-def translate_module(path: Path) -> Translated:
-    """The kernels of a PTX file.
+def translate_module(path: Path) -> dict[str, str]:
+    """The kernels of a PTX file: C++ by file name.
 
     Raises: PtxError that lists every instruction it does not know.
     """
@@ -361,12 +353,12 @@ def translate_module(path: Path) -> Translated:
         sources[f"{path.stem}_variables.cpp"] = "\n".join(["#include <cstdint>", *definitions, ""])
     if errors:
         raise PtxError("\n".join(errors))
-    return Translated(sources, [function.name for function in kernels])
+    return sources
 
 
 def main() -> None:
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    for name, source in translate_module(path).sources.items():
+    for name, source in translate_module(path).items():
         (folder / name).write_text(source, encoding="utf-8")
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
 from pathlib import Path
 
 from emulator import build
-from emulator.translate import translate_module
 
 TYPES = {
     "float32": "float",
@@ -62,19 +62,16 @@ def build_module(
 
 
 def translated_kernels(ptx: Path, resident: bool) -> list[Path]:
-    """Objects with one regime's kernels: a launch of another's fails, if it is a large one."""
-    translated = translate_module(ptx)
-    flags = (*build.KERNEL_FLAGS, *build.processor_flags())
-    objects = []
-    for name, text in translated.sources.items():
-        kernels = [kernel for kernel in translated.kernels if f'"{kernel}"' in text]
-        if not kernels or any(("resident" in kernel) == resident for kernel in kernels):
-            stem = f"{Path(name).stem}-{build.digest(text)}"
-            source = build.write(build.cache() / "translated" / f"{stem}.cpp", text)
-            objects.append(
-                build.compile_cpp(source, flags, [build.RUNTIME], build.kernel_compiler())
-            )
-    return objects
+    """Objects of one regime's kernels, and of small ones in files with them: no others can be
+    launched."""
+
+    def is_wanted(source: Path) -> bool:
+        kernels = re.findall(
+            r'const Kernel kKernel\{\s*"(\w+)"', source.read_text(encoding="utf-8")
+        )
+        return not kernels or any(("resident" in kernel) == resident for kernel in kernels)
+
+    return build.compile_translated(list(filter(is_wanted, build.translated_sources(ptx))))
 
 
 def absent_kernels(storage: str, directions: tuple[str, ...]) -> Path:

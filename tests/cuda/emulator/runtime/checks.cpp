@@ -38,7 +38,7 @@ std::vector<uint32_t> barrier_participants[kMostRanks][16];
 std::vector<std::vector<uint32_t>> warp_participants;  // [rank, warp]
 
 std::vector<uint32_t>& participants_of_warp(const Thread& thread) {
-  return warp_participants[thread.rank * 32 + thread.warp];
+  return warp_participants[warp_in_cluster(thread)];
 }
 
 }  // namespace

@@ -13,10 +13,21 @@ constexpr uint32_t kRankShift = 24;
 // What is known of the threads that have arrived, for those that wait (race.h).
 using Knowledge = std::vector<uint32_t>;
 
-struct ClusterBarrier {
+// Threads arrive; when the phase is over, what they knew is there for those that wait.
+struct Phases {
   uint32_t arrived = 0;
   uint64_t phase = 0;
   Knowledge arriving, passed;
+
+  void next() {
+    arrived = 0;
+    ++phase;
+    passed = std::move(arriving);
+    arriving.clear();
+  }
+};
+
+struct ClusterBarrier : Phases {
   std::map<const Thread*, uint64_t> phase_of;  // of those that have arrived and not waited yet
 };
 ClusterBarrier cluster_barrier;
@@ -30,29 +41,16 @@ struct Store {
 };
 
 // A phase is over when all have arrived and no byte that was expected is still to come.
-struct MemoryBarrier {
-  uint32_t count = 0, arrived = 0;
+struct MemoryBarrier : Phases {
+  uint32_t count = 0;
   int64_t bytes = 0;
-  uint64_t phase = 0;
-  Knowledge arriving, passed;
   std::vector<Store> stores;
 };
 std::map<uint8_t*, MemoryBarrier> memory_barriers;
 
-uint8_t* first_of_cluster(const Thread& thread) {
-  return thread.shared - size_t{thread.rank} * kSharedWindow;
-}
-int64_t rank_of(const Thread& thread, const uint8_t* place) {
-  return (place - first_of_cluster(thread)) / int64_t(kSharedWindow);
-}
-
 void pass_cluster_barrier() {
-  ClusterBarrier& barrier = cluster_barrier;
-  if (barrier.arrived == 0 || barrier.arrived < threads_left()) return;
-  barrier.arrived = 0;
-  ++barrier.phase;
-  barrier.passed = std::move(barrier.arriving);
-  barrier.arriving.clear();
+  const uint32_t arrived = cluster_barrier.arrived;
+  if (arrived > 0 && arrived >= threads_left()) cluster_barrier.next();
 }
 
 MemoryBarrier& at(Thread& thread, const Site& site, uint8_t* barrier) {
@@ -75,11 +73,20 @@ void deliver(const Thread& thread, MemoryBarrier& barrier) {
 }
 
 void pass_if_complete(MemoryBarrier& barrier) {
-  if (barrier.arrived < barrier.count || barrier.bytes != 0) return;
-  barrier.arrived = 0;
-  ++barrier.phase;
-  barrier.passed = std::move(barrier.arriving);
-  barrier.arriving.clear();
+  if (barrier.arrived >= barrier.count && barrier.bytes == 0) barrier.next();
+}
+
+uint8_t* in_block(Thread& thread, const Site& site, Access access, uint32_t rank, uint32_t offset,
+                  uint32_t bytes) {
+  if (rank >= thread.launch.kernel->ranks) {
+    fail(thread, site, kIllegalAddress, "access beyond the blocks of the cluster");
+  }
+  if (threads_left(rank) == 0) {
+    fail(thread, site, kIllegalAddress,
+         "access to the shared memory of a block that has left, rank " + std::to_string(rank));
+  }
+  check_shared(thread, site, access, rank, offset, bytes);
+  return first_of_cluster(thread) + size_t{rank} * kSharedWindow + offset;
 }
 
 }  // namespace
@@ -102,23 +109,6 @@ uint64_t map_generic(Thread& thread, const Site& site, uint64_t address, uint32_
       cluster_address<1>(thread, site, Access::issue, map_shared(thread, site, offset, rank)));
 }
 
-namespace {
-
-uint8_t* in_block(Thread& thread, const Site& site, Access access, uint32_t rank, uint32_t offset,
-                  uint32_t bytes) {
-  if (rank >= thread.launch.kernel->ranks) {
-    fail(thread, site, kIllegalAddress, "access beyond the blocks of the cluster");
-  }
-  if (threads_left(rank) == 0) {
-    fail(thread, site, kIllegalAddress,
-         "access to the shared memory of a block that has left, rank " + std::to_string(rank));
-  }
-  check_shared(thread, site, access, rank, offset, bytes);
-  return first_of_cluster(thread) + size_t{rank} * kSharedWindow + offset;
-}
-
-}  // namespace
-
 template <int bytes>
 uint8_t* cluster_address(Thread& thread, const Site& site, Access access, uint32_t address) {
   const uint32_t offset = address & ((1u << kRankShift) - 1), high = address >> kRankShift;
@@ -126,9 +116,8 @@ uint8_t* cluster_address(Thread& thread, const Site& site, Access access, uint32
 }
 uint8_t* of_another_block(Thread& thread, const Site& site, Access access, uint64_t address,
                           uint32_t bytes) {
-  const uint64_t place = address - uint64_t(first_of_cluster(thread));
-  return in_block(thread, site, access, uint32_t(place / kSharedWindow),
-                  uint32_t(place % kSharedWindow), bytes);
+  const SharedPlace place = shared_place(thread, reinterpret_cast<const uint8_t*>(address));
+  return in_block(thread, site, access, place.rank, place.offset, bytes);
 }
 template uint8_t* cluster_address<1>(Thread&, const Site&, Access, uint32_t);
 template uint8_t* cluster_address<2>(Thread&, const Site&, Access, uint32_t);
@@ -204,7 +193,7 @@ bool has_completed(Thread& thread, const Site& site, uint8_t* barrier, uint32_t 
 
 void store_async(Thread& thread, const Site& site, uint8_t* to, const void* data, uint32_t bytes,
                  uint8_t* barrier) {
-  if (rank_of(thread, to) != rank_of(thread, barrier)) {
+  if (shared_place(thread, to).rank != shared_place(thread, barrier).rank) {
     fail(thread, site, kLaunchFailure, "st.async reports to an mbarrier of another block");
   }
   Store store{to, {}, checks::number_of(thread), &site, {}};
@@ -233,7 +222,7 @@ void thread_leaves(Thread& thread) {
   if (threads_left(thread.rank) > 0) return;
   // What was never waited for may come at any time up to now, and later to nobody's memory.
   for (auto& [place, memory_barrier] : memory_barriers) {
-    if (rank_of(thread, place) != thread.rank || memory_barrier.stores.empty()) continue;
+    if (shared_place(thread, place).rank != thread.rank || memory_barrier.stores.empty()) continue;
     const Site& site = *memory_barrier.stores.front().site;
     deliver(thread, memory_barrier);
     report(thread, site, kLaunchFailure, "a block left before it waited for this store to it");

@@ -138,10 +138,24 @@ uint8_t* global_address(Thread& thread, const Site& site, Access access, uint64_
   }
   return reinterpret_cast<uint8_t*>(address);
 }
+// The shared memory of rank 0; the others' follow, a window each.
+inline uint8_t* first_of_cluster(const Thread& thread) {
+  return thread.shared - size_t{thread.rank} * kSharedWindow;
+}
+// Of a place in it: whose it is, and where there.
+struct SharedPlace {
+  uint32_t rank, offset;
+};
+inline SharedPlace shared_place(const Thread& thread, const uint8_t* place) {
+  const uint64_t from_first = uint64_t(place - first_of_cluster(thread));
+  return {uint32_t(from_first / kSharedWindow), uint32_t(from_first % kSharedWindow)};
+}
+inline uint32_t warp_in_cluster(const Thread& thread) { return thread.rank * 32 + thread.warp; }
+
 // What lies in the shared memory of another block of the cluster.
 inline bool in_cluster(const Thread& thread, uint64_t address) {
-  const uint8_t* first = thread.shared - size_t{thread.rank} * kSharedWindow;
-  return address - uint64_t(first) < uint64_t{thread.launch.kernel->ranks} * kSharedWindow;
+  return address - uint64_t(first_of_cluster(thread)) <
+         uint64_t{thread.launch.kernel->ranks} * kSharedWindow;
 }
 uint8_t* of_another_block(Thread& thread, const Site& site, Access access, uint64_t address,
                           uint32_t bytes);

@@ -8,8 +8,8 @@
 namespace emulator::race {
 namespace {
 
-// What happened last to a byte. A thread's clock counts what it has passed and released; an event is known to a thread
-// whose entry for the other one has reached the event's clock.
+// What happened last to a byte. A thread's clock counts what it has passed and released; an event
+// is known to a thread whose entry for the other one has reached the event's clock.
 struct Cell {
   const Site* write_site = nullptr;
   const Site* read_site = nullptr;
@@ -63,9 +63,7 @@ struct Actor {
   uint32_t number;
   const uint32_t* knowledge;  // [threads]
 
-  bool knows(uint32_t other, uint32_t clock) const {
-    return knowledge[other] >= clock;
-  }
+  bool knows(uint32_t other, uint32_t clock) const { return knowledge[other] >= clock; }
   uint32_t now() const { return knowledge[number]; }
 };
 Actor actor(uint32_t number) { return {number, &detector.clock(number, 0)}; }
@@ -174,11 +172,17 @@ void for_cells(Word* words, uint64_t offset, uint32_t bytes, const Visit& visit)
   }
 }
 
-// The words of a block's shared memory, and where in them a place is.
-std::pair<Word*, uint64_t> place_of(const Thread& thread, const uint8_t* to) {
-  const uint8_t* first = thread.shared - size_t{thread.rank} * kSharedWindow;
-  const uint64_t offset = uint64_t(to - first);
-  return {detector.shared[offset / kSharedWindow].data(), offset % kSharedWindow};
+// visit for each cell of bytes of shared memory, whoever's they are.
+template <class Visit>
+void for_shared_cells(const Thread& thread, const uint8_t* to, uint32_t bytes, const Visit& visit) {
+  const SharedPlace place = shared_place(thread, to);
+  for_cells(detector.shared[place.rank].data(), place.offset, bytes, visit);
+}
+
+// Adds what is known in `row` [threads].
+void learn(std::vector<uint32_t>& knowledge, const uint32_t* row) {
+  knowledge.resize(detector.threads, 0);
+  for (uint32_t i = 0; i < detector.threads; ++i) knowledge[i] = std::max(knowledge[i], row[i]);
 }
 
 // A time of its own for what the thread does from now on.
@@ -217,12 +221,8 @@ void joined(const Thread& thread, std::vector<uint32_t>& participants) {
 }
 
 void passed(const std::vector<uint32_t>& participants) {
-  const uint32_t n = detector.threads;
-  std::vector<uint32_t> all(n, 0);
-  for (const uint32_t i : participants) {
-    const uint32_t* row = &detector.clock(i, 0);
-    for (uint32_t j = 0; j < n; ++j) all[j] = std::max(all[j], row[j]);
-  }
+  std::vector<uint32_t> all;
+  for (const uint32_t i : participants) learn(all, &detector.clock(i, 0));
   for (const uint32_t i : participants) {
     std::copy(all.begin(), all.end(), &detector.clock(i, 0));
     advance(i);
@@ -231,10 +231,7 @@ void passed(const std::vector<uint32_t>& participants) {
 
 void released(const Thread& thread, std::vector<uint32_t>& knowledge) {
   const uint32_t number = number_of(thread);
-  knowledge.resize(detector.threads, 0);
-  for (uint32_t i = 0; i < detector.threads; ++i) {
-    knowledge[i] = std::max(knowledge[i], detector.clock(number, i));
-  }
+  learn(knowledge, &detector.clock(number, 0));
   advance(number);
 }
 
@@ -274,14 +271,12 @@ void global_access(const Thread& thread, const Site& site, Access access, uint64
 }
 
 void copy_issued(const Thread& thread, const Copy& copy) {
-  const auto [words, offset] = place_of(thread, copy.to);
-  for_cells(words, offset, copy.bytes, [](Cell& cell) { cell.pending = true; });
+  for_shared_cells(thread, copy.to, copy.bytes, [](Cell& cell) { cell.pending = true; });
 }
 
 // The data arrive for the thread that waits, and for others once something orders them after it.
 void copy_arrived(const Thread& thread, const Site&, const Copy& copy) {
-  const auto [words, offset] = place_of(thread, copy.to);
-  for_cells(words, offset, copy.bytes, [&](Cell& cell) {
+  for_shared_cells(thread, copy.to, copy.bytes, [&](Cell& cell) {
     cell.pending = false;
     touch(cell, thread, actor(number_of(thread)), *copy.site, Access::write);
   });
@@ -290,13 +285,11 @@ void copy_arrived(const Thread& thread, const Site&, const Copy& copy) {
 void store_arrived(const Thread& thread, const Site& site, uint32_t issuer,
                    const std::vector<uint32_t>& known, const uint8_t* to, uint32_t bytes,
                    std::vector<uint32_t>& arriving) {
-  const auto [words, offset] = place_of(thread, to);
-  for_cells(words, offset, bytes, [&](Cell& cell) {
+  for_shared_cells(thread, to, bytes, [&](Cell& cell) {
     touch(cell, thread, Actor{issuer, known.data()}, site, Access::write);
     cell.initialised = true;
   });
-  arriving.resize(detector.threads, 0);
-  for (uint32_t i = 0; i < detector.threads; ++i) arriving[i] = std::max(arriving[i], known[i]);
+  learn(arriving, known.data());
 }
 
 }  // namespace emulator::race

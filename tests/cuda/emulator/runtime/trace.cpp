@@ -92,7 +92,7 @@ void cluster_starts() { close(); }
 void access(const Thread& thread, const Site& site, Access access, bool shared, uint64_t address,
             uint32_t bytes) {
   // One instruction may touch shared and global memory: cp.async.
-  const uint32_t warp = thread.rank * 32 + thread.warp;
+  const uint32_t warp = warp_in_cluster(thread);
   const uint32_t number = counts[{&site, (warp * 32 + thread.lane) * 2 + shared}]++;
   open[{&site, shared, access != Access::read, warp, number}].push_back(
       {address, bytes, thread.lane});
