@@ -5,20 +5,22 @@
     python benchmarks/cuda/budget.py --write     # replace budget.csv
 
 "dynamic" is the shared memory that a launch asks for: at D = Dv = M = 64; of resident kernels at
-D = Dv = 32, M = 49 and 49 tokens, a window of 7 x 7; of steps backward in the one that collects.
+D = Dv = 32, M = 49 and 49 tokens, a window of 7 x 7; of on-chip kernels at D = Dv = 32; of steps
+backward in the one that collects.
 The columns after "limit" count instructions of the SASS, however often they run.
 Needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from layout import STORAGES, Problem, dynamic_shared
+from layout import STORAGES, OnChip, Problem, dynamic_shared
 from occupancy import occupancy
 from sass import INSTRUCTIONS, Kernel, read_kernels
 
@@ -31,6 +33,13 @@ NOT_LAUNCHED = {"probe"}  # device.cu only asks the driver about it
 # How far a figure may be from the table's before --check complains, as a part of it. What is not
 # here must be equal: one barrier or tensor-core instruction more or less is a different kernel.
 SLACK = dict.fromkeys(["LDG", "LDS", "MUFU", "FFMA", "DFMA", "all"], 0.05) | {"registers": 0.03}
+SLACK["local"] = 0.2
+
+
+def is_on_chip(name: str) -> bool:
+    """Whose entries take nearly all registers: once a head, not once an entry, it spills others."""
+    return "on_chip" in name
+
 
 Row = dict[str, str]
 
@@ -75,13 +84,17 @@ def row_of(kernel: Kernel) -> Row:
     """The line of the table."""
     if kernel.threads == 0:
         raise SystemExit(f"{kernel.name} has no __launch_bounds__, which tell its occupancy")
-    base, _, types = kernel.name.rstrip(">").partition("<")
-    storage = types.partition(",")[0]
-    problem = Problem(1, 1, tokens=1024, depth=64, references=64, storage=STORAGES[storage])
-    if "resident" in base:
-        problem = replace(problem, tokens=49, depth=32, references=49)
-    collects = base == "sinkhorn_step_backward_kernel"
-    dynamic = dynamic_shared(base, problem, kernel.arch, collects)
+    base, *types = re.split(r"[<>, ]+", kernel.name)
+    if is_on_chip(kernel.name):
+        shape = OnChip(*map(int, types[2:5]))
+        dynamic = shape.shared(Problem(1, 1, tokens=shape.tokens, depth=32, references=1))
+    else:
+        storage = STORAGES[types[0]]
+        problem = Problem(1, 1, tokens=1024, depth=64, references=64, storage=storage)
+        if "resident" in base:
+            problem = replace(problem, tokens=49, depth=32, references=49)
+        collects = base == "sinkhorn_step_backward_kernel"
+        dynamic = dynamic_shared(base, problem, kernel.arch, collects)
     fit = occupancy(kernel.arch, kernel.threads, kernel.registers, kernel.shared + dynamic)
     values = [
         kernel.name,
@@ -126,7 +139,7 @@ def compare(table: list[Row], rows: list[Row]) -> list[str]:
     problems = [
         f"{key}: {row['local']} accesses of local memory (spills), must be 0"
         for key, row in compiled.items()
-        if row["local"] != "0"
+        if row["local"] != "0" and not is_on_chip(key)
     ]
     problems += [
         f"{key}: not one block fits a multiprocessor ({row['limit']})"

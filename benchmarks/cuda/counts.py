@@ -174,3 +174,22 @@ def gradient(p: Problem, to_tokens: bool, to_references: bool, resident: bool) -
         work += product(p, p.chunks * TILE, p.depth, p.tiles * TILE, (2, 1))
         work += per_pair(p, 4) + Work(shared=2 * NUMBER * pairs(p))
     return work
+
+
+def on_chip(p: Problem) -> Work:
+    """All of forward where a head stays in registers: entries once, then two FMA each a step."""
+    shape = p.on_chip
+    assert shape
+    strips = p.problems * -(-p.tokens // WARP_ROWS)
+    n = strips * WARP_ROWS * 8 * shape.blocks
+    depth, columns = 32 * -(-p.depth // 32), 8 * shape.blocks
+    # keys and their norms against references, collect's product and distribute's
+    tensor = 2.0 * strips * WARP_ROWS * depth * (columns + 16 + 2 * columns)
+    matrices = strips * (depth // 16) * (2 + shape.blocks / 4 + 1 + shape.blocks / 8)
+    exchanged = 8 * NUMBER * p.problems * shape.warps * columns * (p.steps + p.depth / 8)
+    return Work(
+        tensor=tensor,
+        float32=n * (4 + 2 * max(p.steps, 1) + 1.5 + 1 + 0.5),
+        special=2 * n,
+        shared=matrices * MATRIX + exchanged + 3 * token_rows(p).shared,
+    ) + 3 * Work(memory=token_rows(p).memory, cache=token_rows(p).cache)

@@ -1,7 +1,8 @@
 """How csrc/cuda splits a problem over blocks, and the shared memory of a block.
 
-Splits, Layout (problem.cuh) and fits_one_block (launch.cuh) once more: the tables here are made
-where no CUDA compiler is. A test holds them against the launches of the emulated device.
+Splits, Layout (problem.cuh), fits_one_block (launch.cuh) and on_chip/shape.cuh once more: the
+tables here are made where no CUDA compiler is. A test holds them against the launches of the
+emulated device.
 """
 
 from dataclasses import dataclass
@@ -106,6 +107,19 @@ class Problem:
             tiles *= 2
         return divide_up(self.tiles, tiles)
 
+    @property
+    def on_chip(self) -> "OnChip | None":
+        """The shape that holds a head, of a half type, in a block's registers; None: no shape."""
+        for most, blocks, strips in ON_CHIP:
+            if self.references > most:
+                continue
+            alone = [OnChip(blocks, 4, 1)] if blocks == 7 else []
+            for shape in (*alone, OnChip(blocks, strips, 2), OnChip(blocks, strips, 8)):
+                if self.tokens <= shape.tokens and shape.shared(self) <= MOST_ON_CHIP:
+                    return shape
+            return None
+        return None
+
     def resident(self, needs: Needs) -> bool:
         """Whether one block holds a head's keys, on devices that give it 163 KiB (sm_80, sm_90)."""
         return self.shared(needs, resident=True) <= MOST_RESIDENT
@@ -148,6 +162,38 @@ class Problem:
         return total + (2 if stages == 1 else 8 if eight else 4) * step
 
 
+@dataclass(frozen=True)
+class OnChip:
+    """Shape of on_chip/shape.cuh: blocks of 8 references, strips of 16 tokens a warp, warps."""
+
+    blocks: int
+    strips: int
+    warps: int
+
+    @property
+    def tokens(self) -> int:
+        """The most of a head."""
+        return 16 * self.strips * self.warps
+
+    def shared(self, p: Problem) -> int:
+        """Memory::total, in bytes."""
+        references, across = 8 * self.blocks, self.warps > 1
+        spread = 64 * divide_up(self.blocks, 8) * self.warps
+        total = ON_CHIP_HEAD + references * 4 * (1 + 3)  # terms and positions
+        total += 8 * 4 + 16 * self.warps + 4 * self.tokens  # largest, valid, masses
+        total += 2 * 4 * spread + across * 2 * 8 * spread  # spread, columns
+        total += across * 2 * self.warps * 4 * 32 * 16  # sums
+        bands = 2 * divide_up(p.depth, 32)
+        total += bands * divide_up(self.blocks, 2) * 32 * 16  # operand
+        total += references * (16 * bands + 8) * 2
+        strips = divide_up(p.tokens, 16 * self.warps)  # of a warp; its room has them by twos
+        return total + 32 * divide_up(strips, 2) * self.warps * (16 * min(bands, 4) + 8) * 2
+
+
+ON_CHIP_HEAD = 320
+ON_CHIP = ((32, 4, 7), (56, 7, 7), (64, 8, 6), (128, 16, 3))  # most references, blocks, strips
+MOST_ON_CHIP = 163 * 1024  # what sm_80 gives a block
+
 NEEDS = {
     "attention_forward_resident_kernel": Needs.DISTRIBUTES,
     "attention_backward_resident_kernel": Needs.DIFFERENTIATES,
@@ -176,6 +222,9 @@ def dynamic_shared(kernel: str, p: Problem, arch: int = 80, collects: bool = Fal
     """Bytes that the launch of `kernel` asks for, beside what it declares."""
     if kernel in NOTHING:
         return 0
+    if kernel == "attention_forward_on_chip_kernel":
+        assert p.on_chip
+        return p.on_chip.shared(p)
     if kernel in HEAD_ONLY:
         return p.storage.head
     needs = Needs.DISTRIBUTES if collects else NEEDS[kernel]

@@ -67,17 +67,9 @@ def forward(p: Problem) -> list[Launch]:
     states = counts.numbers(p.problems * p.references)
     rows = counts.numbers(p.problems * p.tokens)
     keys = Work(memory=counts.token_rows(p).memory)
-    if p.resident(Needs.DISTRIBUTES):
-        work = p.steps * counts.sinkhorn_step(p, True)
-        work += counts.pool(p, True) + counts.distribute(p, True)
-        load = counts.token_rows(p) + counts.key_copies(p)
-        return [
-            Launch(
-                "attention_forward_resident_kernel",
-                p.problems,
-                work + load + p.steps * (rows + states),
-            )
-        ]
+    if p.on_chip:
+        work = counts.on_chip(p) + p.steps * (rows + states)
+        return [Launch("attention_forward_on_chip_kernel", p.problems, work)]
     blocks = p.problems * p.splits
     step = counts.sinkhorn_step(p, False) + keys + rows + 2 * p.splits * states
     collect = counts.pool(p, False) + keys + p.splits * (p.depth + 1) * states

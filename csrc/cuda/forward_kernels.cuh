@@ -181,7 +181,9 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
     const UnitLengthWorkspace parts = ForwardKernels::workspace(p).scaled;
     return run(scaled<Storage>(p, parts, partial, stream), workspace, stream);
   }
-  if constexpr (kResident<Storage>) {
+  if constexpr (kIsHalf<Storage>) {
+    if (OnChipForward<Storage>::run(p, stream)) return;
+  } else if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDistributes, stream)) {
       launch<attention_forward_resident_kernel<Storage>>(
           stream, "attention_forward_resident_kernel", heads, S::kThreads,

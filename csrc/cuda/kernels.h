@@ -45,6 +45,13 @@ struct ForwardKernels {
   static void run(const ForwardParams& p, void* workspace, Stream& stream);
 };
 
+// Heads that stay on the chip: half types on sm_80 and later. Returns whether there is a kernel for
+// the problem and the device has room for it; else nothing is launched.
+template <class Storage>
+struct OnChipForward {
+  static bool run(const ForwardParams& p, Stream& stream);
+};
+
 template <class Storage>
 struct BackwardKernels {
   static BackwardWorkspace workspace(const BackwardParams& p);

@@ -81,7 +81,7 @@ def test_smoke_checks_run_every_family_in_every_type_and_direction() -> None:
 
 def test_smoke_checks_run_the_family_they_name() -> None:
     """As far as the launch code chooses on a device of capability 8.0."""
-    own = {"resident": "resident_kernel", "streaming": "step_kernel"}
+    own = {"resident": "on_chip_kernel", "streaming": "step_kernel"}
     backend = BACKENDS["cuda-emulated"]()
     emulator = Emulator(backend.module.__file__)
     for task in smoke_checks.tasks():

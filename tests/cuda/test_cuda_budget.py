@@ -271,11 +271,11 @@ def test_the_counts_of_one_tile() -> None:
 
 def test_the_forward_of_one_tile() -> None:
     (launch,) = model.forward(TINY)
-    assert (launch.kernel, launch.blocks) == ("attention_forward_resident_kernel", 1)
-    # a step, collect and distribute: an exponential for the score, and one for 2^s or the plan
-    assert launch.work.special == 64 * 64 * 3 * 2
-    # scores of three passes; collect's product is 64 x 16 x 64 in two, distribute's in three
-    assert launch.work.tensor == (3 + 2 + 3) * 2 * 64 * 64 * 16
+    assert (launch.kernel, launch.blocks) == ("attention_forward_on_chip_kernel", 1)
+    # an exponential for the similarity, and one for 2^s, which all passes share
+    assert launch.work.special == 64 * 64 * 2
+    # of depths padded to 32: scores, the norms of the keys, and two averages
+    assert launch.work.tensor == 2 * 64 * 32 * (64 + 16 + 2 * 64)
     # keys and values in, output out; rows and columns of the one step
     assert launch.work.memory == 3 * 64 * 16 * 2 + 4 * (64 + 64)
 
@@ -317,7 +317,7 @@ def test_the_output_says_that_nothing_was_measured(
     model.main()
     printed = capsys.readouterr().out
     assert printed.startswith("Model, not measured on a GPU.")
-    assert "| v3 | attention_forward_resident_kernel | 1 | 96 |" in printed
+    assert "| v3 | attention_forward_on_chip_kernel | 1 | 96 |" in printed
 
 
 def test_docs_have_the_figures_of_the_model(
@@ -346,7 +346,8 @@ def launched(backend: Backend, p: Problem) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize(
     "p",
     [
-        Problem(1, 2, tokens=70, depth=20, references=5, steps=2),  # resident
+        Problem(1, 2, tokens=40, depth=20, references=5, steps=2),  # on chip, resident backward
+        Problem(1, 1, tokens=300, depth=72, references=70, steps=1),
         Problem(1, 1, tokens=2200, depth=16, references=7, steps=2),  # one tile of references
         Problem(1, 1, tokens=520, depth=72, references=70, steps=2),  # several of all
     ],
@@ -367,7 +368,7 @@ MAIN_LOOPS = {"product.cuh", "tile.cuh", "similarity.cuh"}
 
 
 @pytest.mark.parametrize("depth", [32, 64])
-@pytest.mark.parametrize("tokens", [128, 2200])  # resident, and streaming
+@pytest.mark.parametrize("tokens", [128, 2200])  # on chip and resident, and streaming
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bank_conflicts(backend: Backend, dtype: torch.dtype, tokens: int, depth: int) -> None:
     if not backend.emulated:

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="the emulator needs 
 
 ON_SM_75 = ["bfloat16 resident backward, small", "bfloat16 streaming backward, two tiles"]
 ORDERS = ["random"]  # the rest of the suite runs them forward, test_threads.py in reverse as well
-BACKWARD = [name for name, problem in PROBLEMS.items() if problem.backward]
+WHOLE = [name for name, problem in PROBLEMS.items() if problem.backward or "on-chip" in name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*BACKWARD, "float16 resident forward"} - {*ON_SM_75}))
+@pytest.mark.parametrize("name", sorted({*WHOLE} - {*ON_SM_75}))
 def test_no_objection_on_sm_80(name: str) -> None:
     found, words = check(emulated_library(), name, ORDERS)
     assert not found, words
@@ -32,6 +32,6 @@ def test_no_objection_on_sm_75(name: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
     shutil.copytree(SOURCES, sources)
     problem = PROBLEMS[name]
-    library = build_module(sources, problem.storage, problem.resident, problem.backward, 75)
+    library = build_module(sources, problem.storage, problem.regime, problem.backward, 75)
     found, words = check(library, name, ORDERS)
     assert not found, words

@@ -428,6 +428,6 @@ def test_the_emulated_device_in_place_of_a_card(tmp_path: Path) -> None:
         assert row["limit"] in limits.CEILINGS
     assert [row["design"] for row in found["knobs"]] == ["default", "SETFORMER_CUDA_RESIDENT=off"]
     kernels = {x["kernel"] for x in found["kernels"] if x["kind"] == "kernel"}
-    assert "attention_forward_resident_kernel<__nv_bfloat16>" in kernels
+    assert "attention_backward_resident_kernel<__nv_bfloat16>" in kernels
     text = (output / "report.md").read_text(encoding="utf-8")
     assert text.count("times mean nothing") >= 1

@@ -94,7 +94,7 @@ def test_commands_are_found() -> None:
 
 
 def test_kernels_are_those_of_the_sources() -> None:
-    sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*")]
+    sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cu*")]
     kernels = re.findall(r"__global__ void[^;{]*?(\w+_kernel)\(", "".join(sources))
     text = PAGES[Path("docs/cuda.md")]
     table = "".join(line for line in text.splitlines() if line.startswith("| `"))

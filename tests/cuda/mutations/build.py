@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emulator import build
+
+if TYPE_CHECKING:
+    from .checks import Regime
 
 TYPES = {
     "float32": "float",
@@ -14,7 +18,10 @@ TYPES = {
     "bfloat16": "__nv_bfloat16",
     "float16": "__half",
 }
+HALVES = ("bfloat16", "float16")
 DIRECTIONS = ("forward", "backward")
+# Of kernels on chip, those that the problems need: blocks of references, strips, warps.
+SHAPES = ("Li4ELi7ELi2E", "Li7ELi4ELi1E")
 
 # What launch.cu refers to beside, and no check calls.
 ABSENT = """\
@@ -36,51 +43,69 @@ template <> {Direction}Workspace {Direction}Kernels<{type}>::workspace(const {Di
 template <> void {Direction}Kernels<{type}>::run(const {Direction}Params&, void*, Stream&) {{
   std::abort();
 }}"""
+ABSENT_ON_CHIP = """\
+template <> bool OnChipForward<{type}>::run(const ForwardParams&, Stream&) {{ return false; }}"""
 
 
 def build_module(
-    sources: Path, storage: str, resident: bool, backward: bool, architecture: int = 80
+    sources: Path, storage: str, regime: Regime, backward: bool, architecture: int = 80
 ) -> Path:
     """The module _C with one regime's kernels of one type, of `sources`, a copy of csrc/.
 
     Kernels that a change leaves as they were come from the emulator's cache.
     Raises: BuildError, PtxError.
     """
-    directions = DIRECTIONS if backward else DIRECTIONS[:1]
+    wanted: dict[str, Regime] = {f"forward_{storage}": regime}
+    if storage in HALVES:
+        wanted = {f"on_chip_{storage}": regime} if regime == "on chip" else {}
+        wanted[f"forward_{storage}"] = "streaming"
+    if backward:
+        wanted[f"backward_{storage}"] = "resident" if regime == "on chip" else regime
     objects = build.extension_objects(build.SOURCES)
     for name in ("launch.cu", "device.cu"):
         host, _ = build.compile_cuda(sources / "cuda" / name, architecture, [sources])
         objects.append(host)
-    for direction in directions:
-        source = sources / "cuda" / f"{direction}_{storage}.cu"
+    for name, kernels in wanted.items():
+        source = sources / "cuda" / f"{name}.cu"
         host, ptx = build.compile_cuda(source, architecture, [sources])
-        objects += [host, *translated_kernels(ptx, resident)]
-    objects.append(absent_kernels(storage, directions))
+        objects += [host, *translated_kernels(ptx, kernels)]
+    objects.append(absent_kernels(set(wanted)))
     objects += build.runtime_objects(architecture, with_cudart=True)
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     return build.link(objects, name, ["-fopenmp", "-ldl", "-Wl,-z,undefs"])
 
 
-def translated_kernels(ptx: Path, resident: bool) -> list[Path]:
+def translated_kernels(ptx: Path, regime: Regime) -> list[Path]:
     """Objects of one regime's kernels, and of small ones in files with them: no others can be
     launched."""
+
+    def is_of_regime(kernel: str) -> bool:
+        if "on_chip" in kernel:
+            return regime == "on chip" and any(shape in kernel for shape in SHAPES)
+        return ("resident" in kernel) == (regime == "resident")
 
     def is_wanted(source: Path) -> bool:
         kernels = re.findall(
             r'const Kernel kKernel\{\s*"(\w+)"', source.read_text(encoding="utf-8")
         )
-        return not kernels or any(("resident" in kernel) == resident for kernel in kernels)
+        return not kernels or any(map(is_of_regime, kernels))
 
     return build.compile_translated(list(filter(is_wanted, build.translated_sources(ptx))))
 
 
-def absent_kernels(storage: str, directions: tuple[str, ...]) -> Path:
-    definitions = []
-    for direction in DIRECTIONS:
-        for name, type_ in TYPES.items():
-            if name == storage and direction in directions:
-                continue
-            definitions.append(ABSENT_DIRECTION.format(type=type_, Direction=direction.title()))
+def absent_kernels(present: set[str]) -> Path:
+    """Definitions in place of the sources that are not compiled."""
+    definitions = [
+        ABSENT_DIRECTION.format(type=type_, Direction=direction.title())
+        for direction in DIRECTIONS
+        for name, type_ in TYPES.items()
+        if f"{direction}_{name}" not in present
+    ]
+    definitions += [
+        ABSENT_ON_CHIP.format(type=TYPES[name])
+        for name in HALVES
+        if f"on_chip_{name}" not in present
+    ]
     text = ABSENT.format(definitions="\n".join(definitions))
     source = build.write(build.cache() / "generated" / f"absent-{build.digest(text)}.cpp", text)
     flags = ("-std=c++17", "-O0", "-w", f"-isystem{build.cuda_include()}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,11 +28,14 @@ from setformer_ext import ops
 from setformer_ext.cli.selftest.problems import random_problem
 from setformer_ext.cli.selftest.tolerance import compare_with_definition
 
+# Which kernels a problem is for: forward of a half type is on chip or streams, never resident.
+Regime = Literal["on chip", "resident", "streaming"]
+
 
 @dataclass(frozen=True)
 class Problem:
     storage: str
-    resident: bool
+    regime: Regime
     backward: bool
     options: dict[str, Any]  # of random_problem
     arranged: Callable[[Tensor], Tensor] | None = None  # the same key, elsewhere in memory
@@ -61,6 +64,9 @@ RESIDENT = {
 }  # fmt: skip
 STREAMING = {"B": 1, "H": 1, "N": 403, "M": 19, "D": 72, "Dv": 9, "iterations": 2, **LEARNED}
 TWO_TILES = {"N": 275, "M": 70, "D": 136}
+# Queries are keys, as most often.
+SELF = {key: value for key, value in RESIDENT.items() if key != "Nq"}
+DEEP_AND_WIDE = {"D": 72, "Dv": 72}  # more than a warp's room has of a row
 DEEP = {"D": 40}  # two depth tiles of float32
 SMALL = {"N": 45}  # fits the 64 KiB of a block on sm_75
 SHALLOW = {"N": 2100, "D": 16}
@@ -68,35 +74,54 @@ MANY_QUERIES = {"N": 5, "Nq": 301, "M": 70}  # and more references than a tile
 IN_LOGARITHMS = {"epsilon": 0.01, "masked": True}
 
 PROBLEMS = {
-    "bfloat16 resident forward": Problem("bfloat16", True, False, RESIDENT),
-    "bfloat16 resident forward, transposed": Problem("bfloat16", True, False, RESIDENT, transposed),
-    "bfloat16 resident forward, far": Problem("bfloat16", True, False, RESIDENT, far),
-    "bfloat16 resident forward, wide": Problem("bfloat16", True, False, RESIDENT | {"Dv": 72}),
-    "float16 resident forward": Problem("float16", True, False, RESIDENT),
-    "float32 resident forward": Problem("float32", True, False, RESIDENT),
-    "bfloat16 streaming forward": Problem("bfloat16", False, False, STREAMING),
-    "float32 streaming forward": Problem("float32", False, False, STREAMING),
-    "float32 streaming forward, shallow": Problem("float32", False, False, STREAMING | SHALLOW),
-    "bfloat16 resident backward": Problem("bfloat16", True, True, RESIDENT),
-    "bfloat16 resident backward, small": Problem("bfloat16", True, True, RESIDENT | SMALL),
-    "float32 resident backward": Problem("float32", True, True, RESIDENT),
-    "float32 resident backward, deep": Problem("float32", True, True, RESIDENT | DEEP),
+    "bfloat16 on-chip forward": Problem("bfloat16", "on chip", False, RESIDENT),
+    "bfloat16 on-chip forward, transposed": Problem(
+        "bfloat16", "on chip", False, RESIDENT, transposed
+    ),
+    "bfloat16 on-chip forward, deep": Problem(
+        "bfloat16", "on chip", False, RESIDENT | DEEP_AND_WIDE
+    ),
+    "bfloat16 on-chip forward, alone": Problem(
+        "bfloat16", "on chip", False, SELF | {"N": 45, "M": 43, "iterations": 0}
+    ),
+    "bfloat16 on-chip forward, then backward": Problem("bfloat16", "on chip", True, SELF),
+    "float16 on-chip forward": Problem("float16", "on chip", False, SELF),
+    "bfloat16 on-chip forward, in logarithms": Problem(
+        "bfloat16", "on chip", False, SELF | IN_LOGARITHMS
+    ),
+    "bfloat16 small forward": Problem("bfloat16", "streaming", False, RESIDENT),
+    "bfloat16 small forward, transposed": Problem(
+        "bfloat16", "streaming", False, RESIDENT, transposed
+    ),
+    "bfloat16 small forward, far": Problem("bfloat16", "streaming", False, RESIDENT, far),
+    "bfloat16 small forward, wide": Problem("bfloat16", "streaming", False, RESIDENT | {"Dv": 72}),
+    "float16 small forward": Problem("float16", "streaming", False, RESIDENT),
+    "float32 resident forward": Problem("float32", "resident", False, RESIDENT),
+    "bfloat16 streaming forward": Problem("bfloat16", "streaming", False, STREAMING),
+    "float32 streaming forward": Problem("float32", "streaming", False, STREAMING),
+    "float32 streaming forward, shallow": Problem(
+        "float32", "streaming", False, STREAMING | SHALLOW
+    ),
+    "bfloat16 resident backward": Problem("bfloat16", "resident", True, RESIDENT),
+    "bfloat16 resident backward, small": Problem("bfloat16", "resident", True, RESIDENT | SMALL),
+    "float32 resident backward": Problem("float32", "resident", True, RESIDENT),
+    "float32 resident backward, deep": Problem("float32", "resident", True, RESIDENT | DEEP),
     "bfloat16 resident backward, many queries": Problem(
-        "bfloat16", True, True, RESIDENT | MANY_QUERIES
+        "bfloat16", "resident", True, RESIDENT | MANY_QUERIES
     ),
     "float32 resident backward, many queries": Problem(
-        "float32", True, True, RESIDENT | MANY_QUERIES
+        "float32", "resident", True, RESIDENT | MANY_QUERIES
     ),
-    "bfloat16 streaming backward": Problem("bfloat16", False, True, STREAMING),
+    "bfloat16 streaming backward": Problem("bfloat16", "streaming", True, STREAMING),
     "float32 streaming backward, first spans hidden": Problem(
-        "float32", False, True, STREAMING | IN_LOGARITHMS, hidden=280
+        "float32", "streaming", True, STREAMING | IN_LOGARITHMS, hidden=280
     ),
     "bfloat16 streaming backward, two tiles": Problem(
-        "bfloat16", False, True, STREAMING | TWO_TILES
+        "bfloat16", "streaming", True, STREAMING | TWO_TILES
     ),
-    "float32 streaming backward": Problem("float32", False, True, STREAMING | TWO_TILES),
+    "float32 streaming backward": Problem("float32", "streaming", True, STREAMING | TWO_TILES),
     "float32 streaming backward, in a group": Problem(
-        "float32", False, True, STREAMING, in_group=True
+        "float32", "streaming", True, STREAMING, in_group=True
     ),
 }
 

@@ -1,0 +1,260 @@
+// The two averages of a head whose entries are in registers: A_j = sum_i C_ij V_i and O_i =
+// sum_j R_ij A_j, on the tensor cores.
+//
+// C_ij = u_i K_ij / c_j and R_ij = v_j K_ij / r_i. Entries that were scores have become the plans
+// themselves, with factors 1. A plan's entries enter the products rounded to the storage type, as
+// do those of A. bfloat16 has exponents for entries without their factors of references, or of
+// tokens, which follow where they are fewer; float16 takes plans times kPlanScale.
+#pragma once
+
+#include "solve.cuh"
+
+namespace setformer::cuda::on_chip {
+
+template <class Storage>
+inline constexpr bool kFewExponents = std::is_same_v<Storage, __half>;
+inline constexpr int kPlanShift = 14;
+template <class Storage>
+inline constexpr float kPlanScale = kFewExponents<Storage> ? float(1 << kPlanShift) : 1.0f;
+
+// Columns of the output from the warp's room, from `first_column` on.
+template <class S>
+__device__ __forceinline__ void store_outputs(const ForwardParams& p, const Place& at,
+                                              const Tokens<S>& tokens, int first_column) {
+  using Storage = typename S::Storage;
+  const Rows<Storage>& rows = shared_head<S>().outputs;
+  const int pitch = Memory<S>::pitch(p), shift = pitch > 16 * kBands + 8 ? 3 : 2;
+  const int row = at.lane >> shift, rows_at_once = 32 >> shift;
+  const int column = 8 * (at.lane & ((1 << shift) - 1));
+  const int left = rows.depth - first_column - column;
+  const int count = left <= 0 ? 0 : min(16 * tokens.strips, int(rows.count) - tokens.first);
+  const bool whole = rows.vectors && left >= 8;
+  const Storage* from = shared_at<Storage>(Memory<S>::rows(p)) +
+                        (at.warp * Memory<S>::room(p) + row) * pitch + column;
+  Storage* to = rows.data + (tokens.first + row) * rows.row_stride +
+                (first_column + column) * rows.column_stride;
+#pragma unroll 1
+  for (int i = row; i < count; i += rows_at_once) {
+    if (whole) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 8 && e < left; ++e) to[e * rows.column_stride] = from[e];
+    }
+    from += rows_at_once * pitch;
+    to += rows_at_once * rows.row_stride;
+  }
+}
+
+// What sums of products are multiplied by, in the warp's own rooms: pairs of references.
+struct Weights {
+  const float2* pooled;   // for A
+  const float2* operand;  // and then for the operand of distribute
+};
+
+// A lane's part of a tile of A^T, 16 columns by 8 references: to the pooled output, and in the same
+// lanes to where it is the operand of distribute.
+template <class S>
+__device__ __forceinline__ void keep_pooled(const ForwardParams& p, const Weights& weights,
+                                            int band, int block, int lane, const float4& sum) {
+  using Storage = typename S::Storage;
+  const int pair = 4 * block + lane % 4, column = 16 * band + lane / 4;
+  const float2 weight = weights.pooled[pair], factor = weights.operand[pair];
+  const float x[2][2] = {{sum.x * weight.x, sum.y * weight.y},
+                         {sum.z * weight.x, sum.w * weight.y}};
+  const int width = int(p.value_depth), left = int(p.references) - 2 * pair;
+  float* pooled = static_cast<float*>(p.pooled.data) +
+                  (shared_head<S>().index * p.references + 2 * pair) * width + column;
+  uint32_t* operand =
+      shared_at<uint32_t>(Memory<S>::kOperand) + ((band * S::kPairs + block / 2) * 32 + lane) * 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (column + 8 * half < width) {
+      if (left > 0) pooled[8 * half] = x[half][0];
+      if (left > 1) pooled[8 * half + width] = x[half][1];
+    }
+    operand[2 * half + block % 2] = pack<Storage>(x[half][0] * factor.x, x[half][1] * factor.y);
+    if (S::kBlocks % 2 == 1 && block == S::kBlocks - 1) operand[2 * half + 1] = 0;
+  }
+}
+
+using Tiles = float[kGroup][kBands][4];
+
+// A^T = V^T C of kGroup blocks of references and kBands bands of columns: over the warp's tokens.
+template <class S>
+__device__ __forceinline__ void pool_tiles(const ForwardParams& p, const Place& at,
+                                           const Tokens<S>& tokens, int band, int block,
+                                           const Entries<S>& entries, const OfTokens<S>& factors,
+                                           const OfReferences<S>& of_plan, Tiles& tiles) {
+  using Storage = typename S::Storage;
+  const int pitch = Memory<S>::pitch(p);
+  const Storage* values = strip_matrices<S>(p, at, true) + 16 * band;
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+    if (s >= tokens.strips) continue;
+    uint32_t columns[kBands][4];
+#pragma unroll
+    for (int b = 0; b < kBands; ++b) read_transposed(columns[b], values + 16 * s * pitch + 16 * b);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (block + i >= S::kBlocks) continue;
+      const int n = block + i < S::kBlocks ? block + i : 0;
+      uint32_t plan[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          x[e] = entries[s][n][2 * half + e] * factors[s][half];
+          if (kFewExponents<Storage>) x[e] *= of_plan[n][e];
+        }
+        plan[half] = transposed(pack<Storage>(x[0], x[1]));
+      }
+#pragma unroll
+      for (int b = 0; b < kBands; ++b) {
+        accumulate<Storage>(tiles[i][b], columns[b], plan[0], plan[1]);
+      }
+    }
+  }
+}
+
+// From the tiles of each warp to A, in the order of the warps. `parity` changes from call to call,
+// so that no warp writes what another still reads.
+template <class S>
+__device__ __forceinline__ void add_tiles(const ForwardParams& p, const Place& at,
+                                          const Weights& weights, int band, int block, int parity,
+                                          const Tiles& tiles) {
+  constexpr int kTiles = kGroup * kBands;
+  float4* room = shared_at<float4>(Memory<S>::kSums) + parity * S::kWarps * kTiles * 32;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (block + i >= S::kBlocks) continue;
+#pragma unroll
+    for (int b = 0; b < kBands; ++b) {
+      const float (&d)[4] = tiles[i][b];
+      if constexpr (S::kWarps == 1) {
+        keep_pooled<S>(p, weights, band + b, block + i, at.lane, {d[0], d[1], d[2], d[3]});
+      } else {
+        room[(at.warp * kTiles + i * kBands + b) * 32 + at.lane] = {d[0], d[1], d[2], d[3]};
+      }
+    }
+  }
+  if constexpr (S::kWarps == 1) return;
+  meet<S>();
+#pragma unroll 1
+  for (int tile = at.warp; tile < kTiles; tile += S::kWarps) {
+    const int of_block = block + tile / kBands;
+    if (of_block >= S::kBlocks) continue;
+    const float4* own = room + tile * 32 + at.lane;
+    float4 sum = *own;
+#pragma unroll
+    for (int warp = 1; warp < S::kWarps; ++warp) {
+      const float4 other = own[warp * kTiles * 32];
+      sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+    }
+    keep_pooled<S>(p, weights, band + tile % kBands, of_block, at.lane, sum);
+  }
+}
+
+// A, from entries whose sums over the tokens are 1 / weights. What it leaves for distribute is
+// multiplied by `of_operand`.
+template <class S>
+__device__ __forceinline__ void collect(const ForwardParams& p, const Place& at,
+                                        const Tokens<S>& tokens, const Entries<S>& entries,
+                                        const OfTokens<S>& factors, const Spread<S>& weights,
+                                        const Spread<S>& of_operand) {
+  using Storage = typename S::Storage;
+  OfReferences<S> of_plan{};
+  Spread<S> of_sums;
+#pragma unroll
+  for (int h = 0; h < S::kSpread; ++h) of_sums[h] = weights[h];
+  if constexpr (kFewExponents<Storage>) {
+    for_each_own(at, of_sums, [](int, float& x) { x *= kPlanScale<Storage>; });
+    to_fragments<S>(at, of_sums, of_plan);
+    for_each_own(at, of_sums, [](int, float& x) { x = 1.0f / kPlanScale<Storage>; });
+  }
+  const Weights of_tiles{in_room<S>(at, of_sums), in_room<S>(at, of_operand, 1)};
+  const int bands = Memory<S>::bands(p.value_depth);
+  int parity = 0;
+#pragma unroll 1
+  for (int band = 0; band < bands; band += kBands) {
+    if (band > 0 && band % kMostBands == 0) {
+      __syncwarp();
+      stage<S>(p, at, tokens, shared_head<S>().values, 16 * band);
+    }
+    wait_for_copies<0>();
+    __syncwarp();
+#pragma unroll
+    for (int block = 0; block < S::kBlocks; block += kGroup) {
+      Tiles tiles = {};
+      pool_tiles<S>(p, at, tokens, band % kMostBands, block, entries, factors, of_plan, tiles);
+      add_tiles<S>(p, at, of_tiles, band, block, parity, tiles);
+      parity ^= 1;
+    }
+  }
+  if (at.warp != 0) return;
+  float* scales = shared_head<S>().kept_columns + steps_kept(p) * p.references;
+  for_each_own(at, weights, [&](int j, float weight) {
+    if (j < p.references) scales[j] = weight == 0.0f ? 0.0f : 1.0f;
+  });
+}
+
+// O = R A, from entries that are multiplied by `scales` to become R: 0 for hidden tokens.
+template <class S>
+__device__ __forceinline__ void distribute(const ForwardParams& p, const Place& at,
+                                           const Tokens<S>& tokens, const Entries<S>& entries,
+                                           const OfTokens<S>& scales) {
+  using Storage = typename S::Storage;
+  uint32_t plan[S::kStrips][2 * S::kPairs][2];
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+    for (int n = 0; n < 2 * S::kPairs; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float (&x)[4] = entries[s][n < S::kBlocks ? n : 0];
+        plan[s][n][half] = n < S::kBlocks ? pack<Storage>(x[2 * half], x[2 * half + 1]) : 0;
+      }
+    }
+  }
+  const int bands = Memory<S>::bands(p.value_depth), pitch = Memory<S>::pitch(p);
+  Storage* room = shared_at<Storage>(Memory<S>::rows(p)) +
+                  (at.warp * Memory<S>::room(p) + at.g) * pitch + 2 * at.c;
+  const uint4* operand = shared_at<uint4>(Memory<S>::kOperand) + at.lane;
+#pragma unroll 1
+  for (int band = 0; band < bands; ++band) {
+    Storage* stage = room + 16 * (band % kMostBands);
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      float sums[S::kStrips][4] = {};
+#pragma unroll
+      for (int pair = 0; pair < S::kPairs; ++pair) {
+        const uint2 b =
+            reinterpret_cast<const uint2*>(operand + (band * S::kPairs + pair) * 32)[upper];
+#pragma unroll
+        for (int s = 0; s < S::kStrips; ++s) {
+          const uint32_t a[4] = {plan[s][2 * pair][0], plan[s][2 * pair][1],
+                                 plan[s][2 * pair + 1][0], plan[s][2 * pair + 1][1]};
+          accumulate<Storage>(sums[s], a, b.x, b.y);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+        if (s >= tokens.strips) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          *reinterpret_cast<uint32_t*>(stage + (16 * s + 8 * half) * pitch + 8 * upper) =
+              pack<Storage>(sums[s][2 * half] * scales[s][half],
+                            sums[s][2 * half + 1] * scales[s][half]);
+        }
+      }
+    }
+    if (band % kMostBands == kMostBands - 1 || band == bands - 1) {
+      __syncwarp();
+      store_outputs<S>(p, at, tokens, 16 * (band / kMostBands * kMostBands));
+      __syncwarp();
+    }
+  }
+}
+
+}  // namespace setformer::cuda::on_chip

@@ -1,0 +1,206 @@
+// Forward of a head that stays on the chip from its keys to its output: one block a head, one
+// launch a call, keys, values and output through device memory once.
+#pragma once
+
+#include "../launch.cuh"
+#include "averages.cuh"
+
+namespace setformer::cuda {
+namespace on_chip {
+
+template <class S, class Visit>
+__device__ __forceinline__ void for_each_entry(Entries<S>& entries, Visit visit) {
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) visit(entries[s][n][e], s, e / 2, n, e % 2);
+    }
+  }
+}
+
+template <class S, class Visit>
+__device__ __forceinline__ void for_each_token(Visit visit) {
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) visit(s, half);
+  }
+}
+
+// A, from the entries and the solution of the keys' side.
+template <class S>
+__device__ __forceinline__ void collect_side(const ForwardParams& p, const Place& at,
+                                             const Tokens<S>& tokens, Entries<S>& entries,
+                                             Solution<S>& solution) {
+  Spread<S> weights, of_operand;
+  for_each_own(at, of_operand, [](int, float& x) { x = 1.0f; });
+  if (shared_head<S>().similarity.factored) {
+#pragma unroll
+    for (int h = 0; h < S::kSpread; ++h) {
+      weights[h] = {reciprocal_or_zero(solution.columns[h].x),
+                    reciprocal_or_zero(solution.columns[h].y)};
+      if (!p.cross && !kFewExponents<typename S::Storage>) of_operand[h] = solution.references[h];
+    }
+  } else {
+    OfReferences<S> columns;
+    to_fragments<S>(at, solution.columns, columns);
+    for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
+      const float column = columns[n][e];
+      x = power_of_two(column == -infinity<float>() ? column
+                                                    : x + solution.tokens[s][half] - column);
+    });
+    for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = 1.0f; });
+#pragma unroll
+    for (int h = 0; h < S::kSpread; ++h) {
+      const float2 column = solution.columns[h];
+      weights[h] = {column.x == -infinity<float>() ? 0.0f : 1.0f,
+                    column.y == -infinity<float>() ? 0.0f : 1.0f};
+    }
+  }
+  collect<S>(p, at, tokens, entries, solution.tokens, weights, of_operand);
+}
+
+// The output, and rows^T, from the entries and the solution of the receivers' side.
+template <class S>
+__device__ __forceinline__ void distribute_side(const ForwardParams& p, const Place& at,
+                                                const Tokens<S>& tokens, float log_first,
+                                                Entries<S>& entries,
+                                                const Spread<S>& of_references) {
+  using Storage = typename S::Storage;
+  const Similarity& similarity = shared_head<S>().similarity;
+  OfReferences<S> factors;
+  to_fragments<S>(at, of_references, factors);
+  OfTokens<S> rows, scales;
+  if (similarity.factored) {
+    sum_rows<S>(tokens, entries, factors, rows);
+    for_each_token<S>([&](int s, int half) {
+      scales[s][half] = reciprocal(rows[s][half]);
+      rows[s][half] = logarithm(rows[s][half]) + (similarity.scale - log_first);
+    });
+    if constexpr (kFewExponents<Storage>) {
+      for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
+        x *= factors[n][e] * (scales[s][half] * kPlanScale<Storage>);
+      });
+      for_each_token<S>([&](int s, int half) { scales[s][half] = 1.0f / kPlanScale<Storage>; });
+    } else if (p.cross) {  // else A has the factors
+      for_each_entry<S>(entries, [&](float& x, int, int, int n, int e) { x *= factors[n][e]; });
+    }
+  } else {
+    constexpr float kShift = kFewExponents<Storage> ? kPlanShift : 0;
+    log_sum_rows<S>(tokens, entries, factors, rows);
+    for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
+      x = power_of_two(x + factors[n][e] - (rows[s][half] - kShift));
+    });
+    for_each_token<S>([&](int s, int half) { scales[s][half] = 1.0f / kPlanScale<Storage>; });
+  }
+  keep_rows<S>(at, tokens, int(p.iterations), rows);
+  for_each_token<S>([&](int s, int half) {
+    if (!tokens.is_valid(16 * s + 8 * half + at.g)) scales[s][half] = 0.0f;
+  });
+  distribute<S>(p, at, tokens, entries, scales);
+}
+
+// One pass serves both averages where queries are keys and entries are factors. Scores become the
+// plan of collection, so that they are formed again to distribute; and queries have their own.
+template <class S>
+__device__ __forceinline__ void attend(const ForwardParams& p, const Place& at, int64_t index) {
+  const Similarity& similarity = shared_head<S>().similarity;
+  Spread<S> of_references{};
+  float log_first = 0;
+  int passes = 1;
+#pragma unroll 1
+  for (int pass = 0; pass < passes; ++pass) {
+    meet<S>();
+    if (at.thread == 0) shared_head<S>().select(p, index, pass == 1 && p.cross);
+    meet<S>();
+    if (p.distribute && (p.cross || !similarity.factored)) passes = 2;
+    const Tokens<S> tokens(at);
+    stage<S>(p, at, tokens, shared_head<S>().tokens, 0);
+    stage_references<S>(p, at);
+    meet<S>();
+    Entries<S> entries;
+    form_entries<S>(p, at, tokens, entries);
+    if (pass == 0) {  // on their way while steps are made
+      __syncwarp();
+      stage<S>(p, at, tokens, shared_head<S>().values, 0);
+    }
+    if (pass == 0 || p.cross) {
+      const Marginals<S> marginals = find_marginals<S>(p, at, tokens);
+      Solution<S> solution;
+      if (similarity.factored) {
+        solve_by_factors<S>(p, at, tokens, marginals, entries, solution);
+      } else {
+        solve_in_log_domain<S>(p, at, tokens, marginals, entries, solution);
+      }
+      // log2 of v_0, which a head without mass leaves as it was
+      const float first = __shfl_sync(kFullWarp, solution.columns[0].x, 0);
+      log_first = p.iterations == 0 || first == 0.0f ? 0.0f : marginals.log_first;
+#pragma unroll
+      for (int h = 0; h < S::kSpread; ++h) of_references[h] = solution.references[h];
+      if (pass == 0) {
+        collect_side<S>(p, at, tokens, entries, solution);
+        meet<S>();  // all of A is there
+      }
+    }
+    if (p.distribute && pass == passes - 1) {
+      distribute_side<S>(p, at, tokens, log_first, entries, of_references);
+    }
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, S::kResident)
+    attention_forward_on_chip_kernel(const int64_t first, const ForwardParams p) {
+#if __CUDA_ARCH__ >= 800
+  Place at;
+  at.thread = int(threadIdx.x);
+  at.lane = at.thread % 32;
+  at.warp = __shfl_sync(kFullWarp, at.thread / 32, 0);  // so that the compiler knows it uniform
+  at.g = at.lane / 4;
+  at.c = at.lane % 4;
+  attend<S>(p, at, first + blockIdx.x);
+#endif
+}
+
+// Calls launch(shape) with the least shape that holds the tokens and references of a head, if there
+// is one and the device has room for it; returns whether.
+template <class Storage, int blocks, int strips, class Launch>
+bool visit_warps(const ForwardParams& p, int64_t block_bytes, Launch launch) {
+  const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
+  const auto fits = [&](auto shape) {
+    using S = decltype(shape);
+    if (tokens > S::kTokens || Memory<S>::total(p) > block_bytes) return false;
+    launch(shape);
+    return true;
+  };
+  if constexpr (blocks == 7) {  // windows of 7 x 7: a warp each needs no barrier
+    if (fits(Shape<Storage, blocks, 4, 1>{})) return true;
+  }
+  return fits(Shape<Storage, blocks, strips, 2>{}) || fits(Shape<Storage, blocks, strips, 8>{});
+}
+
+template <class Storage, class Launch>
+bool visit_shape(const ForwardParams& p, int64_t block_bytes, Launch launch) {
+  if (p.references <= 32) return visit_warps<Storage, 4, 7>(p, block_bytes, launch);
+  if (p.references <= 56) return visit_warps<Storage, 7, 7>(p, block_bytes, launch);
+  if (p.references <= 64) return visit_warps<Storage, 8, 6>(p, block_bytes, launch);
+  if (p.references <= 128) return visit_warps<Storage, 16, 3>(p, block_bytes, launch);
+  return false;
+}
+
+}  // namespace on_chip
+
+template <class Storage>
+bool OnChipForward<Storage>::run(const ForwardParams& p, Stream& stream) {
+  if (stream.stages == 1 || !stream.resident || p.group != nullptr) return false;
+  return on_chip::visit_shape<Storage>(p, stream.block_bytes, [&](auto shape) {
+    using S = decltype(shape);
+    launch<on_chip::attention_forward_on_chip_kernel<S>>(stream, "attention_forward_on_chip_kernel",
+                                                         p.batch * p.heads, S::kThreads,
+                                                         on_chip::Memory<S>::total(p), p);
+  });
+}
+
+}  // namespace setformer::cuda

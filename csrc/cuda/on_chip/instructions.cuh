@@ -1,0 +1,101 @@
+// The instructions of sm_80 that CUDA C++ has no names for, as the on-chip kernels use them.
+#pragma once
+
+#include "../tile.cuh"
+
+namespace setformer::cuda::on_chip {
+
+// The least and the largest of both, NaN where one is.
+__device__ __forceinline__ float least(float x, float y) {
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+  return least;
+}
+
+__device__ __forceinline__ float most(float x, float y) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+  return most;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Of a number that is not subnormal.
+__device__ __forceinline__ float logarithm(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 0 for 0: of a sum of nothing.
+__device__ __forceinline__ float reciprocal_or_zero(float x) {
+  return x == 0.0f ? 0.0f : reciprocal(x);
+}
+
+// Two halves in a register, x in the lower one.
+template <class Storage>
+__device__ __forceinline__ uint32_t pack(float x, float y) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<Storage, __half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  }
+  return pair;
+}
+
+// d = A B + c, of 16 x 16 by 16 x 8; d and c may be the same.
+template <class Storage>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, const float (&c)[4]) {
+  if constexpr (std::is_same_v<Storage, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
+  }
+}
+
+// d += A B, or d = A B where `first`.
+template <class Storage, bool first = false>
+__device__ __forceinline__ void accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                           uint32_t b1) {
+  constexpr float kZero[4] = {};
+  if constexpr (first) {
+    multiply_add<Storage>(d, a, b0, b1, kZero);
+  } else {
+    multiply_add<Storage>(d, a, b0, b1, d);
+  }
+}
+
+// The transpose of an 8 x 8 matrix of halves, a row of which four lanes hold.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));
+  return y;
+}
+
+// Four 8 x 8 matrices of halves; lanes 8 m to 8 m + 7 say where the rows of the m-th lie.
+__device__ __forceinline__ void read_matrices(uint32_t (&matrices)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+__device__ __forceinline__ void read_transposed(uint32_t (&matrices)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+}  // namespace setformer::cuda::on_chip

@@ -1,0 +1,207 @@
+// The entries of a head: scores s_ij log2(e), or the factors 2^(s_ij - scale) <= 1 of these.
+#pragma once
+
+#include "shape.cuh"
+
+namespace setformer::cuda::on_chip {
+
+// References into shared memory, where all warps find them; the caller lets these meet.
+template <class S>
+__device__ __forceinline__ void stage_references(const ForwardParams& p, const Place& at) {
+  using Storage = typename S::Storage;
+  const auto& head = shared_head<S>();
+  const Similarity& similarity = head.similarity;
+  const int pitch = Memory<S>::depth_pitch(p);
+  Rows<Storage> rows;
+  rows.select(p.reference, head.b, head.h, p.references, p.depth);
+  Storage* to = shared_at<Storage>(Memory<S>::references(p));
+#pragma unroll 1
+  for (int j = at.thread / 4; j < S::kReferences; j += S::kThreads / 4) {
+    float square = 0;
+#pragma unroll 1
+    for (int column = 8 * at.c; column < pitch - 8; column += 32) {
+      const int left = j < p.references ? rows.depth - column : 0;
+      const Storage* from = rows.data + j * rows.row_stride + column * rows.column_stride;
+      const uint4 piece = rows.vectors && left >= 8 ? *reinterpret_cast<const uint4*>(from)
+                                                    : gather_piece(from, rows.column_stride, left);
+      *reinterpret_cast<uint4*>(to + j * pitch + column) = piece;
+      const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const float2 x = unpack<Storage>(words[word]);
+        square += x.x * x.x + x.y * x.y;
+      }
+    }
+    square = quad_sum(square);
+    if (at.c == 0) shared_at<float>(Memory<S>::kTerms)[j] = similarity.exponent(square);
+  }
+  if (!similarity.has_positions) return;
+  const Tensor& from = p.reference_positions;
+  for (int i = at.thread; i < int(p.position_depth) * S::kReferences; i += S::kThreads) {
+    const int axis = i / S::kReferences, j = i % S::kReferences;
+    shared_at<float>(Memory<S>::kPositions)[i] =
+        j < p.references
+            ? static_cast<const float*>(from.data)[j * from.stride[0] + axis * from.stride[1]]
+            : 0.0f;
+  }
+}
+
+// k.y of `together` strips against all references, and |k|^2 from the diagonal of k k^T: kBands
+// bands of the depth, added to those before.
+template <class S, int together>
+__device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Place& at, int from,
+                                                int band, Entries<S>& entries,
+                                                OfTokens<S>& squares) {
+  using Storage = typename S::Storage;
+  const int room_pitch = Memory<S>::pitch(p), pitch = Memory<S>::depth_pitch(p);
+  const Storage* rows = strip_matrices<S>(p, at, false) + 16 * (band % kMostBands);
+  const Storage* columns = strip_matrices<S>(p, at, true) + 16 * (band % kMostBands);
+  uint32_t keys[together][kBands][4];
+  const int source = (at.lane & ~3) | at.g / 2;
+#pragma unroll
+  for (int i = 0; i < together; ++i) {
+    const int s = from + i;
+    if (s >= S::kStrips) continue;
+    float upper[4], lower[4];
+#pragma unroll
+    for (int b = 0; b < kBands; ++b) {
+      uint32_t of_columns[4];
+      read_matrices(keys[i][b], rows + 16 * s * room_pitch + 16 * b);
+      read_matrices(of_columns, columns + 16 * s * room_pitch + 16 * b);
+      if (b == 0) {
+        accumulate<Storage, true>(upper, keys[i][b], of_columns[0], of_columns[1]);
+        accumulate<Storage, true>(lower, keys[i][b], of_columns[2], of_columns[3]);
+      } else {
+        accumulate<Storage>(upper, keys[i][b], of_columns[0], of_columns[1]);
+        accumulate<Storage>(lower, keys[i][b], of_columns[2], of_columns[3]);
+      }
+    }
+    squares[s][0] += __shfl_sync(kFullWarp, at.g % 2 ? upper[1] : upper[0], source);
+    squares[s][1] += __shfl_sync(kFullWarp, at.g % 2 ? lower[3] : lower[2], source);
+  }
+  const Storage* references = shared_at<Storage>(Memory<S>::references(p)) + at.lane % 8 * pitch +
+                              at.lane / 8 * 8 + 16 * band;
+#pragma unroll
+  for (int n = 0; n < S::kBlocks; ++n) {
+    uint32_t y[4];
+    read_matrices(y, references + 8 * n * pitch);
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      const int s = from + i;
+      if (s >= S::kStrips) continue;
+      accumulate<Storage>(entries[s][n], keys[i][0], y[0], y[1]);
+      accumulate<Storage>(entries[s][n], keys[i][1], y[2], y[3]);
+    }
+  }
+}
+
+// What w_ij, the penalty of positions, makes of a strip's similarities.
+template <class S>
+__device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const Place& at,
+                                                   int first, float (&strip)[S::kBlocks][4]) {
+  const auto& head = shared_head<S>();
+#pragma unroll 1
+  for (int axis = 0; axis < int(p.position_depth); ++axis) {
+    float own[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = first + at.g + 8 * half;
+      own[half] = i < head.tokens.count
+                      ? head.positions[i * head.position_stride + axis * head.axis_stride]
+                      : 0.0f;
+    }
+    const float2* positions =
+        shared_at<float2>(Memory<S>::kPositions) + axis * (S::kReferences / 2) + at.c;
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+      const float2 pair = positions[4 * n];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float difference = own[e / 2] - (e % 2 ? pair.y : pair.x);
+        strip[n][e] *= power_of_two(difference * difference * head.similarity.position);
+      }
+    }
+  }
+}
+
+// From products to entries, of one strip whose tokens have the square norms `squares`.
+template <class S>
+__device__ __forceinline__ void finish_strip(const ForwardParams& p, const Place& at, int first,
+                                             const float (&squares)[2],
+                                             float (&strip)[S::kBlocks][4]) {
+  const Similarity& similarity = shared_head<S>().similarity;
+  const auto each = [&](auto visit) {
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) visit(strip[n][e]);
+    }
+  };
+  // What a strip reads it reads anew: kept from strip to strip, it would take entries' registers.
+  asm volatile("" ::: "memory");
+  if (similarity.gaussian) {
+    const float of_tokens[2] = {similarity.exponent(squares[0]), similarity.exponent(squares[1])};
+    const float2* of_references = shared_at<float2>(Memory<S>::kTerms) + at.c;
+    const float twice = 2.0f * similarity.distance;
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+      const float2 pair = of_references[4 * n];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float exponent =
+            fmaf(strip[n][e], twice, of_tokens[e / 2] + (e % 2 ? pair.y : pair.x));
+        // rounding may leave a distance just below 0
+        strip[n][e] = power_of_two(least(exponent, 0.0f));
+      }
+    }
+  }
+  if (similarity.has_positions) weigh_by_positions<S>(p, at, first, strip);
+  const float scale = similarity.scale;
+  if (similarity.factored) {
+    each([&](float& x) { x = power_of_two(fmaf(x, scale, -scale)); });
+  } else {
+    each([&](float& x) { x *= scale; });
+  }
+}
+
+// All entries of the warp's tokens, whose first columns are on their way into the warp's room; 0 of
+// strips that it has not.
+template <class S>
+__device__ __forceinline__ void form_entries(const ForwardParams& p, const Place& at,
+                                             const Tokens<S>& tokens, Entries<S>& entries) {
+  constexpr int kTogether = 2;
+  OfTokens<S> squares = {};
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) entries[s][n][e] = 0.0f;
+    }
+  }
+  int band = 0;
+#pragma unroll 1
+  do {
+    if (band % kMostBands == 0) {
+      __syncwarp();
+      if (band > 0) stage<S>(p, at, tokens, shared_head<S>().tokens, 16 * band);
+      wait_for_copies<0>();
+      __syncwarp();
+    }
+#pragma unroll
+    for (int from = 0; from < S::kStrips; from += kTogether) {
+      if (from < tokens.strips) {
+        multiply_strips<S, kTogether>(p, at, from, band, entries, squares);
+      }
+    }
+    band += kBands;
+  } while (band < Memory<S>::bands(p.depth));
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+    if (s < tokens.strips) {
+      finish_strip<S>(p, at, tokens.first + 16 * s, squares[s], entries[s]);
+    }
+  }
+}
+
+}  // namespace setformer::cuda::on_chip

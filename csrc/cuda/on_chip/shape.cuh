@@ -1,0 +1,335 @@
+// How one head lies on a block: which warp holds which tokens, and what is in shared memory.
+//
+// A warp owns up to kStrips strips of 16 tokens and, of these, the entries against all references,
+// in registers: as accumulators of mma.m16n8k16, lane 4 g + c holds tokens g and g + 8 of a strip
+// and references 8 n + 2 c and 8 n + 2 c + 1 of block n. What there is one number a reference of
+// lies in two ways: in fragments, as above, or spread over the warp, each lane holding references
+// 64 h + 2 lane and 64 h + 2 lane + 1.
+#pragma once
+
+#include "../problem.cuh"
+#include "instructions.cuh"
+
+namespace setformer::cuda::on_chip {
+
+template <class StorageType, int blocks, int strips, int warps>
+struct Shape {
+  using Storage = StorageType;
+  static constexpr int kBlocks = blocks;  // of 8 references
+  static constexpr int kStrips = strips;  // of 16 tokens, a warp's
+  static constexpr int kWarps = warps;
+  static constexpr int kThreads = 32 * warps;
+  static constexpr int kReferences = 8 * blocks;
+  static constexpr int kSpread = (blocks + 7) / 8;  // pairs of references that a lane holds
+  static constexpr int kWarpTokens = 16 * strips;
+  static constexpr int kTokens = warps * kWarpTokens;
+  static constexpr int kPairs = (blocks + 1) / 2;  // of blocks: a product's depth of 16
+  // Blocks that a multiprocessor should hold: their registers, 255 a thread at most, are 65536.
+  static constexpr int kResident = warps == 1 ? (blocks * strips <= 32 ? 12 : 8) : 8 / warps;
+};
+
+// Bands of 16 columns: that a warp's room has of its rows, that products take at once, and the
+// blocks of references that collect does.
+inline constexpr int kMostBands = 4, kBands = 2, kGroup = 2;
+
+template <class S>
+using Entries = float[S::kStrips][S::kBlocks][4];
+template <class S>
+using OfTokens = float[S::kStrips][2];  // of tokens g and g + 8 of each strip
+template <class S>
+using OfReferences = float[S::kBlocks][2];  // in fragments
+template <class S>
+using Spread = float2[S::kSpread];
+
+// What turns products into scores.
+struct Similarity {
+  float scale;     // log2(e) / epsilon
+  float distance;  // log2 of the gaussian is -distance |k - y|^2
+  float position;  // log2 of w_ij is position |p_i - r_j|^2
+  bool gaussian, has_positions;
+  bool factored;  // s is within what factors can say: see transport.cuh
+
+  // What a vector of that square norm adds to the exponent.
+  __device__ __forceinline__ float exponent(float square) const {
+    return gaussian ? -distance * square : 0.0f;
+  }
+};
+
+// Room for a Head at the start of shared memory.
+inline constexpr int kHeadBytes = 320;
+
+// What a block works on: in shared memory, for as variables these would take the registers that the
+// entries need.
+template <class Storage>
+struct Head {
+  int64_t index, b, h;       // b H + h
+  Rows<Storage> tokens;      // [count, D]
+  Rows<Storage> values;      // [N, Dv]
+  Rows<Storage> outputs;     // [count, Dv]
+  Global<const float> mass;  // [count], optional
+  int64_t mass_stride;
+  Global<const float> positions;  // [count, P], optional
+  int64_t position_stride, axis_stride;
+  Global<float> kept_rows;     // [T + 1, count]
+  Global<float> kept_columns;  // [max(T, 1), M], and for keys the scale of the collection [M]
+  Similarity similarity;
+
+  // By one thread.
+  __device__ void select(const ForwardParams& p, int64_t head, bool of_queries) {
+    const Side side = of_queries ? queries_of(p) : keys_of(p);
+    index = head;
+    if (head <= 0xffffffff && p.heads <= 0xffffffff) {  // a division of 64 bits takes long
+      b = uint32_t(head) / uint32_t(p.heads);
+      h = uint32_t(head) % uint32_t(p.heads);
+    } else {
+      b = head / p.heads;
+      h = head % p.heads;
+    }
+    tokens.select(side.tokens, b, h, side.count, p.depth);
+    tokens.hide(side.mask, b);
+    values.select(p.value, b, h, p.tokens, p.value_depth);
+    values.hide(p.mask, b);
+    outputs.select(p.output, b, h, side.count, p.value_depth);
+    mass = side.mass.data == nullptr ? nullptr
+                                     : static_cast<const float*>(side.mass.data) +
+                                           b * side.mass.stride[0] + h * side.mass.stride[1];
+    mass_stride = side.mass.stride[2];
+    positions = static_cast<const float*>(side.positions.data);
+    position_stride = side.positions.stride[0];
+    axis_stride = side.positions.stride[1];
+    kept_rows = static_cast<float*>(side.rows) + head * (p.iterations + 1) * side.count;
+    kept_columns = static_cast<float*>(side.columns) + head * side.column_rows * p.references;
+
+    const float epsilon = static_cast<const float*>(p.epsilon.data)[h * p.epsilon.stride[0]];
+    const float bandwidth =
+        p.bandwidth.data == nullptr
+            ? 1.0f
+            : static_cast<const float*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
+    // What cannot be refused without waiting for the device becomes NaN, and so do all results.
+    const bool possible = epsilon > 0.0f && bandwidth > 0.0f;
+    similarity.scale = possible ? quotient(float(kLog2E), epsilon) : NAN;
+    similarity.distance = quotient(float(kLog2E) / 2.0f, bandwidth * bandwidth);
+    const float position_bandwidth = float(p.position_bandwidth);
+    similarity.position = quotient(-float(kLog2E), position_bandwidth * position_bandwidth);
+    similarity.gaussian = p.kernel == Kernel::kGaussian;
+    similarity.has_positions =
+        side.positions.data != nullptr && p.reference_positions.data != nullptr;
+    similarity.factored = similarity.gaussian && similarity.scale <= float(kMostFactorScale);
+  }
+};
+
+// A block's shared memory, in bytes from its start.
+//
+//   the Head
+//   terms       [kReferences]                    float: what references add to exponents
+//   positions   [3, kReferences]                 float
+//   largest     [8]                              float: masses of each warp
+//   valid       [kWarps, 4]                      uint32_t: a bit for each of the warp's tokens
+//   masses      [kTokens]                        float, a warp's own
+//   spread      [2, kWarps, 64 kSpread]          float, a warp's own
+//   columns     [2, kWarps, 64 kSpread]          float2: sums of each warp, and their exponents
+//   sums        [2, kWarps, kGroup, kBands, 32]  float4: tiles of A^T of each warp
+//   operand     [bands, kPairs, 32]              uint4: A in the order of fragments
+//   references  [kReferences, depth pitch]       storage
+//   rows        [kWarps, room, pitch]            storage, a warp's own: keys, values, outputs
+template <class S>
+struct Memory {
+  static constexpr int kAcross = S::kWarps > 1;  // what warps exchange
+  static constexpr int kTerms = kHeadBytes;
+  static_assert(sizeof(Head<typename S::Storage>) <= kHeadBytes);
+  static constexpr int kPositions = kTerms + S::kReferences * 4;
+  static constexpr int kLargest = kPositions + 3 * S::kReferences * 4;
+  static constexpr int kValid = kLargest + 8 * 4;
+  static constexpr int kMasses = kValid + S::kWarps * 4 * 4;
+  static constexpr int kSpread = kMasses + S::kTokens * 4;
+  static constexpr int kColumns = kSpread + 2 * S::kWarps * 64 * S::kSpread * 4;
+  static constexpr int kSums = kColumns + kAcross * 2 * S::kWarps * 64 * S::kSpread * 8;
+  static constexpr int kOperand = kSums + kAcross * 2 * S::kWarps * kGroup * kBands * 32 * 16;
+
+  // Bands of so many columns, in whole steps of what products take.
+  __host__ __device__ static int bands(int64_t columns) {
+    return (int(columns) + 16 * kBands - 1) / (16 * kBands) * kBands;
+  }
+  // From row to row, so that rows start in different banks.
+  __host__ __device__ static int depth_pitch(const ForwardParams& p) {
+    return 16 * bands(p.depth) + 8;
+  }
+  __host__ __device__ static int pitch(const ForwardParams& p) {
+    const int most = bands(p.depth > p.value_depth ? p.depth : p.value_depth);
+    return 16 * (most < kMostBands ? most : kMostBands) + 8;
+  }
+  __host__ __device__ static int references(const ForwardParams& p) {
+    return kOperand + bands(p.value_depth) * S::kPairs * 32 * 16;
+  }
+  __host__ __device__ static int rows(const ForwardParams& p) {
+    return references(p) + S::kReferences * depth_pitch(p) * 2;
+  }
+  // Rows of a warp's room: its strips, by twos.
+  __host__ __device__ static int room(const ForwardParams& p) {
+    const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
+    const int strips = int((tokens + 16 * S::kWarps - 1) / (16 * S::kWarps));
+    return 16 * (strips + strips % 2);
+  }
+  __host__ __device__ static int total(const ForwardParams& p) {
+    return rows(p) + S::kWarps * room(p) * pitch(p) * 2;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T* shared_at(int offset) {
+  return reinterpret_cast<T*>(shared_memory + offset);
+}
+template <class S>
+__device__ __forceinline__ Head<typename S::Storage>& shared_head() {
+  return *shared_at<Head<typename S::Storage>>(0);
+}
+
+struct Place {
+  int thread, lane, warp, g, c;
+};
+
+// The tokens of one side that are a warp's.
+template <class S>
+struct Tokens {
+  int first, strips;
+  const uint32_t* valid;  // in the warp's own shared memory
+
+  __device__ __forceinline__ explicit Tokens(const Place& at) {
+    const auto& rows = shared_head<S>().tokens;
+    // as many strips a warp as another, but for one
+    const int all = (int(rows.count) + 15) / 16, begin = all * at.warp / S::kWarps;
+    first = 16 * begin;
+    strips = all * (at.warp + 1) / S::kWarps - begin;
+    uint32_t* words = shared_at<uint32_t>(Memory<S>::kValid) + 4 * at.warp;
+#pragma unroll
+    for (int word = 0; word < (S::kStrips + 1) / 2; ++word) {
+      const int i = 32 * word + at.lane;
+      const uint32_t bits = __ballot_sync(kFullWarp, i < 16 * strips && rows.valid(first + i));
+      if (at.lane == 0) words[word] = bits;
+    }
+    __syncwarp();
+    valid = words;
+  }
+  __device__ __forceinline__ bool is_valid(int i) const { return valid[i / 32] >> i % 32 & 1; }
+};
+
+// Eight elements of a row from `column` on, of which `left` are there; the others are 0.
+template <class Storage>
+__device__ __forceinline__ uint4 gather_piece(const Storage* from, int64_t stride, int left) {
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (e >= left) continue;
+    const uint32_t half = *reinterpret_cast<const uint16_t*>(from + e * stride);
+    words[e / 2] |= half << 16 * (e % 2);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Both numbers of a register's halves.
+template <class Storage>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Storage, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  } else {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  }
+}
+
+// Starts copying columns of the warp's tokens into its room, from `first_column` on, 0 for hidden
+// tokens and beyond the end. A row is `pieces` pieces of 16 bytes.
+template <class S, int pieces>
+__device__ __forceinline__ void stage_pieces(const ForwardParams& p, const Place& at,
+                                             const Tokens<S>& tokens,
+                                             const Rows<typename S::Storage>& rows,
+                                             int first_column) {
+  using Storage = typename S::Storage;
+  constexpr int kRowsAtOnce = 32 / pieces;
+  const int room = Memory<S>::room(p);
+  const int row = at.lane / pieces, column = at.lane % pieces * 8, pitch = Memory<S>::pitch(p);
+  const int left = rows.depth - first_column - column;
+  const bool whole = rows.vectors && left >= 8;
+  Storage* to = shared_at<Storage>(Memory<S>::rows(p)) + (at.warp * room + row) * pitch + column;
+  const Storage* from = rows.data + (tokens.first + row) * rows.row_stride +
+                        (first_column + column) * rows.column_stride;
+  const int64_t step = kRowsAtOnce * rows.row_stride;
+  if (whole) {
+#pragma unroll
+    for (int first = 0; first < S::kWarpTokens; first += kRowsAtOnce) {
+      if (first >= room) break;
+      const bool valid = tokens.valid[first / 32] >> (first % 32 + row) & 1;
+      copy_async(to + first * pitch, from, valid ? 16 : 0);
+      from += step;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int first = 0; first < room; first += kRowsAtOnce) {
+    const bool valid = first + row < 16 * tokens.strips && rows.valid(tokens.first + first + row);
+    *reinterpret_cast<uint4*>(to + first * pitch) =
+        gather_piece(from, rows.column_stride, valid ? left : 0);
+    from += step;
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void stage(const ForwardParams& p, const Place& at,
+                                      const Tokens<S>& tokens,
+                                      const Rows<typename S::Storage>& rows, int first_column) {
+  if (Memory<S>::pitch(p) > 16 * kBands + 8) {
+    stage_pieces<S, 8>(p, at, tokens, rows, first_column);
+  } else {
+    stage_pieces<S, 4>(p, at, tokens, rows, first_column);
+  }
+  commit_copies();
+}
+
+// What a lane's ldmatrix reads of the room: its matrices are rows 0 to 7 and 8 to 15 of a strip, of
+// columns 0 to 7, and then both of columns 8 to 15; `transposed` ones the other way round.
+template <class S>
+__device__ __forceinline__ const typename S::Storage* strip_matrices(const ForwardParams& p,
+                                                                     const Place& at,
+                                                                     bool transposed) {
+  const int matrix = at.lane / 8, line = at.lane % 8;
+  const int down = transposed ? matrix / 2 : matrix % 2,
+            right = transposed ? matrix % 2 : matrix / 2;
+  return shared_at<typename S::Storage>(Memory<S>::rows(p)) +
+         (at.warp * Memory<S>::room(p) + 8 * down + line) * Memory<S>::pitch(p) + 8 * right;
+}
+
+// What is spread over the warp, in one of the warp's own rooms: pairs of references in their order.
+template <class S>
+__device__ __forceinline__ const float2* in_room(const Place& at, const Spread<S>& own,
+                                                 int which = 0) {
+  float2* room =
+      shared_at<float2>(Memory<S>::kSpread) + (which * S::kWarps + at.warp) * 32 * S::kSpread;
+  __syncwarp();
+#pragma unroll
+  for (int h = 0; h < S::kSpread; ++h) room[32 * h + at.lane] = own[h];
+  __syncwarp();
+  return room;
+}
+
+template <class S>
+__device__ __forceinline__ void to_fragments(const Place& at, const Spread<S>& own,
+                                             OfReferences<S>& fragments) {
+  const float2* room = in_room<S>(at, own);
+#pragma unroll
+  for (int n = 0; n < S::kBlocks; ++n) {
+    const float2 pair = room[4 * n + at.c];
+    fragments[n][0] = pair.x;
+    fragments[n][1] = pair.y;
+  }
+}
+
+// Lets the warps of a head meet.
+template <class S>
+__device__ __forceinline__ void meet() {
+  if constexpr (S::kWarps == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+}  // namespace setformer::cuda::on_chip

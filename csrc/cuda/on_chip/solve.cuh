@@ -1,0 +1,417 @@
+// The Sinkhorn steps of a head whose entries are in registers (equations in transport.cuh).
+//
+// Where entries are the factors K_ij = 2^(s_ij - scale), plans are u_i K_ij v_j, and a step is
+//
+//   u_i = a_i / sum_j K_ij v_j,   c_j = sum_i u_i K_ij,   v_j = b_j c_0 / c_j
+//
+// with a and b relative to their largest. K is at least 2^-46.2, so v lies within 2^-46 and 2^46,
+// sums over references within 2^-92 and M 2^46 and all else within float32's exponents, too,
+// wherever masses differ by less than 2^34. Else entries are scores, and steps are log-sum-exps.
+//
+// What is kept for backward is kept as in problem.cuh: potentials g relative to g_0, hence v_0 is
+// taken out of the rows.
+#pragma once
+
+#include "scores.cuh"
+
+namespace setformer::cuda::on_chip {
+
+// What a solve leaves. Where entries are factors: u_i, c_j and v_j; else their base-2 logarithms.
+template <class S>
+struct Solution {
+  OfTokens<S> tokens;
+  Spread<S> columns;
+  Spread<S> references;
+};
+
+// The marginals: masses a_i in the warp's own shared memory, b_j spread over the warp.
+template <class S>
+struct Marginals {
+  Spread<S> references;  // b_j / the largest, or log2 b_j; 0, or -inf, beyond the last
+  float log_first;       // of b_0, in the same unit
+  float log_largest;     // what log2 of a_i is short of
+};
+
+template <class Visit, class Pairs>
+__device__ __forceinline__ void for_each_own(const Place& at, Pairs& pairs, Visit visit) {
+#pragma unroll
+  for (int h = 0; h < int(sizeof(pairs) / sizeof(pairs[0])); ++h) {
+    visit(64 * h + 2 * at.lane, pairs[h].x);
+    visit(64 * h + 2 * at.lane + 1, pairs[h].y);
+  }
+}
+
+// b_j up to a constant; a mass that is not positive makes the head NaN.
+__device__ __forceinline__ float reference_mass(const ForwardParams& p, int64_t b, int64_t h,
+                                                int j) {
+  const Tensor& mass = p.reference_mass;
+  if (mass.data == nullptr) return 1.0f;
+  const float x = static_cast<const float*>(
+      mass.data)[b * mass.stride[0] + h * mass.stride[1] + j * mass.stride[2]];
+  return x > 0.0f ? x : NAN;
+}
+
+// a_i up to a constant, likewise for a negative mass; 0 for a hidden token.
+template <class S>
+__device__ __forceinline__ float token_mass(const Tokens<S>& tokens, int i, bool valid) {
+  if (!valid) return 0.0f;
+  const auto& head = shared_head<S>();
+  if (head.mass.absent()) return 1.0f;
+  const float x = head.mass[(tokens.first + i) * head.mass_stride];
+  return x >= 0.0f ? x : NAN;
+}
+
+__device__ __forceinline__ float most_of_warp(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    x = most(x, __shfl_xor_sync(kFullWarp, x, distance));
+  }
+  return x;
+}
+
+template <class S>
+__device__ __forceinline__ Marginals<S> find_marginals(const ForwardParams& p, const Place& at,
+                                                       const Tokens<S>& tokens) {
+  const auto& head = shared_head<S>();
+  const bool factored = head.similarity.factored, given = !head.mass.absent();
+  Marginals<S> marginals{};
+  float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens;
+  float own[(S::kStrips + 1) / 2], top = 0;
+#pragma unroll
+  for (int word = 0; word < (S::kStrips + 1) / 2; ++word) {
+    own[word] = token_mass<S>(tokens, 32 * word + at.lane, tokens.valid[word] >> at.lane & 1);
+    top = most(top, own[word]);
+  }
+  if (factored && given) {
+    float* largest = shared_at<float>(Memory<S>::kLargest);
+    top = most_of_warp(top);
+    if (at.lane == 0) largest[at.warp] = top;
+    meet<S>();
+    top = largest[0];
+    for (int warp = 1; warp < S::kWarps; ++warp) top = most(top, largest[warp]);
+    marginals.log_largest = log_two(top);
+  }
+#pragma unroll
+  for (int word = 0; word < (S::kStrips + 1) / 2; ++word) {
+    float x = own[word];
+    if (!factored) {
+      x = log_two(x);
+    } else if (given) {
+      x = top == 0.0f ? 0.0f : x / top;
+    }
+    if (32 * word + at.lane < S::kWarpTokens) masses[32 * word + at.lane] = x;
+  }
+  __syncwarp();
+
+  const float first = reference_mass(p, head.b, head.h, 0);
+  float top_reference = 0;
+  for_each_own(at, marginals.references, [&](int j, float& b) {
+    b = j < p.references ? reference_mass(p, head.b, head.h, j) : 0.0f;
+    top_reference = most(top_reference, b);
+  });
+  if (!factored) {
+    marginals.log_first = log_two(first);
+    for_each_own(at, marginals.references, [](int, float& b) { b = log_two(b); });
+  } else if (p.reference_mass.data != nullptr) {
+    top_reference = most_of_warp(top_reference);
+    marginals.log_first = log_two(first / top_reference);
+    for_each_own(at, marginals.references, [&](int, float& b) { b = b / top_reference; });
+  }
+  return marginals;
+}
+
+// Sums over the columns of entries: numbers, or log-sum-exps.
+__device__ __forceinline__ float combined(float x, float y) { return x + y; }
+__device__ __forceinline__ LogSum<float> combined(LogSum<float> x, const LogSum<float>& y) {
+  x.merge(y);
+  return x;
+}
+__device__ __forceinline__ float shuffled(float x, int distance) {
+  return __shfl_xor_sync(kFullWarp, x, distance);
+}
+using cuda::shuffled;
+
+template <class Sum>
+struct alignas(2 * sizeof(Sum)) Two {
+  Sum x, y;
+};
+
+// From sums [8][2] of a lane's own rows to those of all rows, spread over the warp: halves of what
+// is left to add up change hands three times.
+template <class Sum>
+__device__ __forceinline__ Two<Sum> fold(const Place& at, Sum (&sums)[8][2]) {
+#pragma unroll
+  for (int left = 4; left > 0; left /= 2) {
+    const bool upper = at.lane & (4 * left);
+#pragma unroll
+    for (int n = 0; n < left; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const Sum given = upper ? sums[n][e] : sums[n + left][e];
+        const Sum kept = upper ? sums[n + left][e] : sums[n][e];
+        sums[n][e] = combined(kept, shuffled(given, 4 * left));
+      }
+    }
+  }
+  return {sums[0][0], sums[0][1]};
+}
+
+// The sums of all warps, in their order; `parity` changes from call to call, so that no warp
+// writes what another still reads.
+template <class S, class Sum>
+__device__ __forceinline__ void add_warps(const Place& at, int parity,
+                                          Two<Sum> (&sums)[S::kSpread]) {
+  if constexpr (S::kWarps == 1) return;
+  Two<Sum>* room =
+      shared_at<Two<Sum>>(Memory<S>::kColumns) + parity * S::kWarps * S::kSpread * 32 + at.lane;
+#pragma unroll
+  for (int h = 0; h < S::kSpread; ++h) room[(at.warp * S::kSpread + h) * 32] = sums[h];
+  meet<S>();
+#pragma unroll
+  for (int h = 0; h < S::kSpread; ++h) {
+    sums[h] = room[h * 32];
+#pragma unroll
+    for (int warp = 1; warp < S::kWarps; ++warp) {
+      const Two<Sum> other = room[(warp * S::kSpread + h) * 32];
+      sums[h] = {combined(sums[h].x, other.x), combined(sums[h].y, other.y)};
+    }
+  }
+}
+
+// of(row, n, e, half) -> Sum, spread over the warp: the sums over all tokens of the head.
+template <class S, class Sum, class Of>
+__device__ __forceinline__ void sum_columns(const Place& at, int parity, Of of,
+                                            Two<Sum> (&totals)[S::kSpread]) {
+#pragma unroll
+  for (int h = 0; h < S::kSpread; ++h) {
+    Sum sums[8][2] = {};
+#pragma unroll
+    for (int n = 0; n < 8 && 8 * h + n < S::kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums[n][e] = of(8 * h + n, e);
+    }
+    totals[h] = fold(at, sums);
+  }
+  add_warps<S>(at, parity, totals);
+}
+
+// sum_j K_ij v_j; 1 of a strip that is left out.
+template <class S>
+__device__ __forceinline__ void sum_rows(const Tokens<S>& tokens, const Entries<S>& entries,
+                                         const OfReferences<S>& factors, OfTokens<S>& sums) {
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+    sums[s][0] = sums[s][1] = 1.0f;
+    if (s >= tokens.strips) continue;
+    float even[2] = {}, odd[2] = {};
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        even[half] = fmaf(entries[s][n][2 * half], factors[n][0], even[half]);
+        odd[half] = fmaf(entries[s][n][2 * half + 1], factors[n][1], odd[half]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) sums[s][half] = quad_sum(even[half] + odd[half]);
+  }
+}
+
+// log2 sum_j 2^(s_ij + g_j)
+template <class S>
+__device__ __forceinline__ void log_sum_rows(const Tokens<S>& tokens, const Entries<S>& entries,
+                                             const OfReferences<S>& potentials, OfTokens<S>& sums) {
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+    sums[s][0] = sums[s][1] = 0.0f;
+    if (s >= tokens.strips) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      LogSum<float> row;
+#pragma unroll
+      for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          row.largest = maximum(row.largest, entries[s][n][2 * half + e] + potentials[n][e]);
+        }
+      }
+      row.largest = quad_maximum(row.largest);
+#pragma unroll
+      for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          row.sum += power_of_two(entries[s][n][2 * half + e] + potentials[n][e] - row.largest);
+        }
+      }
+      row.sum = quad_sum(row.sum);
+      sums[s][half] = row.logarithm();
+    }
+  }
+}
+
+// rows^t of the warp's tokens, for backward.
+template <class S>
+__device__ __forceinline__ void keep_rows(const Place& at, const Tokens<S>& tokens, int t,
+                                          const OfTokens<S>& logarithms) {
+  const auto& head = shared_head<S>();
+  const int count = int(head.tokens.count);
+  float* to = head.kept_rows + int64_t(t) * count + tokens.first + at.g;
+  const int left = at.c != 0 ? 0 : min(16 * tokens.strips, count - tokens.first) - at.g;
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = 16 * s + 8 * half;
+      if (i < left) to[i] = logarithms[s][half];
+    }
+  }
+}
+
+// columns^t, from the warp that is the first.
+template <class S>
+__device__ __forceinline__ void keep_columns(const ForwardParams& p, const Place& at, int t,
+                                             const Spread<S>& logarithms) {
+  if (at.warp != 0) return;
+  float* to = shared_head<S>().kept_columns + (t > 0 ? t - 1 : 0) * p.references;
+  for_each_own(at, logarithms, [&](int j, float x) {
+    if (j < p.references) to[j] = x;
+  });
+}
+
+template <class S>
+__device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const Place& at,
+                                                 const Tokens<S>& tokens,
+                                                 const Marginals<S>& marginals,
+                                                 const Entries<S>& entries, Solution<S>& solution) {
+  const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
+  for_each_own(at, solution.references,
+               [&](int j, float& v) { v = j < p.references ? 1.0f : 0.0f; });
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+    solution.tokens[s][0] = masses[16 * s];
+    solution.tokens[s][1] = masses[16 * s + 8];
+  }
+  const float scale = shared_head<S>().similarity.scale;
+  // log2 of v_0 of the step before
+  float log_first = 0;
+#pragma unroll 1
+  for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
+    if (t > 0) {
+      OfReferences<S> factors;
+      to_fragments<S>(at, solution.references, factors);
+      OfTokens<S> sums;
+      sum_rows<S>(tokens, entries, factors, sums);
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          solution.tokens[s][half] = masses[16 * s + 8 * half] * reciprocal(sums[s][half]);
+          sums[s][half] = logarithm(sums[s][half]) + (scale - log_first);
+        }
+      }
+      keep_rows<S>(at, tokens, t - 1, sums);
+    }
+    Two<float> columns[S::kSpread];
+    sum_columns<S>(
+        at, t & 1,
+        [&](int n, int e) {
+          float sum = 0;
+#pragma unroll
+          for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              sum = fmaf(entries[s][n][2 * half + e], solution.tokens[s][half], sum);
+            }
+          }
+          return sum;
+        },
+        columns);
+    const float unit = marginals.log_largest + (t > 0 ? log_first : scale);
+    Spread<S> logarithms;
+#pragma unroll
+    for (int h = 0; h < S::kSpread; ++h) {
+      solution.columns[h] = {columns[h].x, columns[h].y};
+      logarithms[h] = {logarithm(columns[h].x) + unit, logarithm(columns[h].y) + unit};
+    }
+    keep_columns<S>(p, at, t, logarithms);
+    if (t == 0) return;
+    const float first = __shfl_sync(kFullWarp, columns[0].x, 0);
+    if (first == 0.0f) continue;  // a head without mass has g = 0
+#pragma unroll
+    for (int h = 0; h < S::kSpread; ++h) {
+      const float2 b = marginals.references[h];
+      solution.references[h] = {b.x * first * reciprocal(columns[h].x),
+                                b.y * first * reciprocal(columns[h].y)};
+    }
+    log_first = marginals.log_first;
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void solve_in_log_domain(const ForwardParams& p, const Place& at,
+                                                    const Tokens<S>& tokens,
+                                                    const Marginals<S>& marginals,
+                                                    const Entries<S>& entries,
+                                                    Solution<S>& solution) {
+  const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
+  for_each_own(at, solution.references,
+               [&](int j, float& g) { g = j < p.references ? 0.0f : -infinity<float>(); });
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+    solution.tokens[s][0] = masses[16 * s];
+    solution.tokens[s][1] = masses[16 * s + 8];
+  }
+#pragma unroll 1
+  for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
+    if (t > 0) {
+      OfReferences<S> potentials;
+      to_fragments<S>(at, solution.references, potentials);
+      OfTokens<S> sums;
+      log_sum_rows<S>(tokens, entries, potentials, sums);
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          solution.tokens[s][half] = masses[16 * s + 8 * half] - sums[s][half];
+        }
+      }
+      keep_rows<S>(at, tokens, t - 1, sums);
+    }
+    Two<LogSum<float>> columns[S::kSpread];
+    sum_columns<S>(
+        at, t & 1,
+        [&](int n, int e) {
+          LogSum<float> sum;
+          const auto each = [&](auto visit) {
+#pragma unroll
+            for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                visit(entries[s][n][2 * half + e] + solution.tokens[s][half]);
+              }
+            }
+          };
+          each([&](float x) { sum.largest = maximum(sum.largest, x); });
+          const float base = sum.largest == -infinity<float>() ? 0.0f : sum.largest;
+          each([&](float x) { sum.sum += power_of_two(x - base); });
+          return sum;
+        },
+        columns);
+#pragma unroll
+    for (int h = 0; h < S::kSpread; ++h) {
+      solution.columns[h] = {columns[h].x.logarithm(), columns[h].y.logarithm()};
+    }
+    keep_columns<S>(p, at, t, solution.columns);
+    if (t == 0) return;
+    const float first = __shfl_sync(kFullWarp, solution.columns[0].x, 0);
+    if (first == -infinity<float>()) continue;  // a head without mass has g = 0
+#pragma unroll
+    for (int h = 0; h < S::kSpread; ++h) {
+      const float2 b = marginals.references[h], column = solution.columns[h];
+      solution.references[h] = {b.x - column.x - (marginals.log_first - first),
+                                b.y - column.y - (marginals.log_first - first)};
+    }
+  }
+}
+
+}  // namespace setformer::cuda::on_chip
