@@ -109,10 +109,10 @@ def operand(p: Problem) -> Work:
     return Work(cache=NUMBER * entries, shared=2 * ELEMENT * entries, float32=6 * entries)
 
 
-def sinkhorn_step(p: Problem, resident: bool) -> Work:
+def sinkhorn_step(p: Problem) -> Work:
     """rows^{t-1} and columns^t; more than one tile of references takes two sweeps."""
     sweeps = 1 if p.chunks == 1 else 2
-    return sweeps * scores(p, resident, factors=True) + per_pair(p, 1 + 1.5, 0, 1)
+    return sweeps * scores(p, False, factors=True) + per_pair(p, 1 + 1.5, 0, 1)
 
 
 def pool(p: Problem, resident: bool) -> Work:
@@ -125,12 +125,12 @@ def pool(p: Problem, resident: bool) -> Work:
     )
 
 
-def distribute(p: Problem, resident: bool) -> Work:
+def distribute(p: Problem) -> Work:
     """O_i = sum_j R_ij A_j: sums over references first, where there are several tiles."""
     sweeps = 1 if p.chunks == 1 else 1 + p.depths
     entries = 1 if p.chunks == 1 else p.depths
     return (
-        sweeps * scores(p, resident, factors=True)
+        sweeps * scores(p, False, factors=True)
         + per_pair(p, 1, 0, 1)
         + entries * (per_pair(p, 2, 0, 1) + stored(p))
         + product(p, p.tiles * TILE, p.depth, p.references, (2, 2))

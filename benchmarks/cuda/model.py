@@ -71,7 +71,7 @@ def forward(p: Problem) -> list[Launch]:
         work = counts.on_chip(p) + p.steps * (rows + states)
         return [Launch("attention_forward_on_chip_kernel", p.problems, work)]
     blocks = p.problems * p.splits
-    step = counts.sinkhorn_step(p, False) + keys + rows + 2 * p.splits * states
+    step = counts.sinkhorn_step(p) + keys + rows + 2 * p.splits * states
     collect = counts.pool(p, False) + keys + p.splits * (p.depth + 1) * states
     return [
         Launch("sinkhorn_step_kernel", blocks, step, p.steps),
@@ -83,7 +83,7 @@ def forward(p: Problem) -> list[Launch]:
             p.references * p.depth,
             p.splits * (p.depth + 1) * states,
         ),
-        Launch("distribute_kernel", blocks, counts.distribute(p, False) + keys + rows),
+        Launch("distribute_kernel", blocks, counts.distribute(p) + keys + rows),
     ]
 
 

@@ -33,6 +33,24 @@ cudaError_t allow_shared_memory(const Stream& stream) {
   return error;
 }
 
+// The compute capability, as 80 for 8.0, that the code which the device runs was compiled for; 0
+// with the stream's error where that cannot be told.
+template <auto kernel>
+int ptx_version(Stream& stream) {
+  static std::atomic<int> known[64]{};
+  const bool keeps = stream.device < 64;
+  if (keeps && known[stream.device].load() != 0) return known[stream.device].load();
+  cudaFuncAttributes facts{};
+  stream.error = cudaFuncGetAttributes(&facts, kernel);
+  if (stream.error != cudaSuccess) {
+    cudaGetLastError();  // reported by us, not by the next launch
+    stream.kernel = "cudaFuncGetAttributes";
+    return 0;
+  }
+  if (keeps) known[stream.device].store(facts.ptxVersion);
+  return facts.ptxVersion;
+}
+
 template <auto kernel, class... Arguments>
 void launch(Stream& stream, const char* name, int64_t blocks, int threads, int64_t shared_bytes,
             Arguments... arguments) {

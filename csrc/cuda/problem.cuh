@@ -242,7 +242,9 @@ struct Head {
                     ? T(1)
                     : static_cast<const T*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
     // What cannot be refused without waiting for the device becomes NaN, and so do all results.
-    if (!(epsilon > T(0)) || !(bandwidth > T(0))) epsilon = T(NAN);
+    const T most = infinity<T>();
+    const bool possible = epsilon > T(0) && epsilon < most && bandwidth > T(0) && bandwidth < most;
+    if (!possible) epsilon = T(NAN);
     scale = T(kLog2E) / epsilon;
     distance_scale = T(kLog2E) / (T(2) * bandwidth * bandwidth);
     factored = kFactors<Storage> && gaussian && scale <= T(kMostFactorScale);

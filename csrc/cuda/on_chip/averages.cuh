@@ -3,8 +3,8 @@
 //
 // C_ij = u_i K_ij / c_j and R_ij = v_j K_ij / r_i. Entries that were scores have become the plans
 // themselves, with factors 1. A plan's entries enter the products rounded to the storage type, as
-// do those of A. bfloat16 has exponents for entries without their factors of references, or of
-// tokens, which follow where they are fewer; float16 takes plans times kPlanScale.
+// do those of A. bfloat16 has enough exponents to multiply u K and K alone: the factors of
+// references are put into A, those of tokens into the output. float16 takes plans times kPlanScale.
 #pragma once
 
 #include "solve.cuh"
@@ -94,7 +94,8 @@ __device__ __forceinline__ void pool_tiles(const ForwardParams& p, const Place& 
     if (s >= tokens.strips) continue;
     uint32_t columns[kBands][4];
 #pragma unroll
-    for (int b = 0; b < kBands; ++b) read_transposed(columns[b], values + 16 * s * pitch + 16 * b);
+    for (int b = 0; b < kBands; ++b)
+      load_matrices<true>(columns[b], values + 16 * s * pitch + 16 * b);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       if (block + i >= S::kBlocks) continue;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void collect(const ForwardParams& p, const Place& at,
   OfReferences<S> of_plan{};
   Spread<S> of_sums;
 #pragma unroll
-  for (int h = 0; h < S::kSpread; ++h) of_sums[h] = weights[h];
+  for (int h = 0; h < S::kLanePairs; ++h) of_sums[h] = weights[h];
   if constexpr (kFewExponents<Storage>) {
     for_each_own(at, of_sums, [](int, float& x) { x *= kPlanScale<Storage>; });
     to_fragments<S>(at, of_sums, of_plan);
@@ -192,11 +193,6 @@ __device__ __forceinline__ void collect(const ForwardParams& p, const Place& at,
       parity ^= 1;
     }
   }
-  if (at.warp != 0) return;
-  float* scales = shared_head<S>().kept_columns + steps_kept(p) * p.references;
-  for_each_own(at, weights, [&](int j, float weight) {
-    if (j < p.references) scales[j] = weight == 0.0f ? 0.0f : 1.0f;
-  });
 }
 
 // O = R A, from entries that are multiplied by `scales` to become R: 0 for hidden tokens.
@@ -223,7 +219,7 @@ __device__ __forceinline__ void distribute(const ForwardParams& p, const Place& 
   const uint4* operand = shared_at<uint4>(Memory<S>::kOperand) + at.lane;
 #pragma unroll 1
   for (int band = 0; band < bands; ++band) {
-    Storage* stage = room + 16 * (band % kMostBands);
+    Storage* own = room + 16 * (band % kMostBands);
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       float sums[S::kStrips][4] = {};
@@ -243,7 +239,7 @@ __device__ __forceinline__ void distribute(const ForwardParams& p, const Place& 
         if (s >= tokens.strips) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          *reinterpret_cast<uint32_t*>(stage + (16 * s + 8 * half) * pitch + 8 * upper) =
+          *reinterpret_cast<uint32_t*>(own + (16 * s + 8 * half) * pitch + 8 * upper) =
               pack<Storage>(sums[s][2 * half] * scales[s][half],
                             sums[s][2 * half + 1] * scales[s][half]);
         }

@@ -1,5 +1,5 @@
 // Forward of a head that stays on the chip from its keys to its output: one block a head, one
-// launch a call, keys, values and output through device memory once.
+// launch a call, keys (in the log domain twice), values and output through device memory once.
 #pragma once
 
 #include "../launch.cuh"
@@ -8,25 +8,45 @@
 namespace setformer::cuda {
 namespace on_chip {
 
-template <class S, class Visit>
-__device__ __forceinline__ void for_each_entry(Entries<S>& entries, Visit visit) {
-#pragma unroll
-  for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) visit(entries[s][n][e], s, e / 2, n, e % 2);
-    }
-  }
+// 1 / sum_i C_ij, which backward multiplies the collection with, from the warp that is the first.
+template <class S>
+__device__ __forceinline__ void keep_scales(const ForwardParams& p, const Place& at,
+                                            const Spread<S>& scales) {
+  if (at.warp != 0) return;
+  float* to = shared_head<S>().kept_columns + steps_kept(p) * p.references;
+  for_each_own(at, scales, [&](int j, float scale) {
+    if (j < p.references) to[j] = scale;
+  });
 }
 
-template <class S, class Visit>
-__device__ __forceinline__ void for_each_token(Visit visit) {
+// From scores to C, and 1 / its sums over the tokens, which takes the rounding of exponents out.
+template <class S>
+__device__ __forceinline__ void form_collection(const ForwardParams& p, const Place& at,
+                                                Entries<S>& entries, Solution<S>& solution,
+                                                Spread<S>& weights) {
+  OfReferences<S> columns;
+  to_fragments<S>(at, solution.columns, columns);
+  for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
+    const float column = columns[n][e];
+    // a head without mass has no plan at all
+    x = power_of_two(column == -infinity<float>() ? column : x + solution.tokens[s][half] - column);
+  });
+  for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = 1.0f; });
+  meet<S>();  // the sums below lie where others may still read those of the last step
+  Two<float> sums[S::kLanePairs];
+  sum_columns<S>(
+      at, 0,
+      [&](int n, int e) {
+        float sum = 0;
+        for_each_token<S>([&](int s, int half) { sum += entries[s][n][2 * half + e]; });
+        return sum;
+      },
+      sums);
 #pragma unroll
-  for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) visit(s, half);
+  for (int h = 0; h < S::kLanePairs; ++h) {
+    weights[h] = {reciprocal_or_zero(sums[h].x), reciprocal_or_zero(sums[h].y)};
   }
+  keep_scales<S>(p, at, weights);
 }
 
 // A, from the entries and the solution of the keys' side.
@@ -37,27 +57,17 @@ __device__ __forceinline__ void collect_side(const ForwardParams& p, const Place
   Spread<S> weights, of_operand;
   for_each_own(at, of_operand, [](int, float& x) { x = 1.0f; });
   if (shared_head<S>().similarity.factored) {
+    Spread<S> scales;
 #pragma unroll
-    for (int h = 0; h < S::kSpread; ++h) {
-      weights[h] = {reciprocal_or_zero(solution.columns[h].x),
-                    reciprocal_or_zero(solution.columns[h].y)};
+    for (int h = 0; h < S::kLanePairs; ++h) {
+      const float2 column = solution.columns[h];
+      weights[h] = {reciprocal_or_zero(column.x), reciprocal_or_zero(column.y)};
+      scales[h] = {column.x == 0.0f ? 0.0f : 1.0f, column.y == 0.0f ? 0.0f : 1.0f};
       if (!p.cross && !kFewExponents<typename S::Storage>) of_operand[h] = solution.references[h];
     }
+    keep_scales<S>(p, at, scales);
   } else {
-    OfReferences<S> columns;
-    to_fragments<S>(at, solution.columns, columns);
-    for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
-      const float column = columns[n][e];
-      x = power_of_two(column == -infinity<float>() ? column
-                                                    : x + solution.tokens[s][half] - column);
-    });
-    for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = 1.0f; });
-#pragma unroll
-    for (int h = 0; h < S::kSpread; ++h) {
-      const float2 column = solution.columns[h];
-      weights[h] = {column.x == -infinity<float>() ? 0.0f : 1.0f,
-                    column.y == -infinity<float>() ? 0.0f : 1.0f};
-    }
+    form_collection<S>(p, at, entries, solution, weights);
   }
   collect<S>(p, at, tokens, entries, solution.tokens, weights, of_operand);
 }
@@ -91,7 +101,7 @@ __device__ __forceinline__ void distribute_side(const ForwardParams& p, const Pl
     constexpr float kShift = kFewExponents<Storage> ? kPlanShift : 0;
     log_sum_rows<S>(tokens, entries, factors, rows);
     for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
-      x = power_of_two(x + factors[n][e] - (rows[s][half] - kShift));
+      x = power_of_two(x + factors[n][e] - rows[s][half] + kShift);
     });
     for_each_token<S>([&](int s, int half) { scales[s][half] = 1.0f / kPlanScale<Storage>; });
   }
@@ -134,11 +144,9 @@ __device__ __forceinline__ void attend(const ForwardParams& p, const Place& at, 
       } else {
         solve_in_log_domain<S>(p, at, tokens, marginals, entries, solution);
       }
-      // log2 of v_0, which a head without mass leaves as it was
-      const float first = __shfl_sync(kFullWarp, solution.columns[0].x, 0);
-      log_first = p.iterations == 0 || first == 0.0f ? 0.0f : marginals.log_first;
+      log_first = solution.log_first;
 #pragma unroll
-      for (int h = 0; h < S::kSpread; ++h) of_references[h] = solution.references[h];
+      for (int h = 0; h < S::kLanePairs; ++h) of_references[h] = solution.references[h];
       if (pass == 0) {
         collect_side<S>(p, at, tokens, entries, solution);
         meet<S>();  // all of A is there
@@ -151,7 +159,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p, const Place& at, 
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, S::kResident)
+__global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
     attention_forward_on_chip_kernel(const int64_t first, const ForwardParams p) {
 #if __CUDA_ARCH__ >= 800
   Place at;
@@ -195,12 +203,17 @@ bool visit_shape(const ForwardParams& p, int64_t block_bytes, Launch launch) {
 template <class Storage>
 bool OnChipForward<Storage>::run(const ForwardParams& p, Stream& stream) {
   if (stream.stages == 1 || !stream.resident || p.group != nullptr) return false;
-  return on_chip::visit_shape<Storage>(p, stream.block_bytes, [&](auto shape) {
+  bool launched = false;
+  on_chip::visit_shape<Storage>(p, stream.block_bytes, [&](auto shape) {
     using S = decltype(shape);
-    launch<on_chip::attention_forward_on_chip_kernel<S>>(stream, "attention_forward_on_chip_kernel",
-                                                         p.batch * p.heads, S::kThreads,
-                                                         on_chip::Memory<S>::total(p), p);
+    constexpr auto kKernel = on_chip::attention_forward_on_chip_kernel<S>;
+    // compute_75's PTX, which newer devices can run too, has the kernel without its body
+    launched = ptx_version<kKernel>(stream) >= 80;
+    if (!launched) return;
+    launch<kKernel>(stream, "attention_forward_on_chip_kernel", p.batch * p.heads, S::kThreads,
+                    on_chip::Memory<S>::total(p), p);
   });
+  return launched;
 }
 
 }  // namespace setformer::cuda

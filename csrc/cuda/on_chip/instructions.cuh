@@ -1,7 +1,7 @@
 // The instructions of sm_80 that CUDA C++ has no names for, as the on-chip kernels use them.
 #pragma once
 
-#include "../tile.cuh"
+#include "../product.cuh"
 
 namespace setformer::cuda::on_chip {
 
@@ -82,20 +82,6 @@ __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   uint32_t y;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));
   return y;
-}
-
-// Four 8 x 8 matrices of halves; lanes 8 m to 8 m + 7 say where the rows of the m-th lie.
-__device__ __forceinline__ void read_matrices(uint32_t (&matrices)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-               : "r"(uint32_t(__cvta_generic_to_shared(row)))
-               : "memory");
-}
-__device__ __forceinline__ void read_transposed(uint32_t (&matrices)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-               : "r"(uint32_t(__cvta_generic_to_shared(row)))
-               : "memory");
 }
 
 }  // namespace setformer::cuda::on_chip

@@ -66,8 +66,8 @@ __device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Pl
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
       uint32_t of_columns[4];
-      read_matrices(keys[i][b], rows + 16 * s * room_pitch + 16 * b);
-      read_matrices(of_columns, columns + 16 * s * room_pitch + 16 * b);
+      load_matrices<false>(keys[i][b], rows + 16 * s * room_pitch + 16 * b);
+      load_matrices<false>(of_columns, columns + 16 * s * room_pitch + 16 * b);
       if (b == 0) {
         accumulate<Storage, true>(upper, keys[i][b], of_columns[0], of_columns[1]);
         accumulate<Storage, true>(lower, keys[i][b], of_columns[2], of_columns[3]);
@@ -84,7 +84,7 @@ __device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Pl
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
     uint32_t y[4];
-    read_matrices(y, references + 8 * n * pitch);
+    load_matrices<false>(y, references + 8 * n * pitch);
 #pragma unroll
     for (int i = 0; i < together; ++i) {
       const int s = from + i;
@@ -95,7 +95,8 @@ __device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Pl
   }
 }
 
-// What w_ij, the penalty of positions, makes of a strip's similarities.
+// What w_ij, the penalty of positions, makes of a strip: of exponents where the kernel is gaussian,
+// else of similarities.
 template <class S>
 __device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const Place& at,
                                                    int first, float (&strip)[S::kBlocks][4]) {
@@ -118,7 +119,9 @@ __device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float difference = own[e / 2] - (e % 2 ? pair.y : pair.x);
-        strip[n][e] *= power_of_two(difference * difference * head.similarity.position);
+        const float log_w = difference * difference * head.similarity.position;
+        float& x = strip[n][e];
+        x = head.similarity.gaussian ? x + log_w : x * power_of_two(log_w);
       }
     }
   }
@@ -151,11 +154,12 @@ __device__ __forceinline__ void finish_strip(const ForwardParams& p, const Place
         const float exponent =
             fmaf(strip[n][e], twice, of_tokens[e / 2] + (e % 2 ? pair.y : pair.x));
         // rounding may leave a distance just below 0
-        strip[n][e] = power_of_two(least(exponent, 0.0f));
+        strip[n][e] = least(exponent, 0.0f);
       }
     }
   }
   if (similarity.has_positions) weigh_by_positions<S>(p, at, first, strip);
+  if (similarity.gaussian) each([](float& x) { x = power_of_two(x); });
   const float scale = similarity.scale;
   if (similarity.factored) {
     each([&](float& x) { x = power_of_two(fmaf(x, scale, -scale)); });
@@ -164,21 +168,14 @@ __device__ __forceinline__ void finish_strip(const ForwardParams& p, const Place
   }
 }
 
-// All entries of the warp's tokens, whose first columns are on their way into the warp's room; 0 of
-// strips that it has not.
+// All entries of the warp's tokens, whose first columns are on their way into the warp's room;
+// strips that the warp does not have are 0.
 template <class S>
 __device__ __forceinline__ void form_entries(const ForwardParams& p, const Place& at,
                                              const Tokens<S>& tokens, Entries<S>& entries) {
   constexpr int kTogether = 2;
   OfTokens<S> squares = {};
-#pragma unroll
-  for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) entries[s][n][e] = 0.0f;
-    }
-  }
+  for_each_entry<S>(entries, [](float& x, int, int, int, int) { x = 0.0f; });
   int band = 0;
 #pragma unroll 1
   do {

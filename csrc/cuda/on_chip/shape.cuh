@@ -2,9 +2,9 @@
 //
 // A warp owns up to kStrips strips of 16 tokens and, of these, the entries against all references,
 // in registers: as accumulators of mma.m16n8k16, lane 4 g + c holds tokens g and g + 8 of a strip
-// and references 8 n + 2 c and 8 n + 2 c + 1 of block n. What there is one number a reference of
-// lies in two ways: in fragments, as above, or spread over the warp, each lane holding references
-// 64 h + 2 lane and 64 h + 2 lane + 1.
+// and references 8 n + 2 c and 8 n + 2 c + 1 of block n. Numbers of references are stored in two
+// ways: in fragments, as above, or spread over the warp, each lane holding those of 64 h + 2 lane
+// and 64 h + 2 lane + 1.
 #pragma once
 
 #include "../problem.cuh"
@@ -20,17 +20,17 @@ struct Shape {
   static constexpr int kWarps = warps;
   static constexpr int kThreads = 32 * warps;
   static constexpr int kReferences = 8 * blocks;
-  static constexpr int kSpread = (blocks + 7) / 8;  // pairs of references that a lane holds
+  static constexpr int kLanePairs = (blocks + 7) / 8;  // of references, of what is spread
   static constexpr int kWarpTokens = 16 * strips;
   static constexpr int kTokens = warps * kWarpTokens;
   static constexpr int kPairs = (blocks + 1) / 2;  // of blocks: a product's depth of 16
   // Blocks that a multiprocessor should hold: their registers, 255 a thread at most, are 65536.
-  static constexpr int kResident = warps == 1 ? (blocks * strips <= 32 ? 12 : 8) : 8 / warps;
+  static constexpr int kBlocksAtOnce = warps == 1 ? 12 : 8 / warps;
 };
 
-// Bands of 16 columns: that a warp's room has of its rows, that products take at once, and the
-// blocks of references that collect does.
-inline constexpr int kMostBands = 4, kBands = 2, kGroup = 2;
+inline constexpr int kMostBands = 4;  // of 16 columns, that a warp's room has of its rows
+inline constexpr int kBands = 2;      // of these, that products take at once
+inline constexpr int kGroup = 2;      // blocks of references that collect takes at once
 
 template <class S>
 using Entries = float[S::kStrips][S::kBlocks][4];
@@ -39,7 +39,7 @@ using OfTokens = float[S::kStrips][2];  // of tokens g and g + 8 of each strip
 template <class S>
 using OfReferences = float[S::kBlocks][2];  // in fragments
 template <class S>
-using Spread = float2[S::kSpread];
+using Spread = float2[S::kLanePairs];
 
 // What turns products into scores.
 struct Similarity {
@@ -106,11 +106,13 @@ struct Head {
             ? 1.0f
             : static_cast<const float*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
     // What cannot be refused without waiting for the device becomes NaN, and so do all results.
-    const bool possible = epsilon > 0.0f && bandwidth > 0.0f;
-    similarity.scale = possible ? quotient(float(kLog2E), epsilon) : NAN;
-    similarity.distance = quotient(float(kLog2E) / 2.0f, bandwidth * bandwidth);
+    const float most = infinity<float>();
+    const bool possible = epsilon > 0.0f && epsilon < most && bandwidth > 0.0f && bandwidth < most;
+    // rounded as in problem.cuh, by which backward forms the same plans again
+    similarity.scale = possible ? float(kLog2E) / epsilon : NAN;
+    similarity.distance = float(kLog2E) / (2.0f * bandwidth * bandwidth);
     const float position_bandwidth = float(p.position_bandwidth);
-    similarity.position = quotient(-float(kLog2E), position_bandwidth * position_bandwidth);
+    similarity.position = float(-kLog2E) / (position_bandwidth * position_bandwidth);
     similarity.gaussian = p.kernel == Kernel::kGaussian;
     similarity.has_positions =
         side.positions.data != nullptr && p.reference_positions.data != nullptr;
@@ -118,7 +120,8 @@ struct Head {
   }
 };
 
-// A block's shared memory, in bytes from its start.
+// A block's shared memory, in bytes from its start; columns and sums are not there where a block is
+// one warp.
 //
 //   the Head
 //   terms       [kReferences]                    float: what references add to exponents
@@ -126,8 +129,8 @@ struct Head {
 //   largest     [8]                              float: masses of each warp
 //   valid       [kWarps, 4]                      uint32_t: a bit for each of the warp's tokens
 //   masses      [kTokens]                        float, a warp's own
-//   spread      [2, kWarps, 64 kSpread]          float, a warp's own
-//   columns     [2, kWarps, 64 kSpread]          float2: sums of each warp, and their exponents
+//   spread      [2, kWarps, 64 kLanePairs]       float, a warp's own
+//   columns     [2, kWarps, 64 kLanePairs]       float2: sums of each warp, and their exponents
 //   sums        [2, kWarps, kGroup, kBands, 32]  float4: tiles of A^T of each warp
 //   operand     [bands, kPairs, 32]              uint4: A in the order of fragments
 //   references  [kReferences, depth pitch]       storage
@@ -142,8 +145,8 @@ struct Memory {
   static constexpr int kValid = kLargest + 8 * 4;
   static constexpr int kMasses = kValid + S::kWarps * 4 * 4;
   static constexpr int kSpread = kMasses + S::kTokens * 4;
-  static constexpr int kColumns = kSpread + 2 * S::kWarps * 64 * S::kSpread * 4;
-  static constexpr int kSums = kColumns + kAcross * 2 * S::kWarps * 64 * S::kSpread * 8;
+  static constexpr int kColumns = kSpread + 2 * S::kWarps * 64 * S::kLanePairs * 4;
+  static constexpr int kSums = kColumns + kAcross * 2 * S::kWarps * 64 * S::kLanePairs * 8;
   static constexpr int kOperand = kSums + kAcross * 2 * S::kWarps * kGroup * kBands * 32 * 16;
 
   // Bands of so many columns, in whole steps of what products take.
@@ -297,15 +300,48 @@ __device__ __forceinline__ const typename S::Storage* strip_matrices(const Forwa
          (at.warp * Memory<S>::room(p) + 8 * down + line) * Memory<S>::pitch(p) + 8 * right;
 }
 
+// visit(entry, strip, half, block, parity of the reference)
+template <class S, class Visit>
+__device__ __forceinline__ void for_each_entry(Entries<S>& entries, Visit visit) {
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) visit(entries[s][n][e], s, e / 2, n, e % 2);
+    }
+  }
+}
+
+// visit(strip, half)
+template <class S, class Visit>
+__device__ __forceinline__ void for_each_token(Visit visit) {
+#pragma unroll
+  for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) visit(s, half);
+  }
+}
+
+// visit(reference, number), of numbers that are spread
+template <class Visit, class Pairs>
+__device__ __forceinline__ void for_each_own(const Place& at, Pairs& pairs, Visit visit) {
+#pragma unroll
+  for (int h = 0; h < int(sizeof(pairs) / sizeof(pairs[0])); ++h) {
+    visit(64 * h + 2 * at.lane, pairs[h].x);
+    visit(64 * h + 2 * at.lane + 1, pairs[h].y);
+  }
+}
+
 // What is spread over the warp, in one of the warp's own rooms: pairs of references in their order.
 template <class S>
 __device__ __forceinline__ const float2* in_room(const Place& at, const Spread<S>& own,
                                                  int which = 0) {
   float2* room =
-      shared_at<float2>(Memory<S>::kSpread) + (which * S::kWarps + at.warp) * 32 * S::kSpread;
+      shared_at<float2>(Memory<S>::kSpread) + (which * S::kWarps + at.warp) * 32 * S::kLanePairs;
   __syncwarp();
 #pragma unroll
-  for (int h = 0; h < S::kSpread; ++h) room[32 * h + at.lane] = own[h];
+  for (int h = 0; h < S::kLanePairs; ++h) room[32 * h + at.lane] = own[h];
   __syncwarp();
   return room;
 }

@@ -22,6 +22,7 @@ struct Solution {
   OfTokens<S> tokens;
   Spread<S> columns;
   Spread<S> references;
+  float log_first;  // of v_0, of factors
 };
 
 // The marginals: masses a_i in the warp's own shared memory, b_j spread over the warp.
@@ -31,15 +32,6 @@ struct Marginals {
   float log_first;       // of b_0, in the same unit
   float log_largest;     // what log2 of a_i is short of
 };
-
-template <class Visit, class Pairs>
-__device__ __forceinline__ void for_each_own(const Place& at, Pairs& pairs, Visit visit) {
-#pragma unroll
-  for (int h = 0; h < int(sizeof(pairs) / sizeof(pairs[0])); ++h) {
-    visit(64 * h + 2 * at.lane, pairs[h].x);
-    visit(64 * h + 2 * at.lane + 1, pairs[h].y);
-  }
-}
 
 // b_j up to a constant; a mass that is not positive makes the head NaN.
 __device__ __forceinline__ float reference_mass(const ForwardParams& p, int64_t b, int64_t h,
@@ -114,7 +106,7 @@ __device__ __forceinline__ Marginals<S> find_marginals(const ForwardParams& p, c
     for_each_own(at, marginals.references, [](int, float& b) { b = log_two(b); });
   } else if (p.reference_mass.data != nullptr) {
     top_reference = most_of_warp(top_reference);
-    marginals.log_first = log_two(first / top_reference);
+    marginals.log_first = log_two(first) - log_two(top_reference);
     for_each_own(at, marginals.references, [&](int, float& b) { b = b / top_reference; });
   }
   return marginals;
@@ -160,19 +152,19 @@ __device__ __forceinline__ Two<Sum> fold(const Place& at, Sum (&sums)[8][2]) {
 // writes what another still reads.
 template <class S, class Sum>
 __device__ __forceinline__ void add_warps(const Place& at, int parity,
-                                          Two<Sum> (&sums)[S::kSpread]) {
+                                          Two<Sum> (&sums)[S::kLanePairs]) {
   if constexpr (S::kWarps == 1) return;
   Two<Sum>* room =
-      shared_at<Two<Sum>>(Memory<S>::kColumns) + parity * S::kWarps * S::kSpread * 32 + at.lane;
+      shared_at<Two<Sum>>(Memory<S>::kColumns) + parity * S::kWarps * S::kLanePairs * 32 + at.lane;
 #pragma unroll
-  for (int h = 0; h < S::kSpread; ++h) room[(at.warp * S::kSpread + h) * 32] = sums[h];
+  for (int h = 0; h < S::kLanePairs; ++h) room[(at.warp * S::kLanePairs + h) * 32] = sums[h];
   meet<S>();
 #pragma unroll
-  for (int h = 0; h < S::kSpread; ++h) {
+  for (int h = 0; h < S::kLanePairs; ++h) {
     sums[h] = room[h * 32];
 #pragma unroll
     for (int warp = 1; warp < S::kWarps; ++warp) {
-      const Two<Sum> other = room[(warp * S::kSpread + h) * 32];
+      const Two<Sum> other = room[(warp * S::kLanePairs + h) * 32];
       sums[h] = {combined(sums[h].x, other.x), combined(sums[h].y, other.y)};
     }
   }
@@ -181,9 +173,9 @@ __device__ __forceinline__ void add_warps(const Place& at, int parity,
 // of(row, n, e, half) -> Sum, spread over the warp: the sums over all tokens of the head.
 template <class S, class Sum, class Of>
 __device__ __forceinline__ void sum_columns(const Place& at, int parity, Of of,
-                                            Two<Sum> (&totals)[S::kSpread]) {
+                                            Two<Sum> (&totals)[S::kLanePairs]) {
 #pragma unroll
-  for (int h = 0; h < S::kSpread; ++h) {
+  for (int h = 0; h < S::kLanePairs; ++h) {
     Sum sums[8][2] = {};
 #pragma unroll
     for (int n = 0; n < 8 && 8 * h + n < S::kBlocks; ++n) {
@@ -286,14 +278,9 @@ __device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const P
   const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
   for_each_own(at, solution.references,
                [&](int j, float& v) { v = j < p.references ? 1.0f : 0.0f; });
-#pragma unroll
-  for (int s = 0; s < S::kStrips; ++s) {
-    solution.tokens[s][0] = masses[16 * s];
-    solution.tokens[s][1] = masses[16 * s + 8];
-  }
+  for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = masses[16 * s + 8 * half]; });
   const float scale = shared_head<S>().similarity.scale;
-  // log2 of v_0 of the step before
-  float log_first = 0;
+  float& log_first = solution.log_first = 0;  // in a step that of the step before
 #pragma unroll 1
   for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
     if (t > 0) {
@@ -301,17 +288,13 @@ __device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const P
       to_fragments<S>(at, solution.references, factors);
       OfTokens<S> sums;
       sum_rows<S>(tokens, entries, factors, sums);
-#pragma unroll
-      for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          solution.tokens[s][half] = masses[16 * s + 8 * half] * reciprocal(sums[s][half]);
-          sums[s][half] = logarithm(sums[s][half]) + (scale - log_first);
-        }
-      }
+      for_each_token<S>([&](int s, int half) {
+        solution.tokens[s][half] = masses[16 * s + 8 * half] * reciprocal(sums[s][half]);
+        sums[s][half] = logarithm(sums[s][half]) + (scale - log_first);
+      });
       keep_rows<S>(at, tokens, t - 1, sums);
     }
-    Two<float> columns[S::kSpread];
+    Two<float> columns[S::kLanePairs];
     sum_columns<S>(
         at, t & 1,
         [&](int n, int e) {
@@ -329,7 +312,7 @@ __device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const P
     const float unit = marginals.log_largest + (t > 0 ? log_first : scale);
     Spread<S> logarithms;
 #pragma unroll
-    for (int h = 0; h < S::kSpread; ++h) {
+    for (int h = 0; h < S::kLanePairs; ++h) {
       solution.columns[h] = {columns[h].x, columns[h].y};
       logarithms[h] = {logarithm(columns[h].x) + unit, logarithm(columns[h].y) + unit};
     }
@@ -338,10 +321,10 @@ __device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const P
     const float first = __shfl_sync(kFullWarp, columns[0].x, 0);
     if (first == 0.0f) continue;  // a head without mass has g = 0
 #pragma unroll
-    for (int h = 0; h < S::kSpread; ++h) {
+    for (int h = 0; h < S::kLanePairs; ++h) {
       const float2 b = marginals.references[h];
-      solution.references[h] = {b.x * first * reciprocal(columns[h].x),
-                                b.y * first * reciprocal(columns[h].y)};
+      solution.references[h] = {b.x * (first * reciprocal(columns[h].x)),
+                                b.y * (first * reciprocal(columns[h].y))};
     }
     log_first = marginals.log_first;
   }
@@ -356,11 +339,8 @@ __device__ __forceinline__ void solve_in_log_domain(const ForwardParams& p, cons
   const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
   for_each_own(at, solution.references,
                [&](int j, float& g) { g = j < p.references ? 0.0f : -infinity<float>(); });
-#pragma unroll
-  for (int s = 0; s < S::kStrips; ++s) {
-    solution.tokens[s][0] = masses[16 * s];
-    solution.tokens[s][1] = masses[16 * s + 8];
-  }
+  solution.log_first = 0;
+  for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = masses[16 * s + 8 * half]; });
 #pragma unroll 1
   for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
     if (t > 0) {
@@ -368,16 +348,12 @@ __device__ __forceinline__ void solve_in_log_domain(const ForwardParams& p, cons
       to_fragments<S>(at, solution.references, potentials);
       OfTokens<S> sums;
       log_sum_rows<S>(tokens, entries, potentials, sums);
-#pragma unroll
-      for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          solution.tokens[s][half] = masses[16 * s + 8 * half] - sums[s][half];
-        }
-      }
+      for_each_token<S>([&](int s, int half) {
+        solution.tokens[s][half] = masses[16 * s + 8 * half] - sums[s][half];
+      });
       keep_rows<S>(at, tokens, t - 1, sums);
     }
-    Two<LogSum<float>> columns[S::kSpread];
+    Two<LogSum<float>> columns[S::kLanePairs];
     sum_columns<S>(
         at, t & 1,
         [&](int n, int e) {
@@ -398,7 +374,7 @@ __device__ __forceinline__ void solve_in_log_domain(const ForwardParams& p, cons
         },
         columns);
 #pragma unroll
-    for (int h = 0; h < S::kSpread; ++h) {
+    for (int h = 0; h < S::kLanePairs; ++h) {
       solution.columns[h] = {columns[h].x.logarithm(), columns[h].y.logarithm()};
     }
     keep_columns<S>(p, at, t, solution.columns);
@@ -406,7 +382,7 @@ __device__ __forceinline__ void solve_in_log_domain(const ForwardParams& p, cons
     const float first = __shfl_sync(kFullWarp, solution.columns[0].x, 0);
     if (first == -infinity<float>()) continue;  // a head without mass has g = 0
 #pragma unroll
-    for (int h = 0; h < S::kSpread; ++h) {
+    for (int h = 0; h < S::kLanePairs; ++h) {
       const float2 b = marginals.references[h], column = solution.columns[h];
       solution.references[h] = {b.x - column.x - (marginals.log_first - first),
                                 b.y - column.y - (marginals.log_first - first)};

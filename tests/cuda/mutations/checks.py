@@ -41,6 +41,8 @@ class Problem:
     arranged: Callable[[Tensor], Tensor] | None = None  # the same key, elsewhere in memory
     in_group: bool = False  # by the launches of a group of ranks, here of one
     hidden: int = 0  # tokens from the first on that the mask leaves out
+    architecture: int = 80  # that faults are compiled for
+    newer: bool = False  # the device is of capability 8.0 all the same
 
 
 def transposed(key: Tensor) -> Tensor:
@@ -85,6 +87,9 @@ PROBLEMS = {
         "bfloat16", "on chip", False, SELF | {"N": 45, "M": 43, "iterations": 0}
     ),
     "bfloat16 on-chip forward, then backward": Problem("bfloat16", "on chip", True, SELF),
+    "bfloat16 on-chip forward, of an older architecture": Problem(
+        "bfloat16", "on chip", False, SELF | {"N": 45}, architecture=75, newer=True
+    ),
     "float16 on-chip forward": Problem("float16", "on chip", False, SELF),
     "bfloat16 on-chip forward, in logarithms": Problem(
         "bfloat16", "on chip", False, SELF | IN_LOGARITHMS
@@ -173,6 +178,8 @@ def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterat
     if problem.in_group:
         ops.run = partial(_run_in_group, ops.run)
     emulator = Emulator(library)
+    if problem.newer:
+        emulator.set_capability(80)
     arguments = random_problem(dtype=getattr(torch, problem.storage), **problem.options)
     if problem.arranged is not None:
         arguments["key"] = problem.arranged(arguments["key"])

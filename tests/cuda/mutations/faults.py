@@ -451,9 +451,16 @@ ON_CHIP = tuple(
             "bfloat16 on-chip forward, alone",
         ),
         (
+            "code without a body, of an older architecture",
+            "forward.cuh",
+            "launched = ptx_version<kKernel>(stream) >= 80;",
+            "launched = true;",
+            "bfloat16 on-chip forward, of an older architecture",
+        ),
+        (
             "sums of the first warp twice",
             "solve.cuh",
-            "const Two<Sum> other = room[(warp * S::kSpread + h) * 32];",
+            "const Two<Sum> other = room[(warp * S::kLanePairs + h) * 32];",
             "const Two<Sum> other = room[h * 32];",
             "bfloat16 on-chip forward",
         ),
@@ -507,10 +514,17 @@ ON_CHIP = tuple(
             "float16 on-chip forward",
         ),
         (
+            "sums of the collection where others read those of the steps",
+            "forward.cuh",
+            "  meet<S>();  // the sums below",
+            "  // the sums below",
+            "bfloat16 on-chip forward, in logarithms",
+        ),
+        (
             "potentials left out of the last plan",
             "forward.cuh",
-            "x = power_of_two(x + factors[n][e] - (rows[s][half] - kShift));",
-            "x = power_of_two(x - (rows[s][half] - kShift));",
+            "x = power_of_two(x + factors[n][e] - rows[s][half] + kShift);",
+            "x = power_of_two(x - rows[s][half] + kShift);",
             "bfloat16 on-chip forward, in logarithms",
         ),
     )

@@ -53,7 +53,9 @@ def run(fault: Fault | None, problem_name: str) -> Row:
         if fault is not None:
             file = sources / "cuda" / fault.file
             file.write_text(fault.apply(file.read_text(encoding="utf-8")), encoding="utf-8")
-        library = build_module(sources, problem.storage, problem.regime, problem.backward)
+        library = build_module(
+            sources, problem.storage, problem.regime, problem.backward, problem.architecture
+        )
     found, words = check(library, problem_name)
     return Row(
         fault.name if fault else CLEAN,
