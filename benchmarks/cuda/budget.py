@@ -5,8 +5,8 @@
     python benchmarks/cuda/budget.py --write     # replace budget.csv
 
 "dynamic" is the shared memory that a launch asks for: at D = Dv = M = 64; of resident kernels at
-D = Dv = 32, M = 49 and 49 tokens, a window of 7 x 7; of on-chip kernels at D = Dv = 32; of steps
-backward in the one that collects.
+D = Dv = 32, M = 49 and 49 tokens, a window of 7 x 7; of on-chip kernels at D = Dv = 32 and
+the fewest tokens that a shape is for; of steps backward in the one that collects.
 The columns after "limit" count instructions of the SASS, however often they run.
 Needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
@@ -57,6 +57,7 @@ def main() -> None:
         for file in options.files or [installed_extension()]
         for kernel in read_kernels(file, options.architectures)
         if kernel.name not in NOT_LAUNCHED
+        and not (is_on_chip(kernel.name) and kernel.arch < 80)  # empty, and not launched either
     )
     if not rows:
         raise SystemExit("no kernel found: was the extension compiled with CUDA?")
@@ -87,7 +88,8 @@ def row_of(kernel: Kernel) -> Row:
     base, *types = re.split(r"[<>, ]+", kernel.name)
     if is_on_chip(kernel.name):
         shape = OnChip(*map(int, types[2:5]))
-        dynamic = shape.shared(Problem(1, 1, tokens=shape.tokens, depth=32, references=1))
+        fewer = shape.tokens * 2 // shape.warps if shape.warps > 2 else 0
+        dynamic = shape.shared(Problem(1, 1, tokens=fewer + 1, depth=32, references=1))
     else:
         storage = STORAGES[types[0]]
         problem = Problem(1, 1, tokens=1024, depth=64, references=64, storage=storage)
