@@ -34,9 +34,10 @@ cudaError_t allow_shared_memory(const Stream& stream) {
 }
 
 // The compute capability, as 80 for 8.0, that the code which the device runs was compiled for; 0
-// with the stream's error where that cannot be told.
+// with the stream's error where that cannot be told, or that it has already.
 template <auto kernel>
 int ptx_version(Stream& stream) {
+  if (stream.error != cudaSuccess) return 0;  // which stays the call's error
   static std::atomic<int> known[64]{};
   const bool keeps = stream.device < 64;
   if (keeps && known[stream.device].load() != 0) return known[stream.device].load();

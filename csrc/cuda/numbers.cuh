@@ -114,23 +114,22 @@ __device__ __forceinline__ T quad_maximum(T x) {
   return maximum(x, __shfl_xor_sync(kFullWarp, x, 2));
 }
 
-// The same value in each of `lanes` neighbouring lanes, a power of two.
-template <int lanes, class T>
-__device__ __forceinline__ T lanes_sum(T x) {
+// combine(x, y) of `lanes` neighbouring lanes, a power of two: the same value in each.
+template <int lanes, class T, class Combine>
+__device__ __forceinline__ T across_lanes(T x, Combine combine) {
 #pragma unroll
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(kFullWarp, x, distance);
+    x = combine(x, __shfl_xor_sync(kFullWarp, x, distance));
   }
   return x;
 }
-
+template <int lanes, class T>
+__device__ __forceinline__ T lanes_sum(T x) {
+  return across_lanes<lanes>(x, [](T a, T b) { return a + b; });
+}
 template <class T>
 __device__ __forceinline__ T warp_maximum(T x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x = maximum(x, __shfl_xor_sync(kFullWarp, x, distance));
-  }
-  return x;
+  return across_lanes<32>(x, [](T a, T b) { return maximum(a, b); });
 }
 
 // log2(2^m1 l1 + 2^m2 l2) as a pair again: a log-sum-exp with its largest exponent kept apart.

@@ -165,25 +165,16 @@ struct Layout {
 
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
-// What a block works on, of one head and side: at the start of its shared memory, for as variables
-// these would take the registers that the accumulators need.
+// The tensors of one head and side.
 template <class Storage>
-struct Head {
+struct HeadTensors {
   using T = Accumulate<Storage>;
-  static constexpr int kBytes = kHeadBytes<Storage>;
 
-  ForwardParams p;
-
-  Layout<Storage> layout;
-  int64_t index, b, h;            // b H + h
-  int64_t first_tile, last_tile;  // [first, last)
-  int64_t split, splits;
-
-  Rows<Storage> tokens;      // [count, D]
-  Rows<Storage> references;  // [M, D]
-  Rows<Storage> values;      // [N, Dv]
-  Rows<Storage> outputs;     // [count, Dv]
-  Global<const T> mass;      // [count], optional
+  int64_t index, b, h;    // b H + h
+  Rows<Storage> tokens;   // [count, D]
+  Rows<Storage> values;   // [N, Dv]
+  Rows<Storage> outputs;  // [count, Dv]
+  Global<const T> mass;   // [count], optional
   int64_t mass_stride;
   Global<const T> positions;  // [count, P], optional
   int64_t position_stride, axis_stride;
@@ -191,33 +182,19 @@ struct Head {
   Global<T> columns;  // [max(T, 1), M]
   // [M] 1 / sum_i C_ij, of keys: takes the rounding of exponents out of C.
   Global<T> collection_scale;
-  Global<T> pooled;   // [M, Dv]
-  Global<T> partial;  // what blocks that share a head leave for merging: [heads, splits, ...]
-  int64_t widest;     // columns that a resident head has room for in partial; 0 for others
-  T epsilon, bandwidth, scale, position_scale;
-  T distance_scale;  // log2 of the gaussian is -distance_scale |k - y|^2
-  bool gaussian, has_positions;
-  bool factored;                                // scores are known to lie in [0, kMostFactorScale]
-  T center[kIsHalf<Storage> ? 1 : kMostDepth];  // see finish_rows
 
   // To be called by one thread.
-  __device__ void select(const ForwardParams& params, const Side& side, int needs, bool resident,
-                         int64_t head, int64_t part, T* sums) {
-    partial = sums;
-    const Splits<Storage> parts(params, side.count, resident);
-    p = params;
+  __device__ void select_tensors(const ForwardParams& p, const Side& side, int64_t head) {
     index = head;
-    b = head / p.heads;
-    h = head % p.heads;
-    split = part;
-    splits = parts.count;
-    first_tile = part * parts.tiles_each;
-    last_tile = first_tile + parts.tiles_each;
-    if (last_tile > parts.tiles) last_tile = parts.tiles;
-
+    if (head <= 0xffffffff && p.heads <= 0xffffffff) {  // a division of 64 bits takes long
+      b = uint32_t(head) / uint32_t(p.heads);
+      h = uint32_t(head) % uint32_t(p.heads);
+    } else {
+      b = head / p.heads;
+      h = head % p.heads;
+    }
     tokens.select(side.tokens, b, h, side.count, p.depth);
     tokens.hide(side.mask, b);
-    references.select(p.reference, b, h, p.references, p.depth);
     values.select(p.value, b, h, p.tokens, p.value_depth);
     values.hide(p.mask, b);
     outputs.select(p.output, b, h, side.count, p.value_depth);
@@ -231,12 +208,22 @@ struct Head {
     rows = static_cast<T*>(side.rows) + head * (p.iterations + 1) * side.count;
     columns = static_cast<T*>(side.columns) + head * side.column_rows * p.references;
     collection_scale = columns + steps_kept(p) * p.references;
-    pooled = static_cast<T*>(p.pooled.data) + head * p.references * p.value_depth;
+  }
+};
 
-    widest = !resident ? 0 : (p.depth > p.value_depth ? p.depth : p.value_depth) + 1;
+// What turns products into scores.
+template <class T>
+struct Similarity {
+  T epsilon, bandwidth;
+  T scale;           // log2(e) / epsilon
+  T distance_scale;  // log2 of the gaussian is -distance_scale |k - y|^2
+  T position_scale;  // log2 of w_ij is position_scale |p_i - r_j|^2
+  bool gaussian, has_positions;
+  bool factored;  // scores are known to lie in [0, kMostFactorScale]
+
+  // To be called by one thread.
+  __device__ void select_similarity(const ForwardParams& p, const Side& side, int64_t h) {
     gaussian = p.kernel == Kernel::kGaussian;
-    if (needs & kHeadAlone) return;
-    layout = Layout<Storage>(p, needs, resident, side.count, kStages);
     epsilon = static_cast<const T*>(p.epsilon.data)[h * p.epsilon.stride[0]];
     bandwidth = p.bandwidth.data == nullptr
                     ? T(1)
@@ -247,10 +234,53 @@ struct Head {
     if (!possible) epsilon = T(NAN);
     scale = T(kLog2E) / epsilon;
     distance_scale = T(kLog2E) / (T(2) * bandwidth * bandwidth);
-    factored = kFactors<Storage> && gaussian && scale <= T(kMostFactorScale);
+    factored = kFactors<T> && gaussian && scale <= T(kMostFactorScale);
     has_positions = side.positions.data != nullptr && p.reference_positions.data != nullptr;
     const T position_bandwidth = T(p.position_bandwidth);
     position_scale = T(-kLog2E) / (position_bandwidth * position_bandwidth);
+  }
+};
+
+// What a block works on, of one head and side: at the start of its shared memory, for as variables
+// these would take the registers that the accumulators need.
+template <class Storage>
+struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
+  using T = Accumulate<Storage>;
+  static constexpr int kBytes = kHeadBytes<Storage>;
+
+  ForwardParams p;
+
+  Layout<Storage> layout;
+  int64_t first_tile, last_tile;  // [first, last)
+  int64_t split, splits;
+
+  Rows<Storage> references;  // [M, D]
+  Global<T> pooled;          // [M, Dv]
+  Global<T> partial;  // what blocks that share a head leave for merging: [heads, splits, ...]
+  int64_t widest;     // columns that a resident head has room for in partial; 0 for others
+  T center[kIsHalf<Storage> ? 1 : kMostDepth];  // see finish_rows
+
+  // To be called by one thread.
+  __device__ void select(const ForwardParams& params, const Side& side, int needs, bool resident,
+                         int64_t head, int64_t part, T* sums) {
+    partial = sums;
+    const Splits<Storage> parts(params, side.count, resident);
+    p = params;
+    this->select_tensors(p, side, head);
+    split = part;
+    splits = parts.count;
+    first_tile = part * parts.tiles_each;
+    last_tile = first_tile + parts.tiles_each;
+    if (last_tile > parts.tiles) last_tile = parts.tiles;
+
+    references.select(p.reference, this->b, this->h, p.references, p.depth);
+    pooled = static_cast<T*>(p.pooled.data) + head * p.references * p.value_depth;
+
+    widest = !resident ? 0 : (p.depth > p.value_depth ? p.depth : p.value_depth) + 1;
+    this->gaussian = p.kernel == Kernel::kGaussian;
+    if (needs & kHeadAlone) return;
+    layout = Layout<Storage>(p, needs, resident, side.count, kStages);
+    this->select_similarity(p, side, this->h);
   }
 
   // After select, by all threads: the mean of the references, which the tokens lie about.
@@ -274,21 +304,21 @@ struct Head {
   // The head's part of partial, [splits, M, columns]. A resident head's is where no other head's
   // can be, whatever both leave: their blocks may be in different passes.
   __device__ T* partials(int64_t columns) const {
-    return partial + index * references.count * (widest > 0 ? widest : splits * columns);
+    return partial + this->index * references.count * (widest > 0 ? widest : splits * columns);
   }
 
   // rows^t_i, t in -1..T; 0 for t = -1
   __device__ __forceinline__ T row(int64_t t, int64_t i) const {
-    return t < 0 || i >= tokens.count ? T(0) : rows[t * tokens.count + i];
+    return t < 0 || i >= this->tokens.count ? T(0) : this->rows[t * this->tokens.count + i];
   }
   // columns^t_j, t in 1..T (0 where T = 0)
   __device__ __forceinline__ T& column(int64_t t, int64_t j) const {
-    return columns[(t > 0 ? t - 1 : 0) * references.count + j];
+    return this->columns[(t > 0 ? t - 1 : 0) * references.count + j];
   }
   // log2 a_i up to a constant; -inf for a token that is hidden or beyond the end.
   __device__ __forceinline__ T log_mass(int64_t i) const {
-    if (!tokens.valid(i)) return -infinity<T>();
-    return mass.absent() ? T(0) : log_two(mass[i * mass_stride]);
+    if (!this->tokens.valid(i)) return -infinity<T>();
+    return this->mass.absent() ? T(0) : log_two(this->mass[i * this->mass_stride]);
   }
 };
 

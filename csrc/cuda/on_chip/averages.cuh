@@ -113,7 +113,7 @@ __device__ __forceinline__ void pool_tiles(const ForwardParams& p, const Place& 
       }
 #pragma unroll
       for (int b = 0; b < kBands; ++b) {
-        accumulate<Storage>(tiles[i][b], columns[b], plan[0], plan[1]);
+        multiply_block<Storage>(tiles[i][b], columns[b], plan[0], plan[1]);
       }
     }
   }
@@ -231,7 +231,7 @@ __device__ __forceinline__ void distribute(const ForwardParams& p, const Place& 
         for (int s = 0; s < S::kStrips; ++s) {
           const uint32_t a[4] = {plan[s][2 * pair][0], plan[s][2 * pair][1],
                                  plan[s][2 * pair + 1][0], plan[s][2 * pair + 1][1]};
-          accumulate<Storage>(sums[s], a, b.x, b.y);
+          multiply_block<Storage>(sums[s], a, b.x, b.y);
         }
       }
 #pragma unroll

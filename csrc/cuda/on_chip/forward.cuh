@@ -13,7 +13,7 @@ template <class S>
 __device__ __forceinline__ void keep_scales(const ForwardParams& p, const Place& at,
                                             const Spread<S>& scales) {
   if (at.warp != 0) return;
-  float* to = shared_head<S>().kept_columns + steps_kept(p) * p.references;
+  float* to = shared_head<S>().collection_scale;
   for_each_own(at, scales, [&](int j, float scale) {
     if (j < p.references) to[j] = scale;
   });
@@ -79,7 +79,7 @@ __device__ __forceinline__ void distribute_side(const ForwardParams& p, const Pl
                                                 Entries<S>& entries,
                                                 const Spread<S>& of_references) {
   using Storage = typename S::Storage;
-  const Similarity& similarity = shared_head<S>().similarity;
+  const Similarity<float>& similarity = shared_head<S>().similarity;
   OfReferences<S> factors;
   to_fragments<S>(at, of_references, factors);
   OfTokens<S> rows, scales;
@@ -116,7 +116,7 @@ __device__ __forceinline__ void distribute_side(const ForwardParams& p, const Pl
 // plan of collection, so that they are formed again to distribute; and queries have their own.
 template <class S>
 __device__ __forceinline__ void attend(const ForwardParams& p, const Place& at, int64_t index) {
-  const Similarity& similarity = shared_head<S>().similarity;
+  const Similarity<float>& similarity = shared_head<S>().similarity;
   Spread<S> of_references{};
   float log_first = 0;
   int passes = 1;

@@ -46,37 +46,6 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {
   return pair;
 }
 
-// d = A B + c, of 16 x 16 by 16 x 8; d and c may be the same.
-template <class Storage>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1, const float (&c)[4]) {
-  if constexpr (std::is_same_v<Storage, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%10,%11,%12,%13};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%10,%11,%12,%13};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]));
-  }
-}
-
-// d += A B, or d = A B where `first`.
-template <class Storage, bool first = false>
-__device__ __forceinline__ void accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                           uint32_t b1) {
-  constexpr float kZero[4] = {};
-  if constexpr (first) {
-    multiply_add<Storage>(d, a, b0, b1, kZero);
-  } else {
-    multiply_add<Storage>(d, a, b0, b1, d);
-  }
-}
-
 // The transpose of an 8 x 8 matrix of halves, a row of which four lanes hold.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   uint32_t y;

@@ -10,7 +10,6 @@ template <class S>
 __device__ __forceinline__ void stage_references(const ForwardParams& p, const Place& at) {
   using Storage = typename S::Storage;
   const auto& head = shared_head<S>();
-  const Similarity& similarity = head.similarity;
   const int pitch = Memory<S>::depth_pitch(p);
   Rows<Storage> rows;
   rows.select(p.reference, head.b, head.h, p.references, p.depth);
@@ -33,9 +32,9 @@ __device__ __forceinline__ void stage_references(const ForwardParams& p, const P
       }
     }
     square = quad_sum(square);
-    if (at.c == 0) shared_at<float>(Memory<S>::kTerms)[j] = similarity.exponent(square);
+    if (at.c == 0) shared_at<float>(Memory<S>::kTerms)[j] = head.exponent(square);
   }
-  if (!similarity.has_positions) return;
+  if (!head.similarity.has_positions) return;
   const Tensor& from = p.reference_positions;
   for (int i = at.thread; i < int(p.position_depth) * S::kReferences; i += S::kThreads) {
     const int axis = i / S::kReferences, j = i % S::kReferences;
@@ -62,19 +61,14 @@ __device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Pl
   for (int i = 0; i < together; ++i) {
     const int s = from + i;
     if (s >= S::kStrips) continue;
-    float upper[4], lower[4];
+    float upper[4] = {}, lower[4] = {};
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
       uint32_t of_columns[4];
       load_matrices<false>(keys[i][b], rows + 16 * s * room_pitch + 16 * b);
       load_matrices<false>(of_columns, columns + 16 * s * room_pitch + 16 * b);
-      if (b == 0) {
-        accumulate<Storage, true>(upper, keys[i][b], of_columns[0], of_columns[1]);
-        accumulate<Storage, true>(lower, keys[i][b], of_columns[2], of_columns[3]);
-      } else {
-        accumulate<Storage>(upper, keys[i][b], of_columns[0], of_columns[1]);
-        accumulate<Storage>(lower, keys[i][b], of_columns[2], of_columns[3]);
-      }
+      multiply_block<Storage>(upper, keys[i][b], of_columns[0], of_columns[1]);
+      multiply_block<Storage>(lower, keys[i][b], of_columns[2], of_columns[3]);
     }
     squares[s][0] += __shfl_sync(kFullWarp, at.g % 2 ? upper[1] : upper[0], source);
     squares[s][1] += __shfl_sync(kFullWarp, at.g % 2 ? lower[3] : lower[2], source);
@@ -89,8 +83,8 @@ __device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Pl
     for (int i = 0; i < together; ++i) {
       const int s = from + i;
       if (s >= S::kStrips) continue;
-      accumulate<Storage>(entries[s][n], keys[i][0], y[0], y[1]);
-      accumulate<Storage>(entries[s][n], keys[i][1], y[2], y[3]);
+      multiply_block<Storage>(entries[s][n], keys[i][0], y[0], y[1]);
+      multiply_block<Storage>(entries[s][n], keys[i][1], y[2], y[3]);
     }
   }
 }
@@ -119,7 +113,7 @@ __device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float difference = own[e / 2] - (e % 2 ? pair.y : pair.x);
-        const float log_w = difference * difference * head.similarity.position;
+        const float log_w = difference * difference * head.similarity.position_scale;
         float& x = strip[n][e];
         x = head.similarity.gaussian ? x + log_w : x * power_of_two(log_w);
       }
@@ -132,7 +126,8 @@ template <class S>
 __device__ __forceinline__ void finish_strip(const ForwardParams& p, const Place& at, int first,
                                              const float (&squares)[2],
                                              float (&strip)[S::kBlocks][4]) {
-  const Similarity& similarity = shared_head<S>().similarity;
+  const auto& head = shared_head<S>();
+  const Similarity<float>& similarity = head.similarity;
   const auto each = [&](auto visit) {
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) {
@@ -143,9 +138,9 @@ __device__ __forceinline__ void finish_strip(const ForwardParams& p, const Place
   // What a strip reads it reads anew: kept from strip to strip, it would take entries' registers.
   asm volatile("" ::: "memory");
   if (similarity.gaussian) {
-    const float of_tokens[2] = {similarity.exponent(squares[0]), similarity.exponent(squares[1])};
+    const float of_tokens[2] = {head.exponent(squares[0]), head.exponent(squares[1])};
     const float2* of_references = shared_at<float2>(Memory<S>::kTerms) + at.c;
-    const float twice = 2.0f * similarity.distance;
+    const float twice = 2.0f * similarity.distance_scale;
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) {
       const float2 pair = of_references[4 * n];

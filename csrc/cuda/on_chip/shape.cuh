@@ -41,82 +41,25 @@ using OfReferences = float[S::kBlocks][2];  // in fragments
 template <class S>
 using Spread = float2[S::kLanePairs];
 
-// What turns products into scores.
-struct Similarity {
-  float scale;     // log2(e) / epsilon
-  float distance;  // log2 of the gaussian is -distance |k - y|^2
-  float position;  // log2 of w_ij is position |p_i - r_j|^2
-  bool gaussian, has_positions;
-  bool factored;  // s is within what factors can say: see transport.cuh
-
-  // What a vector of that square norm adds to the exponent.
-  __device__ __forceinline__ float exponent(float square) const {
-    return gaussian ? -distance * square : 0.0f;
-  }
-};
-
 // Room for a Head at the start of shared memory.
 inline constexpr int kHeadBytes = 320;
 
 // What a block works on: in shared memory, for as variables these would take the registers that the
 // entries need.
 template <class Storage>
-struct Head {
-  int64_t index, b, h;       // b H + h
-  Rows<Storage> tokens;      // [count, D]
-  Rows<Storage> values;      // [N, Dv]
-  Rows<Storage> outputs;     // [count, Dv]
-  Global<const float> mass;  // [count], optional
-  int64_t mass_stride;
-  Global<const float> positions;  // [count, P], optional
-  int64_t position_stride, axis_stride;
-  Global<float> kept_rows;     // [T + 1, count]
-  Global<float> kept_columns;  // [max(T, 1), M], and for keys the scale of the collection [M]
-  Similarity similarity;
+struct Head : HeadTensors<Storage> {
+  Similarity<float> similarity;
+
+  // What a vector of that square norm adds to the exponent.
+  __device__ __forceinline__ float exponent(float square) const {
+    return similarity.gaussian ? -similarity.distance_scale * square : 0.0f;
+  }
 
   // By one thread.
   __device__ void select(const ForwardParams& p, int64_t head, bool of_queries) {
     const Side side = of_queries ? queries_of(p) : keys_of(p);
-    index = head;
-    if (head <= 0xffffffff && p.heads <= 0xffffffff) {  // a division of 64 bits takes long
-      b = uint32_t(head) / uint32_t(p.heads);
-      h = uint32_t(head) % uint32_t(p.heads);
-    } else {
-      b = head / p.heads;
-      h = head % p.heads;
-    }
-    tokens.select(side.tokens, b, h, side.count, p.depth);
-    tokens.hide(side.mask, b);
-    values.select(p.value, b, h, p.tokens, p.value_depth);
-    values.hide(p.mask, b);
-    outputs.select(p.output, b, h, side.count, p.value_depth);
-    mass = side.mass.data == nullptr ? nullptr
-                                     : static_cast<const float*>(side.mass.data) +
-                                           b * side.mass.stride[0] + h * side.mass.stride[1];
-    mass_stride = side.mass.stride[2];
-    positions = static_cast<const float*>(side.positions.data);
-    position_stride = side.positions.stride[0];
-    axis_stride = side.positions.stride[1];
-    kept_rows = static_cast<float*>(side.rows) + head * (p.iterations + 1) * side.count;
-    kept_columns = static_cast<float*>(side.columns) + head * side.column_rows * p.references;
-
-    const float epsilon = static_cast<const float*>(p.epsilon.data)[h * p.epsilon.stride[0]];
-    const float bandwidth =
-        p.bandwidth.data == nullptr
-            ? 1.0f
-            : static_cast<const float*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
-    // What cannot be refused without waiting for the device becomes NaN, and so do all results.
-    const float most = infinity<float>();
-    const bool possible = epsilon > 0.0f && epsilon < most && bandwidth > 0.0f && bandwidth < most;
-    // rounded as in problem.cuh, by which backward forms the same plans again
-    similarity.scale = possible ? float(kLog2E) / epsilon : NAN;
-    similarity.distance = float(kLog2E) / (2.0f * bandwidth * bandwidth);
-    const float position_bandwidth = float(p.position_bandwidth);
-    similarity.position = float(-kLog2E) / (position_bandwidth * position_bandwidth);
-    similarity.gaussian = p.kernel == Kernel::kGaussian;
-    similarity.has_positions =
-        side.positions.data != nullptr && p.reference_positions.data != nullptr;
-    similarity.factored = similarity.gaussian && similarity.scale <= float(kMostFactorScale);
+    this->select_tensors(p, side, head);
+    similarity.select_similarity(p, side, this->h);
   }
 };
 

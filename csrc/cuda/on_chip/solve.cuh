@@ -54,11 +54,7 @@ __device__ __forceinline__ float token_mass(const Tokens<S>& tokens, int i, bool
 }
 
 __device__ __forceinline__ float most_of_warp(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x = most(x, __shfl_xor_sync(kFullWarp, x, distance));
-  }
-  return x;
+  return across_lanes<32>(x, [](float a, float b) { return most(a, b); });
 }
 
 template <class S>
@@ -170,7 +166,8 @@ __device__ __forceinline__ void add_warps(const Place& at, int parity,
   }
 }
 
-// of(row, n, e, half) -> Sum, spread over the warp: the sums over all tokens of the head.
+// The sums over all tokens of the head, spread over the warp; of(n, e) is a lane's own part of the
+// column e of its two in block n.
 template <class S, class Sum, class Of>
 __device__ __forceinline__ void sum_columns(const Place& at, int parity, Of of,
                                             Two<Sum> (&totals)[S::kLanePairs]) {
@@ -247,7 +244,7 @@ __device__ __forceinline__ void keep_rows(const Place& at, const Tokens<S>& toke
                                           const OfTokens<S>& logarithms) {
   const auto& head = shared_head<S>();
   const int count = int(head.tokens.count);
-  float* to = head.kept_rows + int64_t(t) * count + tokens.first + at.g;
+  float* to = head.rows + int64_t(t) * count + tokens.first + at.g;
   const int left = at.c != 0 ? 0 : min(16 * tokens.strips, count - tokens.first) - at.g;
 #pragma unroll
   for (int s = 0; s < S::kStrips; ++s) {
@@ -264,10 +261,20 @@ template <class S>
 __device__ __forceinline__ void keep_columns(const ForwardParams& p, const Place& at, int t,
                                              const Spread<S>& logarithms) {
   if (at.warp != 0) return;
-  float* to = shared_head<S>().kept_columns + (t > 0 ? t - 1 : 0) * p.references;
+  float* to = shared_head<S>().columns + (t > 0 ? t - 1 : 0) * p.references;
   for_each_own(at, logarithms, [&](int j, float x) {
     if (j < p.references) to[j] = x;
   });
+}
+
+// Before the first step: of references `value`, and `beyond` the last.
+template <class S>
+__device__ __forceinline__ void begin(const ForwardParams& p, const Place& at, float value,
+                                      float beyond, const float* masses, Solution<S>& solution) {
+  for_each_own(at, solution.references,
+               [&](int j, float& x) { x = j < p.references ? value : beyond; });
+  for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = masses[16 * s + 8 * half]; });
+  solution.log_first = 0;
 }
 
 template <class S>
@@ -276,11 +283,9 @@ __device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const P
                                                  const Marginals<S>& marginals,
                                                  const Entries<S>& entries, Solution<S>& solution) {
   const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
-  for_each_own(at, solution.references,
-               [&](int j, float& v) { v = j < p.references ? 1.0f : 0.0f; });
-  for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = masses[16 * s + 8 * half]; });
+  begin<S>(p, at, 1.0f, 0.0f, masses, solution);
   const float scale = shared_head<S>().similarity.scale;
-  float& log_first = solution.log_first = 0;  // in a step that of the step before
+  float& log_first = solution.log_first;  // in a step that of the step before
 #pragma unroll 1
   for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
     if (t > 0) {
@@ -299,13 +304,9 @@ __device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const P
         at, t & 1,
         [&](int n, int e) {
           float sum = 0;
-#pragma unroll
-          for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              sum = fmaf(entries[s][n][2 * half + e], solution.tokens[s][half], sum);
-            }
-          }
+          for_each_token<S>([&](int s, int half) {
+            sum = fmaf(entries[s][n][2 * half + e], solution.tokens[s][half], sum);
+          });
           return sum;
         },
         columns);
@@ -337,10 +338,7 @@ __device__ __forceinline__ void solve_in_log_domain(const ForwardParams& p, cons
                                                     const Entries<S>& entries,
                                                     Solution<S>& solution) {
   const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
-  for_each_own(at, solution.references,
-               [&](int j, float& g) { g = j < p.references ? 0.0f : -infinity<float>(); });
-  solution.log_first = 0;
-  for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = masses[16 * s + 8 * half]; });
+  begin<S>(p, at, 0.0f, -infinity<float>(), masses, solution);
 #pragma unroll 1
   for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
     if (t > 0) {
@@ -359,13 +357,9 @@ __device__ __forceinline__ void solve_in_log_domain(const ForwardParams& p, cons
         [&](int n, int e) {
           LogSum<float> sum;
           const auto each = [&](auto visit) {
-#pragma unroll
-            for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                visit(entries[s][n][2 * half + e] + solution.tokens[s][half]);
-              }
-            }
+            for_each_token<S>([&](int s, int half) {
+              visit(entries[s][n][2 * half + e] + solution.tokens[s][half]);
+            });
           };
           each([&](float x) { sum.largest = maximum(sum.largest, x); });
           const float base = sum.largest == -infinity<float>() ? 0.0f : sum.largest;
