@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emulator.build import build_cuda, build_ptx, find_nvcc
+from emulator.build import build_cuda, build_ptx, cache, digest, find_nvcc, write
+from emulator.counting import work
 from emulator.device import Emulator
-from emulator.ptx import PtxError
+from emulator.ptx import PtxError, parse
 
 NAN = 0x7FFFFFFF
 HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n"
@@ -658,7 +659,7 @@ def test_end_of_a_shared_array(emulator: Emulator) -> None:
 
 ADDRESS_SCRIPT = """
 import sys
-from emulator.device import Emulator
+from emulator.device import Emulator, Executed
 import numpy as np, test_emulator
 emulator = Emulator(sys.argv[1])
 emulator.configure(mode="address")
@@ -767,3 +768,49 @@ def test_bank_conflicts_and_sectors(emulator: Emulator) -> None:
     assert sum(c.requests for c in stores) == sum(c.cost for c in stores) == 32
     costs = sorted(c.cost for c in emulator.trace() if c.space == "global")
     assert costs == [4, 32]  # 128 bytes in a row; one float of every 32 bytes
+
+
+def test_executed_instructions() -> None:
+    """Lane l goes round the loop l % 4 + 1 times, so that its warp does so 4 times."""
+    text = (
+        HEADER
+        + """
+.visible .entry loop(.param .u64 to)
+{
+ .reg .b32 %r<3>; .reg .f32 %f<2>; .reg .pred %p; .reg .b64 %rd<2>;
+ .shared .align 8 .b8 place[8];
+ ld.param.u64 %rd0, [to];
+ cvta.to.global.u64 %rd1, %rd0;
+ mov.u32 %r0, %tid.x;
+ and.b32 %r1, %r0, 3;
+ mov.f32 %f0, 0f3F800000;
+again:
+ ex2.approx.ftz.f32 %f1, %f0;
+ st.shared.v2.f32 [place], {%f1, %f1};
+ sub.s32 %r1, %r1, 1;
+ setp.ge.s32 %p, %r1, 0;
+ @%p bra again;
+ shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;
+ st.global.u32 [%rd1], %r2;
+ ret;
+}
+"""
+    )
+    emulator = Emulator(build_ptx(text))
+    emulator.clear_executed()
+    out = np.zeros(1, np.uint32)
+    with emulator.configured(mode="count"):
+        address = ctypes.c_uint64(out.ctypes.data)
+        assert emulator.run("loop", address, grid=3, block=64) == SUCCESS
+    warps, loops = 3 * 2, 4
+    kernel = parse(write(cache() / "ptx" / f"{digest(text)}.ptx", text)).functions["loop"]
+    counted = emulator.executed()
+    assert work(kernel, counted["loop"]) == {
+        "all": warps * (1 + loops * 5 + 3),
+        "special": warps * loops,
+        "shuffle": warps,
+        "shared": warps * loops * 2,  # 256 bytes each
+        "global": warps,
+    }
+    assert emulator.run("loop", address, grid=3, block=64) == SUCCESS
+    assert emulator.executed() == counted  # mode plain counts nothing

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 Order = Literal["forward", "reverse", "random"]
-Mode = Literal["plain", "address", "race", "trace"]
+Mode = Literal["plain", "address", "race", "trace", "count"]
 Arithmetic = Literal["exact", "perturbed"]
 
 
@@ -187,6 +187,19 @@ class Emulator:
 
     def clear_trace(self) -> None:
         self.library.emulator_clear_trace()
+
+    def executed(self) -> dict[str, dict[int, int]]:
+        """Of mode count since the last clear_executed(): how often warps have executed each of the
+        stretches() of a kernel, by its mangled name."""
+        self.library.emulator_counts.restype = ctypes.c_char_p
+        found: dict[str, dict[int, int]] = {}
+        for row in self.library.emulator_counts().decode().splitlines():
+            kernel, stretch, times = row.split("\t")
+            found.setdefault(kernel, {})[int(stretch)] = int(times)
+        return found
+
+    def clear_executed(self) -> None:
+        self.library.emulator_clear_counts()
 
     def set_device(self, device: int) -> None:
         """cudaSetDevice for the calling thread."""

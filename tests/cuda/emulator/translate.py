@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import arithmetic, movement
+from .counting import stretches
 from .emitter import CPP_TYPES, Names, label_name, register_name, register_type, translate
 from .ptx import (
     SIZES,
@@ -119,12 +120,16 @@ class FunctionTranslation:
 
     def statements(self) -> list[str]:
         lines: list[str] = []
+        firsts = {}
+        if self.function.is_entry:
+            for i, stretch in enumerate(stretches(self.function)):
+                firsts[id(stretch[0])] = f"EMULATOR_COUNT({i}) "
         for statement in self.function.body:
             if isinstance(statement, BranchTargets):
                 self.names.branch_targets[statement.name] = statement.labels
         for statement in self.function.body:
             if isinstance(statement, Instruction):
-                lines.append(self.instruction(statement))
+                lines.append(firsts.get(id(statement), "") + self.instruction(statement))
             elif isinstance(statement, Registers):
                 lines.extend(self.registers(statement))
             elif isinstance(statement, Label):

@@ -14,8 +14,8 @@ EMULATOR_API void emulator_clear_errors() {
   emulator::last_message.clear();
 }
 
-// order: forward, reverse or random; mode: plain, address, race or trace; arithmetic: exact or
-// perturbed. False for another word.
+// order: forward, reverse or random; mode: plain, address, race, trace or count; arithmetic: exact
+// or perturbed. False for another word.
 EMULATOR_API bool emulator_configure(const char* order, uint64_t seed, const char* mode,
                                      const char* arithmetic) {
   using emulator::Options;
@@ -33,11 +33,13 @@ EMULATOR_API bool emulator_configure(const char* order, uint64_t seed, const cha
   options.race = mode_word == "race";
   options.trace = mode_word == "trace";
   const bool watching = options.address || options.race || options.trace;
-  if (!watching && mode_word != "plain") return false;
+  options.count = mode_word == "count";
+  if (!watching && !options.count && mode_word != "plain") return false;
   options.perturbed = arithmetic_word == "perturbed";
   if (!options.perturbed && arithmetic_word != "exact") return false;
   emulator::options = options;
   emulator::watching = watching;
+  emulator::counting = options.count;
   return true;
 }
 
@@ -66,7 +68,8 @@ const bool configured = [] {
   if (emulator_configure(order, seed, mode, arithmetic)) return true;
   std::fprintf(stderr,
                "emulator: expected EMULATOR_ORDER forward, reverse or random, EMULATOR_MODE plain, "
-               "address, race or trace and EMULATOR_ARITHMETIC exact or perturbed, got \"%s\", "
+               "address, race, trace or count and EMULATOR_ARITHMETIC exact or perturbed, got "
+               "\"%s\", "
                "\"%s\" and \"%s\"\n",
                order, mode, arithmetic);
   std::abort();

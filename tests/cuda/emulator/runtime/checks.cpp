@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "counts.h"
 #include "race.h"
 #include "trace.h"
 
@@ -89,14 +90,17 @@ namespace checks {
 void launch_starts(const Launch& launch, uint8_t*) {
   if (options.race) race::launch_starts(launch);
   if (options.trace) trace::launch_starts(launch);
+  if (options.count) counts::launch_starts(launch);
 }
 void launch_ends() {
   if (options.race) race::launch_ends();
   if (options.trace) trace::launch_ends();
+  if (options.count) counts::launch_ends();
 }
 void cluster_starts(const Thread& first) {
   if (options.race) race::cluster_starts(first);
   if (options.trace) trace::cluster_starts();
+  if (options.count) counts::cluster_starts();
   for (auto& of_block : barrier_participants) {
     for (auto& participants : of_block) participants.clear();
   }

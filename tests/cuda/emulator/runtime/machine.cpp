@@ -20,6 +20,7 @@ namespace emulator {
 
 Options options;
 bool watching = false;
+bool counting = false;
 long error_count = 0;
 std::string last_message;
 

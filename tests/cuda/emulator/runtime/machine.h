@@ -105,12 +105,20 @@ struct Options {
   bool address = false;  // look every access up in AddressSanitizer's shadow memory
   bool race = false;
   bool trace = false;
+  bool count = false;
   bool perturbed = false;  // approximate functions err by as much as they may
 };
 extern Options options;
 extern bool watching;  // whether every access goes through the checks below
+extern bool counting;  // whether count() is called
 extern long error_count;
 extern std::string last_message;
+
+// A stretch of the kernel without a jump begins.
+void count(const Thread& thread, uint32_t stretch);
+#define EMULATOR_COUNT(stretch) \
+  if (counting) [[unlikely]]    \
+    count(thread, stretch);
 
 // Addresses
 
