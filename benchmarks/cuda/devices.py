@@ -1,8 +1,9 @@
 """Two data-centre devices as their makers describe them, and flash-attention's figures on them.
 
-A100 SXM 80 GB: "NVIDIA A100 Tensor Core GPU Architecture" (2020). H100 SXM 80 GB: "NVIDIA H100
-Tensor Core GPU Architecture" (2022). Rates of instructions a clock and multiprocessor: CUDA C++
-Programming Guide, table "Throughput of Native Arithmetic Instructions". Dense rates throughout.
+A100 SXM 80 GB: "NVIDIA A100 Tensor Core GPU Architecture" (2020). H200 SXM: "NVIDIA H100 Tensor
+Core GPU Architecture" (2022), whose chip it has, and 4.8 TB/s by its data sheet (2024). Rates of
+instructions a clock and multiprocessor: CUDA C++ Programming Guide, table "Throughput of Native
+Arithmetic Instructions". Dense rates throughout.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ class Device:
     cache: float  # bytes from and to the L2 cache: 5120 a clock
     tensor: float  # float16 and bfloat16 flop on the tensor cores, as far as mma.sync reaches
     shared: float  # bytes from and to shared memory: 128 a clock and multiprocessor
-    float32: float  # float32 instructions of one thread: an FMA is one
+    issue: float  # instructions of one thread, of any kind: 128 a clock and multiprocessor
     special: float  # exponentials, logarithms, reciprocals: 16 a clock and multiprocessor
     flash_attention: float  # flop of its forward, at the longest sequences and depths
 
@@ -37,19 +38,19 @@ A100 = Device(
     cache=5120 * 1.41e9,
     tensor=312e12,
     shared=128 * 108 * 1.41e9,
-    float32=19.5e12 / 2,
+    issue=128 * 108 * 1.41e9,
     special=16 * 108 * 1.41e9,
     flash_attention=0.73 * 312e12,
 )
-H100 = Device(
-    name="H100",
+H200 = Device(
+    name="H200",
     multiprocessors=132,
-    memory=3.352e12,
+    memory=4.8e12,
     cache=5120 * 1.83e9,  # taken to be as wide as an A100's
     tensor=0.629 * 989.4e12,
     shared=128 * 132 * 1.83e9,
-    float32=66.9e12 / 2,
+    issue=128 * 132 * 1.83e9,
     special=16 * 132 * 1.83e9,
     flash_attention=740e12,
 )
-DEVICES = (A100, H100)
+DEVICES = (A100, H200)

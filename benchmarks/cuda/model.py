@@ -1,158 +1,194 @@
-"""A model of the time of each kernel, not measured on a GPU: counted work over peak rates.
+"""A model of the time of each kernel, counted and not measured on a GPU: work over peak rates.
 
-    python benchmarks/cuda/model.py --shapes v1 v2 v3 lang long
+    python benchmarks/cuda/model.py --shapes windows v3 v2 v1 lang long million
 
-bfloat16 or float16, T = 5. A launch takes between its slowest resource's time (all overlap) and the
-sum of all (nothing overlaps), on as many multiprocessors as it has blocks. Latencies, low occupancy
-and uneven last waves are not in it.
+bfloat16 or float16. What a head executes is in executed.csv, which executed.py makes; a launch
+takes as long as its slowest resource, all others overlapping, on as many multiprocessors as it has
+blocks. Latencies, low occupancy and uneven last waves are not in it.
 
-flash-attention: 4 N^2 D H B flop forward, 2.5 times as many backward (as its papers count), at the
-best rate they report for any shape, which short or shallow heads do not reach.
+The floor is what no implementation of SeT attention can go below: each tensor of the tokens moved
+once, an exponential for each token and reference (two with backward), and the products on the
+tensor cores. flash-attention's bound: an exponential for each pair of tokens (two with backward),
+4 N^2 D H B flop forward and 2.5 times as many backward (as its papers count) at the best rate that
+they report for any shape, and its tensors moved once.
 """
 
 import argparse
+import csv
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from functools import cache
+from itertools import chain
+from pathlib import Path
 
-import counts
-from counts import Work
 from devices import DEVICES, Device
-from layout import Needs, Problem, divide_up, dynamic_shared
+from layout import Problem
 
-# B, H, N, D, M (Dv = D), as in benchmarks/attention.py
+# B, H, N, D, M (Dv = D)
 SHAPES = {
-    "v1": Problem(8, 3, 3136, 32, 49),
-    "v2": Problem(8, 6, 784, 32, 49),
-    "v3": Problem(8, 12, 196, 32, 49),
-    "lang": Problem(8, 12, 512, 64, 64),
-    "long": Problem(1, 8, 16384, 64, 128),
+    "windows": Problem(128, 24, 49, 32, 49),
+    "v3": Problem(128, 12, 196, 32, 49),
+    "v2": Problem(128, 6, 784, 32, 49),
+    "v1": Problem(128, 3, 3136, 32, 49),
+    "lang": Problem(32, 12, 512, 64, 64),
+    "long": Problem(1, 16, 65536, 64, 128),
+    "million": Problem(1, 16, 1 << 20, 64, 128),
 }
+EXECUTED = Path(__file__).with_name("executed.csv")
+MOST_ON_CHIP = 896  # tokens; resident backwards have fewer
 LAUNCH = 2e-6  # seconds between launches on one stream: an assumption
-MERGE_THREADS = 128
-WARPS = 4
+WARP = 32
+MMA = 2 * 16 * 8 * 16  # flop of mma.m16n8k16
+PASS = 128  # bytes
+ELEMENT = 2  # bytes of a bfloat16 or float16
+
+# Tensors of [B, H, N, D] that a launch reads or writes; kernels that are not here have none.
+TOKEN_TENSORS = {
+    "attention_forward_on_chip_kernel": 3,  # k, v, o
+    "attention_backward_resident_kernel": 6,  # k, v, o, do, dk, dv
+    "sinkhorn_step_kernel": 1,  # k
+    "collect_kernel": 2,  # k, v
+    "distribute_kernel": 2,  # k, o
+    "output_product_kernel": 2,  # o, do
+    "distribute_backward_kernel": 2,  # k, do
+    "sinkhorn_step_backward_kernel": 1,  # k; at step T also do and dv
+    "gradient_kernel": 4,  # k, v, do, dk
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch does in all its blocks; the names are those of Device's rates."""
+
+    issue: float = 0  # instructions of one thread
+    special: float = 0  # exponentials, logarithms, reciprocals of one thread
+    tensor: float = 0  # flop on the tensor cores
+    shared: float = 0  # bytes from and to shared memory
+    cache: float = 0  # bytes asked of the L2 cache
+    memory: float = 0  # bytes from and to device memory, each tensor once
+
+    def slowest(self, device: Device, blocks: float) -> tuple[str, float]:
+        """The resource that takes longest on as many multiprocessors as there are blocks, and its
+        seconds."""
+        busy = min(1, blocks / device.multiprocessors)
+        parts = {f.name: getattr(self, f.name) / device.rate(f.name) / busy for f in fields(Work)}
+        name = max(parts, key=lambda resource: parts[resource])
+        return name, parts[name]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """`times` launches of one kernel."""
+    """Launches of one kernel, alike."""
 
     kernel: str
-    blocks: int
-    work: Work  # of one of them
-    times: int = 1
-    collects: bool = False  # sinkhorn_step_backward_kernel of the step T of the keys
+    times: float
+    blocks: float  # of one of them
+    work: Work
 
-    def shared(self, p: Problem, arch: int = 80) -> int:
-        """Bytes of shared memory that it asks for."""
-        return dynamic_shared(self.kernel, p, arch, self.collects)
-
-    def part(self, device: Device, resource: str) -> float:
-        """Seconds that one resource takes for one launch."""
-        busy = min(1, self.blocks / device.multiprocessors)
-        return float(getattr(self.work, resource)) / (device.rate(resource) * busy)
-
-    def seconds(self, device: Device) -> tuple[float, float]:
-        """Of all `times`: where everything overlaps, and where nothing does."""
-        parts = [self.part(device, f.name) for f in fields(Work)]
-        return self.times * (LAUNCH + max(parts)), self.times * (LAUNCH + sum(parts))
-
-    def slowest(self, device: Device) -> str:
-        """The resource that takes longest, or "launch"."""
-        parts = {f.name: self.part(device, f.name) for f in fields(Work)} | {"launch": LAUNCH}
-        return max(parts, key=lambda name: parts[name])
+    def seconds(self, device: Device) -> float:
+        """Of all of them."""
+        return self.times * (LAUNCH + self.work.slowest(device, self.blocks)[1])
 
 
 def forward(p: Problem) -> list[Launch]:
-    """ForwardKernels<Storage>::run"""
-    states = counts.numbers(p.problems * p.references)
-    rows = counts.numbers(p.problems * p.tokens)
-    keys = Work(memory=counts.token_rows(p).memory)
-    if p.on_chip:
-        work = counts.on_chip(p) + p.steps * (rows + states)
-        return [Launch("attention_forward_on_chip_kernel", p.problems, work)]
-    blocks = p.problems * p.splits
-    step = counts.sinkhorn_step(p) + keys + rows + 2 * p.splits * states
-    collect = counts.pool(p, False) + keys + p.splits * (p.depth + 1) * states
-    return [
-        Launch("sinkhorn_step_kernel", blocks, step, p.steps),
-        *merge("merge_columns_kernel", p, p.references, 2 * p.splits * states, p.steps),
-        Launch("collect_kernel", blocks * p.chunks * p.groups, collect),
-        *merge(
-            "merge_pooled_kernel",
-            p,
-            p.references * p.depth,
-            p.splits * (p.depth + 1) * states,
-        ),
-        Launch("distribute_kernel", blocks, counts.distribute(p) + keys + rows),
-    ]
+    """All launches of attention."""
+    return list(_launches(p, "forward"))
 
 
 def backward(p: Problem) -> list[Launch]:
-    """BackwardKernels<Storage>::run, all gradients of keys, values and references."""
-    states = counts.numbers(p.problems * p.references)
-    rows = counts.numbers(p.problems * p.tokens)
-    keys = Work(memory=counts.token_rows(p).memory)
-    in_one = p.chunks == 1 and p.groups == 1
-    both = [(True, True)] if in_one else [(True, False), (False, True)]
-    steps = range(p.steps, 0, -1)
-    if p.resident(Needs.DIFFERENTIATES):
-        work = counts.token_rows(p) + counts.key_copies(p)
-        work += 2 * counts.token_rows(p) + counts.pool(p, True)  # delta, then dA
-        for t in steps:
-            work += counts.sinkhorn_step_backward(p, t, True) + 2 * rows
-        for to_tokens, to_references in both:
-            work += counts.gradient(p, to_tokens, to_references, True) + 2 * p.steps * rows
-        work += 2 * (p.depth + 1) * states + 2 * (1 + p.steps) * states  # dA, dy, columns
-        return [Launch("attention_backward_resident_kernel", p.problems, work)]
-    blocks = p.problems * p.splits
-    sums = p.splits * (p.depth + 1) * states
-    launches = [
-        Launch("output_product_kernel", blocks, 2 * counts.token_rows(p) + rows),
-        Launch(
-            "distribute_backward_kernel",
-            blocks * p.chunks * p.groups,
-            counts.pool(p, False) + keys + rows + sums,
-        ),
-        Launch("merge_pooled_gradient_kernel", p.problems * divide_up(p.references, WARPS), sums),
-        *merge("merge_sums_kernel", p, p.references, p.splits * states, p.steps - 1),
-    ]
-    for t in steps:
-        work = counts.sinkhorn_step_backward(p, t, False) + keys + 2 * rows + p.splits * states
-        collects = t == p.steps
-        launches.append(Launch("sinkhorn_step_backward_kernel", blocks, work, collects=collects))
-    for to_tokens, to_references in both:
-        parts = p.chunks * p.groups if to_references else 1
-        work = counts.gradient(p, to_tokens, to_references, False) + keys + 2 * p.steps * rows
-        launches.append(Launch("gradient_kernel", blocks * parts, work))
-    merging = p.problems * divide_up(p.references, WARPS)
-    launches.append(Launch("merge_gradient_kernel", merging, sums))
-    scalars = counts.numbers(2 * p.problems * p.splits) + states
-    launches.append(Launch("head_gradient_kernel", divide_up(p.problems, WARPS), scalars))
-    return launches
+    """All launches of its gradients by keys, values and references."""
+    return list(_launches(p, "backward"))
 
 
-def merge(kernel: str, p: Problem, results: int, work: Work, times: int = 1) -> list[Launch]:
-    """Of what the blocks that share a head leave; one thread a result."""
-    if p.splits == 1 or times <= 0:
-        return []
-    return [Launch(kernel, divide_up(p.problems * results, MERGE_THREADS), work, times)]
+def _launches(p: Problem, pass_: str) -> Iterator[Launch]:
+    counted = [n for n, d, m in _executed() if (d, m) == (p.depth, p.references)]
+    if p.tokens not in counted and not (counted and p.tokens > MOST_ON_CHIP):
+        raise ValueError(f"executed.csv has no head of {p.tokens} x {p.depth}, {p.references}")
+    # Where kernels stream, work is in proportion to the tokens.
+    tokens = p.tokens if p.tokens in counted else max(counted)
+    longer = p.tokens / tokens
+    first, last = (_executed()[tokens, p.depth, p.references][steps, pass_] for steps in (1, 5))
+    for kernel in dict.fromkeys((*first, *last)):
+        at = [dict(side.get(kernel, dict.fromkeys(last[kernel], 0.0))) for side in (first, last)]
+        # One step more is as much more work each time.
+        row = {name: x + (at[1][name] - x) * (p.steps - 1) / 4 for name, x in at[0].items()}
+        if row["launches"]:
+            yield _launch(kernel, row, p, longer)
+
+
+def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float) -> Launch:
+    times = row["launches"]
+    scale = p.problems * longer / times
+    tensors = TOKEN_TENSORS.get(kernel, 0) * p.problems * p.tokens * p.depth * ELEMENT
+    work = Work(
+        issue=WARP * scale * row["issued"],
+        special=WARP * scale * row["special"],
+        tensor=MMA * scale * row["tensor"],
+        shared=PASS * scale * row["shared"],
+        cache=PASS * scale * row["global"],
+        memory=tensors,
+    )
+    return Launch(kernel, times, scale * row["blocks"], work)
+
+
+@cache
+def _executed() -> dict[tuple[int, int, int], dict[tuple[int, str], dict[str, dict[str, float]]]]:
+    """By tokens, depth and references; by steps and pass; by kernel; by column."""
+    found: dict[tuple[int, int, int], dict[tuple[int, str], dict[str, dict[str, float]]]] = {}
+    with EXECUTED.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            tokens, depth, references, steps = (
+                int(row.pop(name)) for name in ("tokens", "depth", "references", "steps")
+            )
+            pass_, kernel = row.pop("pass"), row.pop("kernel")
+            head = found.setdefault((tokens, depth, references), {})
+            head.setdefault((steps, pass_), {})[kernel] = {k: float(x) for k, x in row.items()}
+    return found
+
+
+def total(launches: list[Launch], device: Device) -> float:
+    """Seconds one after the other."""
+    return sum(launch.seconds(device) for launch in launches)
+
+
+def bound_by(launches: list[Launch], device: Device) -> str:
+    """The resource that most of the time is spent on."""
+    seconds: dict[str, float] = {"launches": sum(launch.times for launch in launches) * LAUNCH}
+    for launch in launches:
+        name, time = launch.work.slowest(device, launch.blocks)
+        seconds[name] = seconds.get(name, 0) + launch.times * time
+    return max(seconds, key=lambda name: seconds[name])
+
+
+def floor(p: Problem, device: Device, gradient: bool) -> float:
+    """Seconds that no implementation can go below."""
+    pairs = p.problems * p.tokens * p.references
+    # s, A, O; and backward s again, the two factors of each plan's gradient, dv, dA, dk and dy
+    products = 3 + 7 * gradient
+    work = Work(
+        special=(1 + gradient) * pairs,
+        tensor=2.0 * products * pairs * p.depth,
+        memory=(3 + 6 * gradient) * p.problems * p.tokens * p.depth * ELEMENT,
+    )
+    return LAUNCH * (1 + gradient) + work.slowest(device, device.multiprocessors)[1]
 
 
 def flash_attention(p: Problem, device: Device, gradient: bool) -> float:
-    """Seconds of its forward, or of forward and backward."""
-    flop = 4.0 * p.tokens**2 * p.depth * p.problems * (3.5 if gradient else 1)
-    return flop / device.flash_attention + LAUNCH * (3 if gradient else 1)
+    """Seconds of its forward, or of forward and backward, at least."""
+    pairs = float(p.problems * p.tokens**2)
+    work = Work(
+        special=(1 + gradient) * pairs,
+        memory=(4 + 8 * gradient) * p.problems * p.tokens * p.depth * ELEMENT,
+    )
+    products = 4 * pairs * p.depth * (3.5 if gradient else 1) / device.flash_attention
+    slowest = work.slowest(device, device.multiprocessors)[1]
+    return LAUNCH * (3 if gradient else 1) + max(products, slowest)
 
 
-def total(launches: list[Launch], device: Device) -> tuple[float, float]:
-    """Seconds one after the other: all overlapping, nothing overlapping."""
-    times = [launch.seconds(device) for launch in launches]
-    return sum(low for low, _ in times), sum(high for _, high in times)
-
-
-def span(times: tuple[float, float]) -> str:
-    """In microseconds."""
-    return f"{times[0] * 1e6:.0f}-{times[1] * 1e6:.0f}"
+def figure(seconds: float) -> str:
+    """In microseconds, three digits."""
+    micro = seconds * 1e6
+    return f"{micro:,.0f}" if micro >= 100 else f"{micro:.3g}"
 
 
 def main() -> None:
@@ -160,37 +196,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A model of the time of each kernel.")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     shapes = parser.parse_args().shapes
-    print("Model, not measured on a GPU. Microseconds: all overlapping - nothing overlapping.\n")
-    print("| shape | device | forward | flash-attention | with backward | flash-attention |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("Counted, not measured on a GPU. Microseconds.\n")
+    print("| shape | T | device | floor | forward | bound by | flash-attention ", end="")
+    print("| floor | with backward | bound by | flash-attention |")
+    print("| --- | --: | --- |" + " --: | --: | --- | --: |" * 2)
     for shape in shapes:
-        p = SHAPES[shape]
-        for device in DEVICES:
-            cells = [shape, device.name]
-            for launches, gradient in ((forward(p), False), (forward(p) + backward(p), True)):
-                cells += [span(total(launches, device))]
-                cells += [f"{flash_attention(p, device, gradient) * 1e6:.0f}"]
-            print("|", " | ".join(cells), "|")
-    print(
-        "\n| shape | kernel | launches | blocks | MB | Gflop | float32 G | exponentials G |", end=""
-    )
-    print("".join(f" {device.name} | slowest |" for device in DEVICES))
-    print("|" + " --- |" * (8 + 2 * len(DEVICES)))
+        for steps in (1, 5):
+            for device in DEVICES:
+                print("|", " | ".join(_cells(shape, steps, device)), "|")
+    print("\n| shape | T | kernel | launches | blocks | instructions of a warp, G | Gflop ", end="")
+    print("| special G | shared GB | L2 GB | MB |", end="")
+    print("".join(f" {device.name} | bound by |" for device in DEVICES))
+    print("|" + " --- |" * (11 + 2 * len(DEVICES)))
     for shape in shapes:
-        launches = forward(SHAPES[shape]) + backward(SHAPES[shape])
-        for launch, alike in groupby(launches):
-            times = launch.times * len(list(alike))
-            print("|", " | ".join([shape, *cells_of(replace(launch, times=times))]), "|")
+        for steps in (1, 5):
+            p = replace(SHAPES[shape], steps=steps)
+            for launch in chain(forward(p), backward(p)):
+                print("|", " | ".join([shape, str(steps), *_cells_of(launch)]), "|")
 
 
-def cells_of(launch: Launch) -> list[str]:
-    """Of the table of kernels; work of one launch, time of all `times`."""
+def _cells(shape: str, steps: int, device: Device) -> Iterator[str]:
+    """Of the table of totals."""
+    p = replace(SHAPES[shape], steps=steps)
+    yield from (shape, str(steps), device.name)
+    for launches, gradient in ((forward(p), False), (forward(p) + backward(p), True)):
+        yield figure(floor(p, device, gradient))
+        yield figure(total(launches, device))
+        yield bound_by(launches, device)
+        yield figure(flash_attention(p, device, gradient))
+
+
+def _cells_of(launch: Launch) -> list[str]:
+    """Of the table of kernels: work of one launch, time of all."""
     work = launch.work
-    scaled = [work.memory / 1e6, work.tensor / 1e9, work.float32 / 1e9, work.special / 1e9]
-    cells = [launch.kernel, str(launch.times), str(launch.blocks)]
-    cells += [f"{figure:.3g}" for figure in scaled]
+    cells = [launch.kernel, f"{launch.times:g}", f"{launch.blocks:.0f}"]
+    scaled = (
+        *(work.issue / WARP / 1e9, work.tensor / 1e9, work.special / 1e9),
+        *(work.shared / 1e9, work.cache / 1e9, work.memory / 1e6),
+    )
+    cells += [f"{x:.3g}" for x in scaled]
     for device in DEVICES:
-        cells += [span(launch.seconds(device)), launch.slowest(device)]
+        cells += [figure(launch.seconds(device)), work.slowest(device, launch.blocks)[0]]
     return cells
 
 

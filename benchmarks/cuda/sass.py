@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 # Columns of the table: name, opcodes (the first word of an instruction) that it counts.
 INSTRUCTIONS = {
@@ -70,6 +71,64 @@ def read_kernels(file: Path, architectures: list[int] | None = None) -> list[Ker
         )
         for arch, symbol in counts
     ]
+
+
+Line = tuple[str, int]  # of the project's own sources
+
+
+def line_of(file: str, line: int) -> Line:
+    """Of the file's path what does not depend on where it was compiled."""
+    return "/".join(os.path.normpath(file).split("/")[-2:]), line
+
+
+def instructions_by_line(file: Path, architecture: int) -> dict[str, Counter[Line]]:
+    """Symbol -> how many instructions come of each line of the source, for a shared library."""
+    found: dict[str, Counter[Line]] = {}
+    with TemporaryDirectory() as folder:
+        extract = [find_tool("cuobjdump"), "-xelf", f"sm_{architecture}", str(file.resolve())]
+        subprocess.run(extract, cwd=folder, check=True, capture_output=True)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            command = [find_tool("nvdisasm"), "-c", "--print-line-info-inline", str(cubin)]
+            listing = subprocess.run(
+                command, capture_output=True, text=True, check=True, encoding="utf-8"
+            )
+            found |= parse_lines(listing.stdout.splitlines())
+    return found
+
+
+def parse_lines(lines: Iterable[str]) -> dict[str, Counter[Line]]:
+    """Of `nvdisasm -c --print-line-info-inline`: symbol -> instructions of each line. What was
+    inlined from CUDA's headers is of the line that calls it. Left out is what stands behind a
+    kernel for the rare case: where a warp has diverged, or a quotient is no normal number."""
+    found: dict[str, Counter[Line]] = {}
+    places: list[Line] = []
+    rare: set[str] = set()  # labels
+    skipping = False
+    for line in lines:
+        if match := re.match(r"//-+ \.text\.(\S+) -", line):
+            counter = found.setdefault(match[1], Counter())
+            places, rare, skipping = [], set(), False
+        elif match := re.match(r"(\S+):$", line):
+            skipping = skipping or match[1] in rare
+            if match[1].startswith("$__internal"):  # functions, behind all else
+                counter = Counter()
+        elif match := re.match(r"\s*//## File \"([^\"]+)\", line (\d+)( inlined)?", line):
+            if not places or places[-1] == ("", 0):  # a new chain begins, innermost first
+                places = []
+            own = "/cuda/" in match[1].partition("csrc")[2]
+            places.append(line_of(match[1], int(match[2])) if own else ("", -1))
+            if not match[3]:
+                places.append(("", 0))  # the chain's end
+        elif (match := INSTRUCTION.match(line)) and match["predicate"] not in NEVER:
+            opcode = match["opcode"]
+            if opcode == "BRA.DIV":
+                rare.update(re.findall(r"`\((\S+)\)", line))
+            counter[next((place for place in places if place[0]), ("", 0))] += not (
+                skipping or opcode.startswith("NOP")
+            )
+            if opcode == "BRA" and not match["predicate"]:
+                skipping = False
+    return found
 
 
 def parse_resources(lines: Iterable[str]) -> dict[tuple[int, str], tuple[int, int]]:

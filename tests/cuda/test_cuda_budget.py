@@ -1,5 +1,6 @@
 """The tools of benchmarks/cuda: occupancy, reading the SASS, the table, and the model of time."""
 
+import csv
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +15,11 @@ from emulator.device import Emulator
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "cuda"))
 
 import budget
-import counts
+import executed
 import model
 import sass
-from devices import A100, H100
-from layout import Problem
+from devices import A100, H200
+from layout import Problem, dynamic_shared
 from occupancy import Occupancy, occupancy
 
 KIB = 1024
@@ -251,63 +252,87 @@ def test_a_kernel_compiled_twice_is_one_row_if_alike(kernel: sass.Kernel) -> Non
         budget.unique([row, row | {"BAR": "2"}])
 
 
-# One tile of tokens and of references, whole: 64 x 64 pairs.
-TINY = Problem(batch=1, heads=1, tokens=64, depth=16, references=64, steps=1)
-MANY = Problem(batch=2, heads=3, tokens=12800, depth=64, references=128)
+LISTING = """
+//--------------------- .text._Z6kernelv --------------------------
+	.section	.text._Z6kernelv,"ax",@progbits
+.text._Z6kernelv:
+	//## File "/a/csrc/cuda/pass.cuh", line 7
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+	//## File "/i/shuffle.hpp", line 3 inlined at "/a/csrc/cuda/chip/../sums.cuh", line 5
+	//## File "/a/csrc/cuda/chip/../sums.cuh", line 5 inlined at "/a/csrc/cuda/pass.cuh", line 8
+	//## File "/a/csrc/cuda/pass.cuh", line 8
+        /*0010*/                   BRA.DIV ~URZ, `(.L_x_2) ;
+.L_x_1:
+        /*0020*/                   SHFL.BFLY PT, R9, R26, 0x1, 0x1f ;
+        /*0030*/              @!PT LDS RZ, [RZ] ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   CALL.REL.NOINC `($__internal_0_$shuffle) ;
+        /*0070*/                   BRA `(.L_x_1) ;
+$__internal_0_$shuffle:
+        /*0080*/                   RET.REL.NODEC R8 `(_Z6kernelv) ;
+"""
 
 
-def test_the_counts_of_one_tile() -> None:
-    # 4 x 8 blocks of 16 x 8, each one mma of 16 x 8 x 16 = 4096 flop; 4 warps read their rows once
-    # and the references once each: 16 x 16 matrices of 512 bytes
-    score = counts.product(TINY, rows=64, columns=64, depth=16)
-    assert (score.tensor, score.shared) == (32 * 4096, 4 * (1 + 4) * 512)
-    # two halves of one factor take two products, of both take three (low x low is left out)
-    assert counts.product(TINY, 64, 64, 16, (2, 1)).tensor == 2 * score.tensor
-    assert counts.product(TINY, 64, 64, 16, (2, 2)).tensor == 3 * score.tensor
-    # references and depth are padded to 16
-    assert counts.product(TINY, 64, 49, 7).tensor == score.tensor
-    assert counts.token_rows(TINY).memory == 64 * 16 * 2
+def test_instructions_of_lines_are_those_that_mostly_run() -> None:
+    assert sass.parse_lines(LISTING.splitlines()) == {
+        "_Z6kernelv": {("cuda/pass.cuh", 7): 1, ("cuda/sums.cuh", 5): 4}
+    }
 
 
-def test_the_forward_of_one_tile() -> None:
-    (launch,) = model.forward(TINY)
-    assert (launch.kernel, launch.blocks) == ("attention_forward_on_chip_kernel", 1)
-    # an exponential for the similarity, and one for 2^s, which all passes share
-    assert launch.work.special == 64 * 64 * 2
-    # of depths padded to 32: scores, the norms of the keys, and two averages
-    assert launch.work.tensor == 2 * 64 * 32 * (64 + 16 + 2 * 64)
-    # keys and values in, output out; rows and columns of the one step
-    assert launch.work.memory == 3 * 64 * 16 * 2 + 4 * (64 + 64)
+def test_what_a_head_executes(backend: Backend) -> None:
+    """What executed.csv says of windows, counted anew, but for what is issued."""
+    if not backend.emulated:
+        pytest.skip("only the emulated device counts instructions")
+    head = (49, 32, 49)
+    rows = list(executed.Counted({}).head(*head, 1))
+    with executed.TABLE.open(newline="", encoding="utf-8") as file:
+        table = [row for row in csv.reader(file) if row[:4] == [*map(str, head), "1"]]
+    assert [row[4:6] for row in table] == [list(row[4:6]) for row in rows]
+    issued = executed.COLUMNS.index("issued")
+    for row, now in zip(table, rows, strict=True):
+        counts = [int(x) for x in (*row[6:issued], *row[issued + 1 :])]
+        assert counts == pytest.approx([*now[6:issued], *now[issued + 1 :]], rel=0.02)
+
+
+def test_a_launch_takes_as_long_as_its_slowest_resource() -> None:
+    work = model.Work(memory=2.039e12 * 3e-6, special=16 * 108 * 1.41e9 * 5e-6)
+    for times, blocks, micro in ((1, 108, 7), (1, 54, 12), (3, 500, 21)):
+        launch = model.Launch("any", times, blocks, work)
+        assert launch.seconds(A100) == pytest.approx(micro * 1e-6)
+        assert launch.work.slowest(A100, blocks)[0] == "special"
 
 
 @pytest.mark.parametrize("launches", [model.forward, model.backward])
-def test_work_grows_with_the_tokens_and_with_the_heads(
+def test_work_grows_with_tokens_heads_and_steps(
     launches: Callable[[Problem], list[model.Launch]],
 ) -> None:
-    def work(p: Problem) -> counts.Work:
-        return sum((x.times * x.work for x in launches(p)), counts.Work())
+    def issued(p: Problem) -> float:
+        return sum(launch.times * launch.work.issue for launch in launches(p))
 
-    once, twice = work(MANY), work(replace(MANY, tokens=2 * MANY.tokens))
-    for resource in ("memory", "cache", "shared", "tensor", "float32", "special"):
-        assert getattr(twice, resource) == pytest.approx(2 * getattr(once, resource), rel=0.02)
-    assert work(replace(MANY, batch=4)) == 2 * once
-
-
-def test_time_lies_between_the_slowest_resource_and_the_sum() -> None:
-    work = counts.Work(memory=2.039e12 * 3e-6, special=16 * 108 * 1.41e9 * 5e-6)
-    assert model.Launch("any", 108, work).seconds(A100) == pytest.approx((7e-6, 10e-6))
-    assert model.Launch("any", 54, work).seconds(A100) == pytest.approx((12e-6, 18e-6))
-    assert model.Launch("any", 500, work, times=3).slowest(A100) == "special"
-    assert model.Launch("any", 500, counts.Work()).slowest(A100) == "launch"
+    p = Problem(batch=2, heads=3, tokens=20000, depth=64, references=128, steps=1)
+    once = issued(p)
+    assert issued(replace(p, tokens=2 * p.tokens)) == pytest.approx(2 * once)
+    assert issued(replace(p, batch=4)) == pytest.approx(2 * once)
+    two, three = (issued(replace(p, steps=steps)) for steps in (2, 3))
+    assert three - two == pytest.approx(two - once)
+    with pytest.raises(ValueError, match="no head of 500 x 64"):
+        launches(replace(p, tokens=500))
 
 
-def test_flash_attention_grows_with_the_square_of_the_tokens() -> None:
-    # 4 x 1024^2 x 64 x 1 flop at 740 Tflop/s
-    p = Problem(1, 1, 1024, 64, 64)
-    assert model.flash_attention(p, H100, False) - model.LAUNCH == pytest.approx(3.63e-7, rel=1e-2)
-    more = replace(p, tokens=2048)
-    backward = model.flash_attention(more, H100, True) - 3 * model.LAUNCH
-    assert backward == pytest.approx(3.5 * 4 * 3.63e-7, rel=1e-2)
+def test_what_cannot_be_gone_below() -> None:
+    p = Problem(1, 1, 1024, 32, 49)
+    # 4 x 1024^2 x 32 flop at 740 Tflop/s are faster than 1024^2 exponentials at 16 a clock
+    exponentials = 1024**2 / (16 * 132 * 1.83e9)
+    assert model.flash_attention(p, H200, False) - model.LAUNCH == pytest.approx(exponentials)
+    deep = replace(p, depth=256)
+    backward = model.flash_attention(deep, H200, True) - 3 * model.LAUNCH
+    assert backward == pytest.approx(3.5 * 4 * 1024**2 * 256 / 740e12)
+    # keys and values in, output out
+    many = replace(p, batch=1000)
+    memory = 3 * 1000 * 1024 * 32 * 2 / 4.8e12
+    assert model.floor(many, H200, False) - model.LAUNCH == pytest.approx(memory)
 
 
 def test_the_output_says_that_nothing_was_measured(
@@ -316,8 +341,8 @@ def test_the_output_says_that_nothing_was_measured(
     monkeypatch.setattr("sys.argv", ["model.py", "--shapes", "v3"])
     model.main()
     printed = capsys.readouterr().out
-    assert printed.startswith("Model, not measured on a GPU.")
-    assert "| v3 | attention_forward_on_chip_kernel | 1 | 96 |" in printed
+    assert printed.startswith("Counted, not measured on a GPU.")
+    assert "| v3 | 1 | attention_forward_on_chip_kernel | 1 | 1536 |" in printed
 
 
 def test_docs_have_the_figures_of_the_model(
@@ -329,20 +354,6 @@ def test_docs_have_the_figures_of_the_model(
     assert totals in (Path(__file__).parents[2] / "docs" / "cuda.md").read_text(encoding="utf-8")
 
 
-def launched(backend: Backend, p: Problem) -> list[tuple[str, int, int]]:
-    """Kernel, blocks and shared memory of each launch of forward and backward."""
-    shape = (p.batch, p.heads, p.tokens, p.depth)
-    key, value = (torch.randn(shape).half().requires_grad_() for _ in range(2))
-    reference = torch.randn(p.heads, p.references, p.depth).half().requires_grad_()
-    emulator = Emulator(backend.module.__file__)
-    emulator.clear_launches()
-    output = backend.set_attention(None, key, value, reference, iterations=p.steps, normalize=False)
-    output.backward(torch.randn_like(output))
-    launches = emulator.launches()
-    names = sass.short_names({launch.kernel for launch in launches})
-    return [(names[x.kernel].split("<")[0], x.grid[0], x.shared_bytes) for x in launches]
-
-
 @pytest.mark.parametrize(
     "p",
     [
@@ -352,15 +363,24 @@ def launched(backend: Backend, p: Problem) -> list[tuple[str, int, int]]:
         Problem(1, 1, tokens=520, depth=72, references=70, steps=2),  # several of all
     ],
 )
-def test_the_model_launches_what_the_backend_launches(backend: Backend, p: Problem) -> None:
+def test_launches_ask_for_the_shared_memory_of_the_layout(backend: Backend, p: Problem) -> None:
     if not backend.emulated:
         pytest.skip("only the emulated device keeps a list of launches")
-    expected = [
-        (launch.kernel, launch.blocks, launch.shared(p))
-        for launch in model.forward(p) + model.backward(p)
-        for _ in range(launch.times)
-    ]
-    assert sorted(launched(backend, p)) == sorted(expected)
+    shape = (p.batch, p.heads, p.tokens, p.depth)
+    key, value = (torch.randn(shape).half().requires_grad_() for _ in range(2))
+    reference = torch.randn(p.heads, p.references, p.depth).half().requires_grad_()
+    emulator = Emulator(backend.module.__file__)
+    emulator.clear_launches()
+    output = backend.set_attention(None, key, value, reference, iterations=p.steps, normalize=False)
+    output.backward(torch.randn_like(output))
+    launches = emulator.launches()
+    names = sass.short_names({launch.kernel for launch in launches})
+    step = "sinkhorn_step_backward_kernel"
+    kernels = [names[launch.kernel].partition("<")[0] for launch in launches]
+    for i, (kernel, launch) in enumerate(zip(kernels, launches, strict=True)):
+        collects = kernel == step and step not in kernels[:i]  # the step that comes first
+        assert launch.shared_bytes == dynamic_shared(kernel, p, collects=collects), kernel
+    assert len(launches) >= 2
 
 
 # What reads tiles, plans and operands over and over.

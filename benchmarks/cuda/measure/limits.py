@@ -2,13 +2,10 @@
 
 import math
 from collections import Counter
-from dataclasses import fields
 
 import model
-from counts import Work
 from devices import Device
 from layout import MOST_RESIDENT, Problem
-from model import Launch
 
 from setformer_ext.cli.timing import Shape
 
@@ -20,9 +17,9 @@ CEILINGS = {
     "cache": "cache",
     "shared": "shared",
     "tensor": "mma",
-    "float32": "fma",
     "special": "ex2",
 }
+ISSUED = 4 * model.WARP  # instructions of one thread, a clock and multiprocessor
 
 
 def measured_device() -> Device | None:
@@ -30,18 +27,23 @@ def measured_device() -> Device | None:
     multiprocessors = fact("multiprocessors")
     if multiprocessors is None:
         return None
-    rates = {result["name"]: result.get("rate") for result in found("ceiling")}
-    known = {resource: rates.get(name) or math.inf for resource, name in CEILINGS.items()}
+    ceilings = {result["name"]: result for result in found("ceiling")}
+    known = {
+        resource: ceilings.get(name, {}).get("rate") or math.inf
+        for resource, name in CEILINGS.items()
+    }
+    clock = ceilings.get("fma", {}).get("MHz") or math.inf
     return Device(
         name=str(fact("card")),
         multiprocessors=multiprocessors,
+        issue=ISSUED * multiprocessors * clock * 1e6,
         flash_attention=math.inf,
         **known,
     )
 
 
 def counted(dtype: str) -> bool:
-    """Whether counts.py describes the kernels that run: half types, and residency as on sm_80."""
+    """Whether executed.csv is of the kernels that run: half types, and residency as on sm_80."""
     optin = fact("shared memory of a block") or MOST_RESIDENT
     return dtype in ("bfloat16", "float16") and optin >= MOST_RESIDENT
 
@@ -61,16 +63,9 @@ def limit(
     launches = model.forward(problem) + (model.backward(problem) if gradient else [])
     seconds: Counter[str] = Counter()
     for launch in launches:
-        resource, time = slowest(launch, device)
+        resource, time = launch.work.slowest(device, launch.blocks)
         seconds[resource] += launch.times * time
     total = sum(seconds.values())
     if total == 0:
         return None
     return 1e6 * total, max(seconds, key=lambda name: seconds[name])
-
-
-def slowest(launch: Launch, device: Device) -> tuple[str, float]:
-    """The resource that takes longest for one launch, and its seconds."""
-    parts = {field.name: launch.part(device, field.name) for field in fields(Work)}
-    name = max(parts, key=lambda resource: parts[resource])
-    return name, parts[name]

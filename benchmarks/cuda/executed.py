@@ -1,0 +1,157 @@
+"""Counts what the CUDA kernels execute for one head in half precision: the table executed.csv.
+
+    python benchmarks/cuda/executed.py            # print it anew
+    python benchmarks/cuda/executed.py --write    # replace it
+
+The emulator tells how often warps execute each stretch of nvcc's PTX, and so what passes the
+tensor cores, the special-function units and the memories. What a multiprocessor issues is counted
+in the SASS for sm_80: a line of the source has so many instructions there, and as many trips as its
+PTX has on average. "shared" and "global" count 128 bytes each; blocks are those of all launches.
+
+Needs nvcc, the extension installed with sm_80 (CUDAARCHS=80) of the same sources, and
+pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+"""
+
+import argparse
+import csv
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import sass
+import torch
+from budget import installed_extension
+from torch.nn.functional import normalize
+
+import setformer_ext
+from setformer_ext import ops
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "cuda"))
+
+from emulator.build import SOURCES, compile_cuda, emulated_module
+from emulator.counting import stretches, work
+from emulator.device import Emulator
+from emulator.ptx import Function, parse
+
+ARCHITECTURE = 80  # of the emulated PTX, too
+TABLE = Path(__file__).with_name("executed.csv")
+KINDS = ("tensor", "special", "shuffle", "shared", "global")
+COLUMNS = (
+    *("tokens", "depth", "references", "steps", "pass", "kernel", "launches", "blocks", "issued"),
+    *KINDS,
+)
+HEADS = (
+    (49, 32, 49),
+    (196, 32, 49),
+    (784, 32, 49),
+    (3136, 32, 49),
+    (512, 64, 64),
+    (16384, 64, 128),
+)
+STEPS = (1, 5)
+MOST_UNKNOWN = 0.01  # of a kernel's SASS, of lines that its PTX does not have
+
+
+def main() -> None:
+    """Prints or writes the table."""
+    parser = argparse.ArgumentParser(description="Instructions that the kernels execute.")
+    parser.add_argument("--write", action="store_true", help="replace executed.csv")
+    options = parser.parse_args()
+    counted = Counted(sass.instructions_by_line(installed_extension(), ARCHITECTURE))
+    rows = [row for head in HEADS for steps in STEPS for row in counted.head(*head, steps)]
+    if options.write:
+        with TABLE.open("w", newline="", encoding="utf-8") as file:
+            write(rows, file)
+    else:
+        write(rows, sys.stdout)
+
+
+def write(rows: list[tuple[str | int, ...]], file: object) -> None:
+    """As CSV."""
+    writer = csv.writer(file, lineterminator="\n")  # type: ignore[arg-type]
+    writer.writerows([COLUMNS, *rows])
+
+
+class Counted:
+    """The kernels of half types: PTX, SASS by lines, and the emulated device that runs them."""
+
+    def __init__(self, issued: dict[str, Counter[sass.Line]]) -> None:
+        """`issued`: sass.instructions_by_line(). Of a kernel that it lacks 0 are issued."""
+        self.issued_by_line = issued
+        self.module = emulated_module(ARCHITECTURE)
+        self.emulator = Emulator(self.module.__file__ or "")
+        sources = sorted((SOURCES / "cuda").glob("*.cu"))
+        self.ptx = [compile_cuda(source, ARCHITECTURE, [SOURCES])[1] for source in sources]
+
+    @cache  # noqa: B019 - as long as the table is made
+    def kernel(self, name: str) -> Function:
+        """By its symbol."""
+        entry = re.compile(rf"\.entry {re.escape(name)}\(")
+        ptx = next(path for path in self.ptx if entry.search(path.read_text(encoding="utf-8")))
+        return parse(ptx).functions[name]
+
+    def head(
+        self, tokens: int, depth: int, references: int, steps: int
+    ) -> Iterator[tuple[str | int, ...]]:
+        """Rows of one head's forward and backward."""
+        torch.manual_seed(0)
+        key, value, points = (
+            normalize(torch.randn(size), dim=-1).bfloat16().requires_grad_()
+            for size in ((1, 1, tokens, depth), (1, 1, tokens, depth), (1, references, depth))
+        )
+        output: list[torch.Tensor] = []
+        before, ops._C = ops._C, self.module
+
+        def forward() -> None:
+            options = {"epsilon": 0.1, "iterations": steps, "normalize": False}
+            output.append(setformer_ext.set_attention(None, key, value, points, **options))
+
+        try:
+            sizes = (tokens, depth, references, steps)
+            for name, run in (
+                ("forward", forward),
+                ("backward", lambda: output[0].sum().backward()),
+            ):
+                yield from ((*sizes, name, *row) for row in self.launches(run))
+        finally:
+            ops._C = before
+
+    def launches(self, run: Callable[[], None]) -> Iterator[tuple[str | int, ...]]:
+        """A row for each kernel that run() launches, without sizes."""
+        self.emulator.clear_launches()
+        self.emulator.clear_executed()
+        with self.emulator.configured(mode="count"):
+            run()
+        launches = self.emulator.launches()
+        for name, times in self.emulator.executed().items():
+            grids = [launch.grid for launch in launches if launch.kernel == name]
+            counts = work(self.kernel(name), times)
+            blocks = sum(x * y * z for x, y, z in grids)
+            issued = round(self.issued(name, times))
+            short = sass.short_names({name})[name].partition("<")[0]
+            yield short, len(grids), blocks, issued, *(counts[kind] for kind in KINDS)
+
+    def issued(self, name: str, times: dict[int, int]) -> float:
+        """Instructions of SASS: those of each line times its trips."""
+        by_line = self.issued_by_line.get(name, Counter())
+        trips: Counter[sass.Line] = Counter()
+        static: Counter[sass.Line] = Counter()
+        for i, stretch in enumerate(stretches(self.kernel(name))):
+            for instruction in stretch:
+                line = sass.line_of(*instruction.source)
+                static[line] += 1
+                trips[line] += times.get(i, 0)
+        unknown = sum(count for line, count in by_line.items() if line not in static)
+        if unknown > MOST_UNKNOWN * by_line.total():
+            raise SystemExit(
+                f"{name}: {unknown} of its {by_line.total()} instructions are of lines that its "
+                "PTX does not have: is the extension installed from these sources?"
+            )
+        return sum(n * trips[line] / static[line] for line, n in by_line.items() if static[line])
+
+
+if __name__ == "__main__":
+    main()
