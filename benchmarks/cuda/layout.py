@@ -176,7 +176,7 @@ class OnChip:
         return 16 * self.strips * self.warps
 
     def shared(self, p: Problem) -> int:
-        """Memory::total, in bytes."""
+        """Memory::sizes, total in bytes."""
         references, across = 8 * self.blocks, self.warps > 1
         spread = 64 * divide_up(self.blocks, 8) * self.warps
         total = ON_CHIP_HEAD + references * 4 * (1 + 3)  # terms and positions

@@ -131,9 +131,8 @@ __device__ __forceinline__ void store_accumulators(const Accumulators<Storage>& 
   }
 }
 
-template <bool transposed, class Storage>
-__device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const Storage* from) {
-  const uint32_t address = uint32_t(__cvta_generic_to_shared(from));
+template <bool transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], uint32_t address) {
   if constexpr (transposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
@@ -145,6 +144,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const St
                  : "r"(address)
                  : "memory");
   }
+}
+
+template <bool transposed, class Storage>
+__device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const Storage* from) {
+  load_matrices<transposed>(registers, uint32_t(__cvta_generic_to_shared(from)));
 }
 
 template <class Storage>

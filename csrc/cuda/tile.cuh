@@ -56,13 +56,17 @@ struct alignas(16) Vector16 {
 };
 
 // cp.async: 16 bytes from global to shared memory, of which the last 16 - bytes become 0.
-// Devices before sm_80 copy through registers.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+__device__ __forceinline__ void copy_async(uint32_t address, const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 800
-  const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                "r"(bytes)
                : "memory");
+#endif
+}
+// Devices before sm_80 copy through registers.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  copy_async(uint32_t(__cvta_generic_to_shared(shared)), global, bytes);
 #else
   if (bytes == 16) {
     *static_cast<Vector16*>(shared) = *static_cast<const Vector16*>(global);

@@ -19,30 +19,38 @@ inline constexpr float kPlanScale = kFewExponents<Storage> ? float(1 << kPlanShi
 
 // Columns of the output from the warp's room, from `first_column` on.
 template <class S>
-__device__ __forceinline__ void store_outputs(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void store_outputs(const Params& p, const Place& at,
                                               const Tokens<S>& tokens, int first_column) {
   using Storage = typename S::Storage;
   const Rows<Storage>& rows = shared_head<S>().outputs;
-  const int pitch = Memory<S>::pitch(p), shift = pitch > 16 * kBands + 8 ? 3 : 2;
+  const int pitch = p.sizes.pitch, shift = pitch > 16 * kBands + 8 ? 3 : 2;
   const int row = at.lane >> shift, rows_at_once = 32 >> shift;
   const int column = 8 * (at.lane & ((1 << shift) - 1));
   const int left = rows.depth - first_column - column;
   const int count = left <= 0 ? 0 : min(16 * tokens.strips, int(rows.count) - tokens.first);
   const bool whole = rows.vectors && left >= 8;
-  const Storage* from = shared_at<Storage>(Memory<S>::rows(p)) +
-                        (at.warp * Memory<S>::room(p) + row) * pitch + column;
+  int from = p.sizes.rows + ((at.warp * p.sizes.room + row) * pitch + column) * kElement;
   Storage* to = rows.data + (tokens.first + row) * rows.row_stride +
                 (first_column + column) * rows.column_stride;
+  const int64_t step = rows_at_once * rows.row_stride;
+  const int step_of_room = rows_at_once * pitch * kElement;
+  if (whole) {
+#pragma unroll 4
+    for (int i = row; i < count; i += rows_at_once) {
+      *reinterpret_cast<uint4*>(to) = *shared_at<uint4>(from);
+      from += step_of_room;
+      to += step;
+    }
+    return;
+  }
 #pragma unroll 1
   for (int i = row; i < count; i += rows_at_once) {
-    if (whole) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
 #pragma unroll 1
-      for (int e = 0; e < 8 && e < left; ++e) to[e * rows.column_stride] = from[e];
+    for (int e = 0; e < 8 && e < left; ++e) {
+      to[e * rows.column_stride] = shared_at<Storage>(from)[e];
     }
-    from += rows_at_once * pitch;
-    to += rows_at_once * rows.row_stride;
+    from += step_of_room;
+    to += step;
   }
 }
 
@@ -55,16 +63,15 @@ struct Weights {
 // A lane's part of a tile of A^T, 16 columns by 8 references: to the pooled output, and in the same
 // lanes to where it is the operand of distribute.
 template <class S>
-__device__ __forceinline__ void keep_pooled(const ForwardParams& p, const Weights& weights,
-                                            int band, int block, int lane, const float4& sum) {
+__device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weights, int band,
+                                            int block, int lane, const float4& sum) {
   using Storage = typename S::Storage;
   const int pair = 4 * block + lane % 4, column = 16 * band + lane / 4;
   const float2 weight = weights.pooled[pair], factor = weights.operand[pair];
   const float x[2][2] = {{sum.x * weight.x, sum.y * weight.y},
                          {sum.z * weight.x, sum.w * weight.y}};
   const int width = int(p.value_depth), left = int(p.references) - 2 * pair;
-  float* pooled = static_cast<float*>(p.pooled.data) +
-                  (shared_head<S>().index * p.references + 2 * pair) * width + column;
+  float* pooled = shared_head<S>().pooled + (2 * pair * width + column);
   uint32_t* operand =
       shared_at<uint32_t>(Memory<S>::kOperand) + ((band * S::kPairs + block / 2) * 32 + lane) * 4;
 #pragma unroll
@@ -82,20 +89,21 @@ using Tiles = float[kGroup][kBands][4];
 
 // A^T = V^T C of kGroup blocks of references and kBands bands of columns: over the warp's tokens.
 template <class S>
-__device__ __forceinline__ void pool_tiles(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void pool_tiles(const Params& p, const Place& at,
                                            const Tokens<S>& tokens, int band, int block,
                                            const Entries<S>& entries, const OfTokens<S>& factors,
                                            const OfReferences<S>& of_plan, Tiles& tiles) {
   using Storage = typename S::Storage;
-  const int pitch = Memory<S>::pitch(p);
-  const Storage* values = strip_matrices<S>(p, at, true) + 16 * band;
+  const int pitch = p.sizes.pitch;
+  constexpr int kStep = 16 * kElement;  // of a band
+  const uint32_t values = strip_matrices<S>(p, at, true) + kStep * band;
 #pragma unroll
   for (int s = 0; s < S::kStrips; ++s) {
     if (s >= tokens.strips) continue;
     uint32_t columns[kBands][4];
 #pragma unroll
     for (int b = 0; b < kBands; ++b)
-      load_matrices<true>(columns[b], values + 16 * s * pitch + 16 * b);
+      load_matrices<true>(columns[b], values + kStep * (s * pitch + b));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       if (block + i >= S::kBlocks) continue;
@@ -122,9 +130,8 @@ __device__ __forceinline__ void pool_tiles(const ForwardParams& p, const Place& 
 // From the tiles of each warp to A, in the order of the warps. `parity` changes from call to call,
 // so that no warp writes what another still reads.
 template <class S>
-__device__ __forceinline__ void add_tiles(const ForwardParams& p, const Place& at,
-                                          const Weights& weights, int band, int block, int parity,
-                                          const Tiles& tiles) {
+__device__ __forceinline__ void add_tiles(const Params& p, const Place& at, const Weights& weights,
+                                          int band, int block, int parity, const Tiles& tiles) {
   constexpr int kTiles = kGroup * kBands;
   float4* room = shared_at<float4>(Memory<S>::kSums) + parity * S::kWarps * kTiles * 32;
 #pragma unroll
@@ -160,10 +167,9 @@ __device__ __forceinline__ void add_tiles(const ForwardParams& p, const Place& a
 // A, from entries whose sums over the tokens are 1 / weights. What it leaves for distribute is
 // multiplied by `of_operand`.
 template <class S>
-__device__ __forceinline__ void collect(const ForwardParams& p, const Place& at,
-                                        const Tokens<S>& tokens, const Entries<S>& entries,
-                                        const OfTokens<S>& factors, const Spread<S>& weights,
-                                        const Spread<S>& of_operand) {
+__device__ __forceinline__ void collect(const Params& p, const Place& at, const Tokens<S>& tokens,
+                                        const Entries<S>& entries, const OfTokens<S>& factors,
+                                        const Spread<S>& weights, const Spread<S>& of_operand) {
   using Storage = typename S::Storage;
   OfReferences<S> of_plan{};
   Spread<S> of_sums;
@@ -175,7 +181,7 @@ __device__ __forceinline__ void collect(const ForwardParams& p, const Place& at,
     for_each_own(at, of_sums, [](int, float& x) { x = 1.0f / kPlanScale<Storage>; });
   }
   const Weights of_tiles{in_room<S>(at, of_sums), in_room<S>(at, of_operand, 1)};
-  const int bands = Memory<S>::bands(p.value_depth);
+  const int bands = p.sizes.value_bands;
   int parity = 0;
 #pragma unroll 1
   for (int band = 0; band < bands; band += kBands) {
@@ -197,7 +203,7 @@ __device__ __forceinline__ void collect(const ForwardParams& p, const Place& at,
 
 // O = R A, from entries that are multiplied by `scales` to become R: 0 for hidden tokens.
 template <class S>
-__device__ __forceinline__ void distribute(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void distribute(const Params& p, const Place& at,
                                            const Tokens<S>& tokens, const Entries<S>& entries,
                                            const OfTokens<S>& scales) {
   using Storage = typename S::Storage;
@@ -213,9 +219,9 @@ __device__ __forceinline__ void distribute(const ForwardParams& p, const Place& 
       }
     }
   }
-  const int bands = Memory<S>::bands(p.value_depth), pitch = Memory<S>::pitch(p);
-  Storage* room = shared_at<Storage>(Memory<S>::rows(p)) +
-                  (at.warp * Memory<S>::room(p) + at.g) * pitch + 2 * at.c;
+  const int bands = p.sizes.value_bands, pitch = p.sizes.pitch;
+  Storage* room =
+      shared_at<Storage>(p.sizes.rows) + (at.warp * p.sizes.room + at.g) * pitch + 2 * at.c;
   const uint4* operand = shared_at<uint4>(Memory<S>::kOperand) + at.lane;
 #pragma unroll 1
   for (int band = 0; band < bands; ++band) {

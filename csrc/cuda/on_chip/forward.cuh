@@ -10,7 +10,7 @@ namespace on_chip {
 
 // 1 / sum_i C_ij, which backward multiplies the collection with, from the warp that is the first.
 template <class S>
-__device__ __forceinline__ void keep_scales(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void keep_scales(const Params& p, const Place& at,
                                             const Spread<S>& scales) {
   if (at.warp != 0) return;
   float* to = shared_head<S>().collection_scale;
@@ -21,7 +21,7 @@ __device__ __forceinline__ void keep_scales(const ForwardParams& p, const Place&
 
 // From scores to C, and 1 / its sums over the tokens, which takes the rounding of exponents out.
 template <class S>
-__device__ __forceinline__ void form_collection(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void form_collection(const Params& p, const Place& at,
                                                 Entries<S>& entries, Solution<S>& solution,
                                                 Spread<S>& weights) {
   OfReferences<S> columns;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void form_collection(const ForwardParams& p, const Pl
 
 // A, from the entries and the solution of the keys' side.
 template <class S>
-__device__ __forceinline__ void collect_side(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void collect_side(const Params& p, const Place& at,
                                              const Tokens<S>& tokens, Entries<S>& entries,
                                              Solution<S>& solution) {
   Spread<S> weights, of_operand;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void collect_side(const ForwardParams& p, const Place
 
 // The output, and rows^T, from the entries and the solution of the receivers' side.
 template <class S>
-__device__ __forceinline__ void distribute_side(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void distribute_side(const Params& p, const Place& at,
                                                 const Tokens<S>& tokens, float log_first,
                                                 Entries<S>& entries,
                                                 const Spread<S>& of_references) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ void distribute_side(const ForwardParams& p, const Pl
   }
   keep_rows<S>(at, tokens, int(p.iterations), rows);
   for_each_token<S>([&](int s, int half) {
-    if (!tokens.is_valid(16 * s + 8 * half + at.g)) scales[s][half] = 0.0f;
+    if (!tokens.is_valid(s, half, at.g)) scales[s][half] = 0.0f;
   });
   distribute<S>(p, at, tokens, entries, scales);
 }
@@ -115,7 +115,7 @@ __device__ __forceinline__ void distribute_side(const ForwardParams& p, const Pl
 // One pass serves both averages where queries are keys and entries are factors. Scores become the
 // plan of collection, so that they are formed again to distribute; and queries have their own.
 template <class S>
-__device__ __forceinline__ void attend(const ForwardParams& p, const Place& at, int64_t index) {
+__device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t index) {
   const Similarity<float>& similarity = shared_head<S>().similarity;
   Spread<S> of_references{};
   float log_first = 0;
@@ -160,7 +160,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p, const Place& at, 
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
-    attention_forward_on_chip_kernel(const int64_t first, const ForwardParams p) {
+    attention_forward_on_chip_kernel(const int64_t first, const Params p) {
 #if __CUDA_ARCH__ >= 800
   Place at;
   at.thread = int(threadIdx.x);
@@ -172,15 +172,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
 #endif
 }
 
-// Calls launch(shape) with the least shape that holds the tokens and references of a head, if there
-// is one and the device has room for it; returns whether.
+// Calls launch(shape, sizes) with the least shape that holds the tokens and references of a head,
+// if there is one and the device has room for it; returns whether.
 template <class Storage, int blocks, int strips, class Launch>
 bool visit_warps(const ForwardParams& p, int64_t block_bytes, Launch launch) {
   const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
   const auto fits = [&](auto shape) {
     using S = decltype(shape);
-    if (tokens > S::kTokens || Memory<S>::total(p) > block_bytes) return false;
-    launch(shape);
+    if (tokens > S::kTokens) return false;
+    const Sizes sizes = Memory<S>::sizes(p);
+    if (sizes.total > block_bytes) return false;
+    launch(shape, sizes);
     return true;
   };
   if constexpr (blocks == 7) {  // windows of 7 x 7: a warp each needs no barrier
@@ -204,15 +206,16 @@ template <class Storage>
 bool OnChipForward<Storage>::run(const ForwardParams& p, Stream& stream) {
   if (stream.stages == 1 || !stream.resident || p.group != nullptr) return false;
   bool launched = false;
-  on_chip::visit_shape<Storage>(p, stream.block_bytes, [&](auto shape) {
-    using S = decltype(shape);
-    constexpr auto kKernel = on_chip::attention_forward_on_chip_kernel<S>;
-    // compute_75's PTX, which newer devices can run too, has the kernel without its body
-    launched = ptx_version<kKernel>(stream) >= 80;
-    if (!launched) return;
-    launch<kKernel>(stream, "attention_forward_on_chip_kernel", p.batch * p.heads, S::kThreads,
-                    on_chip::Memory<S>::total(p), p);
-  });
+  on_chip::visit_shape<Storage>(
+      p, stream.block_bytes, [&](auto shape, const on_chip::Sizes& sizes) {
+        using S = decltype(shape);
+        constexpr auto kKernel = on_chip::attention_forward_on_chip_kernel<S>;
+        // compute_75's PTX, which newer devices can run too, has the kernel without its body
+        launched = ptx_version<kKernel>(stream) >= 80;
+        if (!launched) return;
+        launch<kKernel>(stream, "attention_forward_on_chip_kernel", p.batch * p.heads, S::kThreads,
+                        sizes.total, on_chip::Params{p, sizes});
+      });
   return launched;
 }
 

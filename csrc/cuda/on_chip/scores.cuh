@@ -7,13 +7,13 @@ namespace setformer::cuda::on_chip {
 
 // References into shared memory, where all warps find them; the caller lets these meet.
 template <class S>
-__device__ __forceinline__ void stage_references(const ForwardParams& p, const Place& at) {
+__device__ __forceinline__ void stage_references(const Params& p, const Place& at) {
   using Storage = typename S::Storage;
   const auto& head = shared_head<S>();
-  const int pitch = Memory<S>::depth_pitch(p);
+  const int pitch = p.sizes.depth_pitch;
   Rows<Storage> rows;
   rows.select(p.reference, head.b, head.h, p.references, p.depth);
-  Storage* to = shared_at<Storage>(Memory<S>::references(p));
+  Storage* to = shared_at<Storage>(p.sizes.references);
 #pragma unroll 1
   for (int j = at.thread / 4; j < S::kReferences; j += S::kThreads / 4) {
     float square = 0;
@@ -48,13 +48,14 @@ __device__ __forceinline__ void stage_references(const ForwardParams& p, const P
 // k.y of `together` strips against all references, and |k|^2 from the diagonal of k k^T: kBands
 // bands of the depth, added to those before.
 template <class S, int together>
-__device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Place& at, int from,
+__device__ __forceinline__ void multiply_strips(const Params& p, const Place& at, int from,
                                                 int band, Entries<S>& entries,
                                                 OfTokens<S>& squares) {
   using Storage = typename S::Storage;
-  const int room_pitch = Memory<S>::pitch(p), pitch = Memory<S>::depth_pitch(p);
-  const Storage* rows = strip_matrices<S>(p, at, false) + 16 * (band % kMostBands);
-  const Storage* columns = strip_matrices<S>(p, at, true) + 16 * (band % kMostBands);
+  const int room_pitch = p.sizes.pitch, pitch = p.sizes.depth_pitch;
+  constexpr int kStep = 16 * kElement;  // of a band
+  const uint32_t rows = strip_matrices<S>(p, at, false) + kStep * (band % kMostBands);
+  const uint32_t columns = strip_matrices<S>(p, at, true) + kStep * (band % kMostBands);
   uint32_t keys[together][kBands][4];
   const int source = (at.lane & ~3) | at.g / 2;
 #pragma unroll
@@ -65,20 +66,20 @@ __device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Pl
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
       uint32_t of_columns[4];
-      load_matrices<false>(keys[i][b], rows + 16 * s * room_pitch + 16 * b);
-      load_matrices<false>(of_columns, columns + 16 * s * room_pitch + 16 * b);
+      load_matrices<false>(keys[i][b], rows + kStep * (s * room_pitch + b));
+      load_matrices<false>(of_columns, columns + kStep * (s * room_pitch + b));
       multiply_block<Storage>(upper, keys[i][b], of_columns[0], of_columns[1]);
       multiply_block<Storage>(lower, keys[i][b], of_columns[2], of_columns[3]);
     }
     squares[s][0] += __shfl_sync(kFullWarp, at.g % 2 ? upper[1] : upper[0], source);
     squares[s][1] += __shfl_sync(kFullWarp, at.g % 2 ? lower[3] : lower[2], source);
   }
-  const Storage* references = shared_at<Storage>(Memory<S>::references(p)) + at.lane % 8 * pitch +
-                              at.lane / 8 * 8 + 16 * band;
+  const uint32_t references = shared_address(p.sizes.references) + kStep * band +
+                              kElement * (at.lane % 8 * pitch + at.lane / 8 * 8);
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
     uint32_t y[4];
-    load_matrices<false>(y, references + 8 * n * pitch);
+    load_matrices<false>(y, references + 8 * kElement * n * pitch);
 #pragma unroll
     for (int i = 0; i < together; ++i) {
       const int s = from + i;
@@ -92,8 +93,8 @@ __device__ __forceinline__ void multiply_strips(const ForwardParams& p, const Pl
 // What w_ij, the penalty of positions, makes of a strip: of exponents where the kernel is gaussian,
 // else of similarities.
 template <class S>
-__device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const Place& at,
-                                                   int first, float (&strip)[S::kBlocks][4]) {
+__device__ __forceinline__ void weigh_by_positions(const Params& p, const Place& at, int first,
+                                                   float (&strip)[S::kBlocks][4]) {
   const auto& head = shared_head<S>();
 #pragma unroll 1
   for (int axis = 0; axis < int(p.position_depth); ++axis) {
@@ -123,7 +124,7 @@ __device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const
 
 // From products to entries, of one strip whose tokens have the square norms `squares`.
 template <class S>
-__device__ __forceinline__ void finish_strip(const ForwardParams& p, const Place& at, int first,
+__device__ __forceinline__ void finish_strip(const Params& p, const Place& at, int first,
                                              const float (&squares)[2],
                                              float (&strip)[S::kBlocks][4]) {
   const auto& head = shared_head<S>();
@@ -166,7 +167,7 @@ __device__ __forceinline__ void finish_strip(const ForwardParams& p, const Place
 // All entries of the warp's tokens, whose first columns are on their way into the warp's room;
 // strips that the warp does not have are 0.
 template <class S>
-__device__ __forceinline__ void form_entries(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void form_entries(const Params& p, const Place& at,
                                              const Tokens<S>& tokens, Entries<S>& entries) {
   constexpr int kTogether = 2;
   OfTokens<S> squares = {};
@@ -187,7 +188,7 @@ __device__ __forceinline__ void form_entries(const ForwardParams& p, const Place
       }
     }
     band += kBands;
-  } while (band < Memory<S>::bands(p.depth));
+  } while (band < p.sizes.bands);
 #pragma unroll
   for (int s = 0; s < S::kStrips; ++s) {
     if (s < tokens.strips) {

@@ -49,6 +49,7 @@ inline constexpr int kHeadBytes = 320;
 template <class Storage>
 struct Head : HeadTensors<Storage> {
   Similarity<float> similarity;
+  Global<float> pooled;
 
   // What a vector of that square norm adds to the exponent.
   __device__ __forceinline__ float exponent(float square) const {
@@ -60,7 +61,22 @@ struct Head : HeadTensors<Storage> {
     const Side side = of_queries ? queries_of(p) : keys_of(p);
     this->select_tensors(p, side, head);
     similarity.select_similarity(p, side, this->h);
+    pooled = static_cast<float*>(p.pooled.data) + head * p.references * p.value_depth;
   }
+};
+
+// What shared memory depends on beside the shape. It is found on the host: what a kernel is given
+// is at hand in all instructions, what it computes itself takes registers or is computed again.
+struct Sizes {
+  int bands, value_bands;  // of keys and values
+  int pitch, depth_pitch;  // elements from row to row of rooms and of references, so that rows
+                           // start in different banks
+  int room;                // rows of a warp's room: its strips, by twos
+  int references, rows;    // where these begin, in bytes
+  int total;               // bytes
+};
+struct Params : ForwardParams {
+  Sizes sizes;
 };
 
 // A block's shared memory, in bytes from its start; columns and sums are not there where a block is
@@ -92,35 +108,33 @@ struct Memory {
   static constexpr int kSums = kColumns + kAcross * 2 * S::kWarps * 64 * S::kLanePairs * 8;
   static constexpr int kOperand = kSums + kAcross * 2 * S::kWarps * kGroup * kBands * 32 * 16;
 
-  // Bands of so many columns, in whole steps of what products take.
-  __host__ __device__ static int bands(int64_t columns) {
-    return (int(columns) + 16 * kBands - 1) / (16 * kBands) * kBands;
-  }
-  // From row to row, so that rows start in different banks.
-  __host__ __device__ static int depth_pitch(const ForwardParams& p) {
-    return 16 * bands(p.depth) + 8;
-  }
-  __host__ __device__ static int pitch(const ForwardParams& p) {
-    const int most = bands(p.depth > p.value_depth ? p.depth : p.value_depth);
-    return 16 * (most < kMostBands ? most : kMostBands) + 8;
-  }
-  __host__ __device__ static int references(const ForwardParams& p) {
-    return kOperand + bands(p.value_depth) * S::kPairs * 32 * 16;
-  }
-  __host__ __device__ static int rows(const ForwardParams& p) {
-    return references(p) + S::kReferences * depth_pitch(p) * 2;
-  }
-  // Rows of a warp's room: its strips, by twos.
-  __host__ __device__ static int room(const ForwardParams& p) {
+  static Sizes sizes(const ForwardParams& p) {
     const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
     const int strips = int((tokens + 16 * S::kWarps - 1) / (16 * S::kWarps));
-    return 16 * (strips + strips % 2);
+    Sizes sizes;
+    sizes.bands = bands_of(p.depth);
+    sizes.value_bands = bands_of(p.value_depth);
+    const int most = sizes.bands > sizes.value_bands ? sizes.bands : sizes.value_bands;
+    sizes.pitch = 16 * (most < kMostBands ? most : kMostBands) + 8;
+    sizes.depth_pitch = 16 * sizes.bands + 8;
+    sizes.room = 16 * (strips + strips % 2);
+    sizes.references = kOperand + sizes.value_bands * S::kPairs * 32 * 16;
+    sizes.rows = sizes.references + S::kReferences * sizes.depth_pitch * 2;
+    sizes.total = sizes.rows + S::kWarps * sizes.room * sizes.pitch * 2;
+    return sizes;
   }
-  __host__ __device__ static int total(const ForwardParams& p) {
-    return rows(p) + S::kWarps * room(p) * pitch(p) * 2;
+  // Bands of so many columns, in whole steps of what products take.
+  static int bands_of(int64_t columns) {
+    return (int(columns) + 16 * kBands - 1) / (16 * kBands) * kBands;
   }
 };
 
+inline constexpr int kElement = 2;  // bytes of a storage type
+
+// As ldmatrix and cp.async want it.
+__device__ __forceinline__ uint32_t shared_address(int offset) {
+  return uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
+}
 template <class T>
 __device__ __forceinline__ T* shared_at(int offset) {
   return reinterpret_cast<T*>(shared_memory + offset);
@@ -156,7 +170,10 @@ struct Tokens {
     __syncwarp();
     valid = words;
   }
-  __device__ __forceinline__ bool is_valid(int i) const { return valid[i / 32] >> i % 32 & 1; }
+  // Token g or g + 8 of a strip.
+  __device__ __forceinline__ bool is_valid(int strip, int half, int g) const {
+    return valid[strip / 2] >> (16 * (strip % 2) + 8 * half) & 1u << g;
+  }
 };
 
 // Eight elements of a row from `column` on, of which `left` are there; the others are 0.
@@ -185,44 +202,49 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
 // Starts copying columns of the warp's tokens into its room, from `first_column` on, 0 for hidden
 // tokens and beyond the end. A row is `pieces` pieces of 16 bytes.
 template <class S, int pieces>
-__device__ __forceinline__ void stage_pieces(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void stage_pieces(const Params& p, const Place& at,
                                              const Tokens<S>& tokens,
                                              const Rows<typename S::Storage>& rows,
                                              int first_column) {
   using Storage = typename S::Storage;
   constexpr int kRowsAtOnce = 32 / pieces;
-  const int room = Memory<S>::room(p);
-  const int row = at.lane / pieces, column = at.lane % pieces * 8, pitch = Memory<S>::pitch(p);
+  const int room = p.sizes.room;
+  const int row = at.lane / pieces, column = at.lane % pieces * 8, pitch = p.sizes.pitch;
   const int left = rows.depth - first_column - column;
   const bool whole = rows.vectors && left >= 8;
-  Storage* to = shared_at<Storage>(Memory<S>::rows(p)) + (at.warp * room + row) * pitch + column;
+  int to = p.sizes.rows + ((at.warp * room + row) * pitch + column) * kElement;
   const Storage* from = rows.data + (tokens.first + row) * rows.row_stride +
                         (first_column + column) * rows.column_stride;
   const int64_t step = kRowsAtOnce * rows.row_stride;
+  const int step_of_room = kRowsAtOnce * pitch * kElement;
   if (whole) {
+    uint32_t address = shared_address(to);
 #pragma unroll
-    for (int first = 0; first < S::kWarpTokens; first += kRowsAtOnce) {
+    for (int first = 0; first < S::kWarpTokens; first += 32) {
       if (first >= room) break;
-      const bool valid = tokens.valid[first / 32] >> (first % 32 + row) & 1;
-      copy_async(to + first * pitch, from, valid ? 16 : 0);
-      from += step;
+      const uint32_t valid = tokens.valid[first / 32] >> row;
+#pragma unroll
+      for (int i = 0; i < 32; i += kRowsAtOnce) {
+        copy_async(address, from, valid & 1u << i ? 16 : 0);
+        from += step;
+        address += step_of_room;
+      }
     }
     return;
   }
 #pragma unroll 1
   for (int first = 0; first < room; first += kRowsAtOnce) {
     const bool valid = first + row < 16 * tokens.strips && rows.valid(tokens.first + first + row);
-    *reinterpret_cast<uint4*>(to + first * pitch) =
-        gather_piece(from, rows.column_stride, valid ? left : 0);
+    *shared_at<uint4>(to) = gather_piece(from, rows.column_stride, valid ? left : 0);
     from += step;
+    to += step_of_room;
   }
 }
 
 template <class S>
-__device__ __forceinline__ void stage(const ForwardParams& p, const Place& at,
-                                      const Tokens<S>& tokens,
+__device__ __forceinline__ void stage(const Params& p, const Place& at, const Tokens<S>& tokens,
                                       const Rows<typename S::Storage>& rows, int first_column) {
-  if (Memory<S>::pitch(p) > 16 * kBands + 8) {
+  if (p.sizes.pitch > 16 * kBands + 8) {
     stage_pieces<S, 8>(p, at, tokens, rows, first_column);
   } else {
     stage_pieces<S, 4>(p, at, tokens, rows, first_column);
@@ -230,17 +252,16 @@ __device__ __forceinline__ void stage(const ForwardParams& p, const Place& at,
   commit_copies();
 }
 
-// What a lane's ldmatrix reads of the room: its matrices are rows 0 to 7 and 8 to 15 of a strip, of
-// columns 0 to 7, and then both of columns 8 to 15; `transposed` ones the other way round.
+// Where a lane's ldmatrix reads in the room: its matrices are rows 0 to 7 and 8 to 15 of a strip,
+// of columns 0 to 7, and then both of columns 8 to 15; `transposed` ones the other way round.
 template <class S>
-__device__ __forceinline__ const typename S::Storage* strip_matrices(const ForwardParams& p,
-                                                                     const Place& at,
-                                                                     bool transposed) {
+__device__ __forceinline__ uint32_t strip_matrices(const Params& p, const Place& at,
+                                                   bool transposed) {
   const int matrix = at.lane / 8, line = at.lane % 8;
   const int down = transposed ? matrix / 2 : matrix % 2,
             right = transposed ? matrix % 2 : matrix / 2;
-  return shared_at<typename S::Storage>(Memory<S>::rows(p)) +
-         (at.warp * Memory<S>::room(p) + 8 * down + line) * Memory<S>::pitch(p) + 8 * right;
+  return shared_address(p.sizes.rows) +
+         kElement * ((at.warp * p.sizes.room + 8 * down + line) * p.sizes.pitch + 8 * right);
 }
 
 // visit(entry, strip, half, block, parity of the reference)

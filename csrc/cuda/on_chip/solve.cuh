@@ -34,8 +34,7 @@ struct Marginals {
 };
 
 // b_j up to a constant; a mass that is not positive makes the head NaN.
-__device__ __forceinline__ float reference_mass(const ForwardParams& p, int64_t b, int64_t h,
-                                                int j) {
+__device__ __forceinline__ float reference_mass(const Params& p, int64_t b, int64_t h, int j) {
   const Tensor& mass = p.reference_mass;
   if (mass.data == nullptr) return 1.0f;
   const float x = static_cast<const float*>(
@@ -58,7 +57,7 @@ __device__ __forceinline__ float most_of_warp(float x) {
 }
 
 template <class S>
-__device__ __forceinline__ Marginals<S> find_marginals(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Place& at,
                                                        const Tokens<S>& tokens) {
   const auto& head = shared_head<S>();
   const bool factored = head.similarity.factored, given = !head.mass.absent();
@@ -258,7 +257,7 @@ __device__ __forceinline__ void keep_rows(const Place& at, const Tokens<S>& toke
 
 // columns^t, from the warp that is the first.
 template <class S>
-__device__ __forceinline__ void keep_columns(const ForwardParams& p, const Place& at, int t,
+__device__ __forceinline__ void keep_columns(const Params& p, const Place& at, int t,
                                              const Spread<S>& logarithms) {
   if (at.warp != 0) return;
   float* to = shared_head<S>().columns + (t > 0 ? t - 1 : 0) * p.references;
@@ -269,8 +268,8 @@ __device__ __forceinline__ void keep_columns(const ForwardParams& p, const Place
 
 // Before the first step: of references `value`, and `beyond` the last.
 template <class S>
-__device__ __forceinline__ void begin(const ForwardParams& p, const Place& at, float value,
-                                      float beyond, const float* masses, Solution<S>& solution) {
+__device__ __forceinline__ void begin(const Params& p, const Place& at, float value, float beyond,
+                                      const float* masses, Solution<S>& solution) {
   for_each_own(at, solution.references,
                [&](int j, float& x) { x = j < p.references ? value : beyond; });
   for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = masses[16 * s + 8 * half]; });
@@ -278,7 +277,7 @@ __device__ __forceinline__ void begin(const ForwardParams& p, const Place& at, f
 }
 
 template <class S>
-__device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void solve_by_factors(const Params& p, const Place& at,
                                                  const Tokens<S>& tokens,
                                                  const Marginals<S>& marginals,
                                                  const Entries<S>& entries, Solution<S>& solution) {
@@ -332,7 +331,7 @@ __device__ __forceinline__ void solve_by_factors(const ForwardParams& p, const P
 }
 
 template <class S>
-__device__ __forceinline__ void solve_in_log_domain(const ForwardParams& p, const Place& at,
+__device__ __forceinline__ void solve_in_log_domain(const Params& p, const Place& at,
                                                     const Tokens<S>& tokens,
                                                     const Marginals<S>& marginals,
                                                     const Entries<S>& entries,

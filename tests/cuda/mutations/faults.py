@@ -425,8 +425,8 @@ ON_CHIP = tuple(
         (
             "rows beyond the last are read",
             "shape.cuh",
-            "copy_async(to + first * pitch, from, valid ? 16 : 0);",
-            "copy_async(to + first * pitch, from, 16);",
+            "copy_async(address, from, valid & 1u << i ? 16 : 0);",
+            "copy_async(address, from, 16);",
             "bfloat16 on-chip forward",
         ),
         (
