@@ -18,6 +18,7 @@ class Device:
     memory: float  # bytes from and to device memory
     cache: float  # bytes from and to the L2 cache: 5120 a clock
     tensor: float  # float16 and bfloat16 flop on the tensor cores, as far as mma.sync reaches
+    full_tensor: float  # by any instruction
     shared: float  # bytes from and to shared memory: 128 a clock and multiprocessor
     issue: float  # instructions of one thread, of any kind: 128 a clock and multiprocessor
     special: float  # exponentials, logarithms, reciprocals: 16 a clock and multiprocessor
@@ -37,6 +38,7 @@ A100 = Device(
     memory=2.039e12,
     cache=5120 * 1.41e9,
     tensor=312e12,
+    full_tensor=312e12,
     shared=128 * 108 * 1.41e9,
     issue=128 * 108 * 1.41e9,
     special=16 * 108 * 1.41e9,
@@ -48,6 +50,7 @@ H200 = Device(
     memory=4.8e12,
     cache=5120 * 1.83e9,  # taken to be as wide as an A100's
     tensor=0.629 * 989.4e12,
+    full_tensor=989.4e12,
     shared=128 * 132 * 1.83e9,
     issue=128 * 132 * 1.83e9,
     special=16 * 132 * 1.83e9,

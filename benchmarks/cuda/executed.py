@@ -2,11 +2,13 @@
 
     python benchmarks/cuda/executed.py            # print it anew
     python benchmarks/cuda/executed.py --write    # replace it
+    python benchmarks/cuda/executed.py --check    # its first head against one counted anew
 
 The emulator tells how often warps execute each stretch of nvcc's PTX, and so what passes the
 tensor cores, the special-function units and the memories. What a multiprocessor issues is counted
 in the SASS for sm_80: a line of the source has so many instructions there, and as many trips as its
 PTX has on average. "shared" and "global" count 128 bytes each; blocks are those of all launches.
+All is of bfloat16, the Gaussian kernel and epsilon = 0.1, without masks and masses.
 
 Needs nvcc, the extension installed with sm_80 (CUDAARCHS=80) of the same sources, and
 pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
@@ -52,6 +54,7 @@ HEADS = (
     (16384, 64, 128),
 )
 STEPS = (1, 5)
+SLACK = 0.02
 MOST_UNKNOWN = 0.01  # of a kernel's SASS, of lines that its PTX does not have
 
 
@@ -59,14 +62,40 @@ def main() -> None:
     """Prints or writes the table."""
     parser = argparse.ArgumentParser(description="Instructions that the kernels execute.")
     parser.add_argument("--write", action="store_true", help="replace executed.csv")
+    parser.add_argument("--check", action="store_true", help="hold it against what is now")
     options = parser.parse_args()
     counted = Counted(sass.instructions_by_line(installed_extension(), ARCHITECTURE))
+    if options.check:
+        now = [list(map(str, row)) for row in counted.head(*HEADS[0], STEPS[0])]
+        problems = differences(table()[: len(now)], now)
+        print(*problems, sep="\n")
+        print(f"a head of {HEADS[0]} against {TABLE.name}: {len(problems)} problems")
+        raise SystemExit(bool(problems))
     rows = [row for head in HEADS for steps in STEPS for row in counted.head(*head, steps)]
     if options.write:
         with TABLE.open("w", newline="", encoding="utf-8") as file:
             write(rows, file)
     else:
         write(rows, sys.stdout)
+
+
+def table() -> list[list[str]]:
+    """The rows of executed.csv."""
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))[1:]
+
+
+def differences(known: list[list[str]], now: list[list[str]]) -> list[str]:
+    """What of a head's kernels is more than SLACK from the table."""
+    labels = COLUMNS.index("launches")
+    if [row[:labels] for row in known] != [row[:labels] for row in now]:
+        return [f"expected the kernels of {known}, got {now}"]
+    return [
+        f"{row[labels - 1]}, {name}: expected {before}, got {after}"
+        for row, anew in zip(known, now, strict=True)
+        for name, before, after in zip(COLUMNS[labels:], row[labels:], anew[labels:], strict=True)
+        if abs(int(after) - int(before)) > SLACK * int(before)
+    ]
 
 
 def write(rows: list[tuple[str | int, ...]], file: object) -> None:

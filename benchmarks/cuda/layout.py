@@ -1,8 +1,7 @@
-"""How csrc/cuda splits a problem over blocks, and the shared memory of a block.
+"""The shared memory that a block of csrc/cuda asks for.
 
-Splits, Layout (problem.cuh), fits_one_block (launch.cuh) and on_chip/shape.cuh once more: the
-tables here are made where no CUDA compiler is. A test holds them against the launches of the
-emulated device.
+Layout (problem.cuh), fits_one_block (launch.cuh) and on_chip/shape.cuh once more: the tables here
+are made where no CUDA compiler is. A test holds them against the launches of the emulated device.
 """
 
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ from enum import Flag
 
 MOST_RESIDENT = 163 * 1024
 MOST_STREAMING = 99 * 1024
-MOST_SPLITS = 256
-TILES_OF_A_BLOCK = 4
 MOST_DEPTH = 256
 
 
@@ -93,19 +90,6 @@ class Problem:
     def depths(self) -> int:
         """Tiles of the depth."""
         return divide_up(self.depth, self.storage.depth)
-
-    @property
-    def groups(self) -> int:
-        """Of depth tiles that a block sums up at once."""
-        return divide_up(self.depth, max(self.storage.rows, self.storage.depth))
-
-    @property
-    def splits(self) -> int:
-        """Blocks that share a head where it is not resident."""
-        tiles = TILES_OF_A_BLOCK
-        while self.tiles > MOST_SPLITS * tiles:
-            tiles *= 2
-        return divide_up(self.tiles, tiles)
 
     @property
     def on_chip(self) -> "OnChip | None":

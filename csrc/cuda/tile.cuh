@@ -55,7 +55,7 @@ struct alignas(16) Vector16 {
   uint32_t words[4];
 };
 
-// cp.async: 16 bytes from global to shared memory, of which the last 16 - bytes become 0.
+// cp.async, from sm_80 on: 16 bytes from global to shared memory; the last 16 - bytes become 0.
 __device__ __forceinline__ void copy_async(uint32_t address, const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),

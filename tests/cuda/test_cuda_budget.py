@@ -1,6 +1,5 @@
 """The tools of benchmarks/cuda: occupancy, reading the SASS, the table, and the model of time."""
 
-import csv
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -282,18 +281,29 @@ def test_instructions_of_lines_are_those_that_mostly_run() -> None:
 
 
 def test_what_a_head_executes(backend: Backend) -> None:
-    """What executed.csv says of windows, counted anew, but for what is issued."""
+    """A window counted anew, but for what is issued; between T = 1 and 5 model.py interpolates."""
     if not backend.emulated:
         pytest.skip("only the emulated device counts instructions")
-    head = (49, 32, 49)
-    rows = list(executed.Counted({}).head(*head, 1))
-    with executed.TABLE.open(newline="", encoding="utf-8") as file:
-        table = [row for row in csv.reader(file) if row[:4] == [*map(str, head), "1"]]
-    assert [row[4:6] for row in table] == [list(row[4:6]) for row in rows]
-    issued = executed.COLUMNS.index("issued")
-    for row, now in zip(table, rows, strict=True):
-        counts = [int(x) for x in (*row[6:issued], *row[issued + 1 :])]
-        assert counts == pytest.approx([*now[6:issued], *now[issued + 1 :]], rel=0.02)
+    counted = executed.Counted({})
+    head, issued = (49, 32, 49), executed.COLUMNS.index("issued")
+    now = [list(map(str, row)) for row in counted.head(*head, 1)]
+    table = [row for row in executed.table() if row[:4] == now[0][:4]]
+    for row in table:
+        row[issued] = "0"
+    assert executed.differences(table, now) == []
+    now[0][issued + 1] = str(2 * int(now[0][issued + 1]))
+    assert len(executed.differences(table, now)) == 1
+    p = Problem(1, 1, *head, steps=3)
+    for row, launch in zip(
+        counted.head(*head, 3), model.forward(p) + model.backward(p), strict=True
+    ):
+        tensor, special, shuffle, shared, cache = row[issued + 1 :]
+        work = launch.work
+        assert row[5] == launch.kernel
+        assert work.tensor == pytest.approx(tensor * 4096, rel=0.01)
+        assert work.special == pytest.approx(special * 32, rel=0.01)
+        assert work.shared == pytest.approx((shuffle + shared) * 128, rel=0.01)
+        assert work.cache == pytest.approx(cache * 128, rel=0.01)
 
 
 def test_a_launch_takes_as_long_as_its_slowest_resource() -> None:
@@ -317,8 +327,9 @@ def test_work_grows_with_tokens_heads_and_steps(
     assert issued(replace(p, batch=4)) == pytest.approx(2 * once)
     two, three = (issued(replace(p, steps=steps)) for steps in (2, 3))
     assert three - two == pytest.approx(two - once)
-    with pytest.raises(ValueError, match="no head of 500 x 64"):
-        launches(replace(p, tokens=500))
+    for head in ({"tokens": 500}, {"references": 64}):  # on chip, or counted only there
+        with pytest.raises(ValueError, match="has no head of"):
+            launches(replace(p, **head))
 
 
 def test_what_cannot_be_gone_below() -> None:
@@ -333,6 +344,16 @@ def test_what_cannot_be_gone_below() -> None:
     many = replace(p, batch=1000)
     memory = 3 * 1000 * 1024 * 32 * 2 / 4.8e12
     assert model.floor(many, H200, False) - model.LAUNCH == pytest.approx(memory)
+    # of one head of long rows and many references, three products
+    wide = replace(p, depth=256, references=128)
+    products = 3 * 2 * 1024 * 128 * 256 / 989.4e12
+    assert model.floor(wide, H200, False) - model.LAUNCH == pytest.approx(
+        max(products, 3 * 1024 * 256 * 2 / 4.8e12)
+    )
+    shallow = replace(p, depth=1)
+    assert model.floor(shallow, H200, True) - 2 * model.LAUNCH == pytest.approx(
+        2 * 1024 * 49 / (16 * 132 * 1.83e9)
+    )
 
 
 def test_the_output_says_that_nothing_was_measured(

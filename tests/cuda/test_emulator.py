@@ -659,7 +659,7 @@ def test_end_of_a_shared_array(emulator: Emulator) -> None:
 
 ADDRESS_SCRIPT = """
 import sys
-from emulator.device import Emulator, Executed
+from emulator.device import Emulator
 import numpy as np, test_emulator
 emulator = Emulator(sys.argv[1])
 emulator.configure(mode="address")

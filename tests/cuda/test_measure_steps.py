@@ -10,7 +10,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,18 +188,20 @@ def test_the_limit_is_that_of_what_was_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shape = SHAPES["v3"]
-    assert limits.limit(shape, 5, False, limits.measured_device()) is None
+    assert limits.limit(shape, "float16", 5, False, limits.measured_device()) is None
     report_of(tmp_path, {"kind": "ceiling", "name": "copy", "rate": 1e12})
-    assert limits.limit(shape, 5, False, limits.measured_device()) is None  # of how many?
+    assert (
+        limits.limit(shape, "float16", 5, False, limits.measured_device()) is None
+    )  # of how many?
 
     def told(**rates: float) -> tuple[float, str] | None:
         ceilings = [{"kind": "ceiling", "name": n, "rate": rate} for n, rate in rates.items()]
         report_of(tmp_path, fact("multiprocessors", 100), *ceilings)
-        return limits.limit(shape, 5, False, limits.measured_device())
+        return limits.limit(shape, "float16", 5, False, limits.measured_device())
 
     # A head is one block of at most 96 > 100 - 4: 96 of 100 multiprocessors work. Keys, values and
-    # outputs are B H N D halves each.
-    bytes_moved = 96 * 3 * 196 * 32 * 2
+    # outputs are B H N D halves each; the rows and columns of every step, and A, are float32.
+    bytes_moved = 96 * (3 * 196 * 32 * 2 + 4 * (6 * (196 + 49) + 49 * 32))
     memory = told(copy=1e12)
     assert memory is not None
     assert memory == (pytest.approx(bytes_moved / (0.96 * 1e12) * 1e6), "memory")
@@ -211,22 +213,25 @@ def test_the_limit_is_that_of_what_was_measured(
     assert twice == (pytest.approx(special[0] / 2), "special")
     clock = {"kind": "ceiling", "name": "fma", "rate": 1e13, "MHz": 1000}
     report_of(tmp_path, fact("multiprocessors", 100), clock)
-    issued = limits.limit(shape, 5, False, limits.measured_device())
+    issued = limits.limit(shape, "float16", 5, False, limits.measured_device())
     (launch,) = model.forward(Problem(8, 12, 196, 32, 49))
     instructions = launch.work.issue / 32 / 96  # a warp of each of the four schedulers a clock
     assert issued == (pytest.approx(instructions / 4 / 1e9 * 1e6), "issue")
     one, three, five = (
-        limits.limit(SHAPES["v1"], steps, False, limits.measured_device()) for steps in (1, 3, 5)
+        limits.limit(SHAPES["v1"], "bfloat16", steps, False, limits.measured_device())
+        for steps in (1, 3, 5)
     )
     assert one is not None
     assert three is not None
     assert five is not None
     assert five[0] - three[0] == pytest.approx(three[0] - one[0])  # launches of a step each
     assert three[0] > one[0]
-    assert limits.counted("bfloat16")
-    assert not limits.counted("float32")
-    report_of(tmp_path, fact("shared memory of a block", 101376))
-    assert not limits.counted("bfloat16")  # other heads are resident there
+    # what is not counted: types, sizes, and devices where other heads are resident
+    device = limits.measured_device()
+    assert limits.limit(shape, "float32", 5, False, device) is None
+    assert limits.limit(replace(shape, tokens=200), "bfloat16", 5, False, device) is None
+    report_of(tmp_path, fact("shared memory of a block", 101376), clock)
+    assert limits.limit(shape, "bfloat16", 5, False, device) is None
 
 
 # What the longest loop of each kernel of ceilings.cu is made of, and what must not be in it.

@@ -37,30 +37,30 @@ def measured_device() -> Device | None:
         name=str(fact("card")),
         multiprocessors=multiprocessors,
         issue=ISSUED * multiprocessors * clock * 1e6,
+        full_tensor=math.inf,
         flash_attention=math.inf,
         **known,
     )
 
 
-def counted(dtype: str) -> bool:
-    """Whether executed.csv is of the kernels that run: half types, and residency as on sm_80."""
-    optin = fact("shared memory of a block") or MOST_RESIDENT
-    return dtype in ("bfloat16", "float16") and optin >= MOST_RESIDENT
-
-
 def limit(
-    shape: Shape, iterations: int, gradient: bool, device: Device | None
+    shape: Shape, dtype: str, iterations: int, gradient: bool, device: Device | None
 ) -> tuple[float, str] | None:
     """Microseconds of all launches, each at its slowest resource; the resource of most of them.
 
-    None where no ceiling was measured.
+    None where no ceiling was measured, and where executed.csv is not of the kernels that run: it
+    has some heads of half types, as sm_80 runs them.
     """
-    if device is None:
+    optin = fact("shared memory of a block") or MOST_RESIDENT
+    if device is None or dtype not in ("bfloat16", "float16") or optin < MOST_RESIDENT:
         return None
     problem = Problem(
         shape.batch, shape.heads, shape.tokens, shape.depth, shape.references, iterations
     )
-    launches = model.forward(problem) + (model.backward(problem) if gradient else [])
+    try:
+        launches = model.forward(problem) + (model.backward(problem) if gradient else [])
+    except ValueError:
+        return None
     seconds: Counter[str] = Counter()
     for launch in launches:
         resource, time = launch.work.slowest(device, launch.blocks)
