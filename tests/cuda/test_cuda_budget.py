@@ -293,17 +293,17 @@ def test_what_a_head_executes(backend: Backend) -> None:
     assert executed.differences(table, now) == []
     now[0][issued + 1] = str(2 * int(now[0][issued + 1]))
     assert len(executed.differences(table, now)) == 1
+    # Backward of the first step does less than of others, so that T = 3 is not just in the middle.
     p = Problem(1, 1, *head, steps=3)
     for row, launch in zip(
         counted.head(*head, 3), model.forward(p) + model.backward(p), strict=True
     ):
         tensor, special, shuffle, shared, cache = row[issued + 1 :]
-        work = launch.work
         assert row[5] == launch.kernel
-        assert work.tensor == pytest.approx(tensor * 4096, rel=0.01)
-        assert work.special == pytest.approx(special * 32, rel=0.01)
-        assert work.shared == pytest.approx((shuffle + shared) * 128, rel=0.01)
-        assert work.cache == pytest.approx(cache * 128, rel=0.01)
+        assert launch.work.tensor == pytest.approx(tensor * 4096, rel=0.05)
+        assert launch.work.special == pytest.approx(special * 32, rel=0.05)
+        assert launch.work.shared == pytest.approx((shuffle + shared) * 128, rel=0.05)
+        assert launch.work.cache == pytest.approx(cache * 128, rel=0.05)
 
 
 def test_a_launch_takes_as_long_as_its_slowest_resource() -> None:
