@@ -22,10 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 
 import sass
 import torch
 from budget import installed_extension
+from model import EXECUTED as TABLE
 from torch.nn.functional import normalize
 
 import setformer_ext
@@ -39,7 +41,6 @@ from emulator.device import Emulator
 from emulator.ptx import Function, parse
 
 ARCHITECTURE = 80  # of the emulated PTX, too
-TABLE = Path(__file__).with_name("executed.csv")
 KINDS = ("tensor", "special", "shuffle", "shared", "global")
 COLUMNS = (
     *("tokens", "depth", "references", "steps", "pass", "kernel", "launches", "blocks", "issued"),
@@ -98,10 +99,15 @@ def differences(known: list[list[str]], now: list[list[str]]) -> list[str]:
     ]
 
 
-def write(rows: list[tuple[str | int, ...]], file: object) -> None:
+def write(rows: list[tuple[str | int, ...]], file: TextIO) -> None:
     """As CSV."""
-    writer = csv.writer(file, lineterminator="\n")  # type: ignore[arg-type]
-    writer.writerows([COLUMNS, *rows])
+    csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+
+
+@cache
+def functions(ptx: Path) -> dict[str, Function]:
+    """Of a PTX file, by their symbols."""
+    return parse(ptx).functions
 
 
 class Counted:
@@ -115,12 +121,11 @@ class Counted:
         sources = sorted((SOURCES / "cuda").glob("*.cu"))
         self.ptx = [compile_cuda(source, ARCHITECTURE, [SOURCES])[1] for source in sources]
 
-    @cache  # noqa: B019 - as long as the table is made
     def kernel(self, name: str) -> Function:
         """By its symbol."""
         entry = re.compile(rf"\.entry {re.escape(name)}\(")
         ptx = next(path for path in self.ptx if entry.search(path.read_text(encoding="utf-8")))
-        return parse(ptx).functions[name]
+        return functions(ptx)[name]
 
     def head(
         self, tokens: int, depth: int, references: int, steps: int
@@ -154,14 +159,15 @@ class Counted:
         self.emulator.clear_executed()
         with self.emulator.configured(mode="count"):
             run()
-        launches = self.emulator.launches()
-        for name, times in self.emulator.executed().items():
+        launches, executed = self.emulator.launches(), self.emulator.executed()
+        short = sass.short_names({*executed})
+        for name, times in executed.items():
             grids = [launch.grid for launch in launches if launch.kernel == name]
             counts = work(self.kernel(name), times)
             blocks = sum(x * y * z for x, y, z in grids)
             issued = round(self.issued(name, times))
-            short = sass.short_names({name})[name].partition("<")[0]
-            yield short, len(grids), blocks, issued, *(counts[kind] for kind in KINDS)
+            kernel = short[name].partition("<")[0]
+            yield kernel, len(grids), blocks, issued, *(counts[kind] for kind in KINDS)
 
     def issued(self, name: str, times: dict[int, int]) -> float:
         """Instructions of SASS: those of each line times its trips."""

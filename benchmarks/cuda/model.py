@@ -77,7 +77,7 @@ class Work:
         seconds."""
         busy = min(1, blocks / device.multiprocessors)
         parts = {f.name: getattr(self, f.name) / device.rate(f.name) / busy for f in fields(Work)}
-        name = max(parts, key=lambda resource: parts[resource])
+        name = most_of(parts)
         return name, parts[name]
 
 
@@ -112,11 +112,11 @@ def _launches(p: Problem, pass_: str) -> Iterator[Launch]:
         raise ValueError(f"executed.csv has no head of {p.tokens} x {p.depth}, {p.references}")
     longer = p.tokens / tokens  # where kernels stream, work is in proportion to the tokens
     first, last = (_executed()[tokens, p.depth, p.references][steps, pass_] for steps in (1, 5))
-    for kernel in dict.fromkeys((*first, *last)):
-        at = [dict(side.get(kernel, dict.fromkeys(last[kernel], 0.0))) for side in (first, last)]
-        # One step more is as much more work each time.
-        more = max(p.steps, 1) - 1  # at T = 0 what is of a step happens once
-        row = {name: x + (at[1][name] - x) * more / 4 for name, x in at[0].items()}
+    # One step more is as much more work each time; at T = 0 what is of a step happens once.
+    part = (max(p.steps, 1) - 1) / 4
+    for kernel, at_five in last.items():
+        at_one = first.get(kernel, dict.fromkeys(at_five, 0.0))  # one step has none to merge with
+        row = {name: at_one[name] + (x - at_one[name]) * part for name, x in at_five.items()}
         if row["launches"]:
             yield _launch(kernel, row, p, longer)
 
@@ -160,12 +160,17 @@ def total(launches: list[Launch], device: Device) -> float:
     return sum(launch.seconds(device) for launch in launches)
 
 
-def bound_by(launches: list[Launch], device: Device) -> str:
-    """The resource that most of the time is spent on."""
-    seconds: dict[str, float] = {"launches": sum(launch.times for launch in launches) * LAUNCH}
+def seconds_by_resource(launches: list[Launch], device: Device) -> dict[str, float]:
+    """Of each launch its slowest resource's; what lies between launches is not in it."""
+    seconds: dict[str, float] = {}
     for launch in launches:
         name, time = launch.work.slowest(device, launch.blocks)
         seconds[name] = seconds.get(name, 0) + launch.times * time
+    return seconds
+
+
+def most_of(seconds: dict[str, float]) -> str:
+    """The resource that most of the time is spent on."""
     return max(seconds, key=lambda name: seconds[name])
 
 
@@ -231,7 +236,8 @@ def _cells(shape: str, steps: int, device: Device) -> Iterator[str]:
     for launches, gradient in ((forward(p), False), (forward(p) + backward(p), True)):
         yield figure(floor(p, device, gradient))
         yield figure(total(launches, device))
-        yield bound_by(launches, device)
+        between = LAUNCH * sum(launch.times for launch in launches)
+        yield most_of(seconds_by_resource(launches, device) | {"launches": between})
         yield figure(flash_attention(p, device, gradient))
 
 

@@ -1,7 +1,6 @@
 """The least time of a call that the card allows: counted work over the rates that were measured."""
 
 import math
-from collections import Counter
 
 import model
 from devices import Device
@@ -61,11 +60,6 @@ def limit(
         launches = model.forward(problem) + (model.backward(problem) if gradient else [])
     except ValueError:
         return None
-    seconds: Counter[str] = Counter()
-    for launch in launches:
-        resource, time = launch.work.slowest(device, launch.blocks)
-        seconds[resource] += launch.times * time
+    seconds = model.seconds_by_resource(launches, device)
     total = sum(seconds.values())
-    if total == 0:
-        return None
-    return 1e6 * total, max(seconds, key=lambda name: seconds[name])
+    return (1e6 * total, model.most_of(seconds)) if total else None
