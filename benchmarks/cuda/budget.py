@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from layout import STORAGES, OnChip, Problem, dynamic_shared
+from layout import STORAGES, OnChip, OnChipBackward, Problem, dynamic_shared
 from occupancy import occupancy
 from sass import INSTRUCTIONS, Kernel, read_kernels
 
@@ -87,9 +87,14 @@ def row_of(kernel: Kernel) -> Row:
         raise SystemExit(f"{kernel.name} has no __launch_bounds__, which tell its occupancy")
     base, *types = re.split(r"[<>, ]+", kernel.name)
     if is_on_chip(kernel.name):
-        shape = OnChip(*map(int, types[2:5]))
-        fewer = shape.tokens * 2 // shape.warps if shape.warps > 2 else 0
-        dynamic = shape.shared(Problem(1, 1, tokens=fewer + 1, depth=32, references=1))
+        blocks, strips, warps = map(int, types[2:5])
+        one = Problem(1, 1, tokens=1, depth=32, references=1, steps=1)
+        if "backward" in base:
+            dynamic = OnChipBackward(blocks, warps).shared(one)
+        else:
+            shape = OnChip(blocks, strips, warps)
+            fewer = shape.tokens * 2 // shape.warps if shape.warps > 2 else 0
+            dynamic = shape.shared(replace(one, tokens=fewer + 1))
     else:
         storage = STORAGES[types[0]]
         problem = Problem(1, 1, tokens=1024, depth=64, references=64, storage=storage)

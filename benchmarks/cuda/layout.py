@@ -104,6 +104,16 @@ class Problem:
             return None
         return None
 
+    @property
+    def on_chip_backward(self) -> "OnChipBackward | None":
+        """The shape of backward on chip; None: there is none, or a block does not hold the keys."""
+        groups = divide_up(self.depth, 32)
+        if self.references > 64 or groups > 2 or not self.resident(Needs.DIFFERENTIATES):
+            return None
+        blocks = next(blocks for blocks in (4, 7, 8) if self.references <= 8 * blocks)
+        alone = self.tokens <= 64 and divide_up(blocks, 2) * groups <= 4
+        return OnChipBackward(blocks, 1 if alone else 4)
+
     def resident(self, needs: Needs) -> bool:
         """Whether one block holds a head's keys, on devices that give it 163 KiB (sm_80, sm_90)."""
         return self.shared(needs, resident=True) <= MOST_RESIDENT
@@ -174,6 +184,30 @@ class OnChip:
         return total + 32 * divide_up(strips, 2) * self.warps * (16 * min(bands, 4) + 8) * 2
 
 
+@dataclass(frozen=True)
+class OnChipBackward:
+    """StripShape of on_chip/strip.cuh: blocks of 8 references, and warps with a strip each."""
+
+    blocks: int
+    warps: int
+
+    def shared(self, p: Problem) -> int:
+        """StripMemory::sizes, total in bytes."""
+        references, pairs = 8 * self.blocks, divide_up(self.blocks, 2)
+        spread = 64 * divide_up(self.blocks, 8) * self.warps
+        total = ON_CHIP_HEAD + references * 4 * (1 + 3) + 8 * 4 + 16 * self.warps
+        total += 4 * 16 * self.warps + 2 * 4 * spread + (self.warps > 1) * 2 * 8 * spread
+        total += (
+            384 + 4 * references * 4 + 4 * self.warps
+        )  # gradients, four of each reference, units
+        total = 16 * divide_up(total, 16)
+        pitch = 32 * divide_up(p.depth, 32) + 8
+        total += 5 * 16 * pairs * pitch * 2  # references, A and dA in two parts each
+        total += self.warps * 16 * (16 * pairs + 8) * 2  # plan
+        total += self.warps * 2 * 3 * 16 * pitch * 2  # rows
+        return total + max(p.steps, 1) * 2 * references * 4
+
+
 ON_CHIP_HEAD = 320
 ON_CHIP = ((32, 4, 7), (56, 7, 7), (64, 8, 6), (128, 16, 3))  # most references, blocks, strips
 MOST_ON_CHIP = 163 * 1024  # what sm_80 gives a block
@@ -209,6 +243,9 @@ def dynamic_shared(kernel: str, p: Problem, arch: int = 80, collects: bool = Fal
     if kernel == "attention_forward_on_chip_kernel":
         assert p.on_chip
         return p.on_chip.shared(p)
+    if kernel == "attention_backward_on_chip_kernel":
+        assert p.on_chip_backward
+        return p.on_chip_backward.shared(p)
     if kernel in HEAD_ONLY:
         return p.storage.head
     needs = Needs.DISTRIBUTES if collects else NEEDS[kernel]

@@ -49,7 +49,7 @@ NUMBER = 4  # of a float32
 # Tensors of [B, H, N, D] that a launch reads or writes; kernels that are not here have none.
 TOKEN_TENSORS = {
     "attention_forward_on_chip_kernel": 3,  # k, v, o
-    "attention_backward_resident_kernel": 6,  # k, v, o, do, dk, dv
+    "attention_backward_on_chip_kernel": 6,  # k, v, o, do, dk, dv
     "sinkhorn_step_kernel": 1,  # k
     "collect_kernel": 2,  # k, v
     "distribute_kernel": 2,  # k, o
@@ -58,7 +58,7 @@ TOKEN_TENSORS = {
     "sinkhorn_step_backward_kernel": 1,  # k; at step T also do and dv
     "gradient_kernel": 4,  # k, v, do, dk
 }
-ALONE = {"attention_forward_on_chip_kernel", "attention_backward_resident_kernel"}
+ALONE = {"attention_forward_on_chip_kernel", "attention_backward_on_chip_kernel"}
 
 
 @dataclass(frozen=True)

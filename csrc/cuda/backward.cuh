@@ -30,81 +30,13 @@
 #pragma once
 
 #include "forward.cuh"
-#include "kernels.h"
+#include "gradients.cuh"
 
 namespace setformer::cuda {
 
 // What a block knows of one side in backward.
 template <class Storage>
-struct BackwardHead : Head<Storage> {
-  using T = Accumulate<Storage>;
-
-  bool collects, distributes;      // does this side draw the values, does it receive the output?
-  Rows<Storage> output_gradients;  // [count, Dv]
-  Rows<Storage> token_gradients;   // [count, D]
-  Rows<Storage> value_gradients;   // [N, Dv]
-  Global<T> delta;                 // [count]
-  Global<const T> given;           // [M, Dv] what pooling is given, optional
-  int64_t given_row_stride, given_column_stride;
-  Global<T> pooled_gradient;      // [M, Dv] dA
-  Global<T> eta;                  // [M]
-  Global<T> row_adjoints;         // [max(T, 1), count] fhat^t, t = 1..T
-  Global<T> column_adjoints;      // [T + 1, M] gbar^t, t = 0..T
-  Global<T> key_column_adjoints;  // those of the keys, whichever side this is
-  Global<T> mass_gradients;       // [count], optional
-  Global<T> scalars;              // [splits, 2] sum_ij ds_ij s_ij and sum_i k_i.dk_i
-  Global<T> reference_gradients;  // [M, D]
-  Global<T> reference_products;   // [M] y_j.dy_j
-
-  // After select.
-  __device__ void select_gradients(const BackwardParams& p, const BackwardWorkspace& parts,
-                                   T* workspace, bool of_queries) {
-    const int64_t count = this->tokens.count, references = p.references, head = this->index;
-    collects = !of_queries;
-    distributes = p.distribute && p.grad_output.data != nullptr && of_queries == p.cross;
-    output_gradients.select(p.grad_output, this->b, this->h, count, p.value_depth);
-    if (of_queries) {
-      output_gradients.hide(p.query_mask, this->b);
-      token_gradients.select(p.grad_query, this->b, this->h, count, p.depth);
-    } else {
-      output_gradients.hide(p.mask, this->b);
-      token_gradients.select(p.grad_key, this->b, this->h, count, p.depth);
-    }
-    value_gradients.select(p.grad_value, this->b, this->h, p.tokens, p.value_depth);
-    delta = workspace + parts.delta + head * count;
-    pooled_gradient = workspace + parts.pooled_gradient + head * references * p.value_depth;
-    eta = workspace + parts.eta + head * references;
-    row_adjoints = workspace + (of_queries ? parts.row_adjoints[1] : parts.row_adjoints[0]) +
-                   head * steps_kept(p) * count;
-    column_adjoints = workspace +
-                      (of_queries ? parts.column_adjoints[1] : parts.column_adjoints[0]) +
-                      head * (p.iterations + 1) * references;
-    scalars =
-        workspace + (of_queries ? parts.scalars[1] : parts.scalars[0]) + head * this->splits * 2;
-    reference_products = workspace +
-                         (of_queries ? parts.reference_products[1] : parts.reference_products[0]) +
-                         head * references;
-    key_column_adjoints =
-        workspace + parts.column_adjoints[0] + head * (p.iterations + 1) * references;
-    given = p.grad_pooled.data == nullptr
-                ? nullptr
-                : static_cast<const T*>(p.grad_pooled.data) + this->b * p.grad_pooled.stride[0] +
-                      this->h * p.grad_pooled.stride[1];
-    given_row_stride = p.grad_pooled.stride[2];
-    given_column_stride = p.grad_pooled.stride[3];
-    reference_gradients = static_cast<T*>(p.grad_reference.data) + head * references * p.depth;
-    mass_gradients = of_queries || p.grad_token_mass.data == nullptr
-                         ? nullptr
-                         : static_cast<T*>(p.grad_token_mass.data) + head * count;
-  }
-
-  __device__ __forceinline__ T& row_adjoint(int64_t t, int64_t i) const {
-    return row_adjoints[(t > 0 ? t - 1 : 0) * this->tokens.count + i];
-  }
-  __device__ __forceinline__ T& column_adjoint(int64_t t, int64_t j) const {
-    return column_adjoints[t * this->references.count + j];
-  }
-};
+struct BackwardHead : WithGradients<Storage, Head<Storage>> {};
 
 // delta_i = dO_i.O_i, a warp per token. A hidden token's gradient counts for nothing.
 template <class Storage>

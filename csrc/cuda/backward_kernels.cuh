@@ -21,7 +21,7 @@ struct SelectBackward {
     if (thread_index() == 0) {
       const Side side = of_queries ? queries_of(p) : keys_of(p);
       head.select(p, side, needs, resident, index, split, workspace + parts.partial);
-      head.select_gradients(p, parts, workspace, of_queries);
+      head.select_gradients(p, parts, workspace, head, head.splits, of_queries);
     }
     head.find_center();
   }
@@ -207,14 +207,20 @@ __device__ __forceinline__ void resident_gradient() {
   }
 }
 
-// All of a small head: through the distribution to A and the last potentials, then each side's
-// steps and gradients.
+// All of a small head, unless attention_backward_on_chip_kernel has worked on it: through the
+// distribution to A and the last potentials, then each side's steps and gradients.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     attention_backward_resident_kernel(const int64_t first, const BackwardParams p,
                                        const BackwardWorkspace parts,
-                                       Accumulate<Storage>* const workspace) {
+                                       Accumulate<Storage>* const workspace,
+                                       const bool but_factored) {
   const int64_t index = first + blockIdx.x;
+  if (but_factored) {
+    Similarity<Accumulate<Storage>> similarity;
+    similarity.select_similarity(p, keys_of(p), index % p.heads);
+    if (similarity.factored) return;
+  }
 #pragma unroll 1
   for (int phase = 0; phase < (p.cross ? 3 : 2); ++phase) {
     __syncthreads();
@@ -322,9 +328,13 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
   const int64_t heads = p.batch * p.heads, references = p.references;
   if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDifferentiates, stream)) {
+      bool on_chip = false;
+      if constexpr (kIsHalf<Storage>) {
+        on_chip = OnChipBackward<Storage>::run(p, parts, workspace, stream);
+      }
       launch<attention_backward_resident_kernel<Storage>>(
           stream, "attention_backward_resident_kernel", heads, S::kThreads,
-          resident_bytes<Storage>(p, kDifferentiates, stream), p, parts, workspace);
+          resident_bytes<Storage>(p, kDifferentiates, stream), p, parts, workspace, on_chip);
       return;
     }
   }

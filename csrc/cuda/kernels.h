@@ -52,6 +52,14 @@ struct OnChipForward {
   static bool run(const ForwardParams& p, Stream& stream);
 };
 
+// The same of backward, but for heads whose scores are too large to be worked on as factors: those
+// it leaves as they are.
+template <class Storage>
+struct OnChipBackward {
+  static bool run(const BackwardParams& p, const BackwardWorkspace& parts, void* workspace,
+                  Stream& stream);
+};
+
 template <class Storage>
 struct BackwardKernels {
   static BackwardWorkspace workspace(const BackwardParams& p);

@@ -131,6 +131,20 @@ __device__ __forceinline__ void store_accumulators(const Accumulators<Storage>& 
   }
 }
 
+// The power of two that brings values up to `largest` into the range of float16, whose exponents do
+// not reach far enough for gradients; 1 for all other types.
+template <class Storage>
+__device__ __forceinline__ Accumulate<Storage> fitting_scale(Accumulate<Storage> largest) {
+  if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
+    // Bounded, so that sums of other tiles stay finite in this one's unit. By the bits of a float,
+    // for a device's exponential need not be exact at whole numbers.
+    const int exponent = largest > 0 && largest < infinity<float>() ? ilogbf(largest) : 0;
+    return __int_as_float((127 + 13 - max(min(exponent, 100), -60)) << 23);
+  } else {
+    return Accumulate<Storage>(1);
+  }
+}
+
 template <bool transposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], uint32_t address) {
   if constexpr (transposed) {

@@ -270,20 +270,6 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
   return x;
 }
 
-// The power of two that brings values up to `largest` into the range of float16, whose exponents do
-// not reach far enough for gradients; 1 for all other types.
-template <class Storage>
-__device__ __forceinline__ Accumulate<Storage> fitting_scale(Accumulate<Storage> largest) {
-  if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
-    // Bounded, so that sums of other tiles stay finite in this one's unit. By the bits of a float,
-    // for a device's exponential need not be exact at whole numbers.
-    const int exponent = largest > 0 && largest < infinity<float>() ? ilogbf(largest) : 0;
-    return __int_as_float((127 + 13 - max(min(exponent, 100), -60)) << 23);
-  } else {
-    return Accumulate<Storage>(1);
-  }
-}
-
 // A tile of values that the kernels formed, [references of chunk, columns of one depth tile], from
 // `from` [references, width] of the accumulate type, times `factors` [references] (optional).
 // Returns what products with it must be multiplied by. The caller synchronises before and after.

@@ -128,7 +128,7 @@ __device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t
     if (p.distribute && (p.cross || !similarity.factored)) passes = 2;
     const Tokens<S> tokens(at);
     stage<S>(p, at, tokens, shared_head<S>().tokens, 0);
-    stage_references<S>(p, at);
+    stage_references<S>(p, at, p.sizes.references, p.sizes.depth_pitch);
     meet<S>();
     Entries<S> entries;
     form_entries<S>(p, at, tokens, entries);
@@ -162,13 +162,7 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
     attention_forward_on_chip_kernel(const int64_t first, const Params p) {
 #if __CUDA_ARCH__ >= 800
-  Place at;
-  at.thread = int(threadIdx.x);
-  at.lane = at.thread % 32;
-  at.warp = __shfl_sync(kFullWarp, at.thread / 32, 0);  // so that the compiler knows it uniform
-  at.g = at.lane / 4;
-  at.c = at.lane % 4;
-  attend<S>(p, at, first + blockIdx.x);
+  attend<S>(p, place(), first + blockIdx.x);
 #endif
 }
 

@@ -5,15 +5,16 @@
 
 namespace setformer::cuda::on_chip {
 
-// References into shared memory, where all warps find them; the caller lets these meet.
+// References into shared memory from `room` on, where all warps find them; the caller lets these
+// meet.
 template <class S>
-__device__ __forceinline__ void stage_references(const Params& p, const Place& at) {
+__device__ __forceinline__ void stage_references(const ForwardParams& p, const Place& at, int room,
+                                                 int pitch) {
   using Storage = typename S::Storage;
   const auto& head = shared_head<S>();
-  const int pitch = p.sizes.depth_pitch;
   Rows<Storage> rows;
   rows.select(p.reference, head.b, head.h, p.references, p.depth);
-  Storage* to = shared_at<Storage>(p.sizes.references);
+  Storage* to = shared_at<Storage>(room);
 #pragma unroll 1
   for (int j = at.thread / 4; j < S::kReferences; j += S::kThreads / 4) {
     float square = 0;
@@ -55,7 +56,6 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
   const int room_pitch = p.sizes.pitch, pitch = p.sizes.depth_pitch;
   constexpr int kStep = 16 * kElement;  // of a band
   const uint32_t rows = strip_matrices<S>(p, at, false) + kStep * (band % kMostBands);
-  const uint32_t columns = strip_matrices<S>(p, at, true) + kStep * (band % kMostBands);
   uint32_t keys[together][kBands][4];
   const int source = (at.lane & ~3) | at.g / 2;
 #pragma unroll
@@ -65,11 +65,11 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
     float upper[4] = {}, lower[4] = {};
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
-      uint32_t of_columns[4];
+      const uint32_t (&k)[4] = keys[i][b];
       load_matrices<false>(keys[i][b], rows + kStep * (s * room_pitch + b));
-      load_matrices<false>(of_columns, columns + kStep * (s * room_pitch + b));
-      multiply_block<Storage>(upper, keys[i][b], of_columns[0], of_columns[1]);
-      multiply_block<Storage>(lower, keys[i][b], of_columns[2], of_columns[3]);
+      // as the other operand k has the same matrices, of tokens 0 to 7 and of 8 to 15
+      multiply_block<Storage>(upper, k, k[0], k[2]);
+      multiply_block<Storage>(lower, k, k[1], k[3]);
     }
     squares[s][0] += __shfl_sync(kFullWarp, at.g % 2 ? upper[1] : upper[0], source);
     squares[s][1] += __shfl_sync(kFullWarp, at.g % 2 ? lower[3] : lower[2], source);
@@ -93,8 +93,8 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
 // What w_ij, the penalty of positions, makes of a strip: of exponents where the kernel is gaussian,
 // else of similarities.
 template <class S>
-__device__ __forceinline__ void weigh_by_positions(const Params& p, const Place& at, int first,
-                                                   float (&strip)[S::kBlocks][4]) {
+__device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const Place& at,
+                                                   int first, float (&strip)[S::kBlocks][4]) {
   const auto& head = shared_head<S>();
 #pragma unroll 1
   for (int axis = 0; axis < int(p.position_depth); ++axis) {
@@ -122,20 +122,23 @@ __device__ __forceinline__ void weigh_by_positions(const Params& p, const Place&
   }
 }
 
-// From products to entries, of one strip whose tokens have the square norms `squares`.
+// visit(number), of a strip's
+template <int blocks, class Visit>
+__device__ __forceinline__ void for_each_of_strip(float (&strip)[blocks][4], Visit visit) {
+#pragma unroll
+  for (int n = 0; n < blocks; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) visit(strip[n][e]);
+  }
+}
+
+// From products to similarities, of one strip whose tokens have the square norms `squares`.
 template <class S>
-__device__ __forceinline__ void finish_strip(const Params& p, const Place& at, int first,
-                                             const float (&squares)[2],
-                                             float (&strip)[S::kBlocks][4]) {
+__device__ __forceinline__ void similarities_of_strip(const ForwardParams& p, const Place& at,
+                                                      int first, const float (&squares)[2],
+                                                      float (&strip)[S::kBlocks][4]) {
   const auto& head = shared_head<S>();
   const Similarity<float>& similarity = head.similarity;
-  const auto each = [&](auto visit) {
-#pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) visit(strip[n][e]);
-    }
-  };
   // What a strip reads it reads anew: kept from strip to strip, it would take entries' registers.
   asm volatile("" ::: "memory");
   if (similarity.gaussian) {
@@ -155,12 +158,18 @@ __device__ __forceinline__ void finish_strip(const Params& p, const Place& at, i
     }
   }
   if (similarity.has_positions) weigh_by_positions<S>(p, at, first, strip);
-  if (similarity.gaussian) each([](float& x) { x = power_of_two(x); });
+  if (similarity.gaussian) for_each_of_strip(strip, [](float& x) { x = power_of_two(x); });
+}
+
+// And to entries.
+template <class S>
+__device__ __forceinline__ void entries_of_strip(float (&strip)[S::kBlocks][4]) {
+  const Similarity<float>& similarity = shared_head<S>().similarity;
   const float scale = similarity.scale;
   if (similarity.factored) {
-    each([&](float& x) { x = power_of_two(fmaf(x, scale, -scale)); });
+    for_each_of_strip(strip, [&](float& x) { x = power_of_two(fmaf(x, scale, -scale)); });
   } else {
-    each([&](float& x) { x *= scale; });
+    for_each_of_strip(strip, [&](float& x) { x *= scale; });
   }
 }
 
@@ -192,7 +201,8 @@ __device__ __forceinline__ void form_entries(const Params& p, const Place& at,
 #pragma unroll
   for (int s = 0; s < S::kStrips; ++s) {
     if (s < tokens.strips) {
-      finish_strip<S>(p, at, tokens.first + 16 * s, squares[s], entries[s]);
+      similarities_of_strip<S>(p, at, tokens.first + 16 * s, squares[s], entries[s]);
+      entries_of_strip<S>(entries[s]);
     }
   }
 }

@@ -147,6 +147,15 @@ __device__ __forceinline__ Head<typename S::Storage>& shared_head() {
 struct Place {
   int thread, lane, warp, g, c;
 };
+__device__ __forceinline__ Place place() {
+  Place at;
+  at.thread = int(threadIdx.x);
+  at.lane = at.thread % 32;
+  at.warp = __shfl_sync(kFullWarp, at.thread / 32, 0);  // so that the compiler knows it uniform
+  at.g = at.lane / 4;
+  at.c = at.lane % 4;
+  return at;
+}
 
 // The tokens of one side that are a warp's.
 template <class S>

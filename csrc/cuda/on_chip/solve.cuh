@@ -34,7 +34,8 @@ struct Marginals {
 };
 
 // b_j up to a constant; a mass that is not positive makes the head NaN.
-__device__ __forceinline__ float reference_mass(const Params& p, int64_t b, int64_t h, int j) {
+__device__ __forceinline__ float reference_mass(const ForwardParams& p, int64_t b, int64_t h,
+                                                int j) {
   const Tensor& mass = p.reference_mass;
   if (mass.data == nullptr) return 1.0f;
   const float x = static_cast<const float*>(

@@ -21,7 +21,7 @@ TYPES = {
 HALVES = ("bfloat16", "float16")
 DIRECTIONS = ("forward", "backward")
 # Of kernels on chip, those that the problems need: blocks of references, strips, warps.
-SHAPES = ("Li4ELi7ELi2E", "Li7ELi4ELi1E")
+SHAPES = ("Li4ELi7ELi2E", "Li7ELi4ELi1E", "Li4ELi1ELi4E", "Li7ELi1ELi1E")
 
 # What launch.cu refers to beside, and no check calls.
 ABSENT = """\
@@ -43,8 +43,13 @@ template <> {Direction}Workspace {Direction}Kernels<{type}>::workspace(const {Di
 template <> void {Direction}Kernels<{type}>::run(const {Direction}Params&, void*, Stream&) {{
   std::abort();
 }}"""
-ABSENT_ON_CHIP = """\
-template <> bool OnChipForward<{type}>::run(const ForwardParams&, Stream&) {{ return false; }}"""
+ABSENT_ON_CHIP = {
+    "on_chip_": """\
+template <> bool OnChipForward<{type}>::run(const ForwardParams&, Stream&) {{ return false; }}""",
+    "on_chip_backward_": """\
+template <> bool OnChipBackward<{type}>::run(
+    const BackwardParams&, const BackwardWorkspace&, void*, Stream&) {{ return false; }}""",
+}
 
 
 def build_module(
@@ -61,6 +66,8 @@ def build_module(
         wanted[f"forward_{storage}"] = "streaming"
     if backward:
         wanted[f"backward_{storage}"] = "resident" if regime == "on chip" else regime
+        if regime == "on chip":
+            wanted[f"on_chip_backward_{storage}"] = regime
     objects = build.extension_objects(build.SOURCES)
     for name in ("launch.cu", "device.cu"):
         host, _ = build.compile_cuda(sources / "cuda" / name, architecture, [sources])
@@ -102,9 +109,10 @@ def absent_kernels(present: set[str]) -> Path:
         if f"{direction}_{name}" not in present
     ]
     definitions += [
-        ABSENT_ON_CHIP.format(type=TYPES[name])
+        definition.format(type=TYPES[name])
         for name in HALVES
-        if f"on_chip_{name}" not in present
+        for prefix, definition in ABSENT_ON_CHIP.items()
+        if prefix + name not in present
     ]
     text = ABSENT.format(definitions="\n".join(definitions))
     source = build.write(build.cache() / "generated" / f"absent-{build.digest(text)}.cpp", text)

@@ -94,6 +94,14 @@ PROBLEMS = {
     "bfloat16 on-chip forward, in logarithms": Problem(
         "bfloat16", "on chip", False, SELF | IN_LOGARITHMS
     ),
+    "bfloat16 on-chip backward": Problem("bfloat16", "on chip", True, RESIDENT),
+    "bfloat16 on-chip backward, transposed": Problem(
+        "bfloat16", "on chip", True, RESIDENT, transposed
+    ),
+    "float16 on-chip backward": Problem("float16", "on chip", True, RESIDENT),
+    "float16 on-chip backward, alone": Problem(
+        "float16", "on chip", True, SELF | {"N": 45, "M": 43, "iterations": 0}
+    ),
     "bfloat16 small forward": Problem("bfloat16", "streaming", False, RESIDENT),
     "bfloat16 small forward, transposed": Problem(
         "bfloat16", "streaming", False, RESIDENT, transposed
@@ -108,6 +116,9 @@ PROBLEMS = {
         "float32", "streaming", False, STREAMING | SHALLOW
     ),
     "bfloat16 resident backward": Problem("bfloat16", "resident", True, RESIDENT),
+    "bfloat16 resident backward, in logarithms": Problem(
+        "bfloat16", "resident", True, SELF | IN_LOGARITHMS
+    ),
     "bfloat16 resident backward, small": Problem("bfloat16", "resident", True, RESIDENT | SMALL),
     "float32 resident backward": Problem("float32", "resident", True, RESIDENT),
     "float32 resident backward, deep": Problem("float32", "resident", True, RESIDENT | DEEP),

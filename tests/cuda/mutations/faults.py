@@ -286,7 +286,7 @@ BACKWARD = (
     ),
     Fault(
         "factor of the gradient of epsilon",
-        "gradient.cuh",
+        "gradients.cuh",
         "quotient(-by_scale * T(kLn2), epsilon);",
         "quotient(-by_scale, epsilon);",
         "float32 resident backward",
@@ -300,7 +300,7 @@ BACKWARD = (
     ),
     Fault(
         "gradient of the queries' steps in place of the keys'",
-        "gradient.cuh",
+        "gradients.cuh",
         "by_scale += scalars[(head * splits + split) * 2];",
         "by_scale = scalars[(head * splits + split) * 2];",
         "float32 resident backward",
@@ -530,6 +530,131 @@ ON_CHIP = tuple(
     )
 )
 
+ON_CHIP_BACKWARD = tuple(
+    Fault(name, f"on_chip/{file}", old, new, problem)
+    for name, file, old, new, problem in (
+        (
+            "slots staged for the round after read as this one's",
+            "strip.cuh",
+            "((warp * 2 + round % 2) * kSlots + slot)",
+            "(warp * 2 * kSlots + slot)",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "hidden rows are copied",
+            "strip.cuh",
+            "copy_async(address, from, valid & 1u ? 16 : 0);",
+            "copy_async(address, from, 16);",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "gradients of tokens beyond the last are written",
+            "strip.cuh",
+            "const int count = min(16, int(rows.count) - first);",
+            "const int count = 16;",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "columns of a gradient that are not neighbours stored as such",
+            "strip.cuh",
+            "to[e * rows.column_stride] = shared_at<Storage>(from)[e];",
+            "to[e] = shared_at<Storage>(from)[e];",
+            "bfloat16 on-chip backward, transposed",
+        ),
+        (
+            "what rounding left of A is left out",
+            "strip_products.cuh",
+            "kElement * (8 * n + part * 16 * S::kPairs) * pitch",
+            "kElement * 8 * n * pitch",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "strips of the first warp alone",
+            "strip_products.cuh",
+            "      rows += 2 * kSlots * slot_bytes(p);\n",
+            "\n",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "plans of float16 of another warp's unit",
+            "strip_products.cuh",
+            "shared_at<float>(StripMemory<S>::kUnitsOfPlans)[warp] : 1.0f",
+            "shared_at<float>(StripMemory<S>::kUnitsOfPlans)[0] : 1.0f",
+            "float16 on-chip backward",
+        ),
+        (
+            "plans read before all warps have written them",
+            "distribution_backward.cuh",
+            "             meet<S>();\n             sum_over_tokens<S, false>",
+            "\n             sum_over_tokens<S, false>",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "plans written before all warps have read them",
+            "distribution_backward.cuh",
+            "at, round, 1, groups, sums);\n             meet<S>();\n",
+            "at, round, 1, groups, sums);\n\n",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "gbar^T without delta",
+            "distribution_backward.cuh",
+            "distributed -= totals[j] * (1.0f / kPlanScale<Storage>);",
+            "",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "potentials of the step itself",
+            "steps_backward.cuh",
+            "distribution = power_of_two(potential<S>(p, t - 1, j));",
+            "distribution = power_of_two(potential<S>(p, t, j));",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "eta in the steps that do not collect",
+            "steps_backward.cuh",
+            "if (gradients.collects) adjoint +=",
+            "adjoint +=",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "rows of float16 not divided by their largest",
+            "steps_backward.cuh",
+            "units[half] *= top * (1.0f / kPlanScale<Storage>);",
+            "units[half] *= 1.0f / kPlanScale<Storage>;",
+            "float16 on-chip backward, alone",
+        ),
+        (
+            "gradients of masses of the first step alone",
+            "steps_backward.cuh",
+            "gradient = t == last ? adjoint : gradient + adjoint;",
+            "gradient = adjoint;",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "flows of the last step for those before",
+            "similarity_backward.cuh",
+            "    if (t > 1) {\n",
+            "    if (t > 2) {\n",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "dy of the keys in place of that of the queries",
+            "similarity_backward.cuh",
+            "gradient = accumulate ? gradient + sum : sum;",
+            "gradient = sum;",
+            "bfloat16 on-chip backward",
+        ),
+        (
+            "queries have the keys' masses",
+            "backward.cuh",
+            "head.select(p, first + blockIdx.x, of_queries);",
+            "head.select(p, first + blockIdx.x, false);",
+            "bfloat16 on-chip backward",
+        ),
+    )
+)
+
 IN_GROUP = tuple(
     Fault(name, file, old, new, "float32 streaming backward, in a group")
     for name, file, old, new in (
@@ -548,4 +673,4 @@ IN_GROUP = tuple(
     )
 )
 
-FAULTS = FORWARD + ON_CHIP + BACKWARD + IN_GROUP
+FAULTS = FORWARD + ON_CHIP + BACKWARD + ON_CHIP_BACKWARD + IN_GROUP

@@ -1,0 +1,142 @@
+// What backward leaves of a head: where its gradients are, and those that a head has one of.
+#pragma once
+
+#include "kernels.h"
+#include "problem.cuh"
+
+namespace setformer::cuda {
+
+// The tensors of one head and side that backward has beside those of Base. (As a second base they
+// would be read by generic loads: the compiler no longer sees that they are in shared memory.)
+template <class Storage, class Base>
+struct WithGradients : Base {
+  using T = Accumulate<Storage>;
+
+  int64_t token_count, reference_count;
+  bool collects, distributes;      // does this side draw the values, does it receive the output?
+  Rows<Storage> output_gradients;  // [count, Dv]
+  Rows<Storage> token_gradients;   // [count, D]
+  Rows<Storage> value_gradients;   // [N, Dv]
+  Global<T> delta;                 // [count]
+  Global<const T> given;           // [M, Dv] what pooling is given, optional
+  int64_t given_row_stride, given_column_stride;
+  Global<T> pooled_gradient;      // [M, Dv] dA
+  Global<T> eta;                  // [M]
+  Global<T> row_adjoints;         // [max(T, 1), count] fhat^t, t = 1..T
+  Global<T> column_adjoints;      // [T + 1, M] gbar^t, t = 0..T
+  Global<T> key_column_adjoints;  // those of the keys, whichever side this is
+  Global<T> mass_gradients;       // [count], optional
+  Global<T> scalars;              // [splits, 2] sum_ij ds_ij s_ij and sum_i k_i.dk_i
+  Global<T> reference_gradients;  // [M, D]
+  Global<T> reference_products;   // [M] y_j.dy_j
+
+  // By one thread; `tensors` are those of the head and side.
+  __device__ void select_gradients(const BackwardParams& p, const BackwardWorkspace& parts,
+                                   T* workspace, const HeadTensors<Storage>& tensors,
+                                   int64_t splits, bool of_queries) {
+    const int64_t head = tensors.index, b = tensors.b, h = tensors.h;
+    const int64_t count = tensors.tokens.count, references = p.references;
+    token_count = count;
+    reference_count = references;
+    collects = !of_queries;
+    distributes = p.distribute && p.grad_output.data != nullptr && of_queries == p.cross;
+    output_gradients.select(p.grad_output, b, h, count, p.value_depth);
+    if (of_queries) {
+      output_gradients.hide(p.query_mask, b);
+      token_gradients.select(p.grad_query, b, h, count, p.depth);
+    } else {
+      output_gradients.hide(p.mask, b);
+      token_gradients.select(p.grad_key, b, h, count, p.depth);
+    }
+    value_gradients.select(p.grad_value, b, h, p.tokens, p.value_depth);
+    delta = workspace + parts.delta + head * count;
+    pooled_gradient = workspace + parts.pooled_gradient + head * references * p.value_depth;
+    eta = workspace + parts.eta + head * references;
+    row_adjoints = workspace + (of_queries ? parts.row_adjoints[1] : parts.row_adjoints[0]) +
+                   head * steps_kept(p) * count;
+    column_adjoints = workspace +
+                      (of_queries ? parts.column_adjoints[1] : parts.column_adjoints[0]) +
+                      head * (p.iterations + 1) * references;
+    scalars = workspace + (of_queries ? parts.scalars[1] : parts.scalars[0]) + head * splits * 2;
+    reference_products = workspace +
+                         (of_queries ? parts.reference_products[1] : parts.reference_products[0]) +
+                         head * references;
+    key_column_adjoints =
+        workspace + parts.column_adjoints[0] + head * (p.iterations + 1) * references;
+    given = p.grad_pooled.data == nullptr
+                ? nullptr
+                : static_cast<const T*>(p.grad_pooled.data) + b * p.grad_pooled.stride[0] +
+                      h * p.grad_pooled.stride[1];
+    given_row_stride = p.grad_pooled.stride[2];
+    given_column_stride = p.grad_pooled.stride[3];
+    reference_gradients = static_cast<T*>(p.grad_reference.data) + head * references * p.depth;
+    mass_gradients = of_queries || p.grad_token_mass.data == nullptr
+                         ? nullptr
+                         : static_cast<T*>(p.grad_token_mass.data) + head * count;
+  }
+
+  __device__ __forceinline__ T& row_adjoint(int64_t t, int64_t i) const {
+    return row_adjoints[(t > 0 ? t - 1 : 0) * token_count + i];
+  }
+  __device__ __forceinline__ T& column_adjoint(int64_t t, int64_t j) const {
+    return column_adjoints[t * reference_count + j];
+  }
+};
+
+struct NoOtherTensors {};
+template <class Storage>
+using GradientTensors = WithGradients<Storage, NoOtherTensors>;
+
+// d epsilon, d bandwidth and d reference mass of a head, by one warp, from what the passes over the
+// tokens of each side have left. With E = ds S / (epsilon bandwidth^2) the derivative by the
+// bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /
+// bandwidth. dmass_j = sum_t gbar^t_j / mass_j over the steps of both sides: masses enter only as
+// their logarithms, and a common factor changes nothing.
+template <class Storage>
+__device__ void finish_head(const BackwardParams& p, const BackwardWorkspace& parts,
+                            const Accumulate<Storage>* workspace, int64_t b, int64_t h,
+                            int64_t key_splits, int64_t query_splits) {
+  using T = Accumulate<Storage>;
+  const int64_t references = p.references, head = b * p.heads + h;
+  const int lane = thread_index() % 32;
+  T by_scale = 0, by_distance = 0;
+  for (int side = 0; side <= int(p.cross); ++side) {
+    const int64_t splits = side == 0 ? key_splits : query_splits;
+    const T* scalars = workspace + (side == 0 ? parts.scalars[0] : parts.scalars[1]);
+    const T* products =
+        workspace + (side == 0 ? parts.reference_products[0] : parts.reference_products[1]);
+    for (int64_t split = lane; split < splits; split += 32) {
+      by_scale += scalars[(head * splits + split) * 2];
+      by_distance += scalars[(head * splits + split) * 2 + 1];
+    }
+    for (int64_t j = lane; j < references; j += 32) by_distance += products[head * references + j];
+  }
+  by_scale = lanes_sum<32>(by_scale);
+  by_distance = lanes_sum<32>(by_distance);
+  if (lane == 0) {
+    const T epsilon = static_cast<const T*>(p.epsilon.data)[h * p.epsilon.stride[0]];
+    static_cast<T*>(p.grad_epsilon.data)[head] = quotient(-by_scale * T(kLn2), epsilon);
+    if (p.grad_bandwidth.data != nullptr) {
+      const T bandwidth = static_cast<const T*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
+      static_cast<T*>(p.grad_bandwidth.data)[head] =
+          p.kernel == Kernel::kGaussian ? quotient(-by_distance, bandwidth) : T(0);
+    }
+  }
+  if (p.grad_reference_mass.data == nullptr) return;
+  const Tensor& mass = p.reference_mass;
+  for (int64_t j = lane; j < references; j += 32) {
+    T sum = 0;
+    for (int side = 0; side <= int(p.cross); ++side) {
+      const T* adjoints =
+          workspace + (side == 0 ? parts.column_adjoints[0] : parts.column_adjoints[1]);
+      for (int64_t t = 1; t <= p.iterations; ++t) {
+        sum += adjoints[(head * (p.iterations + 1) + t) * references + j];
+      }
+    }
+    static_cast<T*>(p.grad_reference_mass.data)[head * references + j] =
+        quotient(sum, static_cast<const T*>(
+                          mass.data)[b * mass.stride[0] + h * mass.stride[1] + j * mass.stride[2]]);
+  }
+}
+
+}  // namespace setformer::cuda

@@ -1,0 +1,226 @@
+// ds, and from it the gradients of tokens, references, bandwidth and epsilon.
+#pragma once
+
+#include "steps_backward.cuh"
+
+namespace setformer::cuda::on_chip {
+
+// The distribution's share of ds / K, from G = dO A^T, whose rows dO are in a slot.
+template <class S>
+__device__ __forceinline__ void differentiate_distribution(const StripParams& p, const Place& at,
+                                                           const OwnTokens<S>& tokens, int slot,
+                                                           Strip<S>& ds) {
+  const auto& gradients = shared_gradients<S>();
+  if (!gradients.distributes) return for_each_of_strip(ds, [](float& x) { x = 0.0f; });
+  multiply_by_rows<S, 2>(p, at, slot, p.sizes.pooled, p.sizes.value_groups, ds);
+  float factors[2], shares[2];
+  tokens.factors(p.iterations, factors);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    shares[half] = tokens.valid(half) ? -factors[half] * gradients.delta[tokens.token(half)] : 0.0f;
+  }
+  for_each_with(ds, pairs_at(StripMemory<S>::kDistribution, at),
+                [&](float& x, float of_reference, int half) {
+                  x = fmaf(x, factors[half], shares[half]) * of_reference;
+                });
+}
+
+// The steps' before the last to be undone, and eta's; of the collection where given W_j H_ij.
+template <class S>
+__device__ __forceinline__ void differentiate_steps(const StripParams& p, const Place& at,
+                                                    const OwnTokens<S>& tokens,
+                                                    const Scales& scales, const Flows& last_flows,
+                                                    bool collects, const Strip<S>& weighed,
+                                                    Strip<S>& ds) {
+  const auto& gradients = shared_gradients<S>();
+#pragma unroll 1
+  for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
+    Flows flows = last_flows;
+    if (t > 1) {
+      float factors[2];
+      tokens.factors(t - 1, factors);
+      tokens.drawn(factors, scales.largest, flows.drawn);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = tokens.token(half);
+        flows.adjoints[half] = i < gradients.token_count ? gradients.row_adjoint(t, i) : 0.0f;
+      }
+    }
+    if (t == p.iterations && collects) {
+#pragma unroll
+      for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) ds[n][e] = fmaf(weighed[n][e], flows.drawn[e / 2], ds[n][e]);
+      }
+    }
+    for_each_with(ds, pairs_at(step_offset<S>(p, t, 0), at),
+                  [&](float& x, float adjoint, int half) { x -= flows.drawn[half] * adjoint; });
+    if (t == 0) return;
+    for_each_with(ds, pairs_at(step_offset<S>(p, t, 1), at),
+                  [&](float& x, float factor, int half) { x -= flows.adjoints[half] * factor; });
+  }
+}
+
+// E = ds S of a strip, in place of its entries, as the first operand of products and as the warp's
+// plan; adds sum_ij E_ij. Returns what it was divided by. What lies beyond the last reference is 0,
+// for all that is known of these is.
+template <class S>
+__device__ __forceinline__ float form_exchange(const StripParams& p, const Place& at,
+                                               const Strip<S>& similarities, const Strip<S>& ds,
+                                               Strip<S>& entries, float& total,
+                                               PackedStrip<S>& plan) {
+  using Storage = typename S::Storage;
+  float top = 0, unit = 1;
+#pragma unroll
+  for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float& x = entries[n][e];
+      x *= ds[n][e] * similarities[n][e];
+      total += x;
+      if (kFewExponents<Storage>) top = most(top, fabsf(x));
+    }
+  }
+  if constexpr (kFewExponents<Storage>) {
+    const float scale = fitting_scale<Storage>(most_of_warp(top));
+    for_each_of_strip(entries, [&](float& x) { x *= scale; });
+    unit = 1.0f / scale;
+    if (at.lane == 0) shared_at<float>(StripMemory<S>::kUnitsOfPlans)[at.warp] = unit;
+  }
+  pack_strip<S>(entries, plan);
+  store_plan<S>(p, at, plan);
+  return unit;
+}
+
+// dk_i = unit sum_j E_ij (y_j - k_i) of a strip, into the slot after its keys and to where it
+// belongs; returns the lane's share of sum_i k_i.dk_i.
+template <class S>
+__device__ __forceinline__ float store_token_gradient(const StripParams& p, const Place& at,
+                                                      int first, int slot,
+                                                      const PackedStrip<S>& plan, float unit) {
+  using Storage = typename S::Storage;
+  const int pitch = p.sizes.pitch;
+  const uint32_t one = pack<Storage>(1.0f, 1.0f);
+  float ones[4] = {}, products = 0;  // sum_j E_ij, in all columns
+#pragma unroll
+  for (int pair = 0; pair < S::kPairs; ++pair) multiply_block<Storage>(ones, plan[pair], one, one);
+  const int own = (at.g * pitch + 2 * at.c) * kElement;
+  const uint32_t* keys = shared_at<uint32_t>(slot + own);
+  uint32_t* to = shared_at<uint32_t>(slot + slot_bytes(p) + own);
+  __syncwarp();  // all lanes have read what is there
+#pragma unroll
+  for (int group = 0; group < kMostGroups; ++group) {
+    if (group >= p.sizes.groups) break;
+    float sums[2 * kBands][4] = {};
+    multiply_by_references<S>(p, at, plan, p.sizes.references, group, sums);
+#pragma unroll
+    for (int tile = 0; tile < 2 * kBands; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int pair = (8 * half * pitch + kColumns * group + 8 * tile) / 2;
+        const float2 key = unpack<Storage>(keys[pair]);
+        const float x = (sums[tile][2 * half] - key.x * ones[2 * half]) * unit,
+                    y = (sums[tile][2 * half + 1] - key.y * ones[2 * half]) * unit;
+        products = fmaf(key.x, x, fmaf(key.y, y, products));
+        to[pair] = pack<Storage>(x, y);
+      }
+    }
+  }
+  __syncwarp();
+  store_strip(p, at, shared_gradients<S>().token_gradients, first, slot + slot_bytes(p));
+  return products;
+}
+
+// 1 / (epsilon bandwidth^2): ds S times this is what keys and references exchange.
+template <class S>
+__device__ __forceinline__ float of_similarity() {
+  const Similarity<float>& similarity = shared_head<S>().similarity;
+  return quotient(1.0f, similarity.epsilon * similarity.bandwidth * similarity.bandwidth);
+}
+
+// All of a strip that is left to do: the last step to be undone, then ds and dk; E is in the warp's
+// plan.
+template <class S>
+__device__ __forceinline__ void differentiate_strip(const StripParams& p, const Place& at,
+                                                    const OwnTokens<S>& tokens, int slot,
+                                                    const Scales& scales,
+                                                    const Strip<S>& similarities, float& total,
+                                                    float& by_distance) {
+  const auto& gradients = shared_gradients<S>();
+  const int values = slot + slot_bytes(p), output_gradients = values + slot_bytes(p);
+  const int64_t t = p.iterations > 0 ? 1 : 0;
+  const bool collects = gradients.collects && t == p.iterations;
+  Strip<S> entries, ds, weighed;
+  copy_strip(similarities, entries);
+  entries_of_strip<S>(entries);
+  differentiate_distribution<S>(p, at, tokens, output_gradients, ds);
+  if (gradients.collects) weigh_values<S>(p, at, values, scales, weighed);
+  Flows flows = {};
+  if (t > 0 || collects) {
+    step_backward<S>(p, at, t, tokens, values, entries, weighed, collects, scales, flows);
+  }
+  differentiate_steps<S>(p, at, tokens, scales, flows, gradients.collects, weighed, ds);
+  PackedStrip<S> plan;
+  const float unit = form_exchange<S>(p, at, similarities, ds, entries, total, plan);
+  by_distance +=
+      store_token_gradient<S>(p, at, tokens.own - at.g, slot, plan, unit * of_similarity<S>());
+}
+
+// What dy is made of, to `partial` [M, D + 1], and sum_ij ds_ij s_ij and sum_i k_i.dk_i.
+template <class S>
+__device__ __forceinline__ void sweep_of_gradients(const StripParams& p, const Place& at,
+                                                   const Scales& scales, float* partial) {
+  const auto& head = shared_head<S>();
+  const auto& gradients = shared_gradients<S>();
+  float total = 0, by_distance = 0;
+  OfUnits<S> sums;
+  sweep<S>(p, at, gradients.collects ? &head.values : nullptr,
+           gradients.distributes ? &gradients.output_gradients : nullptr,
+           [&](int round, const OwnTokens<S>& tokens, int slot, Strip<S>& similarities) {
+             differentiate_strip<S>(p, at, tokens, slot, scales, similarities, total, by_distance);
+             meet<S>();
+             sum_over_tokens<S, true>(p, at, round, 0, p.sizes.groups, sums);
+             meet<S>();
+           });
+  const int width = int(p.depth);
+  const float unit = of_similarity<S>();
+  for_each_sum<S>(p, at, p.sizes.groups, sums, [&](int j, int column, float x) {
+    if (column < width) partial[j * (width + 1) + column] = x * unit;
+  });
+  for_each_one<S>(p, at, p.sizes.groups, sums,
+                  [&](int j, float x) { partial[j * (width + 1) + width] = x * unit; });
+  const auto add = [](float a, float b) { return a + b; };
+  total = of_block<S>(at, total, add);
+  by_distance = of_block<S>(at, by_distance, add);
+  if (at.thread == 0) {
+    gradients.scalars[0] = total * head.similarity.scale;
+    gradients.scalars[1] = by_distance;
+  }
+}
+
+// dy from its sums; that of the keys is added to that of the queries. Leaves y_j.dy_j for the
+// derivative by the bandwidth.
+template <class S>
+__device__ __forceinline__ void finish_reference_gradient(const StripParams& p, const Place& at,
+                                                          bool accumulate, const float* partial) {
+  using Storage = typename S::Storage;
+  const auto& gradients = shared_gradients<S>();
+  const int width = int(p.depth);
+#pragma unroll 1
+  for (int j = at.warp; j < int(p.references); j += S::kWarps) {
+    const Storage* reference = shared_at<Storage>(p.sizes.references) + j * p.sizes.pitch;
+    const float total = partial[j * (width + 1) + width];
+    float product = 0;
+    for (int c = at.lane; c < width; c += 32) {
+      const float y = widen(reference[c]);
+      const float sum = partial[j * (width + 1) + c] - y * total;
+      product = fmaf(y, sum, product);
+      float& gradient = gradients.reference_gradients[j * width + c];
+      gradient = accumulate ? gradient + sum : sum;
+    }
+    product = lanes_sum<32>(product);
+    if (at.lane == 0) gradients.reference_products[j] = product;
+  }
+}
+
+}  // namespace setformer::cuda::on_chip

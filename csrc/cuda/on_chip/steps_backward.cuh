@@ -1,0 +1,207 @@
+// Backward through the Sinkhorn steps and through A = C^T v: flows of the tokens, gbar and dv.
+#pragma once
+
+#include "sweep.cuh"
+
+namespace setformer::cuda::on_chip {
+
+// g^t_j log2(e), relative to g^t_0.
+template <class S>
+__device__ __forceinline__ float potential(const StripParams& p, int64_t t, int j) {
+  const auto& head = shared_head<S>();
+  if (t == 0) return 0.0f;
+  const float* columns = head.columns + (t - 1) * p.references;
+  if (columns[j] == -infinity<float>()) return 0.0f;  // a head without mass has g = 0
+  return (log_two(reference_mass(p, head.b, head.h, j)) - columns[j]) -
+         (log_two(reference_mass(p, head.b, head.h, 0)) - columns[0]);
+}
+
+// What step t knows of the references: gbar^t W^t, in the step that collects with eta; and G^{t-1}.
+template <class S>
+__device__ __forceinline__ void prepare_step(const StripParams& p, const Place& at, int64_t t,
+                                             const Scales& scales) {
+  const auto& gradients = shared_gradients<S>();
+  const float* columns = shared_head<S>().columns + (t > 0 ? t - 1 : 0) * p.references;
+  const float log_largest = log_two(scales.largest);
+  for (int j = at.thread; j < S::kReferences; j += S::kThreads) {
+    float adjoint = 0, collection = 0, distribution = 0;
+    if (j < p.references) {
+      if (columns[j] != -infinity<float>()) collection = power_of_two(log_largest - columns[j]);
+      if (t > 0) {
+        adjoint = gradients.column_adjoint(t, j);
+        distribution = power_of_two(potential<S>(p, t - 1, j));
+      }
+    }
+    if (t == p.iterations) {
+      shared_at<float>(StripMemory<S>::kCollection)[j] = collection;
+      if (gradients.collects) adjoint += shared_at<float>(StripMemory<S>::kEta)[j];
+    }
+    shared_at<float>(step_offset<S>(p, t, 0))[j] = adjoint * collection;
+    shared_at<float>(step_offset<S>(p, t, 1))[j] = distribution;
+  }
+}
+
+// W_j H_ij of the side that collects: H = v dA^T from the values in a slot.
+template <class S>
+__device__ __forceinline__ void weigh_values(const StripParams& p, const Place& at, int slot,
+                                             const Scales& scales, Strip<S>& weighed) {
+  multiply_by_rows<S, 2>(p, at, slot, p.sizes.pooled_gradient, p.sizes.value_groups, weighed);
+  for_each_with(
+      weighed, pairs_at(StripMemory<S>::kCollection, at), [&](float& x, float of_reference, int) {
+        x *= kFewExponents<typename S::Storage> ? scales.unit * of_reference : of_reference;
+      });
+}
+
+// C / a, each row times a power of its own that `units` takes out again, as the operand of dA.
+template <class S>
+__device__ __forceinline__ void pack_collection(const Place& at, const Strip<S>& entries,
+                                                PackedStrip<S>& plan, float (&units)[2]) {
+  using Storage = typename S::Storage;
+  Strip<S> weighed;
+  copy_strip(entries, weighed);
+  const float2* collection = pairs_at(StripMemory<S>::kCollection, at);
+  float tops[2] = {};
+  for_each_with(weighed, collection, [&](float& x, float of_reference, int half) {
+    x *= of_reference;
+    if (kFewExponents<Storage>) tops[half] = most(tops[half], x);
+  });
+  if constexpr (kFewExponents<Storage>) {  // a token of little mass has numbers beyond float16
+    float inverses[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float top = quad_maximum(tops[half]);
+      inverses[half] = top == 0.0f ? 0.0f : kPlanScale<Storage> * reciprocal(top);
+      units[half] *= top * (1.0f / kPlanScale<Storage>);
+    }
+    for_each_with(weighed, collection, [&](float& x, float, int half) { x *= inverses[half]; });
+  }
+  pack_strip<S>(weighed, plan);
+}
+
+// dv of a strip, into the slot of its values and to where it belongs; a U of the tokens.
+template <class S>
+__device__ __forceinline__ void store_value_gradient(const StripParams& p, const Place& at,
+                                                     int first, int slot, const Strip<S>& entries,
+                                                     const Scales& scales,
+                                                     const float (&collected)[2]) {
+  using Storage = typename S::Storage;
+  const int pitch = p.sizes.pitch;
+  float units[2] = {scales.unit * collected[0], scales.unit * collected[1]};
+  PackedStrip<S> plan;
+  pack_collection<S>(at, entries, plan, units);
+  uint32_t* to = shared_at<uint32_t>(slot + (at.g * pitch + 2 * at.c) * kElement);
+  __syncwarp();  // all lanes have read the values
+#pragma unroll
+  for (int group = 0; group < kMostGroups; ++group) {
+    if (group >= p.sizes.value_groups) break;
+    float sums[2 * kBands][4] = {};
+    multiply_by_references<S>(p, at, plan, p.sizes.pooled_gradient, group, sums);
+#pragma unroll
+    for (int tile = 0; tile < 2 * kBands; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // nothing comes from a token without mass, however large the sums
+        to[(8 * half * pitch + kColumns * group + 8 * tile) / 2] =
+            collected[half] == 0.0f ? 0
+                                    : pack<Storage>(sums[tile][2 * half] * units[half],
+                                                    sums[tile][2 * half + 1] * units[half]);
+      }
+    }
+  }
+  __syncwarp();
+  store_strip(p, at, shared_gradients<S>().value_gradients, first, slot);
+  __syncwarp();
+}
+
+// Only C / a of a token of little or no mass can be beyond any bound, and what follows from that.
+__device__ __forceinline__ float bounded(float x) {
+  constexpr float kMost = 1e30f;
+  return x > kMost ? kMost : x < -kMost ? -kMost : x;
+}
+
+// What a step leaves of a lane's two tokens.
+struct Flows {
+  float drawn[2];     // a U^{t-1}
+  float adjoints[2];  // a U^{t-1} fhat^t
+};
+
+// fhat^t of a strip, from sums that lack U^{t-1}, to what follows from it.
+template <class S>
+__device__ __forceinline__ void keep_flows(const Place& at, int64_t t, int64_t last,
+                                           const OwnTokens<S>& tokens, float largest,
+                                           const float (&factors)[2], const float (&sums)[2],
+                                           Flows& flows) {
+  const auto& gradients = shared_gradients<S>();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = tokens.token(half);
+    const float drawn = flows.drawn[half];
+    flows.adjoints[half] = drawn == 0.0f ? 0.0f : factors[half] * (drawn * sums[half]);
+    if (at.c != 0 || i >= gradients.token_count) continue;
+    if (t > 1) gradients.row_adjoint(t, i) = flows.adjoints[half];
+    if (gradients.mass_gradients.absent()) continue;
+    const bool valid = tokens.valid(half) && largest != 0.0f;
+    const float adjoint =
+        valid ? bounded(factors[half] * sums[half]) * bounded(1.0f / largest) : 0.0f;
+    float& gradient = gradients.mass_gradients[i];
+    gradient = t == last ? adjoint : gradient + adjoint;
+  }
+}
+
+// Step t of a strip, from which gbar^{t-1} follows; the one that collects takes W_j H_ij, too, and
+// writes dv in place of the values in the slot.
+template <class S>
+__device__ __forceinline__ void step_backward(const StripParams& p, const Place& at, int64_t t,
+                                              const OwnTokens<S>& tokens, int slot,
+                                              const Strip<S>& entries, const Strip<S>& weighed,
+                                              bool collects, const Scales& scales, Flows& flows) {
+  float sums[2] = {}, factors[2];
+  Strip<S> terms;
+  copy_strip(entries, terms);
+  for_each_with(terms, pairs_at(step_offset<S>(p, t, 0), at),
+                [&](float& x, float adjoint, int half) { sums[half] -= x * adjoint; });
+  if (collects) {
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[e / 2] += entries[n][e] * weighed[n][e];
+    }
+  }
+  tokens.factors(t - 1, factors);
+  tokens.drawn(factors, scales.largest, flows.drawn);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) sums[half] = quad_sum(sums[half]);
+  if (collects) {
+    store_value_gradient<S>(p, at, tokens.own - at.g, slot, entries, scales, flows.drawn);
+  }
+  keep_flows<S>(at, t, p.iterations, tokens, scales.largest, factors, sums, flows);
+}
+
+// A step that is not the last to be undone: its flows, and gbar^{t-1}.
+template <class S>
+__device__ __forceinline__ void sweep_of_step(const StripParams& p, const Place& at, int64_t t,
+                                              const Scales& scales) {
+  const auto& gradients = shared_gradients<S>();
+  const bool collects = gradients.collects && t == p.iterations;
+  OfReferences<S> columns = {};
+  sweep<S>(p, at, collects ? &shared_head<S>().values : nullptr, nullptr,
+           [&](int, const OwnTokens<S>& tokens, int slot, Strip<S>& entries) {
+             const int values = slot + slot_bytes(p);
+             Strip<S> weighed;
+             Flows flows;
+             entries_of_strip<S>(entries);
+             if (collects) weigh_values<S>(p, at, values, scales, weighed);
+             step_backward<S>(p, at, t, tokens, values, entries, weighed, collects, scales, flows);
+             add_to_columns<S>(entries, flows.adjoints, columns);
+           });
+  add_columns<S>(at, int(t & 1), columns);
+  meet<S>();
+  const float* factors = shared_at<float>(step_offset<S>(p, t, 1));
+  const float* totals = shared_at<float>(StripMemory<S>::kTotals);
+  for (int j = at.thread; j < int(p.references); j += S::kThreads) {
+    gradients.column_adjoint(t - 1, j) = -factors[j] * totals[j];
+  }
+  meet<S>();
+}
+
+}  // namespace setformer::cuda::on_chip

@@ -1,0 +1,186 @@
+// A strip of 16 tokens at a time, against all references: what backward is made of.
+//
+// In a round each warp of a block takes a strip of its own. Rows of tokens come into the warp's
+// slots while those of the round before are worked on. Entries against the references are formed
+// anew in each sweep over the tokens, as accumulators (shape.cuh). Sums over the tokens are made by
+// products, in which a warp owns some of the references: it reads the strips of all warps.
+#pragma once
+
+#include "../gradients.cuh"
+#include "averages.cuh"
+
+namespace setformer::cuda::on_chip {
+
+template <class Storage, int blocks, int warps>
+using StripShape = Shape<Storage, blocks, 1, warps>;
+
+template <class S>
+using Strip = float[S::kBlocks][4];
+template <class S>
+using PackedStrip = uint32_t[S::kPairs][4];  // as the first operand of products
+
+inline constexpr int kSlots = 3;              // of a round: keys and two more
+inline constexpr int kColumns = 16 * kBands;  // of a group, that products take at once
+inline constexpr int kMostGroups = 2;
+// Sums that a warp keeps of its references: 16 of them by kColumns each.
+template <class S>
+inline constexpr int kUnits = S::kWarps == 1 ? 4 : 2;
+
+struct StripSizes {
+  int groups, value_groups;  // of kColumns columns
+  int pitch;                 // elements from row to row: they start in different banks
+  int units;                 // of sums over the tokens, of references by columns of either kind
+  int references, pooled, pooled_gradient, plan, rows, steps;  // where these begin, in bytes
+  int total;
+};
+struct StripParams : BackwardParams {
+  BackwardWorkspace parts;
+  float* workspace;
+  StripSizes sizes;
+};
+
+// A block's shared memory: after Memory's up to the columns, in bytes from its start,
+//
+//   gradients        GradientTensors
+//   eta              [kReferences]                  float
+//   distribution     [kReferences]                  float: 2^(g^T_j)
+//   collection       [kReferences]                  float: 2^(-columns^T_j), times the largest mass
+//   totals           [kReferences]                  float
+//   units            [kWarps]                       float: what plans of float16 are divided by
+//   references       [16 kPairs, pitch]             storage
+//   pooled, pooled_gradient  [2, 16 kPairs, pitch]  storage: A and dA, and what rounding left of
+//   them plan             [kWarps, 16, 16 kPairs + 8]    storage rows             [kWarps, 2,
+//   kSlots, 16, pitch] storage: of this round and of the next steps            [max(T, 1), 2,
+//   kReferences]    float: what steps know of the references
+template <class S>
+struct StripMemory {
+  static constexpr int kOfReferences = S::kReferences * 4;
+  static constexpr int kGradients = Memory<S>::kSums;
+  static constexpr int kEta = kGradients + 384;
+  static_assert(sizeof(GradientTensors<typename S::Storage>) <= kEta - kGradients);
+  static constexpr int kDistribution = kEta + kOfReferences;
+  static constexpr int kCollection = kDistribution + kOfReferences;
+  static constexpr int kTotals = kCollection + kOfReferences;
+  static constexpr int kUnitsOfPlans = kTotals + kOfReferences;
+  static constexpr int kFixed = (kUnitsOfPlans + 4 * S::kWarps + 15) / 16 * 16;
+  static constexpr int kPlanPitch = 16 * S::kPairs + 8;
+
+  static StripSizes sizes(const BackwardParams& p) {
+    StripSizes sizes;
+    sizes.groups = int(divide_up(p.depth, kColumns));
+    sizes.value_groups = int(divide_up(p.value_depth, kColumns));
+    const int most = sizes.groups > sizes.value_groups ? sizes.groups : sizes.value_groups;
+    sizes.units = S::kPairs * most;
+    sizes.pitch = kColumns * most + 8;
+    int end = kFixed;
+    const auto take = [&](int bytes) {
+      end += bytes;
+      return end - bytes;
+    };
+    sizes.references = take(16 * S::kPairs * sizes.pitch * kElement);
+    sizes.pooled = take(2 * 16 * S::kPairs * sizes.pitch * kElement);
+    sizes.pooled_gradient = take(2 * 16 * S::kPairs * sizes.pitch * kElement);
+    sizes.plan = take(S::kWarps * 16 * kPlanPitch * kElement);
+    sizes.rows = take(S::kWarps * 2 * kSlots * 16 * sizes.pitch * kElement);
+    sizes.steps = take(int(steps_kept(p)) * 2 * kOfReferences);
+    sizes.total = end;
+    return sizes;
+  }
+};
+
+template <class S>
+__device__ __forceinline__ GradientTensors<typename S::Storage>& shared_gradients() {
+  return *shared_at<GradientTensors<typename S::Storage>>(StripMemory<S>::kGradients);
+}
+// Numbers of the references that a lane has in its accumulators: pair 4 n + c is of block n.
+__device__ __forceinline__ const float2* pairs_at(int offset, const Place& at) {
+  return shared_at<float2>(offset) + at.c;
+}
+// What step t knows of the references: `which` 0 goes with C^t, 1 with R^{t-1}.
+template <class S>
+__device__ __forceinline__ int step_offset(const StripParams& p, int64_t t, int which) {
+  const int step = int(t > 0 ? t - 1 : 0);
+  return p.sizes.steps + (2 * step + which) * StripMemory<S>::kOfReferences;
+}
+
+__device__ __forceinline__ int slot_bytes(const StripParams& p) {
+  return 16 * p.sizes.pitch * kElement;
+}
+// One of the slots of a round, of any warp.
+template <class S>
+__device__ __forceinline__ int slot_offset(const StripParams& p, int warp, int round, int slot) {
+  return p.sizes.rows + ((warp * 2 + round % 2) * kSlots + slot) * slot_bytes(p);
+}
+
+// The pieces of 8 columns of a strip that are a lane's: one of each `at_once` rows.
+struct Pieces {
+  int row, column, at_once, bytes;  // of the first, in its slot
+  __device__ __forceinline__ Pieces(const StripParams& p, const Place& at) {
+    const int shift = p.sizes.pitch > kColumns + 8 ? 3 : 2;
+    at_once = 32 >> shift;
+    row = at.lane >> shift;
+    column = 8 * (at.lane & ((1 << shift) - 1));
+    bytes = (row * p.sizes.pitch + column) * kElement;
+  }
+};
+
+// Starts copying 16 rows from `first` on into a slot, 0 where a row's bit is not set.
+template <class Storage>
+__device__ __forceinline__ void stage_strip(const StripParams& p, const Place& at,
+                                            const Rows<Storage>& rows, int first, uint32_t valid,
+                                            int slot) {
+  const Pieces own(p, at);
+  const int left = rows.depth - own.column, next = own.at_once * p.sizes.pitch * kElement;
+  const int64_t step = own.at_once * rows.row_stride;
+  const Storage* from =
+      rows.data + (first + own.row) * rows.row_stride + own.column * rows.column_stride;
+  int to = slot + own.bytes;
+  valid >>= own.row;
+  if (rows.vectors && left >= 8) {
+    uint32_t address = shared_address(to);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i * own.at_once >= 16) break;
+      copy_async(address, from, valid & 1u ? 16 : 0);
+      valid >>= own.at_once;
+      from += step;
+      address += next;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < 16; i += own.at_once) {
+    *shared_at<uint4>(to) = gather_piece(from, rows.column_stride, valid & 1u ? left : 0);
+    valid >>= own.at_once;
+    from += step;
+    to += next;
+  }
+}
+
+// The rows of a slot to where they belong.
+template <class Storage>
+__device__ __forceinline__ void store_strip(const StripParams& p, const Place& at,
+                                            const Rows<Storage>& rows, int first, int slot) {
+  const Pieces own(p, at);
+  const int left = rows.depth - own.column, next = own.at_once * p.sizes.pitch * kElement;
+  const int64_t step = own.at_once * rows.row_stride;
+  const int count = min(16, int(rows.count) - first);
+  Storage* to = rows.data + (first + own.row) * rows.row_stride + own.column * rows.column_stride;
+  int from = slot + own.bytes;
+  const bool whole = rows.vectors && left >= 8;
+#pragma unroll 1
+  for (int i = own.row; i < count; i += own.at_once) {
+    if (whole) {
+      *reinterpret_cast<uint4*>(to) = *shared_at<uint4>(from);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 8 && e < left; ++e) {
+        to[e * rows.column_stride] = shared_at<Storage>(from)[e];
+      }
+    }
+    from += next;
+    to += step;
+  }
+}
+
+}  // namespace setformer::cuda::on_chip

@@ -1,0 +1,3 @@
+#include "on_chip/backward.cuh"
+
+template struct setformer::cuda::OnChipBackward<__nv_bfloat16>;
