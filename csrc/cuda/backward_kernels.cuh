@@ -214,12 +214,10 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     attention_backward_resident_kernel(const int64_t first, const BackwardParams p,
                                        const BackwardWorkspace parts,
                                        Accumulate<Storage>* const workspace,
-                                       const bool but_factored) {
+                                       const bool but_those_for_chip) {
   const int64_t index = first + blockIdx.x;
-  if (but_factored) {
-    Similarity<Accumulate<Storage>> similarity;
-    similarity.select_similarity(p, keys_of(p), index % p.heads);
-    if (similarity.factored) return;
+  if constexpr (kIsHalf<Storage>) {
+    if (but_those_for_chip && is_for_chip<Storage>(p, index, Shape<Storage>::kThreads)) return;
   }
 #pragma unroll 1
   for (int phase = 0; phase < (p.cross ? 3 : 2); ++phase) {

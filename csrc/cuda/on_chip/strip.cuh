@@ -22,6 +22,7 @@ using PackedStrip = uint32_t[S::kPairs][4];  // as the first operand of products
 inline constexpr int kSlots = 3;              // of a round: keys and two more
 inline constexpr int kColumns = 16 * kBands;  // of a group, that products take at once
 inline constexpr int kMostGroups = 2;
+inline constexpr int kMostSteps = 256;  // of which shared memory has numbers of the references
 // Sums that a warp keeps of its references: 16 of them by kColumns each.
 template <class S>
 inline constexpr int kUnits = S::kWarps == 1 ? 4 : 2;
@@ -48,10 +49,11 @@ struct StripParams : BackwardParams {
 //   totals           [kReferences]                  float
 //   units            [kWarps]                       float: what plans of float16 are divided by
 //   references       [16 kPairs, pitch]             storage
-//   pooled, pooled_gradient  [2, 16 kPairs, pitch]  storage: A and dA, and what rounding left of
-//   them plan             [kWarps, 16, 16 kPairs + 8]    storage rows             [kWarps, 2,
-//   kSlots, 16, pitch] storage: of this round and of the next steps            [max(T, 1), 2,
-//   kReferences]    float: what steps know of the references
+//   pooled           [2, 16 kPairs, pitch]          storage: A, and what rounding left of it
+//   pooled_gradient  [2, 16 kPairs, pitch]          storage: of dA
+//   plan             [kWarps, 16, 16 kPairs + 8]    storage
+//   rows             [kWarps, 2, kSlots, 16, pitch] storage: of this round and of the next
+//   steps            [max(T, 1), 2, kReferences]    float: what steps know of the references
 template <class S>
 struct StripMemory {
   static constexpr int kOfReferences = S::kReferences * 4;
@@ -116,10 +118,11 @@ __device__ __forceinline__ int slot_offset(const StripParams& p, int warp, int r
 struct Pieces {
   int row, column, at_once, bytes;  // of the first, in its slot
   __device__ __forceinline__ Pieces(const StripParams& p, const Place& at) {
-    const int shift = p.sizes.pitch > kColumns + 8 ? 3 : 2;
-    at_once = 32 >> shift;
-    row = at.lane >> shift;
-    column = 8 * (at.lane & ((1 << shift) - 1));
+    // Eight lanes write without bank conflicts: a piece of eight short rows, or a long row.
+    const bool is_short = p.sizes.pitch == kColumns + 8;
+    at_once = is_short ? 8 : 4;
+    row = is_short ? at.lane % 8 : at.lane / 8;
+    column = 8 * (is_short ? at.lane / 8 : at.lane % 8);
     bytes = (row * p.sizes.pitch + column) * kElement;
   }
 };
