@@ -611,7 +611,7 @@ ON_CHIP_BACKWARD = tuple(
             "bfloat16 on-chip backward",
         ),
         (
-            "eta in the steps that do not collect",
+            "eta on the side that does not collect",
             "steps_backward.cuh",
             "if (gradients.collects) adjoint +=",
             "adjoint +=",
