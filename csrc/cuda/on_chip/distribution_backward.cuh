@@ -82,7 +82,7 @@ __device__ __forceinline__ void distribute_backward(const StripParams& p, const 
       gradients.pooled_gradient[j * width + column] = x * (1.0f / kPlanScale<typename S::Storage>);
     }
   });
-  add_columns<S>(at, 0, columns);
+  add_columns<S>(at, columns);
   meet<S>();
 }
 

@@ -11,7 +11,7 @@ __device__ __forceinline__ void differentiate_distribution(const StripParams& p,
                                                            const OwnTokens<S>& tokens, int slot,
                                                            Strip<S>& ds) {
   const auto& gradients = shared_gradients<S>();
-  if (!gradients.distributes) return for_each_of_strip(ds, [](float& x) { x = 0.0f; });
+  if (!gradients.distributes) return clear(ds);
   multiply_by_rows<S, 2>(p, at, slot, p.sizes.pooled, p.sizes.value_groups, ds);
   float factors[2], shares[2];
   tokens.factors(p.iterations, factors);
@@ -152,7 +152,7 @@ __device__ __forceinline__ void differentiate_strip(const StripParams& p, const 
   const int64_t t = p.iterations > 0 ? 1 : 0;
   const bool collects = gradients.collects && t == p.iterations;
   Strip<S> entries, ds, weighed;
-  copy_strip(similarities, entries);
+  copy(entries, similarities);
   entries_of_strip<S>(entries);
   differentiate_distribution<S>(p, at, tokens, output_gradients, ds);
   if (gradients.collects) weigh_values<S>(p, at, values, scales, weighed);

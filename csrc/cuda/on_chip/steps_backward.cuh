@@ -58,7 +58,7 @@ __device__ __forceinline__ void pack_collection(const Place& at, const Strip<S>&
                                                 PackedStrip<S>& plan, float (&units)[2]) {
   using Storage = typename S::Storage;
   Strip<S> weighed;
-  copy_strip(entries, weighed);
+  copy(weighed, entries);
   const float2* collection = pairs_at(StripMemory<S>::kCollection, at);
   float tops[2] = {};
   for_each_with(weighed, collection, [&](float& x, float of_reference, int half) {
@@ -157,10 +157,8 @@ __device__ __forceinline__ void step_backward(const StripParams& p, const Place&
                                               const Strip<S>& entries, const Strip<S>& weighed,
                                               bool collects, const Scales& scales, Flows& flows) {
   float sums[2] = {}, factors[2];
-  Strip<S> terms;
-  copy_strip(entries, terms);
-  for_each_with(terms, pairs_at(step_offset<S>(p, t, 0), at),
-                [&](float& x, float adjoint, int half) { sums[half] -= x * adjoint; });
+  for_each_with(entries, pairs_at(step_offset<S>(p, t, 0), at),
+                [&](float x, float adjoint, int half) { sums[half] -= x * adjoint; });
   if (collects) {
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) {
@@ -195,7 +193,7 @@ __device__ __forceinline__ void sweep_of_step(const StripParams& p, const Place&
              step_backward<S>(p, at, t, tokens, values, entries, weighed, collects, scales, flows);
              add_to_columns<S>(entries, flows.adjoints, columns);
            });
-  add_columns<S>(at, int(t & 1), columns);
+  add_columns<S>(at, columns);
   meet<S>();
   const float* factors = shared_at<float>(step_offset<S>(p, t, 1));
   const float* totals = shared_at<float>(StripMemory<S>::kTotals);

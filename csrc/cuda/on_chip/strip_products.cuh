@@ -17,23 +17,14 @@ __device__ __forceinline__ uint32_t tile_matrices(const Place& at, int offset, i
 }
 
 // visit(entry, number of its reference, which of the two tokens); numbers as pairs_at gives them.
-template <int blocks, class Visit>
-__device__ __forceinline__ void for_each_with(float (&strip)[blocks][4], const float2* numbers,
+template <int blocks, class Number, class Visit>
+__device__ __forceinline__ void for_each_with(Number (&strip)[blocks][4], const float2* numbers,
                                               Visit visit) {
 #pragma unroll
   for (int n = 0; n < blocks; ++n) {
     const float2 pair = numbers[4 * n];
 #pragma unroll
     for (int e = 0; e < 4; ++e) visit(strip[n][e], e % 2 ? pair.y : pair.x, e / 2);
-  }
-}
-
-template <int blocks>
-__device__ __forceinline__ void copy_strip(const float (&from)[blocks][4], float (&to)[blocks][4]) {
-#pragma unroll
-  for (int n = 0; n < blocks; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) to[n][e] = from[n][e];
   }
 }
 
@@ -48,7 +39,7 @@ __device__ __forceinline__ void multiply_by_rows(const StripParams& p, const Pla
   uint32_t rows = tile_matrices(at, slot, pitch, false);
   uint32_t columns = shared_address(operand) + kElement * (at.lane % 8 * pitch + at.lane / 8 * 8);
   float upper[4] = {}, lower[4] = {};
-  for_each_of_strip(products, [](float& x) { x = 0.0f; });
+  clear(products);
 #pragma unroll
   for (int group = 0; group < kMostGroups; ++group) {
     if (group >= groups) break;

@@ -136,12 +136,12 @@ __device__ __forceinline__ void add_to_columns(const Strip<S>& entries, const fl
   }
 }
 
-// A lane's share of sums over the tokens to the sums in `totals`; the caller lets the warps meet.
+// A lane's share of sums over the tokens to the sums in `totals`; the caller lets the warps meet,
+// so that these sums have one room.
 template <class S>
-__device__ __forceinline__ void add_columns(const Place& at, int parity,
-                                            const OfReferences<S>& columns) {
+__device__ __forceinline__ void add_columns(const Place& at, const OfReferences<S>& columns) {
   Two<float> totals[S::kLanePairs];
-  sum_columns<S>(at, parity, [&](int n, int e) { return columns[n][e]; }, totals);
+  sum_columns<S>(at, 0, [&](int n, int e) { return columns[n][e]; }, totals);
   if (at.warp != 0) return;
   float2* to = shared_at<float2>(StripMemory<S>::kTotals);
 #pragma unroll
