@@ -111,14 +111,13 @@ def _launches(p: Problem, pass_: str) -> Iterator[Launch]:
     if tokens != p.tokens and min(tokens, p.tokens) <= MOST_IN_A_BLOCK:
         raise ValueError(f"executed.csv has no head of {p.tokens} x {p.depth}, {p.references}")
     longer = p.tokens / tokens  # where kernels stream, work is in proportion to the tokens
-    first, last = (_executed()[tokens, p.depth, p.references][steps, pass_] for steps in (1, 5))
-    # One step more is as much more work each time; at T = 0 what is of a step happens once.
-    part = (max(p.steps, 1) - 1) / 4
-    for kernel, at_five in last.items():
-        at_one = first.get(kernel, dict.fromkeys(at_five, 0.0))  # one step has none to merge with
-        row = {name: at_one[name] + (x - at_one[name]) * part for name, x in at_five.items()}
-        if row["launches"]:
-            yield _launch(kernel, row, p, longer)
+    by_steps = _executed()[tokens, p.depth, p.references]
+    # Each step from the second on is as much work; T = 0 is taken for T = 1, an upper bound.
+    first, last, part = (2, 5, (p.steps - 2) / 3) if p.steps > 1 else (1, 1, 0)
+    at_first, at_last = by_steps[first, pass_], by_steps[last, pass_]
+    for kernel, row in at_first.items():
+        more = {name: (at_last[kernel][name] - x) * part for name, x in row.items()}
+        yield _launch(kernel, {name: x + more[name] for name, x in row.items()}, p, longer)
 
 
 def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float) -> Launch:

@@ -281,7 +281,7 @@ def test_instructions_of_lines_are_those_that_mostly_run() -> None:
 
 
 def test_what_a_head_executes(backend: Backend) -> None:
-    """A window counted anew, but for what is issued; between T = 1 and 5 model.py interpolates."""
+    """A window counted anew, but for what is issued; between T = 2 and 5 model.py interpolates."""
     if not backend.emulated:
         pytest.skip("only the emulated device counts instructions")
     counted = executed.Counted({})
@@ -293,18 +293,16 @@ def test_what_a_head_executes(backend: Backend) -> None:
     assert executed.differences(table, now) == []
     now[0][issued + 1] = str(2 * int(now[0][issued + 1]))
     assert len(executed.differences(table, now)) == 1
-    # Backward of the first step does less than of others, so that T = 3 is not just in the middle:
-    # from T = 2 on v dA^T is formed twice, 112 of 912 products, half of which the middle lacks.
     p = Problem(1, 1, *head, steps=3)
     for row, launch in zip(
         counted.head(*head, 3), model.forward(p) + model.backward(p), strict=True
     ):
         tensor, special, shuffle, shared, cache = row[issued + 1 :]
         assert row[5] == launch.kernel
-        assert launch.work.tensor == pytest.approx(tensor * 4096, rel=0.07)
-        assert launch.work.special == pytest.approx(special * 32, rel=0.07)
-        assert launch.work.shared == pytest.approx((shuffle + shared) * 128, rel=0.07)
-        assert launch.work.cache == pytest.approx(cache * 128, rel=0.07)
+        assert launch.work.tensor == pytest.approx(tensor * 4096, rel=0.01)
+        assert launch.work.special == pytest.approx(special * 32, rel=0.01)
+        assert launch.work.shared == pytest.approx((shuffle + shared) * 128, rel=0.01)
+        assert launch.work.cache == pytest.approx(cache * 128, rel=0.01)
 
 
 def test_a_launch_takes_as_long_as_its_slowest_resource() -> None:
@@ -326,8 +324,9 @@ def test_work_grows_with_tokens_heads_and_steps(
     once = issued(p)
     assert issued(replace(p, tokens=2 * p.tokens)) == pytest.approx(2 * once)
     assert issued(replace(p, batch=4)) == pytest.approx(2 * once)
-    two, three = (issued(replace(p, steps=steps)) for steps in (2, 3))
-    assert three - two == pytest.approx(two - once)
+    two, three, four = (issued(replace(p, steps=steps)) for steps in (2, 3, 4))
+    assert once < two
+    assert four - three == pytest.approx(three - two)
     for head in ({"tokens": 500}, {"references": 64}):  # on chip, or counted only there
         with pytest.raises(ValueError, match="has no head of"):
             launches(replace(p, **head))
@@ -427,7 +426,7 @@ def test_bank_conflicts(backend: Backend, dtype: torch.dtype, tokens: int, depth
     passes, least = sum(count.cost for count in shared), sum(count.least for count in shared)
     print(f"{passes} passes over the banks, {least} at best: {passes / least - 1:.2%} more")
     # beside the loops below, where there is none: references and outputs on their way
-    assert passes <= 1.05 * least
+    assert passes <= 1.02 * least
     for count in shared:
         if count.access == "read" and Path(count.file).name in MAIN_LOOPS:
             assert count.cost == count.least, f"{count.kernel} {count.file}:{count.line}"

@@ -21,37 +21,10 @@ inline constexpr float kPlanScale = kFewExponents<Storage> ? float(1 << kPlanShi
 template <class S>
 __device__ __forceinline__ void store_outputs(const Params& p, const Place& at,
                                               const Tokens<S>& tokens, int first_column) {
-  using Storage = typename S::Storage;
-  const Rows<Storage>& rows = shared_head<S>().outputs;
-  const int pitch = p.sizes.pitch, shift = pitch > 16 * kBands + 8 ? 3 : 2;
-  const int row = at.lane >> shift, rows_at_once = 32 >> shift;
-  const int column = 8 * (at.lane & ((1 << shift) - 1));
-  const int left = rows.depth - first_column - column;
-  const int count = left <= 0 ? 0 : min(16 * tokens.strips, int(rows.count) - tokens.first);
-  const bool whole = rows.vectors && left >= 8;
-  int from = p.sizes.rows + ((at.warp * p.sizes.room + row) * pitch + column) * kElement;
-  Storage* to = rows.data + (tokens.first + row) * rows.row_stride +
-                (first_column + column) * rows.column_stride;
-  const int64_t step = rows_at_once * rows.row_stride;
-  const int step_of_room = rows_at_once * pitch * kElement;
-  if (whole) {
-#pragma unroll 4
-    for (int i = row; i < count; i += rows_at_once) {
-      *reinterpret_cast<uint4*>(to) = *shared_at<uint4>(from);
-      from += step_of_room;
-      to += step;
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = row; i < count; i += rows_at_once) {
-#pragma unroll 1
-    for (int e = 0; e < 8 && e < left; ++e) {
-      to[e * rows.column_stride] = shared_at<Storage>(from)[e];
-    }
-    from += step_of_room;
-    to += step;
-  }
+  const auto& rows = shared_head<S>().outputs;
+  const int count = min(16 * tokens.strips, int(rows.count) - tokens.first);
+  store_rows(at, rows, tokens.first, count, first_column, p.sizes.pitch,
+             p.sizes.rows + at.warp * p.sizes.room * p.sizes.pitch * kElement);
 }
 
 // What sums of products are multiplied by, in the warp's own rooms: pairs of references.
@@ -73,15 +46,15 @@ __device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weig
   const int width = int(p.value_depth), left = int(p.references) - 2 * pair;
   float* pooled = shared_head<S>().pooled + (2 * pair * width + column);
   uint32_t* operand =
-      shared_at<uint32_t>(Memory<S>::kOperand) + ((band * S::kPairs + block / 2) * 32 + lane) * 4;
+      shared_at<uint32_t>(Memory<S>::kOperand) + (band * S::kPairs + block / 2) * 128 + 2 * lane;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (column + 8 * half < width) {
       if (left > 0) pooled[8 * half] = x[half][0];
       if (left > 1) pooled[8 * half + width] = x[half][1];
     }
-    operand[2 * half + block % 2] = pack<Storage>(x[half][0] * factor.x, x[half][1] * factor.y);
-    if (S::kBlocks % 2 == 1 && block == S::kBlocks - 1) operand[2 * half + 1] = 0;
+    operand[64 * half + block % 2] = pack<Storage>(x[half][0] * factor.x, x[half][1] * factor.y);
+    if (S::kBlocks % 2 == 1 && block == S::kBlocks - 1) operand[64 * half + 1] = 0;
   }
 }
 
@@ -222,7 +195,7 @@ __device__ __forceinline__ void distribute(const Params& p, const Place& at,
   const int bands = p.sizes.value_bands, pitch = p.sizes.pitch;
   Storage* room =
       shared_at<Storage>(p.sizes.rows) + (at.warp * p.sizes.room + at.g) * pitch + 2 * at.c;
-  const uint4* operand = shared_at<uint4>(Memory<S>::kOperand) + at.lane;
+  const uint2* operand = shared_at<uint2>(Memory<S>::kOperand) + at.lane;
 #pragma unroll 1
   for (int band = 0; band < bands; ++band) {
     Storage* own = room + 16 * (band % kMostBands);
@@ -231,8 +204,7 @@ __device__ __forceinline__ void distribute(const Params& p, const Place& at,
       float sums[S::kStrips][4] = {};
 #pragma unroll
       for (int pair = 0; pair < S::kPairs; ++pair) {
-        const uint2 b =
-            reinterpret_cast<const uint2*>(operand + (band * S::kPairs + pair) * 32)[upper];
+        const uint2 b = operand[(band * S::kPairs + pair) * 64 + upper * 32];
 #pragma unroll
         for (int s = 0; s < S::kStrips; ++s) {
           const uint32_t a[4] = {plan[s][2 * pair][0], plan[s][2 * pair][1],

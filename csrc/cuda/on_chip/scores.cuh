@@ -15,11 +15,12 @@ __device__ __forceinline__ void stage_references(const ForwardParams& p, const P
   Rows<Storage> rows;
   rows.select(p.reference, head.b, head.h, p.references, p.depth);
   Storage* to = shared_at<Storage>(room);
+  // Eight lanes that write at once take a piece of eight rows, which begin in different banks.
 #pragma unroll 1
-  for (int j = at.thread / 4; j < S::kReferences; j += S::kThreads / 4) {
+  for (int j = 8 * at.warp + at.lane % 8; j < S::kReferences; j += S::kThreads / 4) {
     float square = 0;
 #pragma unroll 1
-    for (int column = 8 * at.c; column < pitch - 8; column += 32) {
+    for (int column = at.lane / 8 * 8; column < pitch - 8; column += 32) {
       const int left = j < p.references ? rows.depth - column : 0;
       const Storage* from = rows.data + j * rows.row_stride + column * rows.column_stride;
       const uint4 piece = rows.vectors && left >= 8 ? *reinterpret_cast<const uint4*>(from)
@@ -32,8 +33,9 @@ __device__ __forceinline__ void stage_references(const ForwardParams& p, const P
         square += x.x * x.x + x.y * x.y;
       }
     }
-    square = quad_sum(square);
-    if (at.c == 0) shared_at<float>(Memory<S>::kTerms)[j] = head.exponent(square);
+    square += __shfl_xor_sync(kFullWarp, square, 8);
+    square += __shfl_xor_sync(kFullWarp, square, 16);
+    if (at.lane < 8) shared_at<float>(Memory<S>::kTerms)[j] = head.exponent(square);
   }
   if (!head.similarity.has_positions) return;
   const Tensor& from = p.reference_positions;

@@ -91,7 +91,7 @@ struct Params : ForwardParams {
 //   spread      [2, kWarps, 64 kLanePairs]       float, a warp's own
 //   columns     [2, kWarps, 64 kLanePairs]       float2: sums of each warp, and their exponents
 //   sums        [2, kWarps, kGroup, kBands, 32]  float4: tiles of A^T of each warp
-//   operand     [bands, kPairs, 32]              uint4: A in the order of fragments
+//   operand     [bands, kPairs, 2, 32]           uint2: A in the order of fragments
 //   references  [kReferences, depth pitch]       storage
 //   rows        [kWarps, room, pitch]            storage, a warp's own: keys, values, outputs
 template <class S>
@@ -208,32 +208,45 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
   }
 }
 
+inline constexpr int kShortPitch = 16 * kBands + 8;  // of rows of 4 pieces; others have 8
+
+// The piece of 8 columns that a lane copies, of one of each `at_once` rows. Eight lanes copy
+// without bank conflicts: a piece of eight short rows, or a long row.
+struct Piece {
+  int row, column, at_once, bytes;  // bytes from the first row
+  __device__ __forceinline__ Piece(bool is_short, int pitch, const Place& at) {
+    at_once = is_short ? 8 : 4;
+    row = is_short ? at.lane % 8 : at.lane / 8;
+    column = 8 * (is_short ? at.lane / 8 : at.lane % 8);
+    bytes = (row * pitch + column) * kElement;
+  }
+};
+
 // Starts copying columns of the warp's tokens into its room, from `first_column` on, 0 for hidden
-// tokens and beyond the end. A row is `pieces` pieces of 16 bytes.
-template <class S, int pieces>
+// tokens and beyond the end.
+template <class S, bool is_short>
 __device__ __forceinline__ void stage_pieces(const Params& p, const Place& at,
                                              const Tokens<S>& tokens,
                                              const Rows<typename S::Storage>& rows,
                                              int first_column) {
   using Storage = typename S::Storage;
-  constexpr int kRowsAtOnce = 32 / pieces;
-  const int room = p.sizes.room;
-  const int row = at.lane / pieces, column = at.lane % pieces * 8, pitch = p.sizes.pitch;
-  const int left = rows.depth - first_column - column;
+  const int room = p.sizes.room, pitch = p.sizes.pitch;
+  const Piece own(is_short, pitch, at);
+  const int left = rows.depth - first_column - own.column;
   const bool whole = rows.vectors && left >= 8;
-  int to = p.sizes.rows + ((at.warp * room + row) * pitch + column) * kElement;
-  const Storage* from = rows.data + (tokens.first + row) * rows.row_stride +
-                        (first_column + column) * rows.column_stride;
-  const int64_t step = kRowsAtOnce * rows.row_stride;
-  const int step_of_room = kRowsAtOnce * pitch * kElement;
+  int to = p.sizes.rows + at.warp * room * pitch * kElement + own.bytes;
+  const Storage* from = rows.data + (tokens.first + own.row) * rows.row_stride +
+                        (first_column + own.column) * rows.column_stride;
+  const int64_t step = own.at_once * rows.row_stride;
+  const int step_of_room = own.at_once * pitch * kElement;
   if (whole) {
     uint32_t address = shared_address(to);
 #pragma unroll
     for (int first = 0; first < S::kWarpTokens; first += 32) {
       if (first >= room) break;
-      const uint32_t valid = tokens.valid[first / 32] >> row;
+      const uint32_t valid = tokens.valid[first / 32] >> own.row;
 #pragma unroll
-      for (int i = 0; i < 32; i += kRowsAtOnce) {
+      for (int i = 0; i < 32; i += own.at_once) {
         copy_async(address, from, valid & 1u << i ? 16 : 0);
         from += step;
         address += step_of_room;
@@ -242,8 +255,8 @@ __device__ __forceinline__ void stage_pieces(const Params& p, const Place& at,
     return;
   }
 #pragma unroll 1
-  for (int first = 0; first < room; first += kRowsAtOnce) {
-    const bool valid = first + row < 16 * tokens.strips && rows.valid(tokens.first + first + row);
+  for (int row = own.row; row < room; row += own.at_once) {
+    const bool valid = row < 16 * tokens.strips && rows.valid(tokens.first + row);
     *shared_at<uint4>(to) = gather_piece(from, rows.column_stride, valid ? left : 0);
     from += step;
     to += step_of_room;
@@ -253,12 +266,41 @@ __device__ __forceinline__ void stage_pieces(const Params& p, const Place& at,
 template <class S>
 __device__ __forceinline__ void stage(const Params& p, const Place& at, const Tokens<S>& tokens,
                                       const Rows<typename S::Storage>& rows, int first_column) {
-  if (p.sizes.pitch > 16 * kBands + 8) {
-    stage_pieces<S, 8>(p, at, tokens, rows, first_column);
+  if (p.sizes.pitch == kShortPitch) {
+    stage_pieces<S, true>(p, at, tokens, rows, first_column);
   } else {
-    stage_pieces<S, 4>(p, at, tokens, rows, first_column);
+    stage_pieces<S, false>(p, at, tokens, rows, first_column);
   }
   commit_copies();
+}
+
+// `count` rows of shared memory, by the warp, to rows from `first` on and columns from
+// `first_column`.
+template <class Storage>
+__device__ __forceinline__ void store_rows(const Place& at, const Rows<Storage>& rows, int first,
+                                           int count, int first_column, int pitch, int from) {
+  const Piece own(pitch == kShortPitch, pitch, at);
+  const int left = rows.depth - first_column - own.column;
+  if (left <= 0) return;
+  const bool whole = rows.vectors && left >= 8;
+  from += own.bytes;
+  Storage* to = rows.data + (first + own.row) * rows.row_stride +
+                (first_column + own.column) * rows.column_stride;
+  const int64_t step = own.at_once * rows.row_stride;
+  const int next = own.at_once * pitch * kElement;
+#pragma unroll 1
+  for (int i = own.row; i < count; i += own.at_once) {
+    if (whole) {
+      *reinterpret_cast<uint4*>(to) = *shared_at<uint4>(from);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 8 && e < left; ++e) {
+        to[e * rows.column_stride] = shared_at<Storage>(from)[e];
+      }
+    }
+    from += next;
+    to += step;
+  }
 }
 
 // Where a lane's ldmatrix reads in the room: its matrices are rows 0 to 7 and 8 to 15 of a strip,

@@ -114,25 +114,12 @@ __device__ __forceinline__ int slot_offset(const StripParams& p, int warp, int r
   return p.sizes.rows + ((warp * 2 + round % 2) * kSlots + slot) * slot_bytes(p);
 }
 
-// The pieces of 8 columns of a strip that are a lane's: one of each `at_once` rows.
-struct Pieces {
-  int row, column, at_once, bytes;  // of the first, in its slot
-  __device__ __forceinline__ Pieces(const StripParams& p, const Place& at) {
-    // Eight lanes write without bank conflicts: a piece of eight short rows, or a long row.
-    const bool is_short = p.sizes.pitch == kColumns + 8;
-    at_once = is_short ? 8 : 4;
-    row = is_short ? at.lane % 8 : at.lane / 8;
-    column = 8 * (is_short ? at.lane / 8 : at.lane % 8);
-    bytes = (row * p.sizes.pitch + column) * kElement;
-  }
-};
-
 // Starts copying 16 rows from `first` on into a slot, 0 where a row's bit is not set.
 template <class Storage>
 __device__ __forceinline__ void stage_strip(const StripParams& p, const Place& at,
                                             const Rows<Storage>& rows, int first, uint32_t valid,
                                             int slot) {
-  const Pieces own(p, at);
+  const Piece own(p.sizes.pitch == kShortPitch, p.sizes.pitch, at);
   const int left = rows.depth - own.column, next = own.at_once * p.sizes.pitch * kElement;
   const int64_t step = own.at_once * rows.row_stride;
   const Storage* from =
@@ -164,26 +151,7 @@ __device__ __forceinline__ void stage_strip(const StripParams& p, const Place& a
 template <class Storage>
 __device__ __forceinline__ void store_strip(const StripParams& p, const Place& at,
                                             const Rows<Storage>& rows, int first, int slot) {
-  const Pieces own(p, at);
-  const int left = rows.depth - own.column, next = own.at_once * p.sizes.pitch * kElement;
-  const int64_t step = own.at_once * rows.row_stride;
-  const int count = min(16, int(rows.count) - first);
-  Storage* to = rows.data + (first + own.row) * rows.row_stride + own.column * rows.column_stride;
-  int from = slot + own.bytes;
-  const bool whole = rows.vectors && left >= 8;
-#pragma unroll 1
-  for (int i = own.row; i < count; i += own.at_once) {
-    if (whole) {
-      *reinterpret_cast<uint4*>(to) = *shared_at<uint4>(from);
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < 8 && e < left; ++e) {
-        to[e * rows.column_stride] = shared_at<Storage>(from)[e];
-      }
-    }
-    from += next;
-    to += step;
-  }
+  store_rows(at, rows, first, min(16, int(rows.count) - first), 0, p.sizes.pitch, slot);
 }
 
 }  // namespace setformer::cuda::on_chip

@@ -432,8 +432,8 @@ ON_CHIP = tuple(
         (
             "rows that are not aligned taken for such that are",
             "shape.cuh",
-            "const bool whole = rows.vectors && left >= 8;",
-            "const bool whole = left >= 8;",
+            "const bool whole = rows.vectors && left >= 8;\n  int to",
+            "const bool whole = left >= 8;\n  int to",
             "bfloat16 on-chip forward, transposed",
         ),
         (
@@ -488,8 +488,8 @@ ON_CHIP = tuple(
         (
             "registers of the operand swapped",
             "averages.cuh",
-            "operand[2 * half + block % 2] = pack",
-            "operand[half + block % 2 * 2] = pack",
+            "operand[64 * half + block % 2] = pack",
+            "operand[half + 64 * (block % 2)] = pack",
             "bfloat16 on-chip forward",
         ),
         (
@@ -550,13 +550,13 @@ ON_CHIP_BACKWARD = tuple(
         (
             "gradients of tokens beyond the last are written",
             "strip.cuh",
-            "const int count = min(16, int(rows.count) - first);",
-            "const int count = 16;",
+            "min(16, int(rows.count) - first)",
+            "16",
             "bfloat16 on-chip backward",
         ),
         (
-            "columns of a gradient that are not neighbours stored as such",
-            "strip.cuh",
+            "columns that are not neighbours stored as such",
+            "shape.cuh",
             "to[e * rows.column_stride] = shared_at<Storage>(from)[e];",
             "to[e] = shared_at<Storage>(from)[e];",
             "bfloat16 on-chip backward, transposed",
