@@ -242,5 +242,10 @@ def differentiable_call(name: str, *arguments: Any) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*arguments)
+    operation = getattr(OPERATIONS, name).default
+    if torch.compiler.is_compiling() or wants_gradient(arguments):
+        refuse_tangents(arguments)
+        return operation(*arguments)
     refuse_tangents(arguments)
-    return getattr(OPERATIONS, name)(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # which would come back to Python only to go on
+        return operation(*arguments)
