@@ -52,8 +52,8 @@ struct OnChipForward {
   static bool run(const ForwardParams& p, Stream& stream);
 };
 
-// The same of backward, but for heads whose scores are too large to be worked on as factors: those
-// it leaves as they are.
+// The same of backward with the gaussian kernel. Heads that want logarithms, for large scores or
+// for reference masses that are far apart, it leaves as they are.
 template <class Storage>
 struct OnChipBackward {
   static bool run(const BackwardParams& p, const BackwardWorkspace& parts, void* workspace,

@@ -31,8 +31,7 @@ template <class S>
 __device__ __forceinline__ void differentiate_steps(const StripParams& p, const Place& at,
                                                     const OwnTokens<S>& tokens,
                                                     const Scales& scales, const Flows& last_flows,
-                                                    bool collects, const Strip<S>& weighed,
-                                                    Strip<S>& ds) {
+                                                    const Strip<S>& weighed, Strip<S>& ds) {
   const auto& gradients = shared_gradients<S>();
 #pragma unroll 1
   for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
@@ -47,7 +46,7 @@ __device__ __forceinline__ void differentiate_steps(const StripParams& p, const 
         flows.adjoints[half] = i < gradients.token_count ? gradients.row_adjoint(t, i) : 0.0f;
       }
     }
-    if (t == p.iterations && collects) {
+    if (t == p.iterations && gradients.collects) {
 #pragma unroll
       for (int n = 0; n < S::kBlocks; ++n) {
 #pragma unroll
@@ -160,7 +159,7 @@ __device__ __forceinline__ void differentiate_strip(const StripParams& p, const 
   if (t > 0 || collects) {
     step_backward<S>(p, at, t, tokens, values, entries, weighed, collects, scales, flows);
   }
-  differentiate_steps<S>(p, at, tokens, scales, flows, gradients.collects, weighed, ds);
+  differentiate_steps<S>(p, at, tokens, scales, flows, weighed, ds);
   PackedStrip<S> plan;
   const float unit = form_exchange<S>(p, at, similarities, ds, entries, total, plan);
   by_distance +=
