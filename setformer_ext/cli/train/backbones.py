@@ -11,28 +11,21 @@ from torch import nn
 
 from ... import vision  # noqa: F401 (registers the models)
 from ...errors import first_line
-from .options import add_model_options, number
+from .options import add_keys_and_values, add_option, fraction
 from .task import TrainingError
 
 
-def add_network(parser: argparse._ArgumentGroup, model: str, pretrained: str) -> None:
+def add_network(parser: argparse._ActionsContainer, model: str, pretrained: str) -> None:
     """Declare ``--model``, ``--model-options`` and ``--pretrained``, the weights to start from."""
-    parser.add_argument(
-        "--model", default="setformer_tiny", help=f"{model} that timm knows (default: %(default)s)"
-    )
-    add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
-    parser.add_argument("--pretrained", type=Path, metavar="FILE", help=pretrained)
+    add_option(parser, "--model", None, "setformer_tiny", f"{model} that timm knows")
+    purpose = "for timm.create_model, such as drop_path_rate=0.1"
+    add_keys_and_values(parser, "--model-options", purpose)
+    add_option(parser, "--pretrained FILE", Path, text=pretrained)
 
 
-def add_flip(parser: argparse._ArgumentGroup) -> None:
+def add_flip(parser: argparse._ActionsContainer) -> None:
     """Declare ``--flip``."""
-    parser.add_argument(
-        "--flip",
-        type=number(float, 0, 1),
-        default=0.5,
-        metavar="PROBABILITY",
-        help="of mirroring left and right (default: %(default)s)",
-    )
+    add_option(parser, "--flip PROBABILITY", fraction, 0.5, "of mirroring left and right")
 
 
 def require_network(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from ...errors import first_line
 from ..images import add_max_pixels
 from .backbones import add_flip, add_network, load_pretrained, require_network
 from .labelled_images import LabelledImages, classes_without_images, files_left_out, find_data
-from .options import number
+from .options import add_option, fraction, not_negative, number, positive
 from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError
 
 
@@ -61,85 +62,26 @@ class Classify(Task):
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="holds train/CLASS/*.jpg and val/CLASS/*.jpg, or with --val-share CLASS/*.jpg",
-        )
-        parser.add_argument(
-            "--val-share",
-            type=number(float, 0.001, 0.999),
-            metavar="SHARE",
-            help="of the images of every class in --data, drawn by --seed, to evaluate on",
-        )
+        add = partial(add_option, parser)
+        layout = "holds train/CLASS/*.jpg and val/CLASS/*.jpg, or with --val-share CLASS/*.jpg"
+        add("--data DIR", Path, text=layout, required=True)
+        held_out = "of the images of every class in --data, drawn by --seed, to evaluate on"
+        add("--val-share SHARE", number(float, 0.001, 0.999), text=held_out)
         add_max_pixels(parser)
-        add_network(
-            parser,
-            "any classifier",
-            "weights to start from; the classifier is left out if it is of other classes",
-        )
-        parser.add_argument(
-            "--input-size",
-            type=number(int, 1),
-            metavar="S",
-            help="images are S x S (default: what the model says of itself, mostly 224)",
-        )
-        parser.add_argument(
-            "--in-chans",
-            type=int,
-            choices=(1, 3),
-            default=3,
-            help="1 for grey, 3 for colours (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--crop-scale",
-            type=number(float, 0.01, 1),
-            default=0.08,
-            metavar="SHARE",
-            help="least share of an image's area that a random crop has (default: %(default)s)",
-        )
+        weights = "weights to start from; the classifier is left out if it is of other classes"
+        add_network(parser, "any classifier", weights)
+        size = "images are S x S (default: what the model says of itself, mostly 224)"
+        add("--input-size S", positive, text=size)
+        add("--in-chans", int, 3, "1 for grey, 3 for colours", choices=(1, 3))
+        crop = "least share of an image's area that a random crop has"
+        add("--crop-scale SHARE", number(float, 0.01, 1), 0.08, crop)
         add_flip(parser)
-        parser.add_argument(
-            "--auto-augment",
-            default="rand-m9-mstd0.5-inc1",
-            metavar="POLICY",
-            help="timm's name of it, or none (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--color-jitter",
-            type=number(float, 0),
-            default=0.4,
-            help="strength, without a policy (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--random-erasing",
-            type=number(float, 0, 1),
-            default=0.25,
-            metavar="PROBABILITY",
-            help="default: %(default)s",
-        )
-        parser.add_argument(
-            "--mixup",
-            type=number(float, 0),
-            default=0.8,
-            metavar="ALPHA",
-            help="0 for none (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--cutmix",
-            type=number(float, 0),
-            default=1.0,
-            metavar="ALPHA",
-            help="0 for none (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--label-smoothing",
-            type=number(float, 0, 1),
-            default=0.1,
-            help="default: %(default)s",
-        )
+        add("--auto-augment POLICY", None, "rand-m9-mstd0.5-inc1", "timm's name of it, or none")
+        add("--color-jitter", not_negative, 0.4, "strength, without a policy")
+        add("--random-erasing PROBABILITY", fraction, 0.25)
+        add("--mixup ALPHA", not_negative, 0.8, "0 for none")
+        add("--cutmix ALPHA", not_negative, 1.0, "0 for none")
+        add("--label-smoothing", fraction, 0.1)
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options

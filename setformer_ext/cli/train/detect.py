@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from ..images import add_annotated, add_max_pixels
 from .backbones import add_flip, add_network, load_backbone, require_jitter, require_network
 from .coco import Coco
-from .options import key_and_value, number
+from .options import add_keys_and_values, add_option, fraction, number, positive
 from .task import Batch, DataError, Metrics, Task, TrainingError, listed
 
 
@@ -81,84 +82,47 @@ class Detect(Task):
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="holds train2017/, val2017/ and annotations/instances_{train,val}2017.json",
-        )
-        parser.add_argument(
-            "--detector",
-            choices=tuple(DETECTORS),
-            default="mask_rcnn",
-            help="the others find boxes only (default: %(default)s)",
-        )
-        add_network(
-            parser, "backbone: a name", "the backbone's weights to start from, of a classifier"
-        )
-        parser.add_argument(
-            "--min-size",
-            type=number(int, 32),
+        add = partial(add_option, parser)
+        layout = "holds train2017/, val2017/ and annotations/instances_{train,val}2017.json"
+        add("--data DIR", Path, text=layout, required=True)
+        kinds = tuple(DETECTORS)
+        add("--detector", None, "mask_rcnn", "the others find boxes only", choices=kinds)
+        weights = "the backbone's weights to start from, of a classifier"
+        add_network(parser, "backbone: a name", weights)
+        add(
+            "--min-size S",
+            number(int, 32),
+            [800],
+            "images are resized so that their shorter side is S; of several, a random one while "
+            "training and then the last",
             nargs="+",
-            default=[800],
-            metavar="S",
-            help="images are resized so that their shorter side is S; of several, a random one "
-            "while training and then the last (default: 800)",
         )
-        parser.add_argument(
-            "--max-size",
-            type=number(int, 32),
-            default=1333,
-            metavar="S",
-            help="but their longer side no longer than S (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--anchor-sizes",
-            type=number(int, 1),
+        add("--max-size S", number(int, 32), 1333, "but their longer side no longer than S")
+        add(
+            "--anchor-sizes S",
+            positive,
+            list(ANCHOR_SIZES),
+            "about the objects' sizes in pixels once resized, for the five levels of the pyramid",
             nargs=5,
-            default=list(ANCHOR_SIZES),
-            metavar="S",
-            help="about the objects' sizes in pixels once resized, for the five levels of the "
-            "pyramid (default: 32 64 128 256 512)",
         )
-        parser.add_argument(
-            "--pyramid-channels",
-            type=number(int, 1),
-            default=256,
-            metavar="C",
-            help="width of the pyramid and of the heads on it (default: %(default)s)",
-        )
+        add("--pyramid-channels C", positive, 256, "width of the pyramid and of the heads on it")
         parser.add_argument(
             "--group-norm",
             action="store_true",
             help="norm the convolutions of pyramid and heads in groups, and give the box head "
             "four: for training without --pretrained",
         )
-        parser.add_argument(
-            "--detector-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="for torchvision's detector, such as box_detections_per_img=300",
-        )
-        parser.add_argument(
-            "--scale-jitter",
-            type=number(float, 0.01),
-            nargs=2,
-            metavar=("LOW", "HIGH"),
-            help="train on random squares of min-size, of images scaled by a random factor of "
+        purpose = "for torchvision's detector, such as box_detections_per_img=300"
+        add_keys_and_values(parser, "--detector-options", purpose)
+        add(
+            "--scale-jitter LOW HIGH",
+            number(float, 0.01),
+            text="train on random squares of min-size, of images scaled by a random factor of "
             "what would fit; 0.1 2 is usual where there is no pretraining (default: none)",
         )
         add_flip(parser)
-        parser.add_argument(
-            "--vertical-flip",
-            type=number(float, 0, 1),
-            default=0.0,
-            metavar="PROBABILITY",
-            help="of mirroring up and down, as for aerial images (default: %(default)s)",
-        )
+        mirroring = "of mirroring up and down, as for aerial images"
+        add("--vertical-flip PROBABILITY", fraction, 0.0, mirroring)
         parser.add_argument(
             "--photometric",
             action="store_true",

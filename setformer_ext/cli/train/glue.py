@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from ...language.saved import (
     require_embeddings,
 )
 from .glue_data import TASKS, Example, GlueTask, read_task
-from .options import add_model_options, number
+from .options import add_keys_and_values, add_option, number
 from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
 
 
@@ -99,42 +100,29 @@ class Glue(Task):
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
+        add = partial(add_option, parser)
+        add(
             "--task",
+            text="which of GLUE's tasks; of several, or all, each is trained into a folder of its "
+            "own in --output, and the average printed",
             dest="glue_task",
             nargs="+",
             choices=(*TASKS, "all"),
             required=True,
-            help="which of GLUE's tasks; of several, or all, each is trained into a folder of its "
-            "own in --output, and the average printed",
         )
-        parser.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="GLUE's download: holds CoLA/, SST-2/, MRPC/ and so on",
-        )
-        parser.add_argument(
-            "--model",
-            required=True,
-            metavar="DIR",
-            help="folder of a pretrained encoder: what train mlm wrote, or any model of "
+        download = "GLUE's download: holds CoLA/, SST-2/, MRPC/ and so on"
+        add("--data DIR", Path, text=download, required=True)
+        add(
+            "--model DIR",
+            text="folder of a pretrained encoder: what train mlm wrote, or any model of "
             "transformers that classifies sequences, with its tokenizer",
+            required=True,
         )
-        add_model_options(parser, "of the model's configuration, such as hidden_dropout_prob=0.2")
-        parser.add_argument(
-            "--attention-implementation",
-            metavar="NAME",
-            help="set_attention puts SeT attention into a model of transformers",
-        )
-        parser.add_argument(
-            "--sequence-length",
-            type=number(int, 8),
-            default=128,
-            metavar="N",
-            help="longer texts are cut (default: %(default)s)",
-        )
+        purpose = "of the model's configuration, such as hidden_dropout_prob=0.2"
+        add_keys_and_values(parser, "--model-options", purpose)
+        switch = "set_attention puts SeT attention into a model of transformers"
+        add("--attention-implementation NAME", text=switch)
+        add("--sequence-length N", number(int, 8), 128, "longer texts are cut")
 
     @staticmethod
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:

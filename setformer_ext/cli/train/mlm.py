@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ...language.saved import (
     load_tokenizer,
     require_embeddings,
 )
-from .options import add_model_options, number
+from .options import add_keys_and_values, add_option, number, positive
 from .parallel import from_main_process
 from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
 from .texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
@@ -123,67 +124,37 @@ class Mlm(Task):
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
-            "--data",
-            type=Path,
-            nargs="+",
-            required=True,
-            metavar="PATH",
-            help="text files, or folders of *.txt, with one document a line",
-        )
-        parser.add_argument(
-            "--eval-data",
-            type=Path,
-            nargs="+",
-            metavar="PATH",
-            help="the same to evaluate on (default: every hundredth document of --data)",
-        )
-        parser.add_argument("--model", choices=tuple(SIZES), help="size (default: base)")
-        add_model_options(
-            parser, "of SetformerConfig, such as num_references=64 or attention=softmax"
-        )
-        parser.add_argument(
-            "--pretrained",
-            type=Path,
-            metavar="DIR",
-            help="SeTformer encoder to start from, such as what train mlm wrote: its weights, "
+        add = partial(add_option, parser)
+        files = "text files, or folders of *.txt, with one document a line"
+        add("--data PATH", Path, text=files, nargs="+", required=True)
+        held_out = "the same to evaluate on (default: every hundredth document of --data)"
+        add("--eval-data PATH", Path, text=held_out, nargs="+")
+        add("--model", text="size (default: base)", choices=tuple(SIZES))
+        purpose = "of SetformerConfig, such as num_references=64 or attention=softmax"
+        add_keys_and_values(parser, "--model-options", purpose)
+        add(
+            "--pretrained DIR",
+            Path,
+            text="SeTformer encoder to start from, such as what train mlm wrote: its weights, "
             "sizes and, without --tokenizer, its vocabulary",
         )
-        parser.add_argument(
-            "--tokenizer",
-            type=Path,
-            metavar="DIR",
-            help="take this one of transformers' instead of training one",
-        )
-        parser.add_argument(
-            "--vocab-size",
-            type=number(int, 100),
-            help=f"largest vocabulary of the tokenizer that is trained (default: {VOCAB_SIZE})",
-        )
-        parser.add_argument(
-            "--alphabet",
-            type=number(int, 1),
-            metavar="N",
-            help="characters that it knows at most, the commonest; words with others are [UNK] "
+        saved = "take this one of transformers' instead of training one"
+        add("--tokenizer DIR", Path, text=saved)
+        largest = f"largest vocabulary of the tokenizer that is trained (default: {VOCAB_SIZE})"
+        add("--vocab-size", number(int, 100), text=largest)
+        add(
+            "--alphabet N",
+            positive,
+            text="characters that it knows at most, the commonest; words with others are [UNK] "
             "(default: what the texts need, if half of the vocabulary has room for it)",
         )
         parser.add_argument(
             "--cased", action="store_true", help="tell capital letters from small ones"
         )
-        parser.add_argument(
-            "--sequence-length",
-            type=number(int, 8),
-            default=128,
-            metavar="N",
-            help="documents are joined and cut into sequences of N (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--mask-share",
-            type=number(float, 0.01, 0.9),
-            default=CHOSEN,
-            metavar="SHARE",
-            help="of the words that have to be predicted (default: %(default)s)",
-        )
+        pieces = "documents are joined and cut into sequences of N"
+        add("--sequence-length N", number(int, 8), 128, pieces)
+        masked = "of the words that have to be predicted"
+        add("--mask-share SHARE", number(float, 0.01, 0.9), CHOSEN, masked)
 
     @staticmethod
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:

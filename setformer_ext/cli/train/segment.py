@@ -23,7 +23,7 @@ from ...vision.segmentation import DECODERS, enlargement, from_card, segment
 from ..images import add_annotated, add_max_pixels
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
 from .backbones import add_flip, add_network, load_backbone, require_jitter, require_network
-from .options import key_and_value, number
+from .options import add_keys_and_values, add_option, not_negative, number, positive
 from .task import Batch, DataError, Metrics, Task, TrainingError
 
 LISTED = 5  # of what is wrong with the data, in one message
@@ -73,73 +73,41 @@ class Segment(Task):
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="holds images/ and annotations/, each with training/ and validation/, and the "
+        add = partial(add_option, parser)
+        add(
+            "--data DIR",
+            Path,
+            text="holds images/ and annotations/, each with training/ and validation/, and the "
             "classes' names in objectInfo150.txt (ADE20K's) or classes.txt (one a line)",
+            required=True,
         )
-        parser.add_argument(
-            "--ignore-label",
-            type=_label_or_none,
-            default=0,
-            metavar="LABEL",
-            help="of pixels without a class, or none; the classes are 1, 2, ... if it is 0, else "
-            "0, 1, ... (default: %(default)s)",
+        add(
+            "--ignore-label LABEL",
+            _label_or_none,
+            0,
+            "of pixels without a class, or none; the classes are 1, 2, ... if it is 0, else "
+            "0, 1, ...",
         )
         add_annotated(parser)
         add_max_pixels(parser)
-        add_network(
-            parser, "backbone: a name", "the backbone's weights to start from, of a classifier"
+        weights = "the backbone's weights to start from, of a classifier"
+        add_network(parser, "backbone: a name", weights)
+        add("--decoder", None, "upernet", choices=tuple(DECODERS))
+        purpose = "for segmentation-models-pytorch, such as decoder_channels=128"
+        add_keys_and_values(parser, "--decoder-options", purpose)
+        size = "images are resized so that their shorter side is S; 0 for their own size"
+        add("--short-side S", number(int, 0), 512, size)
+        add(
+            "--window S",
+            number(int, 0),
+            0,
+            "evaluate and predict by overlapping windows of S x S, as large images need; 0 for "
+            "whole images",
         )
-        parser.add_argument(
-            "--decoder",
-            choices=tuple(DECODERS),
-            default="upernet",
-            help="default: %(default)s",
-        )
-        parser.add_argument(
-            "--decoder-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="for segmentation-models-pytorch, such as decoder_channels=128",
-        )
-        parser.add_argument(
-            "--short-side",
-            type=number(int, 0),
-            default=512,
-            metavar="S",
-            help="images are resized so that their shorter side is S; 0 for their own size "
-            "(default: %(default)s)",
-        )
-        parser.add_argument(
-            "--window",
-            type=number(int, 0),
-            default=0,
-            metavar="S",
-            help="evaluate and predict by overlapping windows of S x S, as large images need; 0 "
-            "for whole images (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--crop",
-            type=number(int, 1),
-            nargs="+",
-            default=[512],
-            metavar="S",
-            help="train on random crops of S x S, or of height and width (default: 512)",
-        )
-        parser.add_argument(
-            "--scale-jitter",
-            type=number(float, 0.01),
-            nargs=2,
-            default=[0.5, 2.0],
-            metavar=("LOW", "HIGH"),
-            help="of images scaled by a random factor (default: 0.5 2)",
-        )
+        crop = "train on random crops of S x S, or of height and width"
+        add("--crop S", positive, [512], crop, nargs="+")
+        scaling = "of images scaled by a random factor"
+        add("--scale-jitter LOW HIGH", number(float, 0.01), [0.5, 2.0], scaling)
         add_flip(parser)
         parser.add_argument(
             "--photometric",
@@ -147,13 +115,7 @@ class Segment(Task):
             default=True,
             help="distort brightness, contrast, saturation and hue at random (default: yes)",
         )
-        parser.add_argument(
-            "--dice",
-            type=number(float, 0),
-            default=0.0,
-            metavar="WEIGHT",
-            help="of the Dice loss beside the cross entropy (default: %(default)s)",
-        )
+        add("--dice WEIGHT", not_negative, 0.0, "of the Dice loss beside the cross entropy")
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
