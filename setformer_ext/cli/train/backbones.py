@@ -10,14 +10,16 @@ import timm
 from torch import nn
 
 from ... import vision  # noqa: F401 (registers the models)
-from ...errors import first_line
 from .options import add_keys_and_values, add_option, fraction
-from .task import TrainingError
+from .task import TrainingError, blaming, listed
+
+# What timm, torchvision and others raise where the options of a model do not fit.
+MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError)
 
 
 def add_network(parser: argparse._ActionsContainer, model: str, pretrained: str) -> None:
     """Declare ``--model``, ``--model-options`` and ``--pretrained``, the weights to start from."""
-    add_option(parser, "--model", None, "setformer_tiny", f"{model} that timm knows")
+    add_option(parser, "--model", str, "setformer_tiny", f"{model} that timm knows")
     purpose = "for timm.create_model, such as drop_path_rate=0.1"
     add_keys_and_values(parser, "--model-options", purpose)
     add_option(parser, "--pretrained FILE", Path, text=pretrained)
@@ -75,11 +77,8 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     Raises:
         TrainingError: if the file cannot be read or is of another model.
     """
-    try:
-        state = timm.models.load_state_dict(str(path))
-    except Exception as error:  # each format has errors of its own
-        reason = first_line(error)
-        raise TrainingError(f"--pretrained: cannot read weights from {path}: {reason}") from error
+    with blaming(f"--pretrained: cannot read weights from {path}", Exception):
+        state = timm.models.load_state_dict(str(path))  # each format has errors of its own
     own = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else classifier
@@ -89,9 +88,8 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     wrong = [name for name in own if name not in state and name not in heads]
     wrong += [name for name in state if name not in own or state[name].shape != own[name].shape]
     if wrong:
-        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise TrainingError(
             f"--pretrained: {path} holds weights of another model: "
-            f"missing, unknown or of another shape are {listed}"
+            f"missing, unknown or of another shape are {listed(wrong, separator=', ')}"
         )
     model.load_state_dict(state, strict=False)

@@ -10,20 +10,19 @@ from typing import Any
 from unittest.mock import patch
 
 import timm
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform, resolve_data_config
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ...errors import first_line
 from ..images import add_max_pixels
-from .backbones import add_flip, add_network, load_pretrained, require_network
+from .backbones import MODEL_ERRORS, add_flip, add_network, load_pretrained, require_network
 from .labelled_images import LabelledImages, classes_without_images, files_left_out, find_data
 from .options import add_option, fraction, not_negative, number, positive
-from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, blaming
 
 
 class Accuracy(Metrics):
@@ -46,9 +45,6 @@ class Accuracy(Metrics):
         figures = {EVAL_LOSS: self.loss.compute().item(), "top1": self.top1.compute().item()}
         if self.num_classes >= 5:  # of fewer classes all are among the first five
             figures["top5"] = self.top5.compute().item()
-        self.loss.reset()
-        self.top1.reset()
-        self.top5.reset()
         return figures
 
 
@@ -59,6 +55,7 @@ class Classify(Task):
     monitor = "top1"
     train: LabelledImages
     eval: LabelledImages
+    collate = staticmethod(default_collate)
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -76,7 +73,7 @@ class Classify(Task):
         crop = "least share of an image's area that a random crop has"
         add("--crop-scale SHARE", number(float, 0.01, 1), 0.08, crop)
         add_flip(parser)
-        add("--auto-augment POLICY", None, "rand-m9-mstd0.5-inc1", "timm's name of it, or none")
+        add("--auto-augment POLICY", str, "rand-m9-mstd0.5-inc1", "timm's name of it, or none")
         add("--color-jitter", not_negative, 0.4, "strength, without a policy")
         add("--random-erasing PROBABILITY", fraction, 0.25)
         add("--mixup ALPHA", not_negative, 0.8, "0 for none")
@@ -126,21 +123,21 @@ class Classify(Task):
         options = self.options
         common = {key: self.config[key] for key in ("input_size", "interpolation", "mean", "std")}
         operations = auto_augment.NAME_TO_OP
-        try:
-            with patch.dict(operations, {n: _posterize for n in operations if "Posterize" in n}):
-                self.train.transform = create_transform(
-                    **common,
-                    is_training=True,
-                    scale=(options.crop_scale, 1.0),
-                    hflip=options.flip,
-                    auto_augment=None if options.auto_augment == "none" else options.auto_augment,
-                    color_jitter=options.color_jitter or None,
-                    re_prob=options.random_erasing,
-                )
-        except (AssertionError, KeyError, ValueError) as error:
-            raise TrainingError(
-                f"--auto-augment: {options.auto_augment!r}: {first_line(error)}"
-            ) from error
+        posterize = {name: _posterize for name in operations if "Posterize" in name}
+        where = f"--auto-augment: {options.auto_augment!r}"
+        with (
+            patch.dict(operations, posterize),
+            blaming(where, AssertionError, KeyError, ValueError),
+        ):
+            self.train.transform = create_transform(
+                **common,
+                is_training=True,
+                scale=(options.crop_scale, 1.0),
+                hflip=options.flip,
+                auto_augment=None if options.auto_augment == "none" else options.auto_augment,
+                color_jitter=options.color_jitter or None,
+                re_prob=options.random_erasing,
+            )
         self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
 
     def _data_config(self) -> dict[str, Any]:
@@ -165,20 +162,11 @@ class Classify(Task):
         )
 
     def make_model(self) -> nn.Module:
-        try:
+        with blaming(f"--model-options: {self.options.model}", *MODEL_ERRORS):
             model = timm.create_model(self.options.model, **self.model_options)
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise TrainingError(
-                f"--model-options: {self.options.model}: {first_line(error)}"
-            ) from error
         if self.options.pretrained is not None:
             load_pretrained(model, self.options.pretrained)
         return model
-
-    @staticmethod
-    def collate(samples: list[Any]) -> Batch:
-        images, labels = zip(*samples, strict=True)
-        return torch.stack(images), torch.tensor(labels)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, labels = batch  # [B, C, H, W], [B]

@@ -34,7 +34,7 @@ from .coco_records import (
     read_size,
 )
 from .sampling import transformed
-from .task import DataError, listed
+from .task import DataError, blaming, listed
 
 LABEL_STUDIO = "Label Studio"
 
@@ -252,13 +252,9 @@ class Coco(Dataset[Any]):
         return np.array(read_image(path, self.max_pixels, upright))
 
     def _mask(self, thing: Record) -> Tensor:  # -> [H, W] uint8
-        try:
+        where = f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded"
+        with blaming(where, ValueError, TypeError, IndexError, kind=DataError):
             return torch.from_numpy(thing["mask"].decoded())
-        except (ValueError, TypeError, IndexError) as error:
-            raise DataError(
-                f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded: "
-                f"{first_line(error)}"
-            ) from error
 
 
 def _read(images: Path, annotations: Path) -> Record:
@@ -269,10 +265,8 @@ def _read(images: Path, annotations: Path) -> Record:
             f"--data: there is no {missing}; expected COCO's layout: train2017/*.jpg, "
             "val2017/*.jpg, annotations/instances_train2017.json and instances_val2017.json"
         )
-    try:
+    with blaming(f"{annotations}: not JSON", ValueError, RecursionError, kind=DataError):
         content = json.loads(annotations.read_bytes(), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{annotations}: not JSON: {first_line(error)}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{annotations}: expected COCO's format, with a list of {key}")

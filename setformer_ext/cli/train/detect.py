@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms import v2
 
-from ...errors import first_line
 from ...vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from ..images import add_annotated, add_max_pixels
-from .backbones import add_flip, add_network, load_backbone, require_jitter, require_network
+from .backbones import (
+    MODEL_ERRORS,
+    add_flip,
+    add_network,
+    load_backbone,
+    require_jitter,
+    require_network,
+)
 from .coco import Coco
 from .options import add_keys_and_values, add_option, fraction, number, positive
-from .task import Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import Batch, DataError, Metrics, Task, TrainingError, blaming, in_lists, listed
 
 
 class AveragePrecision(Metrics):
@@ -55,7 +61,6 @@ class AveragePrecision(Metrics):
         for name, images in self.metric.metric_state.items():
             setattr(self.metric, name, gather_object(images))
         result = self.metric.compute()
-        self.metric.reset()
         prefixes = {"": "bbox_", "mask_": "segm_"} if self.masks else {"": ""}
         return {
             f"{own}{name}": result[f"{theirs}{key}"].item()
@@ -79,6 +84,7 @@ class Detect(Task):
     defaults = {"batch_size": 2, "epochs": 36, "lr": 1e-4}
     train: Coco
     eval: Coco
+    collate = staticmethod(in_lists)
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -86,7 +92,7 @@ class Detect(Task):
         layout = "holds train2017/, val2017/ and annotations/instances_{train,val}2017.json"
         add("--data DIR", Path, text=layout, required=True)
         kinds = tuple(DETECTORS)
-        add("--detector", None, "mask_rcnn", "the others find boxes only", choices=kinds)
+        add("--detector", str, "mask_rcnn", "the others find boxes only", choices=kinds)
         weights = "the backbone's weights to start from, of a classifier"
         add_network(parser, "backbone: a name", weights)
         add(
@@ -201,20 +207,13 @@ class Detect(Task):
 
     def make_model(self) -> nn.Module:
         options = self.options
-        try:
+        with blaming(f"--model: {options.model}", *MODEL_ERRORS):
             model: Any = from_card(self.card())
-        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise TrainingError(f"--model: {options.model}: {first_line(error)}") from error
         load_backbone(model.backbone.body.model, options)
         return model
 
-    @staticmethod
-    def collate(samples: list[Any]) -> Batch:
-        images, targets = zip(*samples, strict=True)
-        return list(images), list(targets)  # of different sizes: a list of [3, H, W]
-
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images, targets = batch
+        images, targets = batch  # a list of [3, H, W], of different sizes
         return model(images, targets)
 
     def metrics(self) -> Metrics:

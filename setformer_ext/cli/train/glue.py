@@ -37,7 +37,7 @@ from ...language.saved import (
 )
 from .glue_data import TASKS, Example, GlueTask, read_task
 from .options import add_keys_and_values, add_option, number
-from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, blaming, listed
 
 
 def _accuracy(answers: Tensor, labels: Tensor) -> Tensor:
@@ -75,7 +75,6 @@ class Scores(Metrics):
     def compute(self) -> dict[str, float]:
         figures = {}
         rows = gather_object(self.rows)
-        self.rows = []
         for part in self.task.dev:
             pairs = [(answer, label) for where, answer, label in rows if where == part]
             answers, labels = torch.tensor(pairs, dtype=torch.float32).T
@@ -84,9 +83,7 @@ class Scores(Metrics):
                 value = METRICS[name](answers.to(kind), labels.to(kind)).item()
                 figures[f"{name}_{part}" if part else name] = value
         score = sum(figures.values()) / len(figures)
-        loss = self.loss.compute().item()
-        self.loss.reset()
-        return {EVAL_LOSS: loss, "score": score, **figures}
+        return {EVAL_LOSS: self.loss.compute().item(), "score": score, **figures}
 
 
 class Glue(Task):
@@ -144,6 +141,9 @@ class Glue(Task):
         self.options = options
         self.glue = TASKS[options.glue_task]
         self.tokenizer, self.config = _tokenizer_and_configuration(options, self.glue)
+        self.collate = partial(
+            make_batch, tokenizer=self.tokenizer, task=self.glue, length=options.sequence_length
+        )
         self.problems: list[str] = []
         notes = self.problems if options.on_error == "skip" else None
         self.train, self.eval = read_task(options.data, self.glue, notes)
@@ -160,7 +160,7 @@ class Glue(Task):
 
     def make_model(self) -> nn.Module:
         logging.disable_progress_bar()  # of weights that are read in no time
-        try:
+        with blaming("--model", SavedError):
             model = load_model(
                 AutoModelForSequenceClassification.from_pretrained,
                 Path(self.options.model),
@@ -168,8 +168,6 @@ class Glue(Task):
                 config=self.config,
                 attn_implementation=self.options.attention_implementation,
             )
-        except SavedError as error:
-            raise TrainingError(f"--model: {error}") from error
         self.config = model.config  # with the options of references, where it has them
         self.config.architectures = [type(model).__name__]
         return model
@@ -177,9 +175,6 @@ class Glue(Task):
     def prepare(self, output: Path) -> None:
         self.config.save_pretrained(output)
         self.tokenizer.save_pretrained(output)
-
-    def collate(self, samples: list[Example]) -> Batch:
-        return make_batch(samples, self.tokenizer, self.glue, self.options.sequence_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         inputs, labels, _ = batch
@@ -230,7 +225,11 @@ def _tokenizer_and_configuration(
             "--model-options: set_attention must be a mapping such as {'num_references': 64}, "
             f"got {references!r}"
         )
-    try:
+    where = (
+        "--model: expected a folder with a model and a tokenizer of transformers, such as the "
+        "--output of train mlm"
+    )
+    with blaming(where, SavedError):
         tokenizer = load_tokenizer(folder)
         config, unknown = load_saved(
             AutoConfig.from_pretrained,
@@ -241,11 +240,6 @@ def _tokenizer_and_configuration(
             **given,
         )
         require_embeddings(tokenizer, config, folder)
-    except SavedError as error:
-        raise TrainingError(
-            f"--model: expected a folder with a model and a tokenizer of transformers, such as "
-            f"the --output of train mlm: {error}"
-        ) from error
     if references:
         config.set_attention = (getattr(config, "set_attention", None) or {}) | references
     if glue.classes:

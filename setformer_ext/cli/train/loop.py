@@ -16,8 +16,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...errors import first_line
-from .checkpoints import CheckpointError, Checkpoints, clear_partial, save_weights, write_atomically
+from .checkpoints import Checkpoints, clear_partial, save_weights, write_atomically
 from .divergence import explained, require_finite
 from .evaluation import measure
 from .journal import LOSS_EVERY, Journal
@@ -33,7 +32,7 @@ from .sampling import (
     Stream,
     seed_generators,
 )
-from .task import EVAL_LOSS, TRAIN_LOSS, DataError, Task, TrainingError
+from .task import EVAL_LOSS, TRAIN_LOSS, DataError, Task, TrainingError, blaming
 
 
 @dataclass
@@ -222,13 +221,9 @@ class Training:
                 f"rate falls along a cosine of {planned} steps; take these first, then --epochs or "
                 f"--steps may ask for more, but never for fewer; got {self.steps} steps"
             )
-        try:
+        where = f"{self.checkpoints.folder}: of another version of the model or of a package"
+        with blaming(where, KeyError, RuntimeError, ValueError):
             self.learner.load_state(checkpoint)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.checkpoints.folder}: of another version of the model or of a package: "
-                + first_line(error)
-            ) from error
         self.progress = Progress(**checkpoint["progress"])
         if planned != self.steps:
             rates = f"from {self.learner.lr:.1e} to {self.learner.lr_of(step):.1e}"

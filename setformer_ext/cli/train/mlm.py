@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchmetrics import MeanMetric
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from ...errors import first_line
 from ...language import SIZES, SetformerConfig, SetformerForMaskedLM
 from ...language.heads import IGNORED
 from ...language.saved import (
@@ -28,7 +27,7 @@ from ...language.saved import (
 )
 from .options import add_keys_and_values, add_option, number, positive
 from .parallel import from_main_process
-from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, blaming, listed
 from .texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
 
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # BERT's shares: of the words; of those, the rest stay
@@ -102,14 +101,11 @@ class Prediction(Metrics):
 
     def compute(self) -> dict[str, float]:
         loss = self.loss.compute().item()
-        figures = {
+        return {
             EVAL_LOSS: loss,
             "accuracy": self.right.compute().item(),
             "perplexity": math.exp(min(loss, 700.0)),  # what a float holds
         }
-        self.right.reset()
-        self.loss.reset()
-        return figures
 
 
 class Mlm(Task):
@@ -121,6 +117,7 @@ class Mlm(Task):
     defaults = {"batch_size": 64, "epochs": 10, "lr": 5e-4, "ema_decay": 0.0, "weight_decay": 0.01}
     train: Packed
     eval: Packed
+    collate = staticmethod(default_collate)
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -223,12 +220,10 @@ class Mlm(Task):
             folder = getattr(options, option)
         if folder is None:
             return None
-        try:
+        with blaming(f"--{option}", SavedError):
             tokenizer = load_tokenizer(folder)
             if self.pretrained is not None:
                 require_embeddings(tokenizer, self.pretrained, options.pretrained)
-        except SavedError as error:
-            raise TrainingError(f"--{option}: {error}") from error
         needed = ("cls_token", "sep_token", "mask_token")
         lacks = [name for name in needed if getattr(tokenizer, name) is None]
         if lacks:
@@ -269,30 +264,19 @@ class Mlm(Task):
         return float((tokens == tokenizer.unk_token_id).sum() / max(1, words.sum()))
 
     def make_model(self) -> nn.Module:
-        try:
+        with blaming("--model-options", TypeError, ValueError, KeyError):
             config = SetformerConfig(**{**self.model_options, "sparse_prediction": True})
             if self.pretrained is None:
                 return SetformerForMaskedLM(config)
-        except (TypeError, ValueError, KeyError) as error:
-            raise TrainingError(f"--model-options: {first_line(error)}") from error
-        folder: Path = self.options.pretrained
-        try:
-            return load_model(
-                SetformerForMaskedLM.from_pretrained, folder, "decoder", config=config
-            )
-        except SavedError as error:
-            raise TrainingError(f"--pretrained: {error}") from error
+        load, folder = SetformerForMaskedLM.from_pretrained, self.options.pretrained
+        with blaming("--pretrained", SavedError):
+            return load_model(load, folder, "decoder", config=config)
 
     def prepare(self, output: Path) -> None:
         SetformerConfig(
             **self.model_options, architectures=["SetformerForMaskedLM"]
         ).save_pretrained(output)
         self.tokenizer.save_pretrained(output)
-
-    @staticmethod
-    def collate(samples: list[Any]) -> Batch:
-        tokens, labels = zip(*samples, strict=True)
-        return torch.stack(tokens), torch.stack(labels)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         tokens, labels = batch
@@ -326,10 +310,8 @@ def _encoder_configuration(folder: Path | None) -> SetformerConfig | None:
     """What ``--pretrained`` holds."""
     if folder is None:
         return None
-    try:
+    with blaming("--pretrained", SavedError):
         config = load_saved(AutoConfig.from_pretrained, folder)
-    except SavedError as error:
-        raise TrainingError(f"--pretrained: {error}") from error
     if isinstance(config, SetformerConfig):
         return config
     raise TrainingError(

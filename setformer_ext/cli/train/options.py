@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .configuration import ConfigurationError, read_configuration, with_numbers
-from .task import Task
+from .configuration import read_configuration, with_numbers
+from .task import Task, TrainingError
 
 MOST_WORKERS = 4
 LENGTH = {"epochs", "steps"}  # more of them go on with a training that is at its end
@@ -94,7 +94,7 @@ class TaskParser(argparse.ArgumentParser):
         """A configuration file as arguments of the command line."""
         try:
             content = read_configuration(path)
-        except ConfigurationError as error:
+        except TrainingError as error:
             self.error(str(error))
         return [
             argument
@@ -186,7 +186,7 @@ def key_and_value(text: str) -> tuple[str, Any]:
 def add_option(
     parser: argparse._ActionsContainer,
     name: str,
-    kind: Callable[[str], Any] | None = None,
+    kind: Callable[[str], Any] = str,
     default: Any = None,
     text: str = "",
     **more: Any,
@@ -259,7 +259,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     add = partial(add_option, group)
     precisions = ("no", "bf16", "fp16")
-    add("--precision", None, "no", "of mixed-precision training", choices=precisions)
+    add("--precision", str, "no", "of mixed-precision training", choices=precisions)
     group.add_argument(
         "--shard", action="store_true", help="split weights among the processes (FSDP2, not DDP)"
     )
@@ -282,4 +282,4 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-every STEPS", positive, text="default: once in an epoch, or --steps / 10")
     add("--save-every STEPS", positive, text="checkpoints beside those after each evaluation")
     kinds = ("stop", "skip")
-    add("--on-error", None, "stop", "what to do about a broken sample", choices=kinds)
+    add("--on-error", str, "stop", "what to do about a broken sample", choices=kinds)

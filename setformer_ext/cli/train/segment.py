@@ -18,13 +18,19 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
-from ...errors import first_line
 from ...vision.segmentation import DECODERS, enlargement, from_card, segment
 from ..images import add_annotated, add_max_pixels
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
-from .backbones import add_flip, add_network, load_backbone, require_jitter, require_network
+from .backbones import (
+    MODEL_ERRORS,
+    add_flip,
+    add_network,
+    load_backbone,
+    require_jitter,
+    require_network,
+)
 from .options import add_keys_and_values, add_option, not_negative, number, positive
-from .task import Batch, DataError, Metrics, Task, TrainingError
+from .task import Batch, DataError, Metrics, Task, TrainingError, blaming, in_lists, listed
 
 LISTED = 5  # of what is wrong with the data, in one message
 
@@ -49,7 +55,6 @@ class IntersectionOverUnion(Metrics):
 
     def compute(self) -> dict[str, float]:
         counts = self.confusion.compute().double()  # [truth, answer]
-        self.confusion.reset()
         right, truth = counts.diagonal(), counts.sum(1)
         union = truth + counts.sum(0) - right
         figures = {
@@ -70,6 +75,7 @@ class Segment(Task):
     defaults = {"batch_size": 16}
     train: Ade20k
     eval: Ade20k
+    collate = staticmethod(in_lists)
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -92,7 +98,7 @@ class Segment(Task):
         add_max_pixels(parser)
         weights = "the backbone's weights to start from, of a classifier"
         add_network(parser, "backbone: a name", weights)
-        add("--decoder", None, "upernet", choices=tuple(DECODERS))
+        add("--decoder", str, "upernet", choices=tuple(DECODERS))
         purpose = "for segmentation-models-pytorch, such as decoder_channels=128"
         add_keys_and_values(parser, "--decoder-options", purpose)
         size = "images are resized so that their shorter side is S; 0 for their own size"
@@ -125,23 +131,18 @@ class Segment(Task):
             raise TrainingError(f"--crop: expected one or two numbers, got {len(options.crop)}")
         config = timm.get_pretrained_cfg(options.model).to_dict()
         self.mean, self.std = list(config["mean"]), list(config["std"])
-        normalise = _normalisation(self.mean, self.std)
         reading = (options.annotated, options.max_pixels)
-        self.train = Ade20k(options.data, "training", self._augmentation(normalise), *reading)
+        self.train = Ade20k(options.data, "training", self._augmentation(), *reading)
         self.eval = Ade20k(options.data, "validation", plain(self.mean, self.std), *reading)
         self.labels, self.failures = look_over(
             options.data, self.train, self.eval, options.ignore_label
         )
         if self.failures and options.on_error == "stop":
-            raise DataError(f"{self._failures()} (--on-error skip: go on without)")
+            raise DataError(f"{listed(self.failures, LISTED)} (--on-error skip: go on without)")
         self.train.labels = self.eval.labels = self.labels
         self.dice = smp.losses.DiceLoss("multiclass", ignore_index=IGNORED)
 
-    def _failures(self) -> str:
-        more = len(self.failures) - LISTED
-        return "; ".join(self.failures[:LISTED]) + (f"; and {more} more" if more > 0 else "")
-
-    def _augmentation(self, normalise: Callable[..., Any]) -> Callable[..., Any]:
+    def _augmentation(self) -> Callable[..., Any]:
         options = self.options
         crop = options.crop * 2 if len(options.crop) == 1 else options.crop
         fill = {Image: [round(255 * value) for value in self.mean], Mask: IGNORED}
@@ -149,7 +150,7 @@ class Segment(Task):
             v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(options.flip),
             *([v2.RandomPhotometricDistort()] if options.photometric else []),
-            normalise,
+            plain(self.mean, self.std),
         ]
         return partial(_augment, options.short_side, options.scale_jitter, v2.Compose(steps))
 
@@ -158,24 +159,15 @@ class Segment(Task):
             f"{len(self.train)} training and {len(self.eval)} evaluation images of "
             f"{len(self.labels.names)} classes"
         )
-        failures = [self._failures()] if self.failures else []
+        failures = [listed(self.failures, LISTED)] if self.failures else []
         return "; ".join([text, *failures, *self.train.notes, *self.eval.notes])
 
     def make_model(self) -> nn.Module:
         options = self.options
-        try:
+        with blaming(f"--model, --decoder: {options.model}", *MODEL_ERRORS):
             model = from_card(self.card())
-        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise TrainingError(
-                f"--model, --decoder: {options.model}: {first_line(error)}"
-            ) from error
         load_backbone(model.backbone, options)
         return model
-
-    @staticmethod
-    def collate(samples: list[Any]) -> Batch:
-        images, classes = zip(*samples, strict=True)
-        return list(images), list(classes)  # those of evaluation are of different sizes
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, classes = map(torch.stack, batch)  # [B, 3, H, W], [B, H, W]
@@ -214,22 +206,13 @@ def _augment(
     """A random view of an image [3, H, W] and its mask [H, W]."""
     factor = random.uniform(*jitter) * enlargement(mask.shape, short_side)
     size = [max(1, round(side * factor)) for side in mask.shape]
-    image, mask = v2.functional.resize(image, size), v2.functional.resize(mask, size)
-    image, mask = rest(image, mask)
-    return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+    return rest(v2.functional.resize(image, size), v2.functional.resize(mask, size))
 
 
-def plain(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
-    """Of an image to evaluate on and its mask: as they are, normalised."""
-    return partial(_plain, _normalisation(mean, std))
-
-
-def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-
-
-def _plain(normalise: Callable[..., Any], image: Image, mask: Mask) -> tuple[Tensor, Tensor]:
-    return normalise(image).as_subclass(Tensor), mask.as_subclass(Tensor)
+def plain(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
+    """Of an image and its mask: as they are, the image normalised."""
+    scaled = v2.ToDtype(torch.float32, scale=True)  # masks stay integers
+    return v2.Compose([scaled, v2.Normalize(mean, std), v2.ToPureTensor()])
 
 
 def _label_or_none(text: str) -> int | None:
