@@ -147,7 +147,8 @@ class Detect(Task):
                 f"got {min(options.min_size)}"
             )
         require_jitter(options)
-        self.train = self._read("train2017", crowds=False)
+        data: Path = options.data
+        self.train = read_split(options, data, "train2017", self.masks, crowds=False)
         used = {t["label"] for things in self.train.objects.values() for t in things}
         names = enumerate(self.train.classes, start=1)
         self.unused = [name for label, name in names if label not in used]
@@ -156,21 +157,10 @@ class Detect(Task):
                 f"--data: instances_train2017.json has no object of {', '.join(self.unused)} "
                 "(--on-error skip: go on without)"
             )
-        self.eval = self._read("val2017", crowds=True, classes=self.train.classes)
+        classes = self.train.classes
+        self.eval = read_split(options, data, "val2017", self.masks, crowds=True, classes=classes)
         self.train.transform = self._augmentation()
         self.eval.transform = plain()
-
-    def _read(self, split: str, **more: Any) -> Coco:
-        data: Path = self.options.data
-        return Coco(
-            data / split,
-            data / "annotations" / f"instances_{split}.json",
-            masks=self.masks,
-            skip=self.options.on_error == "skip",
-            annotated=self.options.annotated,
-            max_pixels=self.options.max_pixels,
-            **more,
-        )
 
     def _augmentation(self) -> v2.Transform:
         """A random view of an image and of what is in it."""
@@ -241,6 +231,21 @@ class Detect(Task):
             "mean": config["mean"],
             "std": config["std"],
         }
+
+
+def read_split(
+    options: argparse.Namespace, data: Path, split: str, masks: bool, **more: Any
+) -> Coco:
+    """The images and objects of COCO's layout in a folder; ``more`` are arguments of Coco."""
+    return Coco(
+        data / split,
+        data / "annotations" / f"instances_{split}.json",
+        masks=masks,
+        skip=options.on_error == "skip",
+        annotated=options.annotated,
+        max_pixels=options.max_pixels,
+        **more,
+    )
 
 
 def plain() -> v2.Transform:

@@ -156,21 +156,18 @@ class Mlm(Task):
     @staticmethod
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:
         """With the defaults of what no --pretrained or --tokenizer gives."""
+        known: dict[str, str] = {}  # options that another one stands for
+        if options.tokenizer is not None:
+            known |= dict.fromkeys(("vocab_size", "alphabet", "cased"), "tokenizer")
+        if options.pretrained is not None:
+            known |= dict.fromkeys(("model", "vocab_size", "alphabet", "cased"), "pretrained")
+        for name, source in known.items():
+            if getattr(options, name):
+                option = name.replace("_", "-")
+                raise TrainingError(f"--{option}: comes from --{source}; leave one of them out")
         defaults = {"model": "base", "vocab_size": VOCAB_SIZE}
-        of_tokenizer = ("vocab_size", "alphabet", "cased")
-        for source, names in (
-            ("pretrained", ("model", *of_tokenizer)),
-            ("tokenizer", of_tokenizer),
-        ):
-            if getattr(options, source) is None:
-                continue
-            for name in names:
-                defaults.pop(name, None)
-                if getattr(options, name):
-                    option = name.replace("_", "-")
-                    raise TrainingError(f"--{option}: comes from --{source}; leave one of them out")
-        missing = {name: value for name, value in defaults.items() if not getattr(options, name)}
-        return [argparse.Namespace(**{**vars(options), **missing})]
+        missing = [name for name in defaults if not (name in known or getattr(options, name))]
+        return [argparse.Namespace(**vars(options) | {name: defaults[name] for name in missing})]
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -185,8 +182,14 @@ class Mlm(Task):
             held_out = documents[99::100]
             documents = [d for place, d in enumerate(documents) if place % 100 != 99]
         self.counts = len(documents), len(held_out)
-        self.tokenizer = tokenizer or self._train_tokenizer(documents)
-        self.train, self.eval = self._pack(documents), self._pack(held_out)
+        how = (options.vocab_size, not options.cased, options.alphabet)
+        self.tokenizer = tokenizer or wrap_tokenizer(
+            from_main_process(lambda: train_tokenizer(documents, *how))
+        )
+        self.train, self.eval = (
+            pack(texts, self.tokenizer, options.sequence_length, options.mask_share)
+            for texts in (documents, held_out)
+        )
         for data, which in ((self.train, "train"), (self.eval, "evaluate")):
             if not len(data):
                 raise DataError(
@@ -229,16 +232,6 @@ class Mlm(Task):
         if lacks:
             raise TrainingError(f"--{option}: {folder}: its tokenizer has no {', '.join(lacks)}")
         return tokenizer
-
-    def _train_tokenizer(self, documents: list[str]) -> PreTrainedTokenizerFast:
-        """One for these documents, the same in all processes."""
-        options = self.options
-        how = (options.vocab_size, not options.cased, options.alphabet)
-        return wrap_tokenizer(from_main_process(lambda: train_tokenizer(documents, *how)))
-
-    def _pack(self, documents: list[str]) -> Packed:
-        options = self.options
-        return pack(documents, self.tokenizer, options.sequence_length, options.mask_share)
 
     def describe(self) -> str:
         text = (
