@@ -17,7 +17,11 @@ from .task import TrainingError, blaming, listed
 MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError)
 
 
-def add_network(parser: argparse._ActionsContainer, model: str, pretrained: str) -> None:
+def add_network(
+    parser: argparse._ActionsContainer,
+    model: str = "backbone: a name",
+    pretrained: str = "the backbone's weights to start from, of a classifier",
+) -> None:
     """Declare ``--model``, ``--model-options`` and ``--pretrained``, the weights to start from."""
     add_option(parser, "--model", str, "setformer_tiny", f"{model} that timm knows")
     purpose = "for timm.create_model, such as drop_path_rate=0.1"
@@ -46,12 +50,13 @@ def require_network(options: argparse.Namespace) -> None:
         raise TrainingError(f"--model: timm knows no {options.model!r}; {hint}")
 
 
-def require_jitter(options: argparse.Namespace) -> None:
-    """Refuse a ``--scale-jitter`` of no factor.
+def require_backbone(options: argparse.Namespace) -> None:
+    """Refuse what :func:`require_network` does, and a ``--scale-jitter`` of no factor.
 
     Raises:
-        TrainingError: if the bounds of ``--scale-jitter`` are the wrong way round.
+        TrainingError: if its bounds are the wrong way round.
     """
+    require_network(options)
     if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
         low, high = options.scale_jitter
         raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")

@@ -127,7 +127,7 @@ class Coco(Dataset[Any]):
                 if name in seen:
                     raise ValueError("its id is taken")
                 result = {"id": name, **read(record)}
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OSError, RecursionError) as error:
                 self.problems.append(f"{where}: {first_line(error)}")
             else:
                 seen.add(name)
@@ -138,10 +138,8 @@ class Coco(Dataset[Any]):
         path = find_file(self.folder, record.get("file_name"), last)
         size = read_size(record)
         if size is None:
-            try:  # no image is of that size
-                size, _ = annotated_size(path, (0, 0), max_pixels=self.max_pixels)
-            except OSError as error:
-                raise ValueError(first_line(error)) from error
+            # No image is of 0 x 0.
+            size, _ = annotated_size(path, (0, 0), max_pixels=self.max_pixels)
             self.counts["sizes that it lacks, and so the images' own"] += 1
         return {"path": path, "width": size[0], "height": size[1]}
 

@@ -16,14 +16,7 @@ from torchvision.transforms import v2
 
 from ...vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from ..images import add_annotated, add_max_pixels
-from .backbones import (
-    MODEL_ERRORS,
-    add_flip,
-    add_network,
-    load_backbone,
-    require_jitter,
-    require_network,
-)
+from .backbones import MODEL_ERRORS, add_flip, add_network, load_backbone, require_backbone
 from .coco import Coco
 from .options import add_keys_and_values, add_option, fraction, number, positive
 from .task import Batch, DataError, Metrics, Task, TrainingError, blaming, in_lists, listed
@@ -93,8 +86,7 @@ class Detect(Task):
         add("--data DIR", Path, text=layout, required=True)
         kinds = tuple(DETECTORS)
         add("--detector", str, "mask_rcnn", "the others find boxes only", choices=kinds)
-        weights = "the backbone's weights to start from, of a classifier"
-        add_network(parser, "backbone: a name", weights)
+        add_network(parser)
         add(
             "--min-size S",
             number(int, 32),
@@ -139,14 +131,13 @@ class Detect(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        require_network(options)
+        require_backbone(options)
         self.masks = options.detector == "mask_rcnn"
         if min(options.min_size) > options.max_size:
             raise TrainingError(
                 f"--min-size: expected at most --max-size, {options.max_size}, "
                 f"got {min(options.min_size)}"
             )
-        require_jitter(options)
         data: Path = options.data
         self.train = read_split(options, data, "train2017", self.masks, crowds=False)
         used = {t["label"] for things in self.train.objects.values() for t in things}

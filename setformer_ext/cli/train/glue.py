@@ -123,17 +123,14 @@ class Glue(Task):
 
     @staticmethod
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:
-        chosen = (
-            list(TASKS) if "all" in options.glue_task else list(dict.fromkeys(options.glue_task))
-        )
+        own, given = vars(options), options.glue_task
+        chosen = list(TASKS) if "all" in given else list(dict.fromkeys(given))
         if len(chosen) == 1:
-            return [argparse.Namespace(**{**vars(options), "glue_task": chosen[0]})]
+            return [argparse.Namespace(**own | {"glue_task": chosen[0]})]
         _tokenizer_and_configuration(options, TASKS[chosen[0]])
         _require_readable(options, chosen)  # before hours of training on the first
         return [
-            argparse.Namespace(
-                **{**vars(options), "glue_task": name, "output": options.output / name}
-            )
+            argparse.Namespace(**own | {"glue_task": name, "output": options.output / name})
             for name in chosen
         ]
 

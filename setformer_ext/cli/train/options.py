@@ -105,8 +105,7 @@ class TaskParser(argparse.ArgumentParser):
     def _entry(self, where: str, key: str, value: Any) -> list[str]:
         option = f"--{key.replace('_', '-')}"
         known = {name: a for a in self._actions for name in a.option_strings if name[:2] == "--"}
-        for name in ("--config", "--help"):
-            known.pop(name)
+        known = {name: a for name, a in known.items() if name not in ("--config", "--help")}
         if option not in known:
             close = [name[2:] for name in get_close_matches(option, known, 3)]
             self.error(

@@ -21,14 +21,7 @@ from torchvision.tv_tensors import Image, Mask
 from ...vision.segmentation import DECODERS, enlargement, from_card, segment
 from ..images import add_annotated, add_max_pixels
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
-from .backbones import (
-    MODEL_ERRORS,
-    add_flip,
-    add_network,
-    load_backbone,
-    require_jitter,
-    require_network,
-)
+from .backbones import MODEL_ERRORS, add_flip, add_network, load_backbone, require_backbone
 from .options import add_keys_and_values, add_option, not_negative, number, positive
 from .task import Batch, DataError, Metrics, Task, TrainingError, blaming, in_lists, listed
 
@@ -96,8 +89,7 @@ class Segment(Task):
         )
         add_annotated(parser)
         add_max_pixels(parser)
-        weights = "the backbone's weights to start from, of a classifier"
-        add_network(parser, "backbone: a name", weights)
+        add_network(parser)
         add("--decoder", str, "upernet", choices=tuple(DECODERS))
         purpose = "for segmentation-models-pytorch, such as decoder_channels=128"
         add_keys_and_values(parser, "--decoder-options", purpose)
@@ -125,8 +117,7 @@ class Segment(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        require_network(options)
-        require_jitter(options)
+        require_backbone(options)
         if len(options.crop) > 2:
             raise TrainingError(f"--crop: expected one or two numbers, got {len(options.crop)}")
         config = timm.get_pretrained_cfg(options.model).to_dict()
