@@ -25,10 +25,10 @@ TRAIN = (
         "np.random.default_rng((self.seed, ORDER))",
     ),
     Fault(
-        "exempt parameters outside of a backbone decay",
+        "parameters that modules exempt decay",
         "cli/train/optimization.py",
-        '(p.ndim > 1 and not name.endswith(".bias") and id(p) not in exempt)',
-        '(p.ndim > 1 and not name.endswith(".bias"))',
+        'p.ndim > 1 and not name.endswith(".bias") and id(p) not in exempt\n',
+        'p.ndim > 1 and not name.endswith(".bias")\n',
     ),
     Fault(
         "label smoothing of mixed images not what was asked for",
