@@ -64,9 +64,7 @@ class Learner:
             if self.averaged is not self.model:
                 parallel.shard(self.averaged)
         elif accelerator.num_processes > 1:
-            self.parallel = parallel.replicate(
-                self.model, accelerator.device, task.unused_parameters
-            )
+            self.parallel = parallel.replicate(self.model, accelerator.device)
         self.optimizer = make_optimizer(self.model, options)
         self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales losses of fp16
         self.schedule = make_schedule(self.optimizer, options, steps)

@@ -37,15 +37,11 @@ def from_main_process(make: Callable[[], T]) -> T:
     return result
 
 
-def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -> nn.Module:
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DDP."""
     # Gradients of channels-last convolutions; copying those of a 3 x 3 filter costs nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=unused_parameters,
-    )
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def shard(model: nn.Module) -> None:

@@ -100,7 +100,6 @@ class Task(ABC):
     train: Samples  # what __init__ finds to train on
     eval: Samples  # and to evaluate on
     collate: Callable[[list[Any]], Batch]  # of samples, as by torch's default_collate or in_lists
-    unused_parameters = False  # whether some parameters may have no part in a step's losses
 
     @staticmethod
     @abstractmethod
