@@ -26,7 +26,7 @@ def add_network(
     add_option(parser, "--model", str, "setformer_tiny", f"{model} that timm knows")
     purpose = "for timm.create_model, such as drop_path_rate=0.1"
     add_keys_and_values(parser, "--model-options", purpose)
-    add_option(parser, "--pretrained FILE", Path, text=pretrained)
+    add_option(parser, "--pretrained FILE", Path, help=pretrained)
 
 
 def add_flip(parser: argparse._ActionsContainer) -> None:

@@ -61,14 +61,14 @@ class Classify(Task):
     def add_options(parser: argparse._ArgumentGroup) -> None:
         add = partial(add_option, parser)
         layout = "holds train/CLASS/*.jpg and val/CLASS/*.jpg, or with --val-share CLASS/*.jpg"
-        add("--data DIR", Path, text=layout, required=True)
+        add("--data DIR", Path, help=layout, required=True)
         held_out = "of the images of every class in --data, drawn by --seed, to evaluate on"
-        add("--val-share SHARE", number(float, 0.001, 0.999), text=held_out)
+        add("--val-share SHARE", number(float, 0.001, 0.999), help=held_out)
         add_max_pixels(parser)
         weights = "weights to start from; the classifier is left out if it is of other classes"
         add_network(parser, "any classifier", weights)
         size = "images are S x S (default: what the model says of itself, mostly 224)"
-        add("--input-size S", positive, text=size)
+        add("--input-size S", positive, help=size)
         add("--in-chans", int, 3, "1 for grey, 3 for colours", choices=(1, 3))
         crop = "least share of an image's area that a random crop has"
         add("--crop-scale SHARE", number(float, 0.01, 1), 0.08, crop)

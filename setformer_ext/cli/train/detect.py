@@ -83,7 +83,7 @@ class Detect(Task):
     def add_options(parser: argparse._ArgumentGroup) -> None:
         add = partial(add_option, parser)
         layout = "holds train2017/, val2017/ and annotations/instances_{train,val}2017.json"
-        add("--data DIR", Path, text=layout, required=True)
+        add("--data DIR", Path, help=layout, required=True)
         kinds = tuple(DETECTORS)
         add("--detector", str, "mask_rcnn", "the others find boxes only", choices=kinds)
         add_network(parser)
@@ -115,7 +115,7 @@ class Detect(Task):
         add(
             "--scale-jitter LOW HIGH",
             number(float, 0.01),
-            text="train on random squares of min-size, of images scaled by a random factor of "
+            help="train on random squares of min-size, of images scaled by a random factor of "
             "what would fit; 0.1 2 is usual where there is no pretraining (default: none)",
         )
         add_flip(parser)

@@ -100,7 +100,7 @@ class Glue(Task):
         add = partial(add_option, parser)
         add(
             "--task",
-            text="which of GLUE's tasks; of several, or all, each is trained into a folder of its "
+            help="which of GLUE's tasks; of several, or all, each is trained into a folder of its "
             "own in --output, and the average printed",
             dest="glue_task",
             nargs="+",
@@ -108,17 +108,17 @@ class Glue(Task):
             required=True,
         )
         download = "GLUE's download: holds CoLA/, SST-2/, MRPC/ and so on"
-        add("--data DIR", Path, text=download, required=True)
+        add("--data DIR", Path, help=download, required=True)
         add(
             "--model DIR",
-            text="folder of a pretrained encoder: what train mlm wrote, or any model of "
+            help="folder of a pretrained encoder: what train mlm wrote, or any model of "
             "transformers that classifies sequences, with its tokenizer",
             required=True,
         )
         purpose = "of the model's configuration, such as hidden_dropout_prob=0.2"
         add_keys_and_values(parser, "--model-options", purpose)
         switch = "set_attention puts SeT attention into a model of transformers"
-        add("--attention-implementation NAME", text=switch)
+        add("--attention-implementation NAME", help=switch)
         add("--sequence-length N", number(int, 8), 128, "longer texts are cut")
 
     @staticmethod

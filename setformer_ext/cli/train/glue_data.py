@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ...errors import first_line
 from .lines import numbered_lines, refuse
 from .task import DataError
 
@@ -126,7 +127,7 @@ def read_examples(
             try:
                 examples.append(_read_row(line.split("\t"), columns, task, part))
             except ValueError as error:
-                refuse(f"{path}, line {number}: {error}", problems)
+                refuse(f"{path}, line {number}: {first_line(error)}", problems)
     if not examples:
         raise DataError(f"{path}: no row that can be used, expected at least one")
     return examples

@@ -98,9 +98,8 @@ def find_classes(folder: Path, layout: str) -> ImageFolder:
     if not found.classes:
         raise DataError(f"--data: {folder} has no folders, one for each class")
     if not found.samples():
-        others = [*map(str, found.others)]
         raise DataError(
             f"--data: no images in the {len(found.classes)} folders of {folder}"
-            + (f"; by their endings these are none: {listed(others)}" if others else "")
+            + (f"; by their endings these are none: {listed(found.others)}" if found.others else "")
         )
     return found

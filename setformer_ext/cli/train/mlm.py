@@ -123,26 +123,26 @@ class Mlm(Task):
     def add_options(parser: argparse._ArgumentGroup) -> None:
         add = partial(add_option, parser)
         files = "text files, or folders of *.txt, with one document a line"
-        add("--data PATH", Path, text=files, nargs="+", required=True)
+        add("--data PATH", Path, help=files, nargs="+", required=True)
         held_out = "the same to evaluate on (default: every hundredth document of --data)"
-        add("--eval-data PATH", Path, text=held_out, nargs="+")
-        add("--model", text="size (default: base)", choices=tuple(SIZES))
+        add("--eval-data PATH", Path, help=held_out, nargs="+")
+        add("--model", help="size (default: base)", choices=tuple(SIZES))
         purpose = "of SetformerConfig, such as num_references=64 or attention=softmax"
         add_keys_and_values(parser, "--model-options", purpose)
         add(
             "--pretrained DIR",
             Path,
-            text="SeTformer encoder to start from, such as what train mlm wrote: its weights, "
+            help="SeTformer encoder to start from, such as what train mlm wrote: its weights, "
             "sizes and, without --tokenizer, its vocabulary",
         )
         saved = "take this one of transformers' instead of training one"
-        add("--tokenizer DIR", Path, text=saved)
+        add("--tokenizer DIR", Path, help=saved)
         largest = f"largest vocabulary of the tokenizer that is trained (default: {VOCAB_SIZE})"
-        add("--vocab-size", number(int, 100), text=largest)
+        add("--vocab-size", number(int, 100), help=largest)
         add(
             "--alphabet N",
             positive,
-            text="characters that it knows at most, the commonest; words with others are [UNK] "
+            help="characters that it knows at most, the commonest; words with others are [UNK] "
             "(default: what the texts need, if half of the vocabulary has room for it)",
         )
         parser.add_argument(

@@ -187,7 +187,7 @@ def add_option(
     name: str,
     kind: Callable[[str], Any] = str,
     default: Any = None,
-    text: str = "",
+    help: str = "",
     **more: Any,
 ) -> None:
     """Declare an option whose help ends with its default, where it has one.
@@ -197,7 +197,7 @@ def add_option(
         name: such as ``--mixup ALPHA``, with what help calls its value; of several, it takes all.
         kind: makes a value of a text.
         default: a list where there are several values.
-        text: help.
+        help: what the option is for.
         more: what else ``add_argument`` takes.
     """
     option, *values = name.split()
@@ -207,8 +207,8 @@ def add_option(
         more["nargs"] = len(values)
     if default is not None:
         shown = " ".join(f"{v:g}" for v in default) if isinstance(default, list) else "%(default)s"
-        text = f"{text} (default: {shown})" if text else f"default: {shown}"
-    parser.add_argument(option, type=kind, default=default, help=text, **more)
+        help = f"{help} (default: {shown})" if help else f"default: {shown}"
+    parser.add_argument(option, type=kind, default=default, help=help, **more)
 
 
 def add_keys_and_values(parser: argparse._ActionsContainer, name: str, purpose: str) -> None:
@@ -242,7 +242,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Declare what every training has: length, optimizer, processes, precision, checkpoints."""
     add = partial(add_option, parser.add_argument_group("training"))
     add("--epochs", positive, 100)
-    add("--steps", positive, text="so many steps, instead of epochs")
+    add("--steps", positive, help="so many steps, instead of epochs")
     add("--batch-size", positive, 64, "samples per process and pass")
     add("--accumulate PASSES", positive, 1, "passes whose gradients make one step")
     add("--lr", not_negative, 1e-3, "AdamW's learning rate, of cosine schedule")
@@ -270,15 +270,15 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add_workers(group)
     group = parser.add_argument_group("output")
     add = partial(add_option, group)
-    add("--output DIR", Path, text="a folder that all processes see", required=True)
-    add("--config FILE.yaml", Path, text="options, one a line")
+    add("--output DIR", Path, help="a folder that all processes see", required=True)
+    add("--config FILE.yaml", Path, help="options, one a line")
     group.add_argument(
         "--resume",
         action="store_true",
         help="go on with the training in --output, if there is one; if that is at its end and more "
         "--epochs or --steps are given, go on along the cosine of their number",
     )
-    add("--eval-every STEPS", positive, text="default: once in an epoch, or --steps / 10")
-    add("--save-every STEPS", positive, text="checkpoints beside those after each evaluation")
+    add("--eval-every STEPS", positive, help="default: once in an epoch, or --steps / 10")
+    add("--save-every STEPS", positive, help="checkpoints beside those after each evaluation")
     kinds = ("stop", "skip")
     add("--on-error", str, "stop", "what to do about a broken sample", choices=kinds)

@@ -76,7 +76,7 @@ class Segment(Task):
         add(
             "--data DIR",
             Path,
-            text="holds images/ and annotations/, each with training/ and validation/, and the "
+            help="holds images/ and annotations/, each with training/ and validation/, and the "
             "classes' names in objectInfo150.txt (ADE20K's) or classes.txt (one a line)",
             required=True,
         )
