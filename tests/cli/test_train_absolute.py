@@ -35,8 +35,6 @@ STEPS = 40
 class Line:
     """A network of one weight matrix and a bias, whose loss a batch gives: <batch, output>."""
 
-    unused_parameters = False
-
     def make_model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from setformer_ext import cli
 from setformer_ext.cli.train import parallel
@@ -253,9 +254,10 @@ def test_parameters_without_gradients_so_far_resume_as_they_were() -> None:
     model, optimizer = make()
     step(model, optimizer, "used")
     resumed, resumed_optimizer = make()
-    parallel.load_whole_state(resumed, parallel.whole_state(model))
-    state = deepcopy(parallel.whole_optimizer_state(model, optimizer))  # as a file would be
-    parallel.load_whole_optimizer_state(resumed, resumed_optimizer, state)
+    resumed.load_state_dict(model.state_dict())
+    whole = get_optimizer_state_dict(model, optimizer, options=parallel.WHOLE)
+    state = deepcopy(whole)  # as a file would be
+    parallel.load_optimizer_state(resumed, resumed_optimizer, state)
     for _ in range(2):
         step(model, optimizer, "used", "later")
         step(resumed, resumed_optimizer, "used", "later")

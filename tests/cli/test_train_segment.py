@@ -160,6 +160,7 @@ def test_metrics_by_hand() -> None:
             "IoU/b": 2 / 5,
         }
     )
+    measured = IntersectionOverUnion(["a", "b", "c", "d"], short_side=0, window=0)
     measured.update(Constant(), (images[1:], [torch.tensor([[0, 1, 0]])]))
     assert measured.compute() == {
         "mIoU": 1.0,

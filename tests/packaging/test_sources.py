@@ -16,7 +16,6 @@ OTHERS = ("Image", "os", "webbrowser")  # whose open is another
 SPEAKING = {
     "ArgumentTypeError",
     "CheckpointError",
-    "ConfigurationError",
     "DataError",
     "ExplainError",
     "KeyError",

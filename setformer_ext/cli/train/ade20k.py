@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,14 @@ from ..files import visible
 from ..images import MAX_PIXELS, annotated_size, is_image, opened, read_image
 from .lines import numbered_lines
 from .sampling import transformed
-from .task import NO_IMAGES, DataError, named
+from .task import NO_IMAGES, DataError, blaming, listed, named
 
 IGNORED = -1  # the class of pixels that count neither in losses nor in metrics
 UNKNOWN = -2
 LABEL_MODES = ("L", "I", "I;16", "I;16B")  # Pillow's names of grey of 8 and of more bits
 LARGEST_LABEL = 65535
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change what they store
-LISTED = 5  # broken samples that a message names
+LISTED = 5  # labels or classes that a message names
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Labels:
             table[self.ignored] = IGNORED
         classes = table[labels]
         if classes.min(initial=0) == UNKNOWN:
-            unknown = np.unique(labels[classes == UNKNOWN]).tolist()
+            unknown = listed(np.unique(labels[classes == UNKNOWN]).tolist(), LISTED, ", ")
             expected = f"{self.first} to {last}"
             if self.ignored is not None:
                 expected += f", and {self.ignored} for no class"
-            raise DataError(f"{path}: has the labels {_listed(unknown)}; expected {expected}")
+            raise DataError(f"{path}: has the labels {unknown}; expected {expected}")
         return classes
 
 
@@ -121,20 +121,21 @@ class Ade20k(Dataset[Any]):
             tv_tensors.Mask(torch.from_numpy(classes)),
         )
 
-    def count(self) -> list[tuple[np.ndarray, str]]:
-        """How many pixels have each label, [L] int64, and what is wrong, of each sample.
+    def find_labels(self) -> list[tuple[list[int], str]]:
+        """Which labels are in each sample, and what is wrong with it.
 
         JPEGs are not decoded, so it takes a small part of the time of an epoch.
         """
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-            return list(pool.map(self._count, self.samples))
+            return list(pool.map(self._find_labels, self.samples))
 
-    def _count(self, sample: tuple[Path, Path]) -> tuple[np.ndarray, str]:
+    def _find_labels(self, sample: tuple[Path, Path]) -> tuple[list[int], str]:
         try:
             self._check_pair(*sample)
-            return np.bincount(read_labels(sample[1], self.max_pixels).ravel()), ""
+            counts = np.bincount(read_labels(sample[1], self.max_pixels).ravel())
+            return np.flatnonzero(counts).tolist(), ""
         except (DataError, OSError) as error:
-            return np.empty(0, dtype=np.int64), first_line(error)
+            return [], first_line(error)
 
     def _check_pair(self, image: Path, label: Path) -> bool:
         """Check that both files exist and are of the same size.
@@ -172,13 +173,16 @@ def look_over(
     Raises:
         DataError: if there are no two classes, or their names cannot be read.
     """
-    counted = {data: data.count() for data in (train, validation)}
-    totals = {data: _total([pixels for pixels, _ in counted[data]]) for data in counted}
+    found = {data: data.find_labels() for data in (train, validation)}
+    used = {
+        data: {label for labels, _ in samples for label in labels} - {ignored}
+        for data, samples in found.items()
+    }
     first = Labels((), ignored).first
     names = read_names(root, first)
     if names is None:
-        found = np.flatnonzero(_total([*totals.values()]))
-        names = [str(label) for label in range(first, max(found[found != ignored], default=-1) + 1)]
+        last = max(used[train] | used[validation], default=-1)
+        names = [str(label) for label in range(first, last + 1)]
     if len(names) < 2 or len({*names}) < len(names):
         raise DataError(
             f"--data: {root} has the classes {', '.join(names) or 'none'}; "
@@ -186,18 +190,18 @@ def look_over(
         )
     labels = Labels(tuple(names), ignored)
     failures = []
-    for data, samples in counted.items():
-        for (_, path), (pixels, failure) in zip(data.samples, samples, strict=True):
+    for data, samples in found.items():
+        for (_, path), (present, failure) in zip(data.samples, samples, strict=True):
             if not failure:
                 try:
-                    labels.to_classes(np.flatnonzero(pixels), path)
+                    labels.to_classes(np.array(present, dtype=np.int64), path)
                 except DataError as error:
                     failure = str(error)
             failures += [failure] if failure else []
-    seen = {*np.flatnonzero(totals[train]).tolist()} - {ignored}
-    unseen = [name for label, name in enumerate(names, start=first) if label not in seen]
+    unseen = [name for label, name in enumerate(names, start=first) if label not in used[train]]
     if unseen:
-        failures.append(f"{train.folder}: no pixel is of the classes {_listed(unseen)}")
+        named_classes = listed(unseen, LISTED, ", ")
+        failures.append(f"{train.folder}: no pixel is of the classes {named_classes}")
     return labels, failures
 
 
@@ -245,26 +249,15 @@ def read_names(root: Path, first: int) -> list[str] | None:
         heading = [title.strip() for title in rows[0]] if rows else []
         if not {"Idx", "Name"} <= {*heading}:
             raise DataError(f"{path}: expected columns Idx and Name, separated by tabs")
-        try:
+        where = f"{path}: a row that does not fit its heading"
+        with blaming(where, IndexError, ValueError, kind=DataError):
             indices = [int(row[heading.index("Idx")]) for row in rows[1:]]
             names = [row[heading.index("Name")].split(",")[0].strip() for row in rows[1:]]
-        except (IndexError, ValueError) as error:
-            raise DataError(
-                f"{path}: a row that does not fit its heading ({first_line(error)})"
-            ) from error
         if indices != [*range(first, first + len(indices))]:
             raise DataError(f"{path}: expected Idx {first}, {first + 1}, ... in this order")
         return names
     path = root / "classes.txt"
     return [line.strip() for line in _lines(path)] if path.exists() else None
-
-
-def _total(counts: list[np.ndarray]) -> np.ndarray:
-    """The sum of arrays of different lengths."""
-    total = np.zeros(max(map(len, counts), default=0), dtype=np.int64)
-    for pixels in counts:
-        total[: len(pixels)] += pixels
-    return total
 
 
 def _by_stem(folder: Path) -> tuple[dict[str, Path], list[Path]]:
@@ -289,8 +282,3 @@ def _lines(path: Path) -> list[str]:
     if problems:
         raise DataError(problems[0])
     return lines
-
-
-def _listed(values: Sequence[object]) -> str:
-    shown = ", ".join(map(str, values[:LISTED]))
-    return shown + (f" and {len(values) - LISTED} more" if len(values) > LISTED else "")

@@ -10,29 +10,28 @@ import timm
 from torch import nn
 
 from ... import vision  # noqa: F401 (registers the models)
-from ...errors import first_line
-from .options import add_model_options, number
-from .task import TrainingError
+from .options import add_keys_and_values, add_option, fraction
+from .task import TrainingError, blaming, listed
+
+# What timm, torchvision and others raise where the options of a model do not fit.
+MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError)
 
 
-def add_network(parser: argparse._ArgumentGroup, model: str, pretrained: str) -> None:
+def add_network(
+    parser: argparse._ActionsContainer,
+    model: str = "backbone: a name",
+    pretrained: str = "the backbone's weights to start from, of a classifier",
+) -> None:
     """Declare ``--model``, ``--model-options`` and ``--pretrained``, the weights to start from."""
-    parser.add_argument(
-        "--model", default="setformer_tiny", help=f"{model} that timm knows (default: %(default)s)"
-    )
-    add_model_options(parser, "for timm.create_model, such as drop_path_rate=0.1")
-    parser.add_argument("--pretrained", type=Path, metavar="FILE", help=pretrained)
+    add_option(parser, "--model", str, "setformer_tiny", f"{model} that timm knows")
+    purpose = "for timm.create_model, such as drop_path_rate=0.1"
+    add_keys_and_values(parser, "--model-options", purpose)
+    add_option(parser, "--pretrained FILE", Path, help=pretrained)
 
 
-def add_flip(parser: argparse._ArgumentGroup) -> None:
+def add_flip(parser: argparse._ActionsContainer) -> None:
     """Declare ``--flip``."""
-    parser.add_argument(
-        "--flip",
-        type=number(float, 0, 1),
-        default=0.5,
-        metavar="PROBABILITY",
-        help="of mirroring left and right (default: %(default)s)",
-    )
+    add_option(parser, "--flip PROBABILITY", fraction, 0.5, "of mirroring left and right")
 
 
 def require_network(options: argparse.Namespace) -> None:
@@ -51,12 +50,13 @@ def require_network(options: argparse.Namespace) -> None:
         raise TrainingError(f"--model: timm knows no {options.model!r}; {hint}")
 
 
-def require_jitter(options: argparse.Namespace) -> None:
-    """Refuse a ``--scale-jitter`` of no factor.
+def require_backbone(options: argparse.Namespace) -> None:
+    """Refuse what :func:`require_network` does, and a ``--scale-jitter`` of no factor.
 
     Raises:
-        TrainingError: if the bounds of ``--scale-jitter`` are the wrong way round.
+        TrainingError: if its bounds are the wrong way round.
     """
+    require_network(options)
     if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
         low, high = options.scale_jitter
         raise TrainingError(f"--scale-jitter: expected LOW <= HIGH, got {low} {high}")
@@ -82,11 +82,8 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     Raises:
         TrainingError: if the file cannot be read or is of another model.
     """
-    try:
-        state = timm.models.load_state_dict(str(path))
-    except Exception as error:  # each format has errors of its own
-        reason = first_line(error)
-        raise TrainingError(f"--pretrained: cannot read weights from {path}: {reason}") from error
+    with blaming(f"--pretrained: cannot read weights from {path}", Exception):
+        state = timm.models.load_state_dict(str(path))  # each format has errors of its own
     own = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else classifier
@@ -96,9 +93,8 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     wrong = [name for name in own if name not in state and name not in heads]
     wrong += [name for name in state if name not in own or state[name].shape != own[name].shape]
     if wrong:
-        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise TrainingError(
             f"--pretrained: {path} holds weights of another model: "
-            f"missing, unknown or of another shape are {listed}"
+            f"missing, unknown or of another shape are {listed(wrong, separator=', ')}"
         )
     model.load_state_dict(state, strict=False)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import timm
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform, resolve_data_config
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ...errors import first_line
 from ..images import add_max_pixels
-from .backbones import add_flip, add_network, load_pretrained, require_network
+from .backbones import MODEL_ERRORS, add_flip, add_network, load_pretrained, require_network
 from .labelled_images import LabelledImages, classes_without_images, files_left_out, find_data
-from .options import number
-from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError
+from .options import add_option, fraction, not_negative, number, positive
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, blaming
 
 
 class Accuracy(Metrics):
@@ -45,9 +45,6 @@ class Accuracy(Metrics):
         figures = {EVAL_LOSS: self.loss.compute().item(), "top1": self.top1.compute().item()}
         if self.num_classes >= 5:  # of fewer classes all are among the first five
             figures["top5"] = self.top5.compute().item()
-        self.loss.reset()
-        self.top1.reset()
-        self.top5.reset()
         return figures
 
 
@@ -58,88 +55,30 @@ class Classify(Task):
     monitor = "top1"
     train: LabelledImages
     eval: LabelledImages
+    collate = staticmethod(default_collate)
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="holds train/CLASS/*.jpg and val/CLASS/*.jpg, or with --val-share CLASS/*.jpg",
-        )
-        parser.add_argument(
-            "--val-share",
-            type=number(float, 0.001, 0.999),
-            metavar="SHARE",
-            help="of the images of every class in --data, drawn by --seed, to evaluate on",
-        )
+        add = partial(add_option, parser)
+        layout = "holds train/CLASS/*.jpg and val/CLASS/*.jpg, or with --val-share CLASS/*.jpg"
+        add("--data DIR", Path, help=layout, required=True)
+        held_out = "of the images of every class in --data, drawn by --seed, to evaluate on"
+        add("--val-share SHARE", number(float, 0.001, 0.999), help=held_out)
         add_max_pixels(parser)
-        add_network(
-            parser,
-            "any classifier",
-            "weights to start from; the classifier is left out if it is of other classes",
-        )
-        parser.add_argument(
-            "--input-size",
-            type=number(int, 1),
-            metavar="S",
-            help="images are S x S (default: what the model says of itself, mostly 224)",
-        )
-        parser.add_argument(
-            "--in-chans",
-            type=int,
-            choices=(1, 3),
-            default=3,
-            help="1 for grey, 3 for colours (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--crop-scale",
-            type=number(float, 0.01, 1),
-            default=0.08,
-            metavar="SHARE",
-            help="least share of an image's area that a random crop has (default: %(default)s)",
-        )
+        weights = "weights to start from; the classifier is left out if it is of other classes"
+        add_network(parser, "any classifier", weights)
+        size = "images are S x S (default: what the model says of itself, mostly 224)"
+        add("--input-size S", positive, help=size)
+        add("--in-chans", int, 3, "1 for grey, 3 for colours", choices=(1, 3))
+        crop = "least share of an image's area that a random crop has"
+        add("--crop-scale SHARE", number(float, 0.01, 1), 0.08, crop)
         add_flip(parser)
-        parser.add_argument(
-            "--auto-augment",
-            default="rand-m9-mstd0.5-inc1",
-            metavar="POLICY",
-            help="timm's name of it, or none (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--color-jitter",
-            type=number(float, 0),
-            default=0.4,
-            help="strength, without a policy (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--random-erasing",
-            type=number(float, 0, 1),
-            default=0.25,
-            metavar="PROBABILITY",
-            help="default: %(default)s",
-        )
-        parser.add_argument(
-            "--mixup",
-            type=number(float, 0),
-            default=0.8,
-            metavar="ALPHA",
-            help="0 for none (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--cutmix",
-            type=number(float, 0),
-            default=1.0,
-            metavar="ALPHA",
-            help="0 for none (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--label-smoothing",
-            type=number(float, 0, 1),
-            default=0.1,
-            help="default: %(default)s",
-        )
+        add("--auto-augment POLICY", str, "rand-m9-mstd0.5-inc1", "timm's name of it, or none")
+        add("--color-jitter", not_negative, 0.4, "strength, without a policy")
+        add("--random-erasing PROBABILITY", fraction, 0.25)
+        add("--mixup ALPHA", not_negative, 0.8, "0 for none")
+        add("--cutmix ALPHA", not_negative, 1.0, "0 for none")
+        add("--label-smoothing", fraction, 0.1)
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -184,21 +123,21 @@ class Classify(Task):
         options = self.options
         common = {key: self.config[key] for key in ("input_size", "interpolation", "mean", "std")}
         operations = auto_augment.NAME_TO_OP
-        try:
-            with patch.dict(operations, {n: _posterize for n in operations if "Posterize" in n}):
-                self.train.transform = create_transform(
-                    **common,
-                    is_training=True,
-                    scale=(options.crop_scale, 1.0),
-                    hflip=options.flip,
-                    auto_augment=None if options.auto_augment == "none" else options.auto_augment,
-                    color_jitter=options.color_jitter or None,
-                    re_prob=options.random_erasing,
-                )
-        except (AssertionError, KeyError, ValueError) as error:
-            raise TrainingError(
-                f"--auto-augment: {options.auto_augment!r}: {first_line(error)}"
-            ) from error
+        posterize = {name: _posterize for name in operations if "Posterize" in name}
+        where = f"--auto-augment: {options.auto_augment!r}"
+        with (
+            patch.dict(operations, posterize),
+            blaming(where, AssertionError, KeyError, ValueError),
+        ):
+            self.train.transform = create_transform(
+                **common,
+                is_training=True,
+                scale=(options.crop_scale, 1.0),
+                hflip=options.flip,
+                auto_augment=None if options.auto_augment == "none" else options.auto_augment,
+                color_jitter=options.color_jitter or None,
+                re_prob=options.random_erasing,
+            )
         self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
 
     def _data_config(self) -> dict[str, Any]:
@@ -223,20 +162,11 @@ class Classify(Task):
         )
 
     def make_model(self) -> nn.Module:
-        try:
+        with blaming(f"--model-options: {self.options.model}", *MODEL_ERRORS):
             model = timm.create_model(self.options.model, **self.model_options)
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise TrainingError(
-                f"--model-options: {self.options.model}: {first_line(error)}"
-            ) from error
         if self.options.pretrained is not None:
             load_pretrained(model, self.options.pretrained)
         return model
-
-    @staticmethod
-    def collate(samples: list[Any]) -> Batch:
-        images, labels = zip(*samples, strict=True)
-        return torch.stack(images), torch.tensor(labels)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, labels = batch  # [B, C, H, W], [B]

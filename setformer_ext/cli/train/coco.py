@@ -34,7 +34,7 @@ from .coco_records import (
     read_size,
 )
 from .sampling import transformed
-from .task import DataError, listed
+from .task import DataError, blaming, listed
 
 LABEL_STUDIO = "Label Studio"
 
@@ -127,7 +127,7 @@ class Coco(Dataset[Any]):
                 if name in seen:
                     raise ValueError("its id is taken")
                 result = {"id": name, **read(record)}
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OSError, RecursionError) as error:
                 self.problems.append(f"{where}: {first_line(error)}")
             else:
                 seen.add(name)
@@ -138,10 +138,8 @@ class Coco(Dataset[Any]):
         path = find_file(self.folder, record.get("file_name"), last)
         size = read_size(record)
         if size is None:
-            try:  # no image is of that size
-                size, _ = annotated_size(path, (0, 0), max_pixels=self.max_pixels)
-            except OSError as error:
-                raise ValueError(first_line(error)) from error
+            # No image is of 0 x 0.
+            size, _ = annotated_size(path, (0, 0), max_pixels=self.max_pixels)
             self.counts["sizes that it lacks, and so the images' own"] += 1
         return {"path": path, "width": size[0], "height": size[1]}
 
@@ -252,13 +250,9 @@ class Coco(Dataset[Any]):
         return np.array(read_image(path, self.max_pixels, upright))
 
     def _mask(self, thing: Record) -> Tensor:  # -> [H, W] uint8
-        try:
+        where = f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded"
+        with blaming(where, ValueError, TypeError, IndexError, kind=DataError):
             return torch.from_numpy(thing["mask"].decoded())
-        except (ValueError, TypeError, IndexError) as error:
-            raise DataError(
-                f"{self.file}: annotation {thing['id']}: segmentation cannot be decoded: "
-                f"{first_line(error)}"
-            ) from error
 
 
 def _read(images: Path, annotations: Path) -> Record:
@@ -269,10 +263,8 @@ def _read(images: Path, annotations: Path) -> Record:
             f"--data: there is no {missing}; expected COCO's layout: train2017/*.jpg, "
             "val2017/*.jpg, annotations/instances_train2017.json and instances_val2017.json"
         )
-    try:
+    with blaming(f"{annotations}: not JSON", ValueError, RecursionError, kind=DataError):
         content = json.loads(annotations.read_bytes(), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{annotations}: not JSON: {first_line(error)}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{annotations}: expected COCO's format, with a list of {key}")

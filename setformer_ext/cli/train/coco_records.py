@@ -41,15 +41,16 @@ def read_category(record: Record) -> Record:
 
 def read_size(record: Record) -> tuple[int, int] | None:
     """Width and height of an image, or None if the record has neither."""
-    given = [record.get(key) for key in ("width", "height")]
-    if given == [None, None]:
+    given = {key: record.get(key) for key in ("width", "height")}
+    if given == {"width": None, "height": None}:
         return None
-    sizes = [numbers(value) for value in given]
-    for key, value, size in zip(("width", "height"), given, sizes, strict=True):
+    sizes = []
+    for key, value in given.items():
+        size = numbers(value)
         if size is None or size.ndim or size < 1 or size % 1:
             raise ValueError(f"{key} must be a whole number above 0, got {short(value)}")
-    width, height = (int(size) for size in sizes if size is not None)
-    return width, height
+        sizes.append(int(size))
+    return sizes[0], sizes[1]
 
 
 def last_names(images: list[Any]) -> Counter[str]:
@@ -140,14 +141,15 @@ class Segmentation:
 
     def _read_polygons(self, value: list[Any]) -> None:
         thin: list[Any] = []
+        height, width = self.size
+        reach = max(self.size)  # beyond which rasterising runs out of memory
         for polygon in _polygons(value):
             points = numbers(polygon)
             if points is None or points.ndim != 1 or len(points) % 2:
                 self.problems.append(_no_polygon(polygon))
             elif len(points) < 6:
                 thin.append(polygon)
-            elif self._far(points):
-                height, width = self.size
+            elif points.min() < -reach or points.max() > 2 * reach:
                 where = f"its image of {width} x {height}"
                 self.problems.append(f"segmentation: a polygon is far outside {where}")
             else:
@@ -155,10 +157,6 @@ class Segmentation:
         if not self.polygons:
             raise ValueError(self.problems[0] if self.problems else _no_polygon(thin[0]))
         self.points = len(thin)
-
-    def _far(self, points: np.ndarray) -> bool:
-        reach = max(self.size)  # beyond which rasterising runs out of memory
-        return bool(points.min() < -reach or points.max() > 2 * reach)
 
     def _read_counts(self, value: Record) -> None:
         size, counts = numbers(value.get("size")), value["counts"]

@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-
-class ConfigurationError(Exception):
-    """A file that is not such a one; the message names it."""
+from .task import TrainingError
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -19,7 +17,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
     quotes, mean that something is not given; inside of lists and mappings it is then left out.
 
     Raises:
-        ConfigurationError: for a file that cannot be read or is no mapping.
+        TrainingError: for a file that cannot be read or is no mapping.
     """
     import yaml
 
@@ -32,12 +30,12 @@ def read_configuration(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_bytes(), Loader)
     except OSError as error:
-        raise ConfigurationError(f"--config: cannot read {path}: {error.strerror}") from error
+        raise TrainingError(f"--config: cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise TrainingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path}: expected lines of `option: value`, got {content!r}")
+        raise TrainingError(f"{path}: expected lines of `option: value`, got {content!r}")
     return {str(key): _given(value) for key, value in content.items()}
 
 

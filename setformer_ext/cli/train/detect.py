@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms import v2
 
-from ...errors import first_line
 from ...vision.detection import ANCHOR_SIZES, DETECTORS, from_card
 from ..images import add_annotated, add_max_pixels
-from .backbones import add_flip, add_network, load_backbone, require_jitter, require_network
+from .backbones import MODEL_ERRORS, add_flip, add_network, load_backbone, require_backbone
 from .coco import Coco
-from .options import key_and_value, number
-from .task import Batch, DataError, Metrics, Task, TrainingError, listed
+from .options import add_keys_and_values, add_option, fraction, number, positive
+from .task import Batch, DataError, Metrics, Task, TrainingError, blaming, in_lists, listed
 
 
 class AveragePrecision(Metrics):
@@ -54,7 +54,6 @@ class AveragePrecision(Metrics):
         for name, images in self.metric.metric_state.items():
             setattr(self.metric, name, gather_object(images))
         result = self.metric.compute()
-        self.metric.reset()
         prefixes = {"": "bbox_", "mask_": "segm_"} if self.masks else {"": ""}
         return {
             f"{own}{name}": result[f"{theirs}{key}"].item()
@@ -78,87 +77,50 @@ class Detect(Task):
     defaults = {"batch_size": 2, "epochs": 36, "lr": 1e-4}
     train: Coco
     eval: Coco
+    collate = staticmethod(in_lists)
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="holds train2017/, val2017/ and annotations/instances_{train,val}2017.json",
-        )
-        parser.add_argument(
-            "--detector",
-            choices=tuple(DETECTORS),
-            default="mask_rcnn",
-            help="the others find boxes only (default: %(default)s)",
-        )
-        add_network(
-            parser, "backbone: a name", "the backbone's weights to start from, of a classifier"
-        )
-        parser.add_argument(
-            "--min-size",
-            type=number(int, 32),
+        add = partial(add_option, parser)
+        layout = "holds train2017/, val2017/ and annotations/instances_{train,val}2017.json"
+        add("--data DIR", Path, help=layout, required=True)
+        kinds = tuple(DETECTORS)
+        add("--detector", str, "mask_rcnn", "the others find boxes only", choices=kinds)
+        add_network(parser)
+        add(
+            "--min-size S",
+            number(int, 32),
+            [800],
+            "images are resized so that their shorter side is S; of several, a random one while "
+            "training and then the last",
             nargs="+",
-            default=[800],
-            metavar="S",
-            help="images are resized so that their shorter side is S; of several, a random one "
-            "while training and then the last (default: 800)",
         )
-        parser.add_argument(
-            "--max-size",
-            type=number(int, 32),
-            default=1333,
-            metavar="S",
-            help="but their longer side no longer than S (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--anchor-sizes",
-            type=number(int, 1),
+        add("--max-size S", number(int, 32), 1333, "but their longer side no longer than S")
+        add(
+            "--anchor-sizes S",
+            positive,
+            list(ANCHOR_SIZES),
+            "about the objects' sizes in pixels once resized, for the five levels of the pyramid",
             nargs=5,
-            default=list(ANCHOR_SIZES),
-            metavar="S",
-            help="about the objects' sizes in pixels once resized, for the five levels of the "
-            "pyramid (default: 32 64 128 256 512)",
         )
-        parser.add_argument(
-            "--pyramid-channels",
-            type=number(int, 1),
-            default=256,
-            metavar="C",
-            help="width of the pyramid and of the heads on it (default: %(default)s)",
-        )
+        add("--pyramid-channels C", positive, 256, "width of the pyramid and of the heads on it")
         parser.add_argument(
             "--group-norm",
             action="store_true",
             help="norm the convolutions of pyramid and heads in groups, and give the box head "
             "four: for training without --pretrained",
         )
-        parser.add_argument(
-            "--detector-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="for torchvision's detector, such as box_detections_per_img=300",
-        )
-        parser.add_argument(
-            "--scale-jitter",
-            type=number(float, 0.01),
-            nargs=2,
-            metavar=("LOW", "HIGH"),
+        purpose = "for torchvision's detector, such as box_detections_per_img=300"
+        add_keys_and_values(parser, "--detector-options", purpose)
+        add(
+            "--scale-jitter LOW HIGH",
+            number(float, 0.01),
             help="train on random squares of min-size, of images scaled by a random factor of "
             "what would fit; 0.1 2 is usual where there is no pretraining (default: none)",
         )
         add_flip(parser)
-        parser.add_argument(
-            "--vertical-flip",
-            type=number(float, 0, 1),
-            default=0.0,
-            metavar="PROBABILITY",
-            help="of mirroring up and down, as for aerial images (default: %(default)s)",
-        )
+        mirroring = "of mirroring up and down, as for aerial images"
+        add("--vertical-flip PROBABILITY", fraction, 0.0, mirroring)
         parser.add_argument(
             "--photometric",
             action="store_true",
@@ -169,15 +131,15 @@ class Detect(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        require_network(options)
+        require_backbone(options)
         self.masks = options.detector == "mask_rcnn"
         if min(options.min_size) > options.max_size:
             raise TrainingError(
                 f"--min-size: expected at most --max-size, {options.max_size}, "
                 f"got {min(options.min_size)}"
             )
-        require_jitter(options)
-        self.train = self._read("train2017", crowds=False)
+        data: Path = options.data
+        self.train = read_split(options, data, "train2017", self.masks, crowds=False)
         used = {t["label"] for things in self.train.objects.values() for t in things}
         names = enumerate(self.train.classes, start=1)
         self.unused = [name for label, name in names if label not in used]
@@ -186,21 +148,10 @@ class Detect(Task):
                 f"--data: instances_train2017.json has no object of {', '.join(self.unused)} "
                 "(--on-error skip: go on without)"
             )
-        self.eval = self._read("val2017", crowds=True, classes=self.train.classes)
+        classes = self.train.classes
+        self.eval = read_split(options, data, "val2017", self.masks, crowds=True, classes=classes)
         self.train.transform = self._augmentation()
         self.eval.transform = plain()
-
-    def _read(self, split: str, **more: Any) -> Coco:
-        data: Path = self.options.data
-        return Coco(
-            data / split,
-            data / "annotations" / f"instances_{split}.json",
-            masks=self.masks,
-            skip=self.options.on_error == "skip",
-            annotated=self.options.annotated,
-            max_pixels=self.options.max_pixels,
-            **more,
-        )
 
     def _augmentation(self) -> v2.Transform:
         """A random view of an image and of what is in it."""
@@ -237,20 +188,13 @@ class Detect(Task):
 
     def make_model(self) -> nn.Module:
         options = self.options
-        try:
+        with blaming(f"--model: {options.model}", *MODEL_ERRORS):
             model: Any = from_card(self.card())
-        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise TrainingError(f"--model: {options.model}: {first_line(error)}") from error
         load_backbone(model.backbone.body.model, options)
         return model
 
-    @staticmethod
-    def collate(samples: list[Any]) -> Batch:
-        images, targets = zip(*samples, strict=True)
-        return list(images), list(targets)  # of different sizes: a list of [3, H, W]
-
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images, targets = batch
+        images, targets = batch  # a list of [3, H, W], of different sizes
         return model(images, targets)
 
     def metrics(self) -> Metrics:
@@ -278,6 +222,21 @@ class Detect(Task):
             "mean": config["mean"],
             "std": config["std"],
         }
+
+
+def read_split(
+    options: argparse.Namespace, data: Path, split: str, masks: bool, **more: Any
+) -> Coco:
+    """The images and objects of COCO's layout in a folder; ``more`` are arguments of Coco."""
+    return Coco(
+        data / split,
+        data / "annotations" / f"instances_{split}.json",
+        masks=masks,
+        skip=options.on_error == "skip",
+        annotated=options.annotated,
+        max_pixels=options.max_pixels,
+        **more,
+    )
 
 
 def plain() -> v2.Transform:

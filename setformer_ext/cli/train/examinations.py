@@ -13,8 +13,7 @@ from torch import nn
 from ..predict.loading import cards_explained, load_run, load_text_run, read_card
 from .ade20k import Ade20k, read_names
 from .classify import Accuracy, Classify
-from .coco import Coco
-from .detect import AveragePrecision, Detect
+from .detect import AveragePrecision, Detect, read_split
 from .detect import plain as plain_detection
 from .glue import Scores, make_batch
 from .glue_data import read_dev
@@ -75,29 +74,11 @@ def _classify(card: dict[str, Any], options: argparse.Namespace) -> Examination:
 
 def _detect(card: dict[str, Any], options: argparse.Namespace) -> Examination:
     predictor = load_run(options.training)
-    data: Path = options.data[0]
-    masks = card["detector"] == "mask_rcnn"
-    samples = Coco(
-        data / options.split,
-        data / "annotations" / f"instances_{options.split}.json",
-        masks=masks,
-        crowds=True,
-        classes=predictor.classes,
-        skip=options.on_error == "skip",
-        annotated=options.annotated,
-        max_pixels=options.max_pixels,
-    )
+    data, masks, classes = options.data[0], card["detector"] == "mask_rcnn", predictor.classes
+    samples = read_split(options, data, options.split, masks, crowds=True, classes=classes)
     samples.transform = plain_detection()
-    metrics = AveragePrecision(masks)
-    return Examination(
-        "detect",
-        predictor.model,
-        samples,
-        Detect.collate,
-        metrics,
-        samples.problems,
-        samples.notes,
-    )
+    model, metrics, collate = predictor.model, AveragePrecision(masks), Detect.collate
+    return Examination("detect", model, samples, collate, metrics, samples.problems, samples.notes)
 
 
 def _segment(card: dict[str, Any], options: argparse.Namespace) -> Examination:

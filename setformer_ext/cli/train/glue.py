@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from ...language.saved import (
     require_embeddings,
 )
 from .glue_data import TASKS, Example, GlueTask, read_task
-from .options import add_model_options, number
-from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
+from .options import add_keys_and_values, add_option, number
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, blaming, listed
 
 
 def _accuracy(answers: Tensor, labels: Tensor) -> Tensor:
@@ -74,7 +75,6 @@ class Scores(Metrics):
     def compute(self) -> dict[str, float]:
         figures = {}
         rows = gather_object(self.rows)
-        self.rows = []
         for part in self.task.dev:
             pairs = [(answer, label) for where, answer, label in rows if where == part]
             answers, labels = torch.tensor(pairs, dtype=torch.float32).T
@@ -83,9 +83,7 @@ class Scores(Metrics):
                 value = METRICS[name](answers.to(kind), labels.to(kind)).item()
                 figures[f"{name}_{part}" if part else name] = value
         score = sum(figures.values()) / len(figures)
-        loss = self.loss.compute().item()
-        self.loss.reset()
-        return {EVAL_LOSS: loss, "score": score, **figures}
+        return {EVAL_LOSS: self.loss.compute().item(), "score": score, **figures}
 
 
 class Glue(Task):
@@ -99,56 +97,40 @@ class Glue(Task):
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
+        add = partial(add_option, parser)
+        add(
             "--task",
+            help="which of GLUE's tasks; of several, or all, each is trained into a folder of its "
+            "own in --output, and the average printed",
             dest="glue_task",
             nargs="+",
             choices=(*TASKS, "all"),
             required=True,
-            help="which of GLUE's tasks; of several, or all, each is trained into a folder of its "
-            "own in --output, and the average printed",
         )
-        parser.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="GLUE's download: holds CoLA/, SST-2/, MRPC/ and so on",
-        )
-        parser.add_argument(
-            "--model",
-            required=True,
-            metavar="DIR",
+        download = "GLUE's download: holds CoLA/, SST-2/, MRPC/ and so on"
+        add("--data DIR", Path, help=download, required=True)
+        add(
+            "--model DIR",
             help="folder of a pretrained encoder: what train mlm wrote, or any model of "
             "transformers that classifies sequences, with its tokenizer",
+            required=True,
         )
-        add_model_options(parser, "of the model's configuration, such as hidden_dropout_prob=0.2")
-        parser.add_argument(
-            "--attention-implementation",
-            metavar="NAME",
-            help="set_attention puts SeT attention into a model of transformers",
-        )
-        parser.add_argument(
-            "--sequence-length",
-            type=number(int, 8),
-            default=128,
-            metavar="N",
-            help="longer texts are cut (default: %(default)s)",
-        )
+        purpose = "of the model's configuration, such as hidden_dropout_prob=0.2"
+        add_keys_and_values(parser, "--model-options", purpose)
+        switch = "set_attention puts SeT attention into a model of transformers"
+        add("--attention-implementation NAME", help=switch)
+        add("--sequence-length N", number(int, 8), 128, "longer texts are cut")
 
     @staticmethod
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:
-        chosen = (
-            list(TASKS) if "all" in options.glue_task else list(dict.fromkeys(options.glue_task))
-        )
+        own, given = vars(options), options.glue_task
+        chosen = list(TASKS) if "all" in given else list(dict.fromkeys(given))
         if len(chosen) == 1:
-            return [argparse.Namespace(**{**vars(options), "glue_task": chosen[0]})]
+            return [argparse.Namespace(**own | {"glue_task": chosen[0]})]
         _tokenizer_and_configuration(options, TASKS[chosen[0]])
         _require_readable(options, chosen)  # before hours of training on the first
         return [
-            argparse.Namespace(
-                **{**vars(options), "glue_task": name, "output": options.output / name}
-            )
+            argparse.Namespace(**own | {"glue_task": name, "output": options.output / name})
             for name in chosen
         ]
 
@@ -156,6 +138,9 @@ class Glue(Task):
         self.options = options
         self.glue = TASKS[options.glue_task]
         self.tokenizer, self.config = _tokenizer_and_configuration(options, self.glue)
+        self.collate = partial(
+            make_batch, tokenizer=self.tokenizer, task=self.glue, length=options.sequence_length
+        )
         self.problems: list[str] = []
         notes = self.problems if options.on_error == "skip" else None
         self.train, self.eval = read_task(options.data, self.glue, notes)
@@ -172,7 +157,7 @@ class Glue(Task):
 
     def make_model(self) -> nn.Module:
         logging.disable_progress_bar()  # of weights that are read in no time
-        try:
+        with blaming("--model", SavedError):
             model = load_model(
                 AutoModelForSequenceClassification.from_pretrained,
                 Path(self.options.model),
@@ -180,8 +165,6 @@ class Glue(Task):
                 config=self.config,
                 attn_implementation=self.options.attention_implementation,
             )
-        except SavedError as error:
-            raise TrainingError(f"--model: {error}") from error
         self.config = model.config  # with the options of references, where it has them
         self.config.architectures = [type(model).__name__]
         return model
@@ -189,9 +172,6 @@ class Glue(Task):
     def prepare(self, output: Path) -> None:
         self.config.save_pretrained(output)
         self.tokenizer.save_pretrained(output)
-
-    def collate(self, samples: list[Example]) -> Batch:
-        return make_batch(samples, self.tokenizer, self.glue, self.options.sequence_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         inputs, labels, _ = batch
@@ -242,7 +222,11 @@ def _tokenizer_and_configuration(
             "--model-options: set_attention must be a mapping such as {'num_references': 64}, "
             f"got {references!r}"
         )
-    try:
+    where = (
+        "--model: expected a folder with a model and a tokenizer of transformers, such as the "
+        "--output of train mlm"
+    )
+    with blaming(where, SavedError):
         tokenizer = load_tokenizer(folder)
         config, unknown = load_saved(
             AutoConfig.from_pretrained,
@@ -253,11 +237,6 @@ def _tokenizer_and_configuration(
             **given,
         )
         require_embeddings(tokenizer, config, folder)
-    except SavedError as error:
-        raise TrainingError(
-            f"--model: expected a folder with a model and a tokenizer of transformers, such as "
-            f"the --output of train mlm: {error}"
-        ) from error
     if references:
         config.set_attention = (getattr(config, "set_attention", None) or {}) | references
     if glue.classes:

@@ -6,11 +6,13 @@ the texts and labels in columns that differ between the tasks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ...errors import first_line
 from .lines import numbered_lines, refuse
 from .task import DataError
 
@@ -119,44 +121,36 @@ def read_examples(
                 f"{path}, line 1: expected the columns {', '.join((*task.texts, task.label))}, "
                 f"got {', '.join(columns)[:120] or 'nothing'}"
             )
-    places = [columns.index(name) for name in task.texts]
-    label_place = columns.index(task.label)
     examples = []
     for number, line in lines:
-        if not line:
-            continue
-        cells = line.split("\t")
-        problem = _problem(cells, columns, places, task, label_place)
-        if problem:
-            refuse(f"{path}, line {number}: {problem}", problems)
-            continue
-        label = cells[label_place]
-        value = float(task.classes.index(label) if task.classes else label)
-        examples.append(Example(tuple(cells[place] for place in places), value, part))
+        if line:
+            try:
+                examples.append(_read_row(line.split("\t"), columns, task, part))
+            except ValueError as error:
+                refuse(f"{path}, line {number}: {first_line(error)}", problems)
     if not examples:
         raise DataError(f"{path}: no row that can be used, expected at least one")
     return examples
 
 
-def _problem(
-    cells: Sequence[str],
-    columns: Sequence[str],
-    places: Sequence[int],
-    task: GlueTask,
-    label_place: int,
-) -> str:
-    """What is wrong with a row, or nothing."""
+def _read_row(cells: list[str], columns: Sequence[str], task: GlueTask, part: str) -> Example:
+    """The example of a row; a ValueError says what is wrong with it."""
     if len(cells) != len(columns):
-        return f"expected {len(columns)} tab-separated columns, got {len(cells)}"
-    for place in places:
-        if not cells[place].strip():
-            return f"{columns[place]}: expected a text, got nothing"
-    label, name = cells[label_place], columns[label_place]
+        raise ValueError(f"expected {len(columns)} tab-separated columns, got {len(cells)}")
+    texts = tuple(cells[columns.index(name)] for name in task.texts)
+    for name, text in zip(task.texts, texts, strict=True):
+        if not text.strip():
+            raise ValueError(f"{name}: expected a text, got nothing")
+    label = cells[columns.index(task.label)]
     if task.classes:
-        known = ", ".join(task.classes)
-        return "" if label in task.classes else f"{name}: expected one of {known}, got {label!r}"
+        if label not in task.classes:
+            known = ", ".join(task.classes)
+            raise ValueError(f"{task.label}: expected one of {known}, got {label!r}")
+        return Example(texts, float(task.classes.index(label)), part)
     try:
-        fits = 0 <= float(label) <= 5
+        value = float(label)
     except ValueError:
-        fits = False
-    return "" if fits else f"{name}: expected a number from 0 to 5, got {label!r}"
+        value = math.nan
+    if not 0 <= value <= 5:
+        raise ValueError(f"{task.label}: expected a number from 0 to 5, got {label!r}")
+    return Example(texts, value, part)

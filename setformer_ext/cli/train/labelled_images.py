@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,12 @@ def find_data(options: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     return train, val
 
 
-def classes_without_images(classes: Iterable[str], *folders: ImageFolder) -> list[str]:
+def classes_without_images(classes: Sequence[str], *folders: ImageFolder) -> list[str]:
     """Says which classes each of them lacks."""
-    empty = {
-        folder.name: [name for name in classes if not folder.classes.get(name)]
-        for folder in folders
-    }
     return [
-        f"{folder} has no images of these classes: {', '.join(names)}"
-        for folder, names in empty.items()
-        if names
+        f"{folder.name} has no images of these classes: {', '.join(empty)}"
+        for folder in folders
+        if (empty := [name for name in classes if not folder.classes.get(name)])
     ]
 
 
@@ -102,9 +98,8 @@ def find_classes(folder: Path, layout: str) -> ImageFolder:
     if not found.classes:
         raise DataError(f"--data: {folder} has no folders, one for each class")
     if not found.samples():
-        others = [*map(str, found.others)]
         raise DataError(
             f"--data: no images in the {len(found.classes)} folders of {folder}"
-            + (f"; by their endings these are none: {listed(others)}" if others else "")
+            + (f"; by their endings these are none: {listed(found.others)}" if found.others else "")
         )
     return found

@@ -13,6 +13,11 @@ import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 
 from . import parallel
 from .optimization import make_optimizer, make_schedule
@@ -59,9 +64,7 @@ class Learner:
             if self.averaged is not self.model:
                 parallel.shard(self.averaged)
         elif accelerator.num_processes > 1:
-            self.parallel = parallel.replicate(
-                self.model, accelerator.device, task.unused_parameters
-            )
+            self.parallel = parallel.replicate(self.model, accelerator.device)
         self.optimizer = make_optimizer(self.model, options)
         self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales losses of fp16
         self.schedule = make_schedule(self.optimizer, options, steps)
@@ -94,25 +97,26 @@ class Learner:
     def evaluated(self) -> nn.Module:
         """The model to evaluate, averaged if there is an average, whole in each process."""
         if self.whole is not self.averaged:
-            self.whole.load_state_dict(parallel.whole_state(self.averaged))
+            self.whole.load_state_dict(get_model_state_dict(self.averaged, options=parallel.WHOLE))
         return self.whole.eval()
 
     def state(self) -> dict[str, Any]:
         """All of it, whole, for :meth:`load_state`; all processes have to ask."""
-        scaler = self.accelerator.scaler
+        whole, scaler = parallel.WHOLE, self.accelerator.scaler
+        ema = None if self.ema is None else get_model_state_dict(self.averaged, options=whole)
         return {
-            "model": parallel.whole_state(self.model),
-            "ema": None if self.ema is None else parallel.whole_state(self.averaged),
-            "optimizer": parallel.whole_optimizer_state(self.model, self.optimizer),
+            "model": get_model_state_dict(self.model, options=whole),
+            "ema": ema,
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=whole),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from where :meth:`state` was asked."""
-        parallel.load_whole_state(self.model, state["model"])
+        set_model_state_dict(self.model, state["model"], options=parallel.WHOLE)
         if self.ema is not None:
-            parallel.load_whole_state(self.averaged, state["ema"])
-        parallel.load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
+            set_model_state_dict(self.averaged, state["ema"], options=parallel.WHOLE)
+        parallel.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -145,10 +149,8 @@ def make_accelerator(precision: str) -> Accelerator:
 
 def _checkpoint_gradients(model: nn.Module) -> None:
     for module in model.modules():
-        for switch in (
-            "set_grad_checkpointing",
-            "gradient_checkpointing_enable",
-        ):  # timm's, transformers'
+        # timm's and transformers'
+        for switch in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
             if hasattr(module, switch):
                 getattr(module, switch)()
                 return

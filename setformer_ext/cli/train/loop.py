@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...errors import first_line
-from .checkpoints import CheckpointError, Checkpoints, clear_partial, save_weights, write_atomically
+from .checkpoints import Checkpoints, clear_partial, save_weights, write_atomically
 from .divergence import explained, require_finite
 from .evaluation import measure
 from .journal import LOSS_EVERY, Journal
@@ -33,7 +33,7 @@ from .sampling import (
     Stream,
     seed_generators,
 )
-from .task import EVAL_LOSS, TRAIN_LOSS, DataError, Task, TrainingError
+from .task import EVAL_LOSS, TRAIN_LOSS, DataError, Task, TrainingError, blaming
 
 
 @dataclass
@@ -54,7 +54,9 @@ def train(kind: type[Task], options: argparse.Namespace) -> Progress:
     Raises:
         TrainingError: for all that the user can put right.
     """
-    return Training(kind(options), options).run()
+    training = Training(kind(options), options)
+    with closing(training.journal):
+        return training.run()
 
 
 class Training:
@@ -65,10 +67,7 @@ class Training:
         self.checkpoints = Checkpoints(options.output / "checkpoints")
         checkpoint = self._find_checkpoint()
         self.accelerator = make_accelerator(options.precision)
-        self.rank, self.processes = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.train_data = SeededDataset(task.train, options.seed, SAMPLE, replace=True)
         self.eval_data = SeededDataset(task.eval, options.seed, EVALUATION, replace=False)
         if self.eval_data.size < self.processes:
@@ -108,12 +107,6 @@ class Training:
 
     def run(self) -> Progress:
         """Train from where the progress is to the end."""
-        try:
-            return self._run()
-        finally:
-            self.journal.close()
-
-    def _run(self) -> Progress:
         progress, save_every = self.progress, self.options.save_every
         self.journal.say(self.task.describe())
         self.journal.say(
@@ -187,11 +180,8 @@ class Training:
         require_finite(self.sums, self.learner.model, self.progress.step)
         self.progress.losses = self._all_sums()
         self.progress.skipped = list(dict.fromkeys(gather_object(self.progress.skipped)))
-        state = {
-            "shared": self.shared,
-            "progress": asdict(self.progress),
-            **self.learner.state(),
-        }
+        progress = asdict(self.progress)
+        state = {"shared": self.shared, "progress": progress, **self.learner.state()}
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.progress.step, state)
 
@@ -222,13 +212,9 @@ class Training:
                 f"rate falls along a cosine of {planned} steps; take these first, then --epochs or "
                 f"--steps may ask for more, but never for fewer; got {self.steps} steps"
             )
-        try:
+        where = f"{self.checkpoints.folder}: of another version of the model or of a package"
+        with blaming(where, KeyError, RuntimeError, ValueError):
             self.learner.load_state(checkpoint)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.checkpoints.folder}: of another version of the model or of a package: "
-                + first_line(error)
-            ) from error
         self.progress = Progress(**checkpoint["progress"])
         if planned != self.steps:
             rates = f"from {self.learner.lr:.1e} to {self.learner.lr_of(step):.1e}"

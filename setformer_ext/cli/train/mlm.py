@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchmetrics import MeanMetric
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from ...errors import first_line
 from ...language import SIZES, SetformerConfig, SetformerForMaskedLM
 from ...language.heads import IGNORED
 from ...language.saved import (
@@ -25,9 +25,9 @@ from ...language.saved import (
     load_tokenizer,
     require_embeddings,
 )
-from .options import add_model_options, number
+from .options import add_keys_and_values, add_option, number, positive
 from .parallel import from_main_process
-from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, listed
+from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, blaming, listed
 from .texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
 
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # BERT's shares: of the words; of those, the rest stay
@@ -101,14 +101,11 @@ class Prediction(Metrics):
 
     def compute(self) -> dict[str, float]:
         loss = self.loss.compute().item()
-        figures = {
+        return {
             EVAL_LOSS: loss,
             "accuracy": self.right.compute().item(),
             "perplexity": math.exp(min(loss, 700.0)),  # what a float holds
         }
-        self.right.reset()
-        self.loss.reset()
-        return figures
 
 
 class Mlm(Task):
@@ -120,89 +117,57 @@ class Mlm(Task):
     defaults = {"batch_size": 64, "epochs": 10, "lr": 5e-4, "ema_decay": 0.0, "weight_decay": 0.01}
     train: Packed
     eval: Packed
+    collate = staticmethod(default_collate)
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
-            "--data",
-            type=Path,
-            nargs="+",
-            required=True,
-            metavar="PATH",
-            help="text files, or folders of *.txt, with one document a line",
-        )
-        parser.add_argument(
-            "--eval-data",
-            type=Path,
-            nargs="+",
-            metavar="PATH",
-            help="the same to evaluate on (default: every hundredth document of --data)",
-        )
-        parser.add_argument("--model", choices=tuple(SIZES), help="size (default: base)")
-        add_model_options(
-            parser, "of SetformerConfig, such as num_references=64 or attention=softmax"
-        )
-        parser.add_argument(
-            "--pretrained",
-            type=Path,
-            metavar="DIR",
+        add = partial(add_option, parser)
+        files = "text files, or folders of *.txt, with one document a line"
+        add("--data PATH", Path, help=files, nargs="+", required=True)
+        held_out = "the same to evaluate on (default: every hundredth document of --data)"
+        add("--eval-data PATH", Path, help=held_out, nargs="+")
+        add("--model", help="size (default: base)", choices=tuple(SIZES))
+        purpose = "of SetformerConfig, such as num_references=64 or attention=softmax"
+        add_keys_and_values(parser, "--model-options", purpose)
+        add(
+            "--pretrained DIR",
+            Path,
             help="SeTformer encoder to start from, such as what train mlm wrote: its weights, "
             "sizes and, without --tokenizer, its vocabulary",
         )
-        parser.add_argument(
-            "--tokenizer",
-            type=Path,
-            metavar="DIR",
-            help="take this one of transformers' instead of training one",
-        )
-        parser.add_argument(
-            "--vocab-size",
-            type=number(int, 100),
-            help=f"largest vocabulary of the tokenizer that is trained (default: {VOCAB_SIZE})",
-        )
-        parser.add_argument(
-            "--alphabet",
-            type=number(int, 1),
-            metavar="N",
+        saved = "take this one of transformers' instead of training one"
+        add("--tokenizer DIR", Path, help=saved)
+        largest = f"largest vocabulary of the tokenizer that is trained (default: {VOCAB_SIZE})"
+        add("--vocab-size", number(int, 100), help=largest)
+        add(
+            "--alphabet N",
+            positive,
             help="characters that it knows at most, the commonest; words with others are [UNK] "
             "(default: what the texts need, if half of the vocabulary has room for it)",
         )
         parser.add_argument(
             "--cased", action="store_true", help="tell capital letters from small ones"
         )
-        parser.add_argument(
-            "--sequence-length",
-            type=number(int, 8),
-            default=128,
-            metavar="N",
-            help="documents are joined and cut into sequences of N (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--mask-share",
-            type=number(float, 0.01, 0.9),
-            default=CHOSEN,
-            metavar="SHARE",
-            help="of the words that have to be predicted (default: %(default)s)",
-        )
+        pieces = "documents are joined and cut into sequences of N"
+        add("--sequence-length N", number(int, 8), 128, pieces)
+        masked = "of the words that have to be predicted"
+        add("--mask-share SHARE", number(float, 0.01, 0.9), CHOSEN, masked)
 
     @staticmethod
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:
         """With the defaults of what no --pretrained or --tokenizer gives."""
+        known: dict[str, str] = {}  # options that another one stands for
+        if options.tokenizer is not None:
+            known |= dict.fromkeys(("vocab_size", "alphabet", "cased"), "tokenizer")
+        if options.pretrained is not None:
+            known |= dict.fromkeys(("model", "vocab_size", "alphabet", "cased"), "pretrained")
+        for name, source in known.items():
+            if getattr(options, name):
+                option = name.replace("_", "-")
+                raise TrainingError(f"--{option}: comes from --{source}; leave one of them out")
         defaults = {"model": "base", "vocab_size": VOCAB_SIZE}
-        of_tokenizer = ("vocab_size", "alphabet", "cased")
-        for source, names in (
-            ("pretrained", ("model", *of_tokenizer)),
-            ("tokenizer", of_tokenizer),
-        ):
-            if getattr(options, source) is None:
-                continue
-            for name in names:
-                defaults.pop(name, None)
-                if getattr(options, name):
-                    option = name.replace("_", "-")
-                    raise TrainingError(f"--{option}: comes from --{source}; leave one of them out")
-        missing = {name: value for name, value in defaults.items() if not getattr(options, name)}
-        return [argparse.Namespace(**{**vars(options), **missing})]
+        missing = [name for name in defaults if not (name in known or getattr(options, name))]
+        return [argparse.Namespace(**vars(options) | {name: defaults[name] for name in missing})]
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -217,8 +182,14 @@ class Mlm(Task):
             held_out = documents[99::100]
             documents = [d for place, d in enumerate(documents) if place % 100 != 99]
         self.counts = len(documents), len(held_out)
-        self.tokenizer = tokenizer or self._train_tokenizer(documents)
-        self.train, self.eval = self._pack(documents), self._pack(held_out)
+        how = (options.vocab_size, not options.cased, options.alphabet)
+        self.tokenizer = tokenizer or wrap_tokenizer(
+            from_main_process(lambda: train_tokenizer(documents, *how))
+        )
+        self.train, self.eval = (
+            pack(texts, self.tokenizer, options.sequence_length, options.mask_share)
+            for texts in (documents, held_out)
+        )
         for data, which in ((self.train, "train"), (self.eval, "evaluate")):
             if not len(data):
                 raise DataError(
@@ -252,27 +223,15 @@ class Mlm(Task):
             folder = getattr(options, option)
         if folder is None:
             return None
-        try:
+        with blaming(f"--{option}", SavedError):
             tokenizer = load_tokenizer(folder)
             if self.pretrained is not None:
                 require_embeddings(tokenizer, self.pretrained, options.pretrained)
-        except SavedError as error:
-            raise TrainingError(f"--{option}: {error}") from error
         needed = ("cls_token", "sep_token", "mask_token")
         lacks = [name for name in needed if getattr(tokenizer, name) is None]
         if lacks:
             raise TrainingError(f"--{option}: {folder}: its tokenizer has no {', '.join(lacks)}")
         return tokenizer
-
-    def _train_tokenizer(self, documents: list[str]) -> PreTrainedTokenizerFast:
-        """One for these documents, the same in all processes."""
-        options = self.options
-        how = (options.vocab_size, not options.cased, options.alphabet)
-        return wrap_tokenizer(from_main_process(lambda: train_tokenizer(documents, *how)))
-
-    def _pack(self, documents: list[str]) -> Packed:
-        options = self.options
-        return pack(documents, self.tokenizer, options.sequence_length, options.mask_share)
 
     def describe(self) -> str:
         text = (
@@ -298,30 +257,19 @@ class Mlm(Task):
         return float((tokens == tokenizer.unk_token_id).sum() / max(1, words.sum()))
 
     def make_model(self) -> nn.Module:
-        try:
+        with blaming("--model-options", TypeError, ValueError, KeyError):
             config = SetformerConfig(**{**self.model_options, "sparse_prediction": True})
             if self.pretrained is None:
                 return SetformerForMaskedLM(config)
-        except (TypeError, ValueError, KeyError) as error:
-            raise TrainingError(f"--model-options: {first_line(error)}") from error
-        folder: Path = self.options.pretrained
-        try:
-            return load_model(
-                SetformerForMaskedLM.from_pretrained, folder, "decoder", config=config
-            )
-        except SavedError as error:
-            raise TrainingError(f"--pretrained: {error}") from error
+        load, folder = SetformerForMaskedLM.from_pretrained, self.options.pretrained
+        with blaming("--pretrained", SavedError):
+            return load_model(load, folder, "decoder", config=config)
 
     def prepare(self, output: Path) -> None:
         SetformerConfig(
             **self.model_options, architectures=["SetformerForMaskedLM"]
         ).save_pretrained(output)
         self.tokenizer.save_pretrained(output)
-
-    @staticmethod
-    def collate(samples: list[Any]) -> Batch:
-        tokens, labels = zip(*samples, strict=True)
-        return torch.stack(tokens), torch.stack(labels)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         tokens, labels = batch
@@ -355,10 +303,8 @@ def _encoder_configuration(folder: Path | None) -> SetformerConfig | None:
     """What ``--pretrained`` holds."""
     if folder is None:
         return None
-    try:
+    with blaming("--pretrained", SavedError):
         config = load_saved(AutoConfig.from_pretrained, folder)
-    except SavedError as error:
-        raise TrainingError(f"--pretrained: {error}") from error
     if isinstance(config, SetformerConfig):
         return config
     raise TrainingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -48,34 +49,23 @@ def parameter_groups(
     Raises:
         TrainingError: for a layer decay if there is no such module.
     """
-    backbone = next((m for m in model.modules() if hasattr(m, "group_matcher")), None)
-    if layer_decay < 1 and backbone is None:
-        raise TrainingError(
-            f"--layer-decay: {type(model).__name__} does not say what its layers are "
-            "(timm's group_matcher); leave the option out"
-        )
-    exempt = undecayed(model)
-    groups = []
-    inside: set[int] = set()
-    if backbone is not None:
-        named = dict(backbone.named_parameters())
-        groups = param_groups_layer_decay(
-            backbone,
-            weight_decay,
-            no_weight_decay_list={name for name, p in named.items() if id(p) in exempt},
-            layer_decay=layer_decay,
-        )
-        inside = {id(p) for p in named.values()}
-    for decays in (True, False):
-        outside = [
-            p
-            for name, p in model.named_parameters()
-            if p.requires_grad
-            and id(p) not in inside
-            and decays == (p.ndim > 1 and not name.endswith(".bias") and id(p) not in exempt)
-        ]
-        if outside:
-            groups.append(
-                {"params": outside, "weight_decay": weight_decay * decays, "lr_scale": 1.0}
+    scales: dict[int, float] = {}  # of a parameter's id
+    if layer_decay < 1:
+        backbone = next((m for m in model.modules() if hasattr(m, "group_matcher")), None)
+        if backbone is None:
+            raise TrainingError(
+                f"--layer-decay: {type(model).__name__} does not say what its layers are "
+                "(timm's group_matcher); leave the option out"
             )
-    return groups
+        for layer in param_groups_layer_decay(backbone, layer_decay=layer_decay):
+            scales |= {id(p): layer["lr_scale"] for p in layer["params"]}
+    exempt = undecayed(model)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim > 1 and not name.endswith(".bias") and id(p) not in exempt
+            groups[decays, scales.get(id(p), 1.0)].append(p)
+    return [
+        {"params": parameters, "weight_decay": weight_decay * decays, "lr_scale": scale}
+        for (decays, scale), parameters in groups.items()
+    ]

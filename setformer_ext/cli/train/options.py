@@ -9,11 +9,12 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .configuration import ConfigurationError, read_configuration, with_numbers
-from .task import Task
+from .configuration import read_configuration, with_numbers
+from .task import Task, TrainingError
 
 MOST_WORKERS = 4
 LENGTH = {"epochs", "steps"}  # more of them go on with a training that is at its end
@@ -93,7 +94,7 @@ class TaskParser(argparse.ArgumentParser):
         """A configuration file as arguments of the command line."""
         try:
             content = read_configuration(path)
-        except ConfigurationError as error:
+        except TrainingError as error:
             self.error(str(error))
         return [
             argument
@@ -104,8 +105,7 @@ class TaskParser(argparse.ArgumentParser):
     def _entry(self, where: str, key: str, value: Any) -> list[str]:
         option = f"--{key.replace('_', '-')}"
         known = {name: a for a in self._actions for name in a.option_strings if name[:2] == "--"}
-        for name in ("--config", "--help"):
-            known.pop(name)
+        known = {name: a for name, a in known.items() if name not in ("--config", "--help")}
         if option not in known:
             close = [name[2:] for name in get_close_matches(option, known, 3)]
             self.error(
@@ -164,6 +164,11 @@ def number(
     return parse
 
 
+positive = number(int, 1)
+not_negative = number(float, 0)
+fraction = number(float, 0, 1)
+
+
 def key_and_value(text: str) -> tuple[str, Any]:
     """For ``type=``: ``key=value``, the value a Python literal or else a string."""
     key, equals, value = text.partition("=")
@@ -177,15 +182,39 @@ def key_and_value(text: str) -> tuple[str, Any]:
     return key, literal
 
 
-def add_model_options(parser: argparse._ArgumentGroup, purpose: str) -> None:
-    """Declare ``--model-options KEY=VALUE ...``, which several tasks have."""
+def add_option(
+    parser: argparse._ActionsContainer,
+    name: str,
+    kind: Callable[[str], Any] = str,
+    default: Any = None,
+    help: str = "",
+    **more: Any,
+) -> None:
+    """Declare an option whose help ends with its default, where it has one.
+
+    Args:
+        parser: what to declare it to.
+        name: such as ``--mixup ALPHA``, with what help calls its value; of several, it takes all.
+        kind: makes a value of a text.
+        default: a list where there are several values.
+        help: what the option is for.
+        more: what else ``add_argument`` takes.
+    """
+    option, *values = name.split()
+    if values:
+        more["metavar"] = values[0] if len(values) == 1 else tuple(values)
+    if len(values) > 1:
+        more["nargs"] = len(values)
+    if default is not None:
+        shown = " ".join(f"{v:g}" for v in default) if isinstance(default, list) else "%(default)s"
+        help = f"{help} (default: {shown})" if help else f"default: {shown}"
+    parser.add_argument(option, type=kind, default=default, help=help, **more)
+
+
+def add_keys_and_values(parser: argparse._ActionsContainer, name: str, purpose: str) -> None:
+    """Declare an option of ``KEY=VALUE ...``, such as ``--model-options``."""
     parser.add_argument(
-        "--model-options",
-        type=key_and_value,
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help=purpose,
+        name, type=key_and_value, nargs="+", default=[], metavar="KEY=VALUE", help=purpose
     )
 
 
@@ -198,7 +227,7 @@ def default_workers() -> int:
     return max(0, min(MOST_WORKERS, len(here) // processes - 1))
 
 
-def add_workers(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_workers(parser: argparse._ActionsContainer) -> None:
     """Declare ``--workers``, of all that loads samples."""
     parser.add_argument(
         "--workers",
@@ -211,67 +240,25 @@ def add_workers(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> No
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Declare what every training has: length, optimizer, processes, precision, checkpoints."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=number(int, 1), default=100, help="default: %(default)s")
-    group.add_argument("--steps", type=number(int, 1), help="so many steps, instead of epochs")
-    group.add_argument(
-        "--batch-size",
-        type=number(int, 1),
-        default=64,
-        help="samples per process and pass (default: %(default)s)",
-    )
-    group.add_argument(
-        "--accumulate",
-        type=number(int, 1),
-        default=1,
-        metavar="PASSES",
-        help="passes whose gradients make one step (default: %(default)s)",
-    )
-    group.add_argument(
-        "--lr",
-        type=number(float, 0),
-        default=1e-3,
-        help="AdamW's learning rate, of cosine schedule (default: %(default)s)",
-    )
-    group.add_argument(
-        "--warmup",
-        type=number(float, 0, 1),
-        default=0.05,
-        metavar="SHARE",
-        help="share of the steps over which the learning rate first rises (default: %(default)s)",
-    )
-    group.add_argument(
-        "--weight-decay", type=number(float, 0), default=0.05, help="default: %(default)s"
-    )
-    group.add_argument(
-        "--layer-decay",
-        type=number(float, 0, 1),
-        default=1.0,
-        metavar="FACTOR",
-        help="learning rate of a backbone's layer / that of the next one (default: %(default)s)",
-    )
-    group.add_argument(
-        "--clip-grad",
-        type=number(float, 0),
-        default=1.0,
-        metavar="NORM",
-        help="largest norm of the gradient, 0 for any (default: %(default)s)",
-    )
-    group.add_argument(
-        "--ema-decay",
-        type=number(float, 0, 1),
-        default=0.9998,
-        metavar="DECAY",
-        help="of the weights' moving average, reached by and by; 0 for none (default: %(default)s)",
-    )
-    group.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    add = partial(add_option, parser.add_argument_group("training"))
+    add("--epochs", positive, 100)
+    add("--steps", positive, help="so many steps, instead of epochs")
+    add("--batch-size", positive, 64, "samples per process and pass")
+    add("--accumulate PASSES", positive, 1, "passes whose gradients make one step")
+    add("--lr", not_negative, 1e-3, "AdamW's learning rate, of cosine schedule")
+    rise = "share of the steps over which the learning rate first rises"
+    add("--warmup SHARE", fraction, 0.05, rise)
+    add("--weight-decay", not_negative, 0.05)
+    ratio = "learning rate of a backbone's layer / that of the next one"
+    add("--layer-decay FACTOR", fraction, 1.0, ratio)
+    add("--clip-grad NORM", not_negative, 1.0, "largest norm of the gradient, 0 for any")
+    average = "of the weights' moving average, reached by and by; 0 for none"
+    add("--ema-decay DECAY", fraction, 0.9998, average)
+    add("--seed", number(int, 0), 0)
     group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--precision",
-        choices=("no", "bf16", "fp16"),
-        default="no",
-        help="of mixed-precision training (default: %(default)s)",
-    )
+    add = partial(add_option, group)
+    precisions = ("no", "bf16", "fp16")
+    add("--precision", str, "no", "of mixed-precision training", choices=precisions)
     group.add_argument(
         "--shard", action="store_true", help="split weights among the processes (FSDP2, not DDP)"
     )
@@ -282,31 +269,16 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
     add_workers(group)
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="a folder that all processes see"
-    )
-    group.add_argument("--config", type=Path, metavar="FILE.yaml", help="options, one a line")
+    add = partial(add_option, group)
+    add("--output DIR", Path, help="a folder that all processes see", required=True)
+    add("--config FILE.yaml", Path, help="options, one a line")
     group.add_argument(
         "--resume",
         action="store_true",
         help="go on with the training in --output, if there is one; if that is at its end and more "
         "--epochs or --steps are given, go on along the cosine of their number",
     )
-    group.add_argument(
-        "--eval-every",
-        type=number(int, 1),
-        metavar="STEPS",
-        help="default: once in an epoch, or --steps / 10",
-    )
-    group.add_argument(
-        "--save-every",
-        type=number(int, 1),
-        metavar="STEPS",
-        help="checkpoints beside those after each evaluation",
-    )
-    group.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what to do about a broken sample (default: %(default)s)",
-    )
+    add("--eval-every STEPS", positive, help="default: once in an epoch, or --steps / 10")
+    add("--save-every STEPS", positive, help="checkpoints beside those after each evaluation")
+    kinds = ("stop", "skip")
+    add("--on-error", str, "stop", "what to do about a broken sample", choices=kinds)

@@ -1,4 +1,4 @@
-"""One model over several processes: DDP, or FSDP2, and whole weights from either."""
+"""One model over several processes: DDP, or FSDP2, and its whole state from either."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .task import TrainingError
 
 SHARD_PARAMETERS = 1_000_000  # what is gathered at once should be worth a message
+WHOLE = StateDictOptions(full_state_dict=True)  # states that are not split among processes
 T = TypeVar("T")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # mostly without a forward of their own
 
@@ -42,15 +37,11 @@ def from_main_process(make: Callable[[], T]) -> T:
     return result
 
 
-def replicate(model: nn.Module, device: torch.device, unused_parameters: bool) -> nn.Module:
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DDP."""
     # Gradients of channels-last convolutions; copying those of a 3 x 3 filter costs nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=unused_parameters,
-    )
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def shard(model: nn.Module) -> None:
@@ -79,27 +70,10 @@ def _shard_inside(module: nn.Module, common: set[int]) -> int:
     return left
 
 
-def whole_state(model: nn.Module) -> dict[str, Any]:
-    """The whole state_dict, in each process."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-
-
-def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's whole state by the parameters' names, in each process."""
-    return get_optimizer_state_dict(
-        model, optimizer, options=StateDictOptions(full_state_dict=True)
-    )
-
-
-def load_whole_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Put back what :func:`whole_state` gave."""
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
-
-
-def load_whole_optimizer_state(
+def load_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Put back what :func:`whole_optimizer_state` gave."""
+    """Put back what torch's ``get_optimizer_state_dict`` gave of :data:`WHOLE`."""
     options = StateDictOptions(full_state_dict=True, strict=False)  # some may have no gradient yet
     set_optimizer_state_dict(model, optimizer, state, options=options)
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from ...errors import first_line
 from .task import DataError, Samples
@@ -78,19 +78,12 @@ class Stream(Sampler[list[Place]]):
             yield batch
 
 
-class Once(Sampler[list[Place]]):
+class Once(BatchSampler):
     """Batches that hold each sample once, dealt out to the processes without any repeated."""
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, processes: int = 1) -> None:
-        self.places = [(index, index) for index in range(rank, size, processes)]
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.places) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Place]]:
-        for first in range(0, len(self.places), self.batch_size):
-            yield self.places[first : first + self.batch_size]
+        places: Any = [(index, index) for index in range(rank, size, processes)]
+        super().__init__(places, batch_size, drop_last=False)
 
 
 def transformed(path: Path | str, transform: Callable[..., Any], *sample: Any) -> Any:

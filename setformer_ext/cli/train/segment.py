@@ -18,13 +18,12 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
-from ...errors import first_line
 from ...vision.segmentation import DECODERS, enlargement, from_card, segment
 from ..images import add_annotated, add_max_pixels
 from .ade20k import IGNORED, LARGEST_LABEL, Ade20k, look_over
-from .backbones import add_flip, add_network, load_backbone, require_jitter, require_network
-from .options import key_and_value, number
-from .task import Batch, DataError, Metrics, Task, TrainingError
+from .backbones import MODEL_ERRORS, add_flip, add_network, load_backbone, require_backbone
+from .options import add_keys_and_values, add_option, not_negative, number, positive
+from .task import Batch, DataError, Metrics, Task, TrainingError, blaming, in_lists, listed
 
 LISTED = 5  # of what is wrong with the data, in one message
 
@@ -49,7 +48,6 @@ class IntersectionOverUnion(Metrics):
 
     def compute(self) -> dict[str, float]:
         counts = self.confusion.compute().double()  # [truth, answer]
-        self.confusion.reset()
         right, truth = counts.diagonal(), counts.sum(1)
         union = truth + counts.sum(0) - right
         figures = {
@@ -70,76 +68,44 @@ class Segment(Task):
     defaults = {"batch_size": 16}
     train: Ade20k
     eval: Ade20k
+    collate = staticmethod(in_lists)
 
     @staticmethod
     def add_options(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            metavar="DIR",
+        add = partial(add_option, parser)
+        add(
+            "--data DIR",
+            Path,
             help="holds images/ and annotations/, each with training/ and validation/, and the "
             "classes' names in objectInfo150.txt (ADE20K's) or classes.txt (one a line)",
+            required=True,
         )
-        parser.add_argument(
-            "--ignore-label",
-            type=_label_or_none,
-            default=0,
-            metavar="LABEL",
-            help="of pixels without a class, or none; the classes are 1, 2, ... if it is 0, else "
-            "0, 1, ... (default: %(default)s)",
+        add(
+            "--ignore-label LABEL",
+            _label_or_none,
+            0,
+            "of pixels without a class, or none; the classes are 1, 2, ... if it is 0, else "
+            "0, 1, ...",
         )
         add_annotated(parser)
         add_max_pixels(parser)
-        add_network(
-            parser, "backbone: a name", "the backbone's weights to start from, of a classifier"
+        add_network(parser)
+        add("--decoder", str, "upernet", choices=tuple(DECODERS))
+        purpose = "for segmentation-models-pytorch, such as decoder_channels=128"
+        add_keys_and_values(parser, "--decoder-options", purpose)
+        size = "images are resized so that their shorter side is S; 0 for their own size"
+        add("--short-side S", number(int, 0), 512, size)
+        add(
+            "--window S",
+            number(int, 0),
+            0,
+            "evaluate and predict by overlapping windows of S x S, as large images need; 0 for "
+            "whole images",
         )
-        parser.add_argument(
-            "--decoder",
-            choices=tuple(DECODERS),
-            default="upernet",
-            help="default: %(default)s",
-        )
-        parser.add_argument(
-            "--decoder-options",
-            type=key_and_value,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="for segmentation-models-pytorch, such as decoder_channels=128",
-        )
-        parser.add_argument(
-            "--short-side",
-            type=number(int, 0),
-            default=512,
-            metavar="S",
-            help="images are resized so that their shorter side is S; 0 for their own size "
-            "(default: %(default)s)",
-        )
-        parser.add_argument(
-            "--window",
-            type=number(int, 0),
-            default=0,
-            metavar="S",
-            help="evaluate and predict by overlapping windows of S x S, as large images need; 0 "
-            "for whole images (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--crop",
-            type=number(int, 1),
-            nargs="+",
-            default=[512],
-            metavar="S",
-            help="train on random crops of S x S, or of height and width (default: 512)",
-        )
-        parser.add_argument(
-            "--scale-jitter",
-            type=number(float, 0.01),
-            nargs=2,
-            default=[0.5, 2.0],
-            metavar=("LOW", "HIGH"),
-            help="of images scaled by a random factor (default: 0.5 2)",
-        )
+        crop = "train on random crops of S x S, or of height and width"
+        add("--crop S", positive, [512], crop, nargs="+")
+        scaling = "of images scaled by a random factor"
+        add("--scale-jitter LOW HIGH", number(float, 0.01), [0.5, 2.0], scaling)
         add_flip(parser)
         parser.add_argument(
             "--photometric",
@@ -147,39 +113,27 @@ class Segment(Task):
             default=True,
             help="distort brightness, contrast, saturation and hue at random (default: yes)",
         )
-        parser.add_argument(
-            "--dice",
-            type=number(float, 0),
-            default=0.0,
-            metavar="WEIGHT",
-            help="of the Dice loss beside the cross entropy (default: %(default)s)",
-        )
+        add("--dice WEIGHT", not_negative, 0.0, "of the Dice loss beside the cross entropy")
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        require_network(options)
-        require_jitter(options)
+        require_backbone(options)
         if len(options.crop) > 2:
             raise TrainingError(f"--crop: expected one or two numbers, got {len(options.crop)}")
         config = timm.get_pretrained_cfg(options.model).to_dict()
         self.mean, self.std = list(config["mean"]), list(config["std"])
-        normalise = _normalisation(self.mean, self.std)
         reading = (options.annotated, options.max_pixels)
-        self.train = Ade20k(options.data, "training", self._augmentation(normalise), *reading)
+        self.train = Ade20k(options.data, "training", self._augmentation(), *reading)
         self.eval = Ade20k(options.data, "validation", plain(self.mean, self.std), *reading)
         self.labels, self.failures = look_over(
             options.data, self.train, self.eval, options.ignore_label
         )
         if self.failures and options.on_error == "stop":
-            raise DataError(f"{self._failures()} (--on-error skip: go on without)")
+            raise DataError(f"{listed(self.failures, LISTED)} (--on-error skip: go on without)")
         self.train.labels = self.eval.labels = self.labels
         self.dice = smp.losses.DiceLoss("multiclass", ignore_index=IGNORED)
 
-    def _failures(self) -> str:
-        more = len(self.failures) - LISTED
-        return "; ".join(self.failures[:LISTED]) + (f"; and {more} more" if more > 0 else "")
-
-    def _augmentation(self, normalise: Callable[..., Any]) -> Callable[..., Any]:
+    def _augmentation(self) -> Callable[..., Any]:
         options = self.options
         crop = options.crop * 2 if len(options.crop) == 1 else options.crop
         fill = {Image: [round(255 * value) for value in self.mean], Mask: IGNORED}
@@ -187,7 +141,7 @@ class Segment(Task):
             v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(options.flip),
             *([v2.RandomPhotometricDistort()] if options.photometric else []),
-            normalise,
+            plain(self.mean, self.std),
         ]
         return partial(_augment, options.short_side, options.scale_jitter, v2.Compose(steps))
 
@@ -196,24 +150,15 @@ class Segment(Task):
             f"{len(self.train)} training and {len(self.eval)} evaluation images of "
             f"{len(self.labels.names)} classes"
         )
-        failures = [self._failures()] if self.failures else []
+        failures = [listed(self.failures, LISTED)] if self.failures else []
         return "; ".join([text, *failures, *self.train.notes, *self.eval.notes])
 
     def make_model(self) -> nn.Module:
         options = self.options
-        try:
+        with blaming(f"--model, --decoder: {options.model}", *MODEL_ERRORS):
             model = from_card(self.card())
-        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise TrainingError(
-                f"--model, --decoder: {options.model}: {first_line(error)}"
-            ) from error
         load_backbone(model.backbone, options)
         return model
-
-    @staticmethod
-    def collate(samples: list[Any]) -> Batch:
-        images, classes = zip(*samples, strict=True)
-        return list(images), list(classes)  # those of evaluation are of different sizes
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, classes = map(torch.stack, batch)  # [B, 3, H, W], [B, H, W]
@@ -252,22 +197,13 @@ def _augment(
     """A random view of an image [3, H, W] and its mask [H, W]."""
     factor = random.uniform(*jitter) * enlargement(mask.shape, short_side)
     size = [max(1, round(side * factor)) for side in mask.shape]
-    image, mask = v2.functional.resize(image, size), v2.functional.resize(mask, size)
-    image, mask = rest(image, mask)
-    return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+    return rest(v2.functional.resize(image, size), v2.functional.resize(mask, size))
 
 
-def plain(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
-    """Of an image to evaluate on and its mask: as they are, normalised."""
-    return partial(_plain, _normalisation(mean, std))
-
-
-def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Any]:
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-
-
-def _plain(normalise: Callable[..., Any], image: Image, mask: Mask) -> tuple[Tensor, Tensor]:
-    return normalise(image).as_subclass(Tensor), mask.as_subclass(Tensor)
+def plain(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
+    """Of an image and its mask: as they are, the image normalised."""
+    scaled = v2.ToDtype(torch.float32, scale=True)  # masks stay integers
+    return v2.Compose([scaled, v2.Normalize(mean, std), v2.ToPureTensor()])
 
 
 def _label_or_none(text: str) -> int | None:

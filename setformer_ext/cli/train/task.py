@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import first_line
+
 NO_IMAGES = "no images by their endings"
-NAMED = 3  # problems that a message lists; it counts the others
 # Figures of an evaluation: the mean loss on its data, if the task measures that; else the mean sum
 # of the losses that were trained on since the evaluation before.
 EVAL_LOSS, TRAIN_LOSS = "eval_loss", "train_loss"
@@ -28,15 +30,26 @@ class DataError(TrainingError):
     """Data that cannot be trained on; the message names the file, what was expected and got."""
 
 
-def listed(problems: list[str]) -> str:
-    """The first problems, and how many more there are."""
-    rest = len(problems) - NAMED
-    return "; ".join(problems[:NAMED]) + (f"; and {rest} more" if rest > 0 else "")
+@contextmanager
+def blaming(
+    where: str, *errors: type[Exception], kind: type[TrainingError] = TrainingError
+) -> Iterator[None]:
+    """Make of such errors a TrainingError, or one of its kinds, that says first where they are."""
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{where}: {first_line(error)}") from error
+
+
+def listed(things: Sequence[object], most: int = 3, separator: str = "; ") -> str:
+    """The first things, such as problems, and how many more there are."""
+    rest = len(things) - most
+    return separator.join([*map(str, things[:most]), *([f"and {rest} more"] if rest > 0 else [])])
 
 
 def named(files: Sequence[Path], what: str) -> list[str]:
     """Says of files, if there are any, what they are; of ``listed`` names."""
-    return [f"{len(files)} files are {what}: {listed([*map(str, files)])}"] if files else []
+    return [f"{len(files)} files are {what}: {listed(files)}"] if files else []
 
 
 class Metrics(ABC):
@@ -48,13 +61,18 @@ class Metrics(ABC):
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """The figures of all batches since the last call, by name, and start over."""
+        """The figures of all batches, by name; asked for once."""
 
     def to(self, device: torch.device) -> None:
         """Move the state there; by default that of all metrics of torchmetrics among attributes."""
         for value in vars(self).values():
             if isinstance(value, nn.Module):
                 value.to(device)
+
+
+def in_lists(samples: list[Any]) -> list[list[Any]]:
+    """A batch of samples whose parts are of different sizes: a list of each part."""
+    return [list(parts) for parts in zip(*samples, strict=True)]
 
 
 class Samples(Protocol):
@@ -81,7 +99,7 @@ class Task(ABC):
     defaults: dict[str, Any] = {}  # of the loop's options, where this task's customs differ
     train: Samples  # what __init__ finds to train on
     eval: Samples  # and to evaluate on
-    unused_parameters = False  # whether some parameters may have no part in a step's losses
+    collate: Callable[[list[Any]], Batch]  # of samples, as by torch's default_collate or in_lists
 
     @staticmethod
     @abstractmethod
@@ -122,9 +140,6 @@ class Task(ABC):
 
     def prepare(self, output: Path) -> None:  # noqa: B027 (most have nothing to write)
         """Write what the weights in ``output`` need beside the card; before the first step."""
-
-    @abstractmethod
-    def collate(self, samples: list[Any]) -> Batch: ...
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

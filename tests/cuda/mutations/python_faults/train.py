@@ -9,7 +9,7 @@ TRAIN = (
         "moving average not restored on resume",
         "cli/train/learner.py",
         "        if self.ema is not None:\n"
-        '            parallel.load_whole_state(self.averaged, state["ema"])\n',
+        '            set_model_state_dict(self.averaged, state["ema"], options=parallel.WHOLE)\n',
         "",
     ),
     Fault(
@@ -25,10 +25,10 @@ TRAIN = (
         "np.random.default_rng((self.seed, ORDER))",
     ),
     Fault(
-        "exempt parameters outside of a backbone decay",
+        "parameters that modules exempt decay",
         "cli/train/optimization.py",
-        '(p.ndim > 1 and not name.endswith(".bias") and id(p) not in exempt)',
-        '(p.ndim > 1 and not name.endswith(".bias"))',
+        'p.ndim > 1 and not name.endswith(".bias") and id(p) not in exempt\n',
+        'p.ndim > 1 and not name.endswith(".bias")\n',
     ),
     Fault(
         "label smoothing of mixed images not what was asked for",
@@ -173,8 +173,8 @@ TRAIN = (
     Fault(
         "areas of many objects are left out of the evaluation",
         "cli/train/detect.py",
-        'self._read("val2017", crowds=True, classes',
-        'self._read("val2017", crowds=False, classes',
+        '"val2017", self.masks, crowds=True, classes',
+        '"val2017", self.masks, crowds=False, classes',
     ),
     Fault(
         "newest checkpoints are removed, not the oldest",
