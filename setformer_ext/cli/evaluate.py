@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import first_line
 from .images import add_annotated, add_max_pixels
 
 LISTED = 20  # broken samples named on the screen; --output has them all
@@ -59,21 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_max_pixels(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Evaluate, print the metrics and write them; returns the exit status."""
-    from .predict.loading import RunError
-    from .train.task import TrainingError
-
-    try:
-        result = _evaluate(options)
-        if result is not None:
-            _print(result)
-            if options.output is not None:
-                options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except (RunError, TrainingError, OSError) as error:
-        print(f"setformer evaluate: {first_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, print the metrics and write them."""
+    result = _evaluate(options)
+    if result is not None:
+        _print(result)
+        if options.output is not None:
+            options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -18,12 +18,11 @@ SPEAKING = {
     "CheckpointError",
     "ConfigurationError",
     "DataError",
-    "ExplainError",
     "KeyError",
-    "RunError",
     "SavedError",
     "SkippedError",
     "TrainingError",
+    "UserError",
     "YAMLError",
 }
 

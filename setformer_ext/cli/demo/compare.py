@@ -35,33 +35,24 @@ def compare(
         max_pixels: of the images in the folder.
 
     Raises:
-        ValueError: if the folder cannot be learned from.
+        UserError: if the folder cannot be learned from.
         OSError: if the output cannot be written.
     """
-    images = (
-        load_digits(image_size, seed)
-        if folder is None
-        else load_folder(folder, image_size, seed, max_pixels)
-    )
+    if folder is None:
+        images = load_digits(image_size, seed)
+    else:
+        images = load_folder(folder, image_size, seed, max_pixels)
     output.mkdir(parents=True, exist_ok=True)
     print(
         f"{images.source}: {len(images.train)} images to train on, {len(images.test)} to test, "
         f"{len(images.classes)} classes, {image_size} x {image_size}"
     )
     models, histories = {}, {}
+    sizes = (images.train.shape[1], image_size, len(images.classes))
     for name, make_attention in ATTENTIONS.items():
+        make_model = partial(Classifier, *sizes, make_attention)
         models[name], histories[name] = train(
-            partial(
-                Classifier,
-                images.train.shape[1],
-                image_size,
-                len(images.classes),
-                make_attention,
-            ),
-            images,
-            steps=steps,
-            seed=seed,
-            description=f"{name:>7}",
+            make_model, images, steps=steps, seed=seed, description=f"{name:>7}"
         )
     print(_table(models, histories))
     seconds = lengths.measure()

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from ..fonts import add_title, shortened, width
 from ..themes import COLOURS, style
-from .answers import Answer, Classification, Detection, Segmentation
+from .answers import Classification, Detection, ImageAnswer, Segmentation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,11 +32,10 @@ NAME_WIDTH = 3.2  # inches
 
 
 def draw(
-    answer: Answer, image: Image.Image, name: str, path: Path, background: str = "dark"
+    answer: ImageAnswer, image: Image.Image, name: str, path: Path, background: str = "dark"
 ) -> None:
     """Write the picture of an answer about an image (RGB) of that name, in a theme."""
-    classes = answer.names if isinstance(answer, Classification) else getattr(answer, "classes", [])
-    with style(background, [name, *classes]):
+    with style(background, [name, *answer.classes]):
         if isinstance(answer, Classification):
             figure = _draw_classification(answer, image, name)
         elif isinstance(answer, Detection):
@@ -51,18 +50,18 @@ def _draw_classification(answer: Classification, image: Image.Image, name: str) 
     figure = Figure(figsize=(wide + BARS, max(high, 3.0) + 0.6), layout="constrained")
     picture, bars = figure.subplots(1, 2, width_ratios=(wide, BARS))
     _show(picture, np.asarray(image), image)
-    places = np.arange(len(answer.names))
+    places = np.arange(len(answer.classes))
     probabilities = answer.probabilities.numpy()
     bars.barh(places, probabilities, color=COLOURS[0])
     for place, probability in zip(places, probabilities, strict=True):
         bars.text(probability + 0.02, place, f"{probability:.1%}", va="center", fontsize=12)
-    bars.set_yticks(places, [_short(name) for name in answer.names], fontsize=12)
+    bars.set_yticks(places, [_short(name) for name in answer.classes], fontsize=12)
     bars.set(xlim=(0, 1.2), xticks=[])
     bars.invert_yaxis()
     bars.tick_params(length=0)
     bars.spines[:].set_visible(False)
     bars.set_title("probability of the class", fontsize=12)
-    _title(figure, f"{name}: {_short(answer.names[0])}?")
+    _title(figure, f"{name}: {_short(answer.classes[0])}?")
     return figure
 
 
@@ -99,10 +98,9 @@ def _draw_detection(answer: Detection, image: Image.Image, name: str) -> Figure:
             clip_on=True,
             bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
         )
-    counts = answer.labels.bincount(minlength=len(answer.classes))
-    present = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
-    names = [f"{counts[label]} x {_short(answer.classes[label])}" for label in present]
-    _legend(figure, names, [colours[label] for label in present])
+    counts = answer.counts()
+    names = [f"{count} x {_short(answer.classes[label])}" for label, count in counts]
+    _legend(figure, names, [colours[label] for label, _ in counts])
     _title(figure, f"{name}: {'what was found, with scores' if names else answer.nothing()}")
     return figure
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ...errors import UserError
 from ..train.checkpoints import write_atomically
 from ..train.glue_data import TASKS, GlueTask
 from ..train.lines import numbered_lines
-from ..train.task import DataError, TrainingError
-from .loading import CARD, RunError, cards_explained, load_text_run, read_card
+from ..train.task import DataError
+from .loading import CARD, cards_explained, load_text_run, read_card
 from .texts import TextClassifier, Texts
 
 BATCH = 64
@@ -42,16 +43,14 @@ def answer_glue(training: Path, data: Path, output: Path) -> None:
         output: the files are written there, CoLA.tsv and so on.
 
     Raises:
-        RunError: if the training or a test file cannot be used.
+        UserError: if the training or a test file cannot be used.
     """
     runs = [training]
     if not (training / CARD).exists():
         runs = sorted(path.parent for path in training.glob(f"*/{CARD}")) or runs
     tasks = {run: _task(run) for run in runs}
-    try:  # all files, before hours of answering some
-        found = {run: _read_files(task, data) for run, task in tasks.items()}
-    except TrainingError as error:
-        raise RunError(str(error)) from error
+    # All files, before hours of answering some.
+    found = {run: _read_files(task, data) for run, task in tasks.items()}
     for run, task in tasks.items():
         predictor: Any = load_text_run(run)
         _answer_files(predictor, found[run], _files(task), data, output)
@@ -60,7 +59,7 @@ def answer_glue(training: Path, data: Path, output: Path) -> None:
 def _task(run: Path) -> GlueTask:
     card = read_card(run)
     if card["task"] != "glue":
-        raise RunError(
+        raise UserError(
             f"{run}: a training of {card['task']}, expected one of glue to answer --data"
         )
     with cards_explained(run):

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...errors import UserError
+
 NO_IMAGES = "no images by their endings"
 NAMED = 3  # problems that a message lists; it counts the others
 # Figures of an evaluation: the mean loss on its data, if the task measures that; else the mean sum
@@ -20,7 +22,7 @@ EVAL_LOSS, TRAIN_LOSS = "eval_loss", "train_loss"
 Batch = Any  # whatever Task.collate gives; moved to the device by the loop
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """What the user can put right: an option, a file, a checkpoint; the message says what to do."""
 
 
