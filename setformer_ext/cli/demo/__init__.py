@@ -49,13 +49,12 @@ def run(args: argparse.Namespace) -> None:
         importlib.import_module(name)  # before any work; the command says how to install one
     from .compare import compare
 
-    image_size = args.image_size
-    if image_size is None:
-        image_size = 8 if args.data is None else 32
-    if image_size < 8 or image_size % 8:
-        raise UserError(f"--image-size must be a positive multiple of 8, got {image_size}")
+    if args.image_size is None:
+        args.image_size = 8 if args.data is None else 32
+    if args.image_size < 8 or args.image_size % 8:
+        raise UserError(f"--image-size must be a positive multiple of 8, got {args.image_size}")
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
     if not -(2**63) <= args.seed < 2**64:
         raise UserError(f"--seed must be at least -2^63 and less than 2^64, got {args.seed}")
-    compare(args.data, args.output, args.steps, args.seed, image_size, args.max_pixels)
+    compare(args)

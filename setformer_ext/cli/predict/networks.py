@@ -27,7 +27,7 @@ ROUNDING = 10  # times what torch's own float32 is off, where that is more
 
 
 class Network(ABC):
-    """A model in eval mode on the CPU.
+    """A model in eval mode on the CPU, whose only result are logits if it is no detector.
 
     Args:
         card: what ``Task.card()`` wrote.
@@ -35,10 +35,10 @@ class Network(ABC):
 
     model: nn.Module  # of tensors
     inputs: list[str]  # names of its arguments
-    outputs: list[str]  # and of its results
+    outputs = ["logits"]  # and of its results
     sizes: tuple[tuple[int, ...], ...]  # to try, the first to export with
     preprocessing: str  # what is done to images or texts
-    unit: str  # of what compare tells
+    unit = "of the largest logit"  # of what compare tells
 
     def __init__(self, card: dict[str, Any]) -> None:
         self.card = card
@@ -54,26 +54,12 @@ class Network(ABC):
         """Inputs of one of the sizes, made up."""
 
     @abstractmethod
+    def dynamic_shapes(self) -> Any:
+        """Which sizes may change, as the exporter takes them."""
+
     def to_onnx(self) -> Any:
         """The model as an ``onnx.ModelProto``, any sizes; it may have outputs behind its own, which
         only ``compare`` asks for."""
-
-    @abstractmethod
-    def compare(self, inputs: tuple[Tensor, ...], answers: list[Tensor]) -> tuple[float, float]:
-        """How far another runtime's answers are from torch's, and how far they may be."""
-
-
-class Logits(Network):
-    """A model whose only result are logits."""
-
-    outputs = ["logits"]
-    unit = "of the largest logit"
-
-    @abstractmethod
-    def dynamic_shapes(self) -> Any:
-        """Which sizes may change, as ``torch.export.export`` takes them."""
-
-    def to_onnx(self) -> Any:
         return export(
             self.model,
             self.example(*self.sizes[0]),
@@ -85,6 +71,7 @@ class Logits(Network):
 
     @torch.no_grad()
     def compare(self, inputs: tuple[Tensor, ...], answers: list[Tensor]) -> tuple[float, float]:
+        """How far another runtime's answers are from torch's, and how far they may be."""
         doubled = (x.double() if x.is_floating_point() else x for x in inputs)
         exact = deepcopy(self.model).double()(*doubled)
         return _difference(answers[0], self.model(*inputs), exact)
@@ -106,7 +93,7 @@ def _difference(answer: Tensor, expected: Tensor, exact: Tensor) -> tuple[float,
     return difference, max(TOLERANCE, ROUNDING * rounding)
 
 
-class Images(Logits):
+class Images(Network):
     """A classifier, [B, classes], or a segmenter, [B, classes, H, W], of images [B, C, H, W]."""
 
     inputs = ["images"]
@@ -139,7 +126,7 @@ class Images(Logits):
         return (dict.fromkeys((0,) if self.fixed else (0, 2, 3), Dim.DYNAMIC),)
 
 
-class Texts(Logits):
+class Texts(Network):
     """A classifier of texts, [B, classes or 1], or words for each place, [B, N, words]."""
 
     def __init__(self, folder: Path, card: dict[str, Any]) -> None:
@@ -203,16 +190,18 @@ class Objects(Network):
     def example(self, *size: int) -> tuple[Tensor, ...]:
         return (torch.rand(3, *size),)
 
+    def dynamic_shapes(self) -> Any:
+        return {"image": {1: "height", 2: "width"}} | {x: {0: "objects"} for x in self.outputs}
+
     def to_onnx(self) -> Any:
         import onnx
 
         file = io.BytesIO()
-        axes: dict[str, Any] = {"image": {1: "height", 2: "width"}}
         export_traced(
             self.model,
             self.example(*self.sizes[0]),
             file,
-            dynamic_axes=axes | {name: {0: "objects"} for name in self.outputs},
+            dynamic_axes=self.dynamic_shapes(),
             input_names=self.inputs,
             output_names=self.outputs,
         )

@@ -48,12 +48,19 @@ def answer_glue(training: Path, data: Path, output: Path) -> None:
     runs = [training]
     if not (training / CARD).exists():
         runs = sorted(path.parent for path in training.glob(f"*/{CARD}")) or runs
-    tasks = {run: _task(run) for run in runs}
     # All files, before hours of answering some.
-    found = {run: _read_files(task, data) for run, task in tasks.items()}
-    for run, task in tasks.items():
+    questions = {run: _read_files(_task(run), data) for run in runs}
+    for run, of_files in questions.items():
         predictor: Any = load_text_run(run)
-        _answer_files(predictor, found[run], _files(task), data, output)
+        for (source, name), rows in of_files.items():
+            if rows is None:
+                print(f"there is no {source}: {name} is left out")
+                continue
+            labels = _labels(predictor, rows, name)
+            lines = [f"{row}\t{label}\n" for (row, _), label in zip(rows, labels, strict=True)]
+            content = "".join(["index\tprediction\n", *lines]).encode()
+            write_atomically(output / name, methodcaller("write", content))
+            print(f"{source}: {len(rows)} rows answered\n  {output / name}")
 
 
 def _task(run: Path) -> GlueTask:
@@ -66,35 +73,20 @@ def _task(run: Path) -> GlueTask:
         return TASKS[card["glue_task"]]
 
 
-def _files(task: GlueTask) -> dict[str, str]:
-    """A task's test files in the download, and what the answers to each are called."""
-    return MNLI if task is TASKS["mnli"] else {f"{task.folder}/test.tsv": f"{task.folder}.tsv"}
-
-
-def _read_files(task: GlueTask, data: Path) -> dict[str, list[Question]]:
+def _read_files(task: GlueTask, data: Path) -> dict[tuple[Path, str], list[Question] | None]:
+    """The rows of a task's test files, each with what the answers to it are called; None for one
+    that may be missing, and is."""
+    files = {f"{task.folder}/test.tsv": f"{task.folder}.tsv"}
+    if task is TASKS["mnli"]:
+        files = MNLI
     return {
-        source: read_questions(data / source, task)
-        for source, name in _files(task).items()
-        if name != "AX.tsv" or (data / source).exists()
+        (data / source, name): (
+            None
+            if name == "AX.tsv" and not (data / source).exists()
+            else read_questions(data / source, task)
+        )
+        for source, name in files.items()
     }
-
-
-def _answer_files(
-    predictor: TextClassifier,
-    found: dict[str, list[Question]],
-    files: dict[str, str],
-    data: Path,
-    output: Path,
-) -> None:
-    for source, questions in found.items():
-        target = output / files[source]
-        labels = _labels(predictor, questions, target.name)
-        rows = [f"{index}\t{label}\n" for (index, _), label in zip(questions, labels, strict=True)]
-        content = "".join(["index\tprediction\n", *rows]).encode()
-        write_atomically(target, methodcaller("write", content))
-        print(f"{data / source}: {len(questions)} rows answered\n  {target}")
-    for source in files.keys() - found.keys():
-        print(f"there is no {data / source}: {files[source]} is left out")
 
 
 def _labels(predictor: TextClassifier, questions: list[Question], name: str) -> Iterator[str]:

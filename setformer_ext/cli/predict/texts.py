@@ -76,8 +76,8 @@ class TextPredictor(ABC):
         """
 
     @abstractmethod
-    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
-        """The answers, in one batch."""
+    def __call__(self, texts: Texts) -> Answer:
+        """The answer about one text or two."""
 
 
 class TextClassifier(TextPredictor):
@@ -112,15 +112,12 @@ class TextClassifier(TextPredictor):
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         return self.model(**inputs).logits.float().cpu()
 
-    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
-        logits = self.logits(texts)
+    def __call__(self, texts: Texts) -> Answer:
+        (logits,) = self.logits([texts])
         if not self.classes:
-            return [Number(value) for value in logits[:, 0].tolist()]
+            return Number(float(logits[0]))
         top = logits.softmax(-1).topk(min(TOP, len(self.classes)))
-        return [
-            Classification([self.classes[i] for i in indices], probabilities)
-            for indices, probabilities in zip(top.indices.tolist(), top.values, strict=True)
-        ]
+        return Classification([self.classes[i] for i in top.indices.tolist()], top.values)
 
 
 class MaskFiller(TextPredictor):
@@ -137,13 +134,10 @@ class MaskFiller(TextPredictor):
             )
         return ""
 
-    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
-        return [self._fill(text) for (text,) in texts]  # each of its own length
-
     @torch.no_grad()
-    def _fill(self, text: str) -> Filling:
+    def __call__(self, texts: Texts) -> Answer:
         tokenizer = self.tokenizer
-        inputs = tokenizer(text, return_tensors="pt").to(self.model.device)
+        inputs = tokenizer(*texts, return_tensors="pt").to(self.model.device)
         tokens = inputs["input_ids"][0]
         masked = tokens == tokenizer.mask_token_id
         try:
@@ -176,7 +170,7 @@ def answer_texts(training: Path, given: list[list[str]]) -> list[dict[str, Any]]
     remarks = [predictor.check(tuple(texts)) for texts in given]
     found = []
     for texts, remark in zip(given, remarks, strict=True):
-        (answer,) = predictor([tuple(texts)])
+        answer = predictor(tuple(texts))
         print(f"{' | '.join(texts)}: {answer.text()}")
         if remark:
             print(f"setformer predict: {texts[0]!r}: {remark}", file=sys.stderr)
