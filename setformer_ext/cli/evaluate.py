@@ -58,16 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, print the metrics and write them."""
-    result = _evaluate(options)
-    if result is not None:
-        _print(result)
-        if options.output is not None:
-            options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
-    """What is printed and written, in the main of several processes."""
+    """Evaluate; the main one of several processes prints the metrics and writes them."""
     from accelerate.utils import gather_object
     from torch.utils.data import DataLoader
     from tqdm import tqdm
@@ -106,8 +97,8 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     )
     broken = gather_object(broken)
     if not accelerator.is_main_process:
-        return None
-    return {
+        return
+    result = {
         "training": str(options.training),
         "data": [str(path) for path in options.data],
         "samples": samples.size,
@@ -116,6 +107,9 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
         "left_out": examination.problems,
         "notes": examination.notes,
     }
+    _print(result)
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _print(result: dict[str, Any]) -> None:

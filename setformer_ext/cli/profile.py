@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> None:
     """Run the loop and print the time per call."""
     device = find_device(options.device)
     shape = chosen_shape(options)
-    with _device_current(device):
+    of_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if of_gpu else contextlib.nullcontext():
         tensors = inputs(
             shape, dtype=DTYPES[options.dtype], device=device, gradient=options.backward
         )
@@ -115,10 +116,6 @@ def _profiled(call: Callable[[], object], device: torch.device, repeats: int) ->
         times = milliseconds(call, device, repeats)
         torch.cuda.synchronize()
     return times
-
-
-def _device_current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _at_least(least: int) -> Callable[[str], int]:

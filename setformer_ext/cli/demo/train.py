@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TypeVar
 
 import torch
@@ -39,7 +40,7 @@ class History:
     @property
     def milliseconds_per_step(self) -> float:
         """The median over the steps."""
-        return 1e3 * sorted(self.seconds)[len(self.seconds) // 2]
+        return 1e3 * median(self.seconds)
 
 
 def train(

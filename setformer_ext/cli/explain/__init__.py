@@ -85,11 +85,10 @@ def _explain_image(options: argparse.Namespace) -> str:
     if options.output.resolve() == options.image.resolve():
         raise UserError(f"--output: {options.output} is the image itself")
     layer, name = _look(options, read_image(options.image, options.max_pixels))
-    head = choose_head(layer.plans, options.head)
-    name = f"{name}, head {head} of {len(layer.plans)}"
+    plan, name = choose_head(layer.plans, options.head, name)
     draw_references(
         layer.seen,
-        layer.plans[head - 1],
+        plan,
         layer.grid,
         name,
         options.output,
@@ -103,12 +102,14 @@ def _look(options: argparse.Namespace, image: Image.Image) -> tuple[Layer, str]:
     """What a layer of the network that sees an image does, and what to call it."""
     from .plans import find_attention, observe
 
-    if _is_encoder(options.training):
+    run = options.training
+    saved = run is not None and (run / "config.json").is_file()
+    if saved and not (run / "card.json").is_file():  # by transformers, and no training of images
         from .encoders import observe_image
 
         if options.stage is not None or options.block is not None:
             raise UserError("--stage and --block: of a backbone; expected --layer for this model")
-        return observe_image(options.training, _given(options.layer, -1), image)
+        return observe_image(run, _given(options.layer, -1), image)
     if options.layer is not None:
         raise UserError(
             "--layer: of a model of transformers; expected --stage and --block for a backbone"
@@ -120,15 +121,6 @@ def _look(options: argparse.Namespace, image: Image.Image) -> tuple[Layer, str]:
     layer.seen = predictor.as_seen(layer.seen)
     size = predictor.size_seen(image)
     return (layer if size is None else layer.without_padding(*size)), name
-
-
-def _is_encoder(folder: Path | None) -> bool:
-    """Whether transformers saved it, and not a training of images."""
-    return (
-        folder is not None
-        and (folder / "config.json").is_file()
-        and not (folder / "card.json").is_file()
-    )
 
 
 def _predictor(options: argparse.Namespace) -> Predictor:

@@ -72,15 +72,17 @@ def find_attention(model: nn.Module, stage: int, block: int) -> tuple[SetAttenti
     return attention, f"stage {stage}, block {index + 1} of {len(blocks)}"
 
 
-def choose_head(plans: Tensor, head: int | None) -> int:  # [H, N, M]
-    """The head that was asked for, from 1, or else the one whose plan tells most.
+def choose_head(plans: Tensor, head: int | None, layer: str) -> tuple[Tensor, str]:  # [H, N, M]
+    """The plan [N, M] of the head that was asked for, from 1, or else of the one whose plan tells
+    most; and what to call that head of a layer of that name.
 
     Raises:
         UserError: for a head that there is not.
     """
     if head is not None and not 1 <= head <= len(plans):
         raise UserError(f"--head must be from 1 to {len(plans)} in this layer, got {head}")
-    return head or 1 + int(mutual_information(plans).argmax())
+    head = head or 1 + int(mutual_information(plans).argmax())
+    return plans[head - 1], f"{layer}, head {head} of {len(plans)}"
 
 
 def choose_block(option: str, number: int, count: int, where: str = "") -> int:

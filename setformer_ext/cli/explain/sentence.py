@@ -66,9 +66,8 @@ def explain_sentence(
         ) from error
     plans = plans_of(attention, call)
     plans = torch.zeros(len(plans), len(words), plans.shape[2]).index_add(1, of_word, plans)
-    head = choose_head(plans, head)
-    name = f"{name}, head {head} of {len(plans)}"
-    draw_words(words, plans[head - 1], name, path, background)
+    plan, name = choose_head(plans, head, name)
+    draw_words(words, plan, name, path, background)
     return name
 
 

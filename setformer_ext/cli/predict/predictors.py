@@ -94,10 +94,8 @@ class Detector(Predictor):
         labels, scores, best = found["labels"] - 1, found["scores"], None
         if len(scores) == 0:
             guess = self._find(pixels, 0.0, 1)
-            for label, score in zip(
-                guess["labels"].tolist(), guess["scores"].tolist(), strict=True
-            ):
-                best = self.classes[label - 1], score
+            if len(guess["scores"]):
+                best = self.classes[int(guess["labels"]) - 1], float(guess["scores"])
         return Detection(self.classes, found["boxes"], labels, scores, masks, best)
 
     def look(self, image: Image.Image) -> None:
