@@ -118,11 +118,12 @@ def _print(result: dict[str, Any]) -> None:
     print()
     for note in result["notes"]:
         print(note)
-    samples, skipped, records = (result[k] for k in ("samples", "skipped", "left_out"))
-    counts = {f"{len(skipped)} left out": skipped, f"{len(records)} records left out": records}
+    skipped, records = result["skipped"], result["left_out"]
+    told = f"{result['samples']} samples"
+    told += f", {len(skipped)} left out" if skipped else ""
+    told += f", {len(records)} records left out" if records else ""
     problems = [*skipped, *records]
-    told = [f"{samples} samples", *(count for count, what in counts.items() if what)]
-    print(", ".join(told) + (":" if problems else ""))
+    print(told + (":" if problems else ""))
     for problem in problems[:LISTED]:
         print(f"  {problem}")
     if len(problems) > LISTED:

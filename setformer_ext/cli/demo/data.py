@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ...errors import UserError, first_line
 from ..image_folder import find_images, held_out
@@ -50,9 +52,6 @@ def load_folder(folder: Path, image_size: int, seed: int, max_pixels: int = MAX_
     Raises:
         UserError: if the folder does not hold at least two classes of two images.
     """
-    from PIL import Image, ImageOps
-    from tqdm import tqdm
-
     if not folder.is_dir():
         raise UserError(f"--data must be a folder with one subfolder per class, got {folder}")
     files = find_images(folder).classes

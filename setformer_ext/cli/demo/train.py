@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from .data import Images
 
@@ -56,8 +57,6 @@ def train(
 
     The seed fixes weights, order and augmentation.
     """
-    from tqdm import tqdm
-
     torch.manual_seed(seed)
     model = make_model()
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,11 +27,7 @@ MNLI = {
 }
 
 
-class Question(NamedTuple):
-    """A row of a test file: its number there, and its text or two."""
-
-    row: str
-    texts: Texts
+Question = tuple[str, Texts]  # a row of a test file: its number there, and its text or two
 
 
 def answer_glue(training: Path, data: Path, output: Path) -> None:
@@ -123,7 +119,7 @@ def read_questions(path: Path, task: GlueTask) -> list[Question]:
         cells = line.split("\t")
         if len(cells) == len(columns):
             row = dict(zip(columns, cells, strict=True))
-            questions.append(Question(row[index], tuple(row[name] for name in task.texts)))
+            questions.append((row[index], tuple(row[name] for name in task.texts)))
         elif line:
             raise DataError(
                 f"{path}, line {number}: expected {len(columns)} tab-separated columns, "
