@@ -372,6 +372,16 @@ def test_colours_are_the_classes_own_while_they_last() -> None:
     assert len(set(PALETTE)) == len(PALETTE)
 
 
+def test_the_legend_shows_the_classes_own_colours() -> None:
+    """The most frequent first, which need not be the surest."""
+    boxes = torch.tensor([[0.0, 0.0, 40.0, 30.0]] * 3)
+    answer = Detection(["a", "b"], boxes, torch.tensor([1, 0, 0]), torch.rand(3), None)
+    (legend,) = _draw_detection(answer, Image.new("RGB", (90, 60)), "x.png").legends
+    shown = zip(legend.get_texts(), legend.get_patches(), strict=True)
+    colours = {text.get_text(): patch.get_facecolor()[:3] for text, patch in shown}
+    assert colours == {"2 x a": PALETTE[0], "1 x b": PALETTE[1]}
+
+
 BODY = {"dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "num_references": [4, 4, 4, 4]}
 COMMON = {
     "model": "setformer_mini",

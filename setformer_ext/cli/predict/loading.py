@@ -35,16 +35,12 @@ def load_run(folder: Path) -> Predictor:
         raise UserError(
             f"{folder}: a training of {card['task']}, expected one on images; this one takes --text"
         )
-    for key, kind in COMMON_KEYS.items():
-        if not isinstance(card.get(key), kind):
-            raise UserError(
-                f"{folder / CARD}: expected an object with a {kind.__name__} under {key!r}"
-            )
-    if not timm.is_model(card["model"]):  # timm would look for others in its hub
-        raise UserError(
-            f"{folder / CARD}: no model can be made of it: timm knows no {card['model']!r}"
-        )
     with cards_explained(folder):
+        for key, kind in COMMON_KEYS.items():
+            if not isinstance(card[key], kind):
+                raise TypeError(f"expected a {kind.__name__} under {key!r}, got {card[key]!r}")
+        if not timm.is_model(card["model"]):  # timm would look for others in its hub
+            raise ValueError(f"timm knows no {card['model']!r}")
         predictor = PREDICTORS[card["task"]](card)
     load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     predictor.model.eval()
