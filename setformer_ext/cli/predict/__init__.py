@@ -83,12 +83,16 @@ def run(options: argparse.Namespace) -> None:
         from .on_images import answer_images
 
         answers, failed = answer_images(options)
-    from .answers import as_csv
+    if options.json is not None:
+        _write(options.json, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+    if options.csv is not None:
+        from .answers import as_csv
 
-    report = json.dumps(answers, indent=1, ensure_ascii=False) + "\n"
-    for path, text in ((options.json, report), (options.csv, as_csv(answers))):
-        if path is not None:
-            # File names that are not UTF-8 stay what they are.
-            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        _write(options.csv, as_csv(answers))
     if failed:
         raise UserError(failed)
+
+
+def _write(path: Path, text: str) -> None:
+    # File names that are not UTF-8 stay what they are.
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
