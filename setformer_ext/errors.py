@@ -1,8 +1,12 @@
-"""What an error says."""
+"""Errors of the commands, and what any error says."""
 
 from __future__ import annotations
 
 import re
+
+
+class UserError(Exception):
+    """What the user of a command can put right: the message names the option, file or folder."""
 
 
 def first_line(error: BaseException) -> str:

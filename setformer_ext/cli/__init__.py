@@ -1,13 +1,17 @@
-"""The command ``setformer``; each subcommand is a module with ``add_arguments`` and ``run``."""
+"""The command ``setformer``; each subcommand is a module with ``add_arguments`` and ``run``.
+
+What ``run`` returns, if anything, is the exit status; a :class:`UserError` that it raises is told
+on stderr and makes it 1.
+"""
 
 import argparse
 import importlib
 import io
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from .. import __version__
+from ..errors import UserError, first_line
 
 COMMANDS = {
     "info": "print versions, processor, threads and CUDA: what a bug report needs",
@@ -39,35 +43,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a class's name may have any letters
         sys.stdout.reconfigure(errors="backslashreplace")
+    command = arguments[0] if arguments else ""
+    try:
+        return _run(command, arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("setformer_ext"):
+            raise
+        remedy = f"pip install {error.name}"
+        if command in EXTRAS:
+            remedy = f'In the source folder: pip install ".[{EXTRAS[command]}]"'
+        needs = f"needs the package {error.name}, which is not installed"
+        sys.exit(f"setformer {command}: {needs}. {remedy}")
+    except (UserError, OSError) as error:
+        print(f"setformer {command}: {first_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(command: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="setformer", description="SeT attention.")
     parser.add_argument("--version", action="version", version=f"setformer_ext {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
-        if name in arguments[:1]:
-            with _missing_packages_explained(name):
-                module = importlib.import_module(f"{__package__}.{name}")
+        if name == command:
+            module = importlib.import_module(f"{__package__}.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    with _missing_packages_explained(arguments[0] if arguments else ""):
-        # Options may stand between files; argparse cannot have that where a task follows.
-        if arguments and arguments[0] in COMMANDS and arguments[0] != "train":
-            options = subparsers.choices[arguments[0]].parse_intermixed_args(arguments[1:])
-        else:
-            options = parser.parse_args(arguments)  # may import what options depend on
-        return options.run(options) or 0
-
-
-@contextmanager
-def _missing_packages_explained(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("setformer_ext"):
-            raise
-        remedy = f"pip install {error.name}"
-        if name in EXTRAS:
-            remedy = f'In the source folder: pip install ".[{EXTRAS[name]}]"'
-        sys.exit(
-            f"setformer {name}: needs the package {error.name}, which is not installed. {remedy}"
-        )
+    # Options may stand between files; argparse cannot have that where a task follows.
+    if command in COMMANDS and command != "train":
+        options = subparsers.choices[command].parse_intermixed_args(arguments[1:])
+    else:
+        options = parser.parse_args(arguments)  # may import what options depend on
+    return options.run(options) or 0

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import first_line
 from .images import add_annotated, add_max_pixels
 
 LISTED = 20  # broken samples named on the screen; --output has them all
@@ -59,25 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_max_pixels(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Evaluate, print the metrics and write them; returns the exit status."""
-    from .predict.loading import RunError
-    from .train.task import TrainingError
-
-    try:
-        result = _evaluate(options)
-        if result is not None:
-            _print(result)
-            if options.output is not None:
-                options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except (RunError, TrainingError, OSError) as error:
-        print(f"setformer evaluate: {first_line(error)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
-    """What is printed and written, in the main of several processes."""
+def run(options: argparse.Namespace) -> None:
+    """Evaluate; the main one of several processes prints the metrics and writes them."""
     from accelerate.utils import gather_object
     from torch.utils.data import DataLoader
     from tqdm import tqdm
@@ -116,8 +97,8 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     )
     broken = gather_object(broken)
     if not accelerator.is_main_process:
-        return None
-    return {
+        return
+    result = {
         "training": str(options.training),
         "data": [str(path) for path in options.data],
         "samples": samples.size,
@@ -126,6 +107,9 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
         "left_out": examination.problems,
         "notes": examination.notes,
     }
+    _print(result)
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -134,11 +118,12 @@ def _print(result: dict[str, Any]) -> None:
     print()
     for note in result["notes"]:
         print(note)
-    samples, skipped, records = (result[k] for k in ("samples", "skipped", "left_out"))
-    counts = {f"{len(skipped)} left out": skipped, f"{len(records)} records left out": records}
+    skipped, records = result["skipped"], result["left_out"]
+    told = f"{result['samples']} samples"
+    told += f", {len(skipped)} left out" if skipped else ""
+    told += f", {len(records)} records left out" if records else ""
     problems = [*skipped, *records]
-    told = [f"{samples} samples", *(count for count, what in counts.items() if what)]
-    print(", ".join(told) + (":" if problems else ""))
+    print(told + (":" if problems else ""))
     for problem in problems[:LISTED]:
         print(f"  {problem}")
     if len(problems) > LISTED:

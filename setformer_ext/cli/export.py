@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import warnings
 from importlib.util import find_spec
+from operator import methodcaller
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import first_line
+from ..errors import UserError, first_line
 
 if TYPE_CHECKING:
     from .predict.networks import Network
-
-
-class ExportError(Exception):
-    """A model that cannot be exported; the message says why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,31 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Export, check and write the model; returns the exit status."""
-    from .predict.loading import RunError
+def run(options: argparse.Namespace) -> None:
+    """Export, check and write the model."""
     from .predict.networks import load_network
     from .train.checkpoints import write_atomically
-    from .train.task import TrainingError
 
-    try:
-        network = load_network(options.training)
-        data = _export(network)
-        checked = _check(network, data)
-        write_atomically(options.file, lambda file: file.write(data))
-    except (RunError, ExportError, TrainingError) as error:
-        print(f"setformer export: {first_line(error)}", file=sys.stderr)
-        return 1
+    network = load_network(options.training)
+    model = _export(network)
+    checked = _check(network, model)
+    del model.graph.output[len(network.outputs) :]
+    write_atomically(options.file, methodcaller("write", model.SerializeToString()))
     shown = f"{', '.join(network.inputs)} -> {', '.join(network.outputs)}"
     print(f"{options.file}: {shown}; {checked}")
-    return 0
 
 
-def _export(network: Network) -> bytes:
-    """The model with its metadata, as ONNX's file has it.
+def _export(network: Network) -> Any:
+    """The model as an ``onnx.ModelProto`` with its metadata.
 
     Raises:
-        ExportError: if torch cannot export it.
+        UserError: if torch cannot export it.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
@@ -68,25 +58,25 @@ def _export(network: Network) -> bytes:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # torch.export and torch.onnx raise what they like
-        raise ExportError(f"torch cannot export this model: {first_line(error)}") from error
+        raise UserError(f"torch cannot export this model: {first_line(error)}") from error
     from onnx.helper import set_model_props
 
     set_model_props(model, network.metadata)
-    return model.SerializeToString()
+    return model
 
 
-def _check(network: Network, data: bytes) -> str:
+def _check(network: Network, model: Any) -> str:
     """Compare onnxruntime's answers with torch's at all sizes; returns what came out.
 
     Raises:
-        ExportError: if they differ, or onnxruntime does not take a size.
+        UserError: if they differ, or onnxruntime does not take a size.
     """
     if find_spec("onnxruntime") is None:
         return "not checked, since onnxruntime is not installed"
     import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(network.with_insides(data))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
     worst = 0.0
     for size in network.sizes:
         inputs = network.example(*size)
@@ -95,10 +85,10 @@ def _check(network: Network, data: bytes) -> str:
         try:
             answers = [torch.from_numpy(answer) for answer in session.run(None, given)]
         except Exception as error:  # onnxruntime's errors have no class of their own
-            raise ExportError(f"onnxruntime fails at {named}: {first_line(error)}") from error
+            raise UserError(f"onnxruntime fails at {named}: {first_line(error)}") from error
         difference, allowed = network.compare(inputs, answers)
         if not difference <= allowed:
-            raise ExportError(
+            raise UserError(
                 f"onnxruntime's answers differ from torch's by {difference:.1e} {network.unit} at "
                 f"{named}, more than by rounding"
             )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .files import files_under, visible
 from .images import is_image
 
@@ -59,8 +61,6 @@ def held_out(labels: Sequence[object], share: float, seed: int) -> list[bool]:
 
     The only sample of a label stays.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     members: dict[object, list[int]] = {}
     for index, label in enumerate(labels):

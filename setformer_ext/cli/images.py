@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -74,10 +74,14 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     try:
         # Not by its name: Pillow 13 maps uncompressed TIFFs into memory and confuses the rows of
         # those that are to be turned.
-        with path.open("rb") as file, _opened_of_any_size(file) as image:
-            if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-            yield image
+        with path.open("rb") as file:
+            with warnings.catch_warnings():  # of large images, which max_pixels refuses
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(file)
+            with image:
+                if image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+                yield image
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -91,15 +95,6 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
         ) from error
     except Exception as error:  # decoders raise what they like
         raise OSError(f"{path}: a broken image ({first_line(error)})") from error
-
-
-def _opened_of_any_size(file: BinaryIO) -> Image.Image:
-    """Without Pillow's warning of large images, which ``opened`` refuses by its own limit."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:

@@ -3,14 +3,12 @@
 import argparse
 import contextlib
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
 
 from .. import set_attention
-from ..errors import first_line
 from .timing import DTYPES, SHAPES, Shape, describe, find_device, inputs, milliseconds, step
 
 
@@ -63,15 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the loop and print the time per call; returns the exit status."""
-    try:
-        device = find_device(options.device)
-    except ValueError as error:
-        print(f"setformer profile: {first_line(error)}", file=sys.stderr)
-        return 1
+def run(options: argparse.Namespace) -> None:
+    """Run the loop and print the time per call."""
+    device = find_device(options.device)
     shape = chosen_shape(options)
-    with _device_current(device):
+    of_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if of_gpu else contextlib.nullcontext():
         tensors = inputs(
             shape, dtype=DTYPES[options.dtype], device=device, gradient=options.backward
         )
@@ -100,7 +95,6 @@ def run(options: argparse.Namespace) -> int:
         f"{statistics.median(times):.4g} ms per call: median of {options.repeats} after "
         f"{options.warmup} to warm up, from {min(times):.4g} to {max(times):.4g}"
     )
-    return 0
 
 
 def chosen_shape(options: argparse.Namespace) -> Shape:
@@ -122,10 +116,6 @@ def _profiled(call: Callable[[], object], device: torch.device, repeats: int) ->
         times = milliseconds(call, device, repeats)
         torch.cuda.synchronize()
     return times
-
-
-def _device_current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -78,6 +78,14 @@ def style(background: str, texts: Iterable[str]) -> Iterator[Theme]:
         yield theme
 
 
+def resized(picture: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """[channels, H, W] to [*size, channels], in [0, 1]; modes are F.interpolate's."""
+    from torch.nn.functional import interpolate
+
+    pixels = interpolate(picture.unsqueeze(0), size, mode=mode, antialias=mode == "bicubic")
+    return pixels.squeeze(0).permute(1, 2, 0).clamp(0, 1)
+
+
 def mutual_information(plans: Tensor) -> Tensor:  # [..., N, M] -> [...]
     """How much a token says about the reference: sum_ij P_ij log(P_ij / (a_i b_j)), in nats.
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._C import build_info
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def find_device(name: str | None) -> torch.device:
     """The device of this name; without one, the current GPU if it can be used, else the CPU.
 
     Raises:
-        ValueError: there is no such device, or it cannot be used; it says why.
+        UserError: there is no such device, or it cannot be used; it says why.
     """
     reason = why_no_cuda()
     if name is None:
@@ -75,12 +76,12 @@ def find_device(name: str | None) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name or 'nothing'}")
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name or 'nothing'}")
     if reason:
-        raise ValueError(f"--device {name} cannot be used: {reason}")
+        raise UserError(f"--device {name} cannot be used: {reason}")
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"--device must be one of the {torch.cuda.device_count()} GPUs torch finds, "
             f"cuda:0 and so on, got {name}"
         )

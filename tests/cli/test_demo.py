@@ -1,6 +1,5 @@
 """The demo: that it learns, reads any image folder, and says what is wrong with a bad one."""
 
-import argparse
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 
 from setformer_ext import SetAttention, cli
-from setformer_ext.cli import demo
 from setformer_ext.cli.demo import lengths
 from setformer_ext.cli.demo.data import load_digits, load_folder
 from setformer_ext.cli.demo.figure import draw_plans
@@ -23,9 +21,7 @@ from setformer_ext.controls import SoftmaxAttention
 
 
 def run_demo(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return demo.run(parser.parse_args([str(a) for a in arguments]))
+    return cli.main(["demo", *map(str, arguments)])
 
 
 def write_image(path: Path, mode: str, level: int, size: tuple[int, int] = (23, 17)) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from setformer_ext import cli
 from setformer_ext.cli.explain import picture
-from setformer_ext.cli.explain.plans import ExplainError, Layer, find_attention, observe
+from setformer_ext.cli.explain.plans import Layer, find_attention, observe
 from setformer_ext.cli.predict.predictors import PREDICTORS
 from setformer_ext.cli.themes import COLOURS, mutual_information
+from setformer_ext.errors import UserError
 from setformer_ext.vision import Setformer
 from test_predict import DETECT
 from test_predict import write_run as detector_run
@@ -96,17 +97,17 @@ def test_backbone_is_found_inside_other_models() -> None:
 def test_other_layers_are_refused() -> None:
     model = make_model()
     for stage in (0, 5):
-        with pytest.raises(ExplainError, match=f"--stage must be from 1 to 4, got {stage}"):
+        with pytest.raises(UserError, match=f"--stage must be from 1 to 4, got {stage}"):
             find_attention(model, stage, 1)
     for block in (0, 3, -3):
-        with pytest.raises(ExplainError, match=rf"--block must be from 1 to 2.* -2, got {block}"):
+        with pytest.raises(UserError, match=rf"--block must be from 1 to 2.* -2, got {block}"):
             find_attention(model, 3, block)
-    with pytest.raises(ExplainError, match=r"only SeT attention has references .*SoftmaxAttention"):
+    with pytest.raises(UserError, match=r"only SeT attention has references .*SoftmaxAttention"):
         find_attention(make_model(**SOFTMAX), 3, 1)
-    with pytest.raises(ExplainError, match="Linear holds no Setformer"):
+    with pytest.raises(UserError, match="Linear holds no Setformer"):
         find_attention(nn.Linear(1, 1), 3, 1)
     shortened = Detector(out_indices=(0, 1))
-    with pytest.raises(ExplainError, match="--stage must be from 1 to 2, got 3"):
+    with pytest.raises(UserError, match="--stage must be from 1 to 2, got 3"):
         find_attention(shortened, 3, 1)
 
 

@@ -19,8 +19,8 @@ from transformers import (
 import switched
 from setformer_ext import cli
 from setformer_ext.cli.explain import encoders, sentence
-from setformer_ext.cli.explain.plans import ExplainError
 from setformer_ext.cli.train.texts import train_tokenizer, wrap_tokenizer
+from setformer_ext.errors import UserError
 
 TEXT = "Superb, the film is filmisis."
 
@@ -202,5 +202,5 @@ def test_references_must_have_been_saved(tmp_path: Path) -> None:
     """Else those of the picture would be drawn at random."""
     config = switched.CONFIGS["vit"](set_attention={"num_references": 5})
     ViTModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ExplainError, match=r"its weights lack references, such as .*set_attention"):
+    with pytest.raises(UserError, match=r"its weights lack references, such as .*set_attention"):
         encoders.load_encoder(tmp_path)

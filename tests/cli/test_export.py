@@ -13,9 +13,10 @@ from torch.export import Dim
 
 import setformer_ext.cli.export
 from setformer_ext import cli
-from setformer_ext.cli.export import ExportError, _check, _export
+from setformer_ext.cli.export import _check, _export
 from setformer_ext.cli.predict.loading import load_run, load_text_run
 from setformer_ext.cli.predict.networks import Texts, load_network
+from setformer_ext.errors import UserError
 from setformer_ext.onnx import _adaptive_average
 from setformer_ext.onnx import export as export_onnx
 from setformer_ext.vision.detection import from_card as make_detector
@@ -210,7 +211,7 @@ def test_detectors_with_a_wrong_head_are_not_written(tmp_path: Path) -> None:
     for part in ("rpn.head.bbox_pred", "roi_heads.box_predictor.cls_score"):
         weight = network.model.model.get_submodule(part).weight.data
         weight.mul_(1.01)
-        with pytest.raises(ExportError, match="of the largest output of a head"):
+        with pytest.raises(UserError, match="of the largest output of a head"):
             _check(network, data)
         weight.div_(1.01)
     _check(network, data)

@@ -14,12 +14,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from setformer_ext import cli
-from setformer_ext.cli.predict.answers import Classification, Detection, Segmentation
+from setformer_ext.cli.predict.answers import Classification, Detection, Segmentation, as_csv
 from setformer_ext.cli.predict.drawing import PALETTE, REST, _colours, _draw_detection, draw
-from setformer_ext.cli.predict.loading import RunError, load_run
-from setformer_ext.cli.predict.masks import mask_image
+from setformer_ext.cli.predict.loading import load_run
 from setformer_ext.cli.predict.predictors import PREDICTORS
-from setformer_ext.cli.predict.report import as_csv
+from setformer_ext.errors import UserError
 from training import classify, metrics, write_digits
 
 
@@ -252,7 +251,7 @@ def test_weights_that_lack_or_exceed_are_named(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     head = weights.pop("head.fc.bias")
     save_file(weights | {"other": head}, copy / "model.safetensors")
-    with pytest.raises(RunError, match=r"lacks head\.fc\.bias; has other, which the model does"):
+    with pytest.raises(UserError, match=r"lacks head\.fc\.bias; has other, which the model does"):
         load_run(copy)
 
 
@@ -311,7 +310,7 @@ def test_label_images_are_what_trainings_read(first: int, last: int, tmp_path: P
     names = tuple(f"{label}" for label in range(first, last + 1))
     classes = torch.arange(len(names)).repeat(2, 1)
     answer = Segmentation([*names], classes, Labels(names, 0 if first else None).first)
-    image = mask_image(answer)
+    image = answer.mask()
     image.save(tmp_path / "m.png")
     labels = read_labels(tmp_path / "m.png")
     assert labels.max() == last
@@ -371,6 +370,16 @@ def test_colours_are_the_classes_own_while_they_last() -> None:
     assert [many[label] for label in range(20, 36)] == PALETTE
     assert {many[label] for label in range(36, 60)} == {REST}
     assert len(set(PALETTE)) == len(PALETTE)
+
+
+def test_the_legend_shows_the_classes_own_colours() -> None:
+    """The most frequent first, which need not be the surest."""
+    boxes = torch.tensor([[0.0, 0.0, 40.0, 30.0]] * 3)
+    answer = Detection(["a", "b"], boxes, torch.tensor([1, 0, 0]), torch.rand(3), None)
+    (legend,) = _draw_detection(answer, Image.new("RGB", (90, 60)), "x.png").legends
+    shown = zip(legend.get_texts(), legend.get_patches(), strict=True)
+    colours = {text.get_text(): patch.get_facecolor()[:3] for text, patch in shown}
+    assert colours == {"2 x a": PALETTE[0], "1 x b": PALETTE[1]}
 
 
 BODY = {"dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "num_references": [4, 4, 4, 4]}

@@ -11,6 +11,7 @@ import torch
 from setformer_ext import cli
 from setformer_ext.cli import profile, timing
 from setformer_ext.cli.timing import SHAPES, Shape
+from setformer_ext.errors import UserError
 
 SMALL = ["--batch=1", "--heads=2", "--tokens=9", "--references=3", "--depth=4"]
 
@@ -122,7 +123,7 @@ def test_says_why_there_is_no_cuda(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend(monkeypatch, runtime, torch_cuda, gpus)
-    with pytest.raises(ValueError, match=re.escape(reason)) as refused:
+    with pytest.raises(UserError, match=re.escape(reason)) as refused:
         timing.find_device("cuda:0")
     assert str(refused.value).startswith("--device cuda:0 cannot be used: ")
     assert timing.find_device(None) == torch.device("cpu")
@@ -134,7 +135,7 @@ def test_finds_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.find_device("cuda") == torch.device("cuda", 0)
     assert timing.find_device("cuda:1") == torch.device("cuda", 1)
     assert timing.find_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"one of the 2 GPUs torch finds.*got cuda:2"):
+    with pytest.raises(UserError, match=r"one of the 2 GPUs torch finds.*got cuda:2"):
         timing.find_device("cuda:2")
 
 

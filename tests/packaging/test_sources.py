@@ -17,12 +17,11 @@ SPEAKING = {
     "ArgumentTypeError",
     "CheckpointError",
     "DataError",
-    "ExplainError",
     "KeyError",
-    "RunError",
     "SavedError",
     "SkippedError",
     "TrainingError",
+    "UserError",
     "YAMLError",
 }
 

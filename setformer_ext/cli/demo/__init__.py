@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from pathlib import Path
 
-from ...errors import first_line
+from ...errors import UserError
 from ..images import add_max_pixels
 
 PACKAGES = ("torch", "numpy", "sklearn", "matplotlib", "PIL", "tqdm")
@@ -44,28 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_max_pixels(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train both networks, print the table and draw the pictures; returns the exit status."""
+def run(args: argparse.Namespace) -> None:
+    """Train both networks, print the table and draw the pictures."""
     for name in PACKAGES:
         importlib.import_module(name)  # before any work; the command says how to install one
     from .compare import compare
 
-    image_size = args.image_size
-    if image_size is None:
-        image_size = 8 if args.data is None else 32
-    if image_size < 8 or image_size % 8:
-        return _fail(f"--image-size must be a positive multiple of 8, got {image_size}")
+    if args.image_size is None:
+        args.image_size = 8 if args.data is None else 32
+    if args.image_size < 8 or args.image_size % 8:
+        raise UserError(f"--image-size must be a positive multiple of 8, got {args.image_size}")
     if args.steps < 1:
-        return _fail(f"--steps must be at least 1, got {args.steps}")
+        raise UserError(f"--steps must be at least 1, got {args.steps}")
     if not -(2**63) <= args.seed < 2**64:
-        return _fail(f"--seed must be at least -2^63 and less than 2^64, got {args.seed}")
-    try:
-        compare(args.data, args.output, args.steps, args.seed, image_size, args.max_pixels)
-    except (ValueError, OSError) as error:
-        return _fail(first_line(error))
-    return 0
-
-
-def _fail(message: str) -> int:
-    print(f"setformer demo: {message}", file=sys.stderr)
-    return 1
+        raise UserError(f"--seed must be at least -2^63 and less than 2^64, got {args.seed}")
+    compare(args)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
@@ -21,47 +21,29 @@ ATTENTIONS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def compare(
-    folder: Path | None, output: Path, steps: int, seed: int, image_size: int, max_pixels: int
-) -> None:
-    """Train, print a table and write ``curves.png`` and ``references.png`` into ``output``.
-
-    Args:
-        folder: images, one subfolder per class; None for the digits.
-        output: made if it does not exist.
-        steps: training steps of each network.
-        seed: of the split, the weights, the order and the augmentation.
-        image_size: S of the S x S images, a multiple of 8.
-        max_pixels: of the images in the folder.
+def compare(options: argparse.Namespace) -> None:
+    """Train, print a table and write ``curves.png`` and ``references.png`` into ``--output``.
 
     Raises:
-        ValueError: if the folder cannot be learned from.
+        UserError: if ``--data`` cannot be learned from.
         OSError: if the output cannot be written.
     """
-    images = (
-        load_digits(image_size, seed)
-        if folder is None
-        else load_folder(folder, image_size, seed, max_pixels)
-    )
+    output, size, seed = options.output, options.image_size, options.seed
+    if options.data is None:
+        images = load_digits(size, seed)
+    else:
+        images = load_folder(options.data, size, seed, options.max_pixels)
     output.mkdir(parents=True, exist_ok=True)
     print(
         f"{images.source}: {len(images.train)} images to train on, {len(images.test)} to test, "
-        f"{len(images.classes)} classes, {image_size} x {image_size}"
+        f"{len(images.classes)} classes, {size} x {size}"
     )
     models, histories = {}, {}
+    sizes = (images.train.shape[1], size, len(images.classes))
     for name, make_attention in ATTENTIONS.items():
+        make_model = partial(Classifier, *sizes, make_attention)
         models[name], histories[name] = train(
-            partial(
-                Classifier,
-                images.train.shape[1],
-                image_size,
-                len(images.classes),
-                make_attention,
-            ),
-            images,
-            steps=steps,
-            seed=seed,
-            description=f"{name:>7}",
+            make_model, images, steps=options.steps, seed=seed, description=f"{name:>7}"
         )
     print(_table(models, histories))
     seconds = lengths.measure()

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from ...errors import first_line
+from ...errors import UserError, first_line
 from ..image_folder import find_images, held_out
 from ..images import MAX_PIXELS, read_image
 
@@ -48,25 +50,25 @@ def load_folder(folder: Path, image_size: int, seed: int, max_pixels: int = MAX_
     Files that cannot be read are skipped and named on stderr.
 
     Raises:
-        ValueError: if the folder does not hold at least two classes of two images.
+        UserError: if the folder does not hold at least two classes of two images.
     """
-    from tqdm import tqdm
-
     if not folder.is_dir():
-        raise ValueError(f"--data must be a folder with one subfolder per class, got {folder}")
+        raise UserError(f"--data must be a folder with one subfolder per class, got {folder}")
     files = find_images(folder).classes
     classes = [name for name, paths in files.items() if paths]
     if len(classes) < 2:
-        raise ValueError(
+        raise UserError(
             f"--data must hold at least 2 subfolders with images, one per class; {folder} has "
             f"{len(classes)}: {', '.join(classes) or 'none'}"
         )
 
     images, labels, broken = [], [], []
+    size = (image_size, image_size)
     todo = [(label, path) for label, name in enumerate(classes) for path in files[name]]
     for label, path in tqdm(todo, desc="reading images", unit="image", leave=False, disable=None):
         try:
-            images.append(_read(path, image_size, max_pixels))
+            image = ImageOps.fit(read_image(path, max_pixels), size, Image.Resampling.BICUBIC)
+            images.append(torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255)
             labels.append(label)
         except OSError as error:
             broken.append(f"  {first_line(error)}")
@@ -76,19 +78,8 @@ def load_folder(folder: Path, image_size: int, seed: int, max_pixels: int = MAX_
     counts = np.bincount(labels, minlength=len(classes))
     few = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < 2]
     if few:
-        raise ValueError(
-            f"each class needs at least 2 readable images; too few in {', '.join(few)}"
-        )
+        raise UserError(f"each class needs at least 2 readable images; too few in {', '.join(few)}")
     return _split(torch.stack(images), torch.tensor(labels), classes, str(folder), seed)
-
-
-def _read(path: Path, image_size: int, max_pixels: int) -> Tensor:  # [3, S, S]
-    """An image of any size and mode as RGB in [0, 1]; transparency becomes white."""
-    from PIL import Image, ImageOps
-
-    size = (image_size, image_size)
-    image = ImageOps.fit(read_image(path, max_pixels), size, Image.Resampling.BICUBIC)
-    return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
 
 
 def _split(images: Tensor, labels: Tensor, classes: list[str], source: str, seed: int) -> Images:

@@ -11,10 +11,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter, StrMethodFormatter
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..fonts import add_title, shortened
-from ..themes import CHOICE, COLOURS, covering_references, mutual_information, style
+from ..themes import CHOICE, COLOURS, covering_references, mutual_information, resized, style
 from .data import Images
 from .lengths import LENGTHS
 from .model import GRID, Classifier
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 CURVE_COLOURS = ["#d1495b", "#30638e"]
 SHOWN_REFERENCES = len(COLOURS)
 SHOWN_IMAGES = 10
-SHOWN_SIZE = 128  # pixels
+SHOWN_SIZE = (128, 128)  # pixels
 
 
 def draw_curves(
@@ -102,7 +101,7 @@ def draw_plans(model: Classifier, images: Images, path: Path) -> None:
         figure = Figure(figsize=(1.05 * columns, 1.05 * rows + 0.6), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for row in range(rows):
-            picture = _enlarge(pictures[row], "bicubic").expand(-1, -1, 3)
+            picture = resized(pictures[row], SHOWN_SIZE, "bicubic").expand(-1, -1, 3)
             grey = picture.mean(-1, keepdim=True)
             mixture = shares[row][:, references] @ colours  # [N, 3]
             _show(grid[row][0], picture)
@@ -150,12 +149,7 @@ def _most_telling_head(model: Classifier, pictures: Tensor) -> tuple[int, int, T
 def _glow(grey: Tensor, strength: Tensor, colour: Tensor) -> Tensor:  # [S, S, 1], [N], [N, 3]
     """A dim grey image under coloured light, of one strength and colour per token."""
     light = (strength / strength.max()).unsqueeze(-1) * colour
-    return 0.35 * grey + 0.9 * _enlarge(light.mT.unflatten(1, GRID), "nearest")
-
-
-def _enlarge(picture: Tensor, mode: str) -> Tensor:  # [channels, H, W] -> [S, S, channels]
-    size = (SHOWN_SIZE, SHOWN_SIZE)
-    return F.interpolate(picture.unsqueeze(0), size, mode=mode).squeeze(0).permute(1, 2, 0)
+    return 0.35 * grey + 0.9 * resized(light.mT.unflatten(1, GRID), SHOWN_SIZE, "nearest")
 
 
 def _show(axes: Axes, picture: Tensor) -> None:  # [S, S, 3]

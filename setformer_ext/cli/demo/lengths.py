@@ -23,14 +23,10 @@ def measure(lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[float]]:
     """Seconds of each attention at each length, medians; at no length for which a busy machine
     would take too long, as times grow with the square of the length at most."""
     reference = torch.randn(1, REFERENCES, DEPTH)
-
-    def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value)
-
-    def transport(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return set_attention(query, key, value, reference)
-
-    attentions = {"SeT": transport, "softmax": softmax}
+    attentions: dict[str, Callable[..., Tensor]] = {
+        "SeT": lambda query, key, value: set_attention(query, key, value, reference),
+        "softmax": F.scaled_dot_product_attention,
+    }
     found: dict[str, list[float]] = {}
     for name, attention in attentions.items():
         seconds: list[float] = []
@@ -52,7 +48,7 @@ def table(seconds: dict[str, list[float]], lengths: tuple[int, ...] = LENGTHS) -
     return "\n".join(lines)
 
 
-def _seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], length: int) -> float:
+def _seconds(attention: Callable[..., Tensor], length: int) -> float:
     tokens = [torch.randn(1, 1, length, DEPTH, requires_grad=True) for _ in range(3)]
     taken: list[float] = []
     while sum(taken) < ENOUGH and len(taken) < MOST_CALLS:

@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from .data import Images
 
@@ -39,7 +41,7 @@ class History:
     @property
     def milliseconds_per_step(self) -> float:
         """The median over the steps."""
-        return 1e3 * sorted(self.seconds)[len(self.seconds) // 2]
+        return 1e3 * median(self.seconds)
 
 
 def train(
@@ -55,8 +57,6 @@ def train(
 
     The seed fixes weights, order and augmentation.
     """
-    from tqdm import tqdm
-
     torch.manual_seed(seed)
     model = make_model()
     generator = torch.Generator().manual_seed(seed)

@@ -19,12 +19,12 @@ from transformers import (
 from transformers.utils import logging
 
 from ... import language
-from ...errors import first_line
+from ...errors import UserError, first_line
 from ...language.references import References
 from ...language.saved import SavedError, load_saved
 from ...language.switch import NAME
 from ...modules import SetAttention
-from .plans import ExplainError, Layer, choose_block, first_calls, normalised, plans_of
+from .plans import Layer, choose_block, first_calls, normalised, plans_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +34,7 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     """A saved model without its head, in eval mode; SeT attention where it was saved with that.
 
     Raises:
-        ExplainError: if there is none, or its references were not saved with it.
+        UserError: if there is none, or its references were not saved with it.
     """
     logging.set_verbosity_error()  # of the heads that the encoder is taken from
     logging.disable_progress_bar()
@@ -45,13 +45,13 @@ def load_encoder(folder: Path) -> PreTrainedModel:
         load = AutoModel.from_pretrained
         model, found = load_saved(load, folder, output_loading_info=True, **switched)
     except SavedError as error:
-        raise ExplainError(
+        raise UserError(
             "RUN: expected the --output of setformer train mlm or glue, or a folder that "
             f"save_pretrained wrote: {error}"
         ) from error
     missing = sorted(key for key in found["missing_keys"] if f".{NAME}." in key)
     if missing:
-        raise ExplainError(f"{folder}: its weights lack references, such as {missing[0]}")
+        raise UserError(f"{folder}: its weights lack references, such as {missing[0]}")
     return model.eval()
 
 
@@ -61,11 +61,11 @@ def find_layer(
     """The attention of a layer, from 1 or from -1 for the last, and what to call it.
 
     Raises:
-        ExplainError: if there is no such layer, or none has references.
+        UserError: if there is no such layer, or none has references.
     """
     attentions = [m for m in model.modules() if isinstance(m, SetAttention | References)]
     if not attentions:
-        raise ExplainError(
+        raise UserError(
             f"{folder}: only SeT attention has references to explain, and this "
             f"{type(model).__name__} has none; train one with attention='set', or a model of "
             f"transformers with attn_implementation={NAME!r}"
@@ -75,9 +75,9 @@ def find_layer(
 
 
 def require_input(model: PreTrainedModel, name: str, other: str) -> None:
-    """Raises ExplainError for a model that reads something else than the input of that name."""
+    """Raises UserError for a model that reads something else than the input of that name."""
     if model.main_input_name != name:
-        raise ExplainError(
+        raise UserError(
             f"{type(model).__name__} reads {model.main_input_name}, not {name}; expected {other}"
         )
 
@@ -86,7 +86,7 @@ def observe_image(folder: Path, layer: int, image: Image.Image) -> tuple[Layer, 
     """What a layer of a vision encoder does with the patches of an image, and what to call it.
 
     Raises:
-        ExplainError: if there is no such encoder or layer, or it does not split images in patches.
+        UserError: if there is no such encoder or layer, or it does not split images in patches.
     """
     model = load_encoder(folder)
     require_input(model, "pixel_values", "a --text")
@@ -95,13 +95,13 @@ def observe_image(folder: Path, layer: int, image: Image.Image) -> tuple[Layer, 
         pixels, seen = _prepare(folder, model.config, image)
         (call,) = first_calls([attention], lambda: model(pixel_values=pixels))
     except (ValueError, RuntimeError) as error:  # such as another number of pixels or channels
-        raise ExplainError(f"{folder}: {first_line(error)}") from error
+        raise UserError(f"{folder}: {first_line(error)}") from error
     plans = plans_of(attention, call)
     sides = _pair(getattr(model.config, "patch_size", max(seen.shape)))
     grid = (seen.shape[1] // sides[0], seen.shape[2] // sides[1])
     patches = grid[0] * grid[1]
     if not 0 < patches <= plans.shape[1]:
-        raise ExplainError(
+        raise UserError(
             f"{folder}: expected a model with a token for each patch of an image, got "
             f"{plans.shape[1]} tokens for {patches} patches"
         )

@@ -9,10 +9,9 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..fonts import add_title
-from ..themes import CHOICE, covering_references, style
+from ..themes import CHOICE, covering_references, resized, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,12 +56,12 @@ def draw_references(
         # Light on black; on white the same with black and white exchanged, ink instead of light.
         flip = (lambda x: 1 - x) if background == "light" else (lambda x: x)
         colours = dict(zip(shown, (flip(_rgb(name)) for name in theme.colours), strict=False))
-        image = _resize(image, size, "bicubic")
+        image = resized(image, size, "bicubic")
         grey = flip(image.mean(-1, keepdim=True))
 
         def over_image(tokens: Tensor) -> Tensor:  # [N, channels] -> [*size, channels]
-            resized = _resize(tokens.mT.unflatten(1, grid), token_size, "nearest")
-            return resized[: size[0], : size[1]]
+            over_all = resized(tokens.mT.unflatten(1, grid), token_size, "nearest")
+            return over_all[: size[0], : size[1]]
 
         rest = flip(_rgb(theme.rest))
         most = torch.stack([colours.get(j, rest) for j in plan.argmax(1).tolist()])  # [N, 3]
@@ -108,12 +107,6 @@ def _scaled(size: tuple[float, ...], scale: float) -> tuple[int, int]:
 
 def _rgb(colour: str) -> Tensor:
     return torch.tensor(to_rgb(colour))
-
-
-def _resize(picture: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """[channels, H, W] to [*size, channels], in [0, 1]."""
-    resized = F.interpolate(picture.unsqueeze(0), size, mode=mode, antialias=mode == "bicubic")
-    return resized.squeeze(0).permute(1, 2, 0).clamp(0, 1)
 
 
 def _show(axes: Axes, picture: Tensor, title: str, colour: str) -> None:

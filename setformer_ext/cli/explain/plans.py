@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ...modules import SetAttention
 from ...vision.blocks import Stage, TokenEmbedding
 from ..themes import mutual_information
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from ...language.references import References
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a module
-
-
-class ExplainError(Exception):
-    """A layer that cannot be explained; the message says which ones can."""
 
 
 @dataclass
@@ -57,43 +54,45 @@ def find_attention(model: nn.Module, stage: int, block: int) -> tuple[SetAttenti
         block: 1 for the stage's first, -1 for its last.
 
     Raises:
-        ExplainError: if there is no such block, or it has another kind of attention.
+        UserError: if there is no such block, or it has another kind of attention.
     """
     stages = [module for module in model.modules() if isinstance(module, Stage)]
     if not stages:
-        raise ExplainError(f"{type(model).__name__} holds no Setformer, whose layers are explained")
+        raise UserError(f"{type(model).__name__} holds no Setformer, whose layers are explained")
     if not 1 <= stage <= len(stages):
-        raise ExplainError(f"--stage must be from 1 to {len(stages)}, got {stage}")
+        raise UserError(f"--stage must be from 1 to {len(stages)}, got {stage}")
     blocks = stages[stage - 1].blocks
     index = choose_block("--block", block, len(blocks), f" in stage {stage}")
     attention = blocks[index].attention
     if not isinstance(attention, SetAttention):
-        raise ExplainError(
+        raise UserError(
             f"only SeT attention has references to explain, and this model was made with "
             f"{type(attention).__name__}; train one with attention='set'"
         )
     return attention, f"stage {stage}, block {index + 1} of {len(blocks)}"
 
 
-def choose_head(plans: Tensor, head: int | None) -> int:  # [H, N, M]
-    """The head that was asked for, from 1, or else the one whose plan tells most.
+def choose_head(plans: Tensor, head: int | None, layer: str) -> tuple[Tensor, str]:  # [H, N, M]
+    """The plan [N, M] of the head that was asked for, from 1, or else of the one whose plan tells
+    most; and what to call that head of a layer of that name.
 
     Raises:
-        ExplainError: for a head that there is not.
+        UserError: for a head that there is not.
     """
     if head is not None and not 1 <= head <= len(plans):
-        raise ExplainError(f"--head must be from 1 to {len(plans)} in this layer, got {head}")
-    return head or 1 + int(mutual_information(plans).argmax())
+        raise UserError(f"--head must be from 1 to {len(plans)} in this layer, got {head}")
+    head = head or 1 + int(mutual_information(plans).argmax())
+    return plans[head - 1], f"{layer}, head {head} of {len(plans)}"
 
 
 def choose_block(option: str, number: int, count: int, where: str = "") -> int:
     """One of so many blocks or layers, from 0; given from 1, or from -1 for the last.
 
     Raises:
-        ExplainError: for one that there is not; it names the option.
+        UserError: for one that there is not; it names the option.
     """
     if not 1 <= abs(number) <= count:
-        raise ExplainError(
+        raise UserError(
             f"{option} must be from 1 to {count}{where}, or from -1 for the last to -{count}, "
             f"got {number}"
         )
@@ -105,7 +104,7 @@ def first_calls(modules: Sequence[nn.Module], forward: Callable[[], object]) -> 
     """What each of the modules is first called with while ``forward`` runs.
 
     Raises:
-        ExplainError: if ``forward`` leaves one out.
+        UserError: if ``forward`` leaves one out.
     """
     calls: dict[nn.Module, Call] = {}
 
@@ -119,7 +118,7 @@ def first_calls(modules: Sequence[nn.Module], forward: Callable[[], object]) -> 
         for hook in hooks:
             hook.remove()
     if len(calls) < len(modules):
-        raise ExplainError("the model leaves this layer out; choose an earlier one")
+        raise UserError("the model leaves this layer out; choose an earlier one")
     return [calls[module] for module in modules]
 
 
@@ -134,7 +133,7 @@ def observe(model: nn.Module, attention: SetAttention, forward: Callable[[], obj
     """Run ``forward``, which calls ``model`` on one image, and take what ``attention`` did.
 
     Raises:
-        ExplainError: if ``forward`` does not come by.
+        UserError: if ``forward`` does not come by.
     """
     stem = next(module for module in model.modules() if isinstance(module, TokenEmbedding))
     image, tokens = first_calls([stem, attention], forward)

@@ -11,12 +11,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ...errors import first_line
+from ...errors import UserError, first_line
 from ...language.saved import SavedError, load_tokenizer, require_embeddings
 from ..fonts import add_title, shortened, width
 from ..themes import CHOICE, covering_references, style
 from .encoders import find_layer, load_encoder, require_input
-from .plans import ExplainError, choose_head, first_calls, plans_of
+from .plans import choose_head, first_calls, plans_of
 
 LONGEST = 60  # words in a picture
 FONT = 10  # points
@@ -39,36 +39,35 @@ def explain_sentence(
         background: the name of a theme.
 
     Raises:
-        ExplainError: if the text has no words, there is no such layer or head, or it has another
+        UserError: if the text has no words, there is no such layer or head, or it has another
             kind of attention.
     """
     if not text.strip():
-        raise ExplainError("--text: expected words, got none")
+        raise UserError("--text: expected words, got none")
     model = load_encoder(run)
     require_input(model, "input_ids", "an IMAGE")
     try:
         tokenizer = load_tokenizer(run)
         require_embeddings(tokenizer, model.config, run)
     except SavedError as error:
-        raise ExplainError(f"RUN: expected a tokenizer beside the model: {error}") from error
+        raise UserError(f"RUN: expected a tokenizer beside the model: {error}") from error
     if not tokenizer.is_fast:
-        raise ExplainError(f"{run}: expected a tokenizer that knows words, a tokenizer.json")
+        raise UserError(f"{run}: expected a tokenizer that knows words, a tokenizer.json")
     attention, name = find_layer(model, layer, run)
     encoding = tokenizer(text, return_tensors="pt")
     words, of_word = _words(text, encoding)
     if not 0 < len(words) <= LONGEST:
-        raise ExplainError(f"--text: expected at most {LONGEST} words, got {len(words)}")
+        raise UserError(f"--text: expected at most {LONGEST} words, got {len(words)}")
     try:
         (call,) = first_calls([attention], lambda: model(**encoding))
     except (ValueError, IndexError) as error:  # more than the model's positions
-        raise ExplainError(
+        raise UserError(
             f"--text: the model does not take its {len(of_word)} tokens: {first_line(error)}"
         ) from error
     plans = plans_of(attention, call)
     plans = torch.zeros(len(plans), len(words), plans.shape[2]).index_add(1, of_word, plans)
-    head = choose_head(plans, head)
-    name = f"{name}, head {head} of {len(plans)}"
-    draw_words(words, plans[head - 1], name, path, background)
+    plan, name = choose_head(plans, head, name)
+    draw_words(words, plan, name, path, background)
     return name
 
 

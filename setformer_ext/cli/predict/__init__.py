@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from pathlib import Path
 
-from ...errors import first_line
+from ...errors import UserError
 from ..images import add_max_pixels
 
 
@@ -63,43 +63,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_max_pixels(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Answer about all that is given and can be read; returns the exit status."""
-    from .loading import RunError
-
+def run(options: argparse.Namespace) -> None:
+    """Answer about all that is given and can be read."""
     if not 0 <= options.threshold <= 1:
-        return _fail(f"--threshold must be from 0 to 1, got {options.threshold}")
+        raise UserError(f"--threshold must be from 0 to 1, got {options.threshold}")
     if sum(bool(given) for given in (options.images, options.text, options.data)) != 1:
-        return _fail("expected either IMAGE ..., --text or --data after RUN")
-    try:
-        if options.data:
-            from .submission import answer_glue
+        raise UserError("expected either IMAGE ..., --text or --data after RUN")
+    if options.data:
+        from .submission import answer_glue
 
-            answer_glue(options.training, options.data, options.output)
-            return 0
-        if options.text:
-            from .on_texts import answer_texts
+        answer_glue(options.training, options.data, options.output)
+        return
+    failed = ""
+    if options.text:
+        from .texts import answer_texts
 
-            answers, failed = answer_texts(options.training, options.text)
-        else:
-            from .on_images import answer_images
+        answers = answer_texts(options.training, options.text)
+    else:
+        from .on_images import answer_images
 
-            answers, failed = answer_images(options)
-        _write(answers, options)
-    except (RunError, OSError) as error:
-        return _fail(first_line(error))
-    return _fail(failed) if failed else 0
+        answers, failed = answer_images(options)
+    if options.json is not None:
+        _write(options.json, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+    if options.csv is not None:
+        from .answers import as_csv
 
-
-def _write(answers: list[dict], options: argparse.Namespace) -> None:
-    from .report import as_csv, as_json
-
-    for path, text in ((options.json, as_json), (options.csv, as_csv)):
-        if path is not None:
-            # File names that are not UTF-8 stay what they are.
-            path.write_text(text(answers), encoding="utf-8", errors="surrogateescape")
+        _write(options.csv, as_csv(answers))
+    if failed:
+        raise UserError(failed)
 
 
-def _fail(message: str) -> int:
-    print(f"setformer predict: {message}", file=sys.stderr)
-    return 1
+def _write(path: Path, text: str) -> None:
+    # File names that are not UTF-8 stay what they are.
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")

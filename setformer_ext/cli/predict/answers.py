@@ -1,48 +1,67 @@
-"""What a model says about one image, as text and as JSON."""
+"""What a model says about one image or text: as text, in JSON, as a mask, and in a table."""
 
 from __future__ import annotations
 
+import csv
+import io
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+CORNERS = ("x0", "y0", "x1", "y1")
+
 
 class Answer(ABC):
-    """What a model says about one image."""
+    """What a model says about one image or text."""
 
     @abstractmethod
     def text(self) -> str:
-        """One line for the terminal."""
+        """What the terminal shows, mostly one line."""
 
     @abstractmethod
     def json(self) -> dict[str, Any]:
         """The whole answer in JSON's types; coordinates in pixels of the image."""
 
 
+class ImageAnswer(Answer):
+    """What a model says about one image; it names classes."""
+
+    classes: list[str]
+
+    def mask(self) -> Image.Image | None:
+        """What is said of each pixel, as a grey image of the image's size; None for nothing.
+
+        Values are of 8 bits, of 16 where there are more than 255.
+        """
+        return None
+
+
 @dataclass
-class Classification(Answer):
+class Classification(ImageAnswer):
     """The most likely classes, the likeliest first."""
 
-    names: list[str]
+    classes: list[str]
     probabilities: Tensor  # [K], falling
 
     def text(self) -> str:
-        return ", ".join(f"{name} {p:.1%}" for name, p in self._pairs())
+        return _shares(self.classes, self.probabilities.tolist())
 
     def json(self) -> dict[str, Any]:
-        return {"classes": [{"name": name, "probability": p} for name, p in self._pairs()]}
-
-    def _pairs(self) -> list[tuple[str, float]]:
-        return list(zip(self.names, self.probabilities.tolist(), strict=True))
+        pairs = zip(self.classes, self.probabilities.tolist(), strict=True)
+        return {"classes": [{"name": name, "probability": p} for name, p in pairs]}
 
 
 @dataclass
-class Detection(Answer):
+class Detection(ImageAnswer):
     """Objects, the surest first."""
 
     classes: list[str]  # all that the model knows
@@ -52,9 +71,12 @@ class Detection(Answer):
     masks: Tensor | None  # [K, H, W] bool
     best: tuple[str, float] | None = None  # the surest class and its score, if there are no objects
 
+    def counts(self) -> list[tuple[int, int]]:
+        """The classes of the objects with the number of each, the largest first."""
+        return Counter(self.labels.tolist()).most_common()
+
     def text(self) -> str:
-        counts = Counter(self.classes[label] for label in self.labels.tolist())
-        found = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+        found = ", ".join(f"{count} x {self.classes[label]}" for label, count in self.counts())
         return found or self.nothing()
 
     def nothing(self) -> str:
@@ -65,22 +87,33 @@ class Detection(Answer):
         return f"nothing found (best score {score:.2g}, {name})"
 
     def json(self) -> dict[str, Any]:
-        objects = [
-            {"name": self.classes[label], "score": score, "box": box}
-            for label, score, box in zip(
-                self.labels.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True
+        names = [self.classes[label] for label in self.labels.tolist()]
+        objects: list[dict[str, Any]] = [
+            {"name": name, "score": score, "box": box}
+            for name, score, box in zip(
+                names, self.scores.tolist(), self.boxes.tolist(), strict=True
             )
         ]
-        for thing, mask in zip(objects, () if self.masks is None else self.masks, strict=False):
-            thing["segmentation"] = _run_lengths(mask)
+        if self.masks is not None:
+            for thing, mask in zip(objects, self.masks, strict=True):
+                thing["segmentation"] = _run_lengths(mask)
         if self.best is None:
             return {"objects": objects}
         name, score = self.best
         return {"objects": objects, "best": {"name": name, "score": score}}
 
+    def mask(self) -> Image.Image | None:
+        """The number of the object, 1 for the first and surest, which covers the others; or 0."""
+        if self.masks is None:
+            return None
+        numbers = np.zeros(self.masks.shape[1:], dtype=np.int64)
+        for number in range(len(self.masks), 0, -1):
+            numbers[self.masks[number - 1].numpy()] = number
+        return _grey(numbers)
+
 
 @dataclass
-class Segmentation(Answer):
+class Segmentation(ImageAnswer):
     """One class for every pixel."""
 
     classes: list[str]  # all that the model knows
@@ -94,7 +127,10 @@ class Segmentation(Answer):
         return [(label, float(shares[label])) for label in order.tolist() if shares[label] > 0]
 
     def text(self) -> str:
-        return ", ".join(f"{self.classes[label]} {share:.1%}" for label, share in self.present())
+        present = self.present()
+        return _shares(
+            [self.classes[label] for label, _ in present], [share for _, share in present]
+        )
 
     def json(self) -> dict[str, Any]:
         return {
@@ -108,6 +144,68 @@ class Segmentation(Answer):
             ]
         }
 
+    def mask(self) -> Image.Image:
+        """The labels, as the training's own label files have them."""
+        return _grey(self.labels.numpy() + self.first_label)
+
+
+@dataclass
+class Number(Answer):
+    """How similar two texts are, say."""
+
+    value: float
+
+    def text(self) -> str:
+        return f"{self.value:.3f}"
+
+    def json(self) -> dict[str, Any]:
+        return {"number": self.value}
+
+
+@dataclass
+class Filling(Answer):
+    """The most likely words in place of each mask, the likeliest first."""
+
+    filled: str  # the text with the likeliest
+    words: list[list[str]]  # [masks][K]
+    probabilities: Tensor  # [masks, K], falling
+
+    def text(self) -> str:
+        return "\n  ".join([self.filled, *map(_shares, self.words, self.probabilities.tolist())])
+
+    def json(self) -> dict[str, Any]:
+        masks = zip(self.words, self.probabilities.tolist(), strict=True)
+        words = [
+            {"mask": place, "word": word, "probability": p}
+            for place, mask in enumerate(masks, start=1)
+            for word, p in zip(*mask, strict=True)
+        ]
+        return {"filled": self.filled, "words": words}
+
+
+def as_csv(answers: list[dict[str, Any]]) -> str:
+    """A table of answers in JSON's types, a row for each class, object or word, one at least.
+
+    What is said of the whole is repeated before each of its parts; coordinates come one by one.
+    """
+    rows: list[dict[str, Any]] = []
+    for answer in answers:
+        whole = {key: value for key, value in answer.items() if not isinstance(value, list | dict)}
+        parts = [part for value in answer.values() if isinstance(value, list) for part in value]
+        for part in parts or [{}]:
+            flat = {k: value for k, value in part.items() if k not in ("box", "segmentation")}
+            rows.append(whole | flat | dict(zip(CORNERS, part.get("box", ()), strict=False)))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
+
+
+def _shares(names: Sequence[str], shares: Sequence[float]) -> str:
+    return ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
+
 
 def _run_lengths(mask: Tensor) -> dict[str, Any]:  # [H, W] bool
     """COCO's compressed run lengths, which pycocotools.mask.decode reads."""
@@ -115,3 +213,9 @@ def _run_lengths(mask: Tensor) -> dict[str, Any]:  # [H, W] bool
 
     encoded = coco.encode(np.asfortranarray(mask.to(torch.uint8).numpy()))
     return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+def _grey(values: np.ndarray) -> Image.Image:  # [H, W] integers from 0 to 65535
+    from PIL import Image
+
+    return Image.fromarray(values.astype(np.uint8 if values.max(initial=0) < 256 else np.uint16))

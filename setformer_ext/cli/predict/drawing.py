@@ -13,7 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from ..fonts import add_title, shortened, width
 from ..themes import COLOURS, style
-from .answers import Answer, Classification, Detection, Segmentation
+from .answers import Classification, Detection, ImageAnswer, Segmentation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PANEL = 7.0  # inches of the image's longer side
 BARS = 6.0  # inches of the bars beside it
 DPI = 120
+TITLE = 14  # points
 LARGEST = 1680  # pixels of its longer side, which is all that a picture can show
 Colour = tuple[float, float, float]
 BRIGHT = [to_rgb(colour) for colour in COLOURS]
@@ -32,11 +33,10 @@ NAME_WIDTH = 3.2  # inches
 
 
 def draw(
-    answer: Answer, image: Image.Image, name: str, path: Path, background: str = "dark"
+    answer: ImageAnswer, image: Image.Image, name: str, path: Path, background: str = "dark"
 ) -> None:
     """Write the picture of an answer about an image (RGB) of that name, in a theme."""
-    classes = answer.names if isinstance(answer, Classification) else getattr(answer, "classes", [])
-    with style(background, [name, *classes]):
+    with style(background, [name, *answer.classes]):
         if isinstance(answer, Classification):
             figure = _draw_classification(answer, image, name)
         elif isinstance(answer, Detection):
@@ -51,40 +51,38 @@ def _draw_classification(answer: Classification, image: Image.Image, name: str) 
     figure = Figure(figsize=(wide + BARS, max(high, 3.0) + 0.6), layout="constrained")
     picture, bars = figure.subplots(1, 2, width_ratios=(wide, BARS))
     _show(picture, np.asarray(image), image)
-    places = np.arange(len(answer.names))
+    places = np.arange(len(answer.classes))
     probabilities = answer.probabilities.numpy()
     bars.barh(places, probabilities, color=COLOURS[0])
     for place, probability in zip(places, probabilities, strict=True):
         bars.text(probability + 0.02, place, f"{probability:.1%}", va="center", fontsize=12)
-    bars.set_yticks(places, [_short(name) for name in answer.names], fontsize=12)
+    bars.set_yticks(places, [_short(name) for name in answer.classes], fontsize=12)
     bars.set(xlim=(0, 1.2), xticks=[])
     bars.invert_yaxis()
     bars.tick_params(length=0)
     bars.spines[:].set_visible(False)
     bars.set_title("probability of the class", fontsize=12)
-    _title(figure, f"{name}: {_short(answer.names[0])}?")
+    add_title(figure, f"{name}: {_short(answer.classes[0])}?", TITLE)
     return figure
 
 
 def _draw_detection(answer: Detection, image: Image.Image, name: str) -> Figure:
     figure, (axes,) = _panels(image, 1)
     colours = _colours(len(answer.classes), answer.labels.tolist())
-    step = _step(image)
-    picture = np.asarray(image.reduce(step)) / 255.0
+    picture, step = _reduced(image)
     if answer.masks is not None:
         masks = answer.masks[:, ::step, ::step].numpy()
         for mask, label in zip(masks, answer.labels.tolist(), strict=True):
             picture[mask] = 0.5 * picture[mask] + 0.5 * np.array(colours[label])
     _show(axes, picture, image)
     scale = PANEL / max(image.size)  # inches per pixel
-    for index in reversed(range(len(answer.boxes))):  # the surest on top
-        x0, y0, x1, y1 = answer.boxes[index].tolist()
-        label = int(answer.labels[index])
+    objects = zip(answer.boxes.tolist(), answer.labels.tolist(), answer.scores, strict=True)
+    for (x0, y0, x1, y1), label, score in reversed([*objects]):  # the surest on top
         colour = colours[label]
         axes.add_patch(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.8)
         )
-        text = f"{_short(answer.classes[label])} {answer.scores[index]:.0%}"
+        text = f"{_short(answer.classes[label])} {score:.0%}"
         needed = 1.1 * width(text, 8) / scale  # pixels
         if needed > min(2 * (x1 - x0), image.width):  # it would hide the neighbours
             continue
@@ -99,11 +97,11 @@ def _draw_detection(answer: Detection, image: Image.Image, name: str) -> Figure:
             clip_on=True,
             bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
         )
-    counts = answer.labels.bincount(minlength=len(answer.classes))
-    present = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
-    names = [f"{counts[label]} x {_short(answer.classes[label])}" for label in present]
-    _legend(figure, names, [colours[label] for label in present])
-    _title(figure, f"{name}: {'what was found, with scores' if names else answer.nothing()}")
+    counts = answer.counts()
+    names = [f"{count} x {_short(answer.classes[label])}" for label, count in counts]
+    _legend(figure, names, [colours[label] for label, _ in counts])
+    found = "what was found, with scores" if names else answer.nothing()
+    add_title(figure, f"{name}: {found}", TITLE)
     return figure
 
 
@@ -111,18 +109,15 @@ def _draw_segmentation(answer: Segmentation, image: Image.Image, name: str) -> F
     figure, (left, right) = _panels(image, 2)
     present = answer.present()
     colours = _colours(len(answer.classes), [label for label, _ in present])
-    of_label = np.zeros((len(answer.classes), 3))
-    for label, colour in colours.items():
-        of_label[label] = colour
-    step = _step(image)
-    picture = np.asarray(image.reduce(step)) / 255.0
+    of_label = np.array([colours.get(label, REST) for label in range(len(answer.classes))])
+    picture, step = _reduced(image)
     grey = picture.mean(-1, keepdims=True)
     _show(left, picture, image)
     of_pixel = of_label[answer.labels[::step, ::step].numpy()]
     _show(right, 0.35 * grey + 0.65 * of_pixel, image)
     names = [f"{_short(answer.classes[label])} {share:.1%}" for label, share in present]
     _legend(figure, names, [colours[label] for label, _ in present])
-    _title(figure, f"{name}: the class of every pixel")
+    add_title(figure, f"{name}: the class of every pixel", TITLE)
     return figure
 
 
@@ -170,9 +165,10 @@ def _legend(figure: Figure, names: list[str], colours: list[Colour]) -> None:
     figure.set_figheight(figure.get_figheight() + 0.25 * (rows - 1))
 
 
-def _step(image: Image.Image) -> int:
-    """Every how manyeth pixel is enough to draw."""
-    return -(-max(image.size) // LARGEST)
+def _reduced(image: Image.Image) -> tuple[np.ndarray, int]:  # [H, W, 3] in [0, 1]
+    """An image of no more pixels than can be seen, and how many of its own make one of those."""
+    step = -(-max(image.size) // LARGEST)
+    return np.asarray(image.reduce(step)) / 255.0, step
 
 
 def _show(axes: Axes, picture: np.ndarray, image: Image.Image) -> None:
@@ -184,10 +180,6 @@ def _show(axes: Axes, picture: np.ndarray, image: Image.Image) -> None:
         interpolation="nearest" if max(image.size) < 200 else "antialiased",
     )
     axes.set_axis_off()
-
-
-def _title(figure: Figure, title: str) -> None:
-    add_title(figure, title, 14)
 
 
 def _short(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from torch import Tensor, nn
 
-from ...errors import first_line
+from ...errors import UserError, first_line
 from .predictors import PREDICTORS, Predictor
 
 if TYPE_CHECKING:
@@ -23,32 +23,24 @@ LANGUAGE = ("mlm", "glue")
 COMMON_KEYS = {"model": str, "model_options": dict, "classes": list}
 
 
-class RunError(Exception):
-    """A training's output that cannot be used; the message names the file and what is wrong."""
-
-
 def load_run(folder: Path) -> Predictor:
     """The model of a training's output folder, with its weights, in eval mode on the CPU.
 
     Raises:
-        RunError: if there is no such training, it is not one on images, or its files are broken or
+        UserError: if there is no such training, it is not one on images, or its files are broken or
             do not belong together.
     """
     card = read_card(folder)
     if card["task"] in LANGUAGE:
-        raise RunError(
+        raise UserError(
             f"{folder}: a training of {card['task']}, expected one on images; this one takes --text"
         )
-    for key, kind in COMMON_KEYS.items():
-        if not isinstance(card.get(key), kind):
-            raise RunError(
-                f"{folder / CARD}: expected an object with a {kind.__name__} under {key!r}"
-            )
-    if not timm.is_model(card["model"]):  # timm would look for others in its hub
-        raise RunError(
-            f"{folder / CARD}: no model can be made of it: timm knows no {card['model']!r}"
-        )
     with cards_explained(folder):
+        for key, kind in COMMON_KEYS.items():
+            if not isinstance(card[key], kind):
+                raise TypeError(f"expected a {kind.__name__} under {key!r}, got {card[key]!r}")
+        if not timm.is_model(card["model"]):  # timm would look for others in its hub
+            raise ValueError(f"timm knows no {card['model']!r}")
         predictor = PREDICTORS[card["task"]](card)
     load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     predictor.model.eval()
@@ -59,11 +51,11 @@ def load_text_run(folder: Path) -> TextPredictor:
     """The same of a training on texts, on a GPU if there is one.
 
     Raises:
-        RunError: see :func:`load_run`.
+        UserError: see :func:`load_run`.
     """
     card = read_card(folder)
     if card["task"] not in LANGUAGE:
-        raise RunError(
+        raise UserError(
             f"{folder}: a training of {card['task']}, expected one of {' or '.join(LANGUAGE)}; "
             "this one takes images"
         )
@@ -77,11 +69,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     """What a training says of the model in its output folder.
 
     Raises:
-        RunError: if there is no such training.
+        UserError: if there is no such training.
     """
     for name in (CARD, WEIGHTS):
         if not (folder / name).is_file():
-            raise RunError(
+            raise UserError(
                 f"{folder}: has no {name}; expected the --output folder of a `setformer train` "
                 "that got as far as its first evaluation"
             )
@@ -89,27 +81,27 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not JSON ({first_line(error)})") from error
+        raise UserError(f"{path}: not JSON ({first_line(error)})") from error
     if not isinstance(card, dict) or not isinstance(card.get("task"), str):
-        raise RunError(f"{path}: expected an object with a str under 'task'")
+        raise UserError(f"{path}: expected an object with a str under 'task'")
     if card["task"] not in (*PREDICTORS, *LANGUAGE):
         known = ", ".join((*PREDICTORS, *LANGUAGE))
-        raise RunError(f"{path}: task must be one of {known}, got {card['task']!r}")
+        raise UserError(f"{path}: task must be one of {known}, got {card['task']!r}")
     return card
 
 
 @contextmanager
 def cards_explained(folder: Path) -> Iterator[None]:
-    """While something is made of a card, what is wrong with it becomes a RunError."""
+    """While something is made of a card, what is wrong with it becomes a UserError."""
     try:
         yield
     except KeyError as error:
-        raise RunError(
+        raise UserError(
             f"{folder / CARD}: lacks or does not know {error}; was it edited by hand, or written "
             "by an earlier version?"
         ) from error
     except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise RunError(
+        raise UserError(
             f"{folder / CARD}: no model can be made of it: {first_line(error)}"
         ) from error
 
@@ -118,21 +110,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a checkpoint as timm takes them, EMA's first.
 
     Raises:
-        RunError: if there is no such file, or it is neither.
+        UserError: if there is no such file, or it is neither.
     """
     if not path.is_file():
-        raise RunError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         return timm.models.load_state_dict(str(path))
     except Exception as error:  # torch and safetensors raise what they like
-        raise RunError(f"{path}: not a file of weights ({first_line(error)})") from error
+        raise UserError(f"{path}: not a file of weights ({first_line(error)})") from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Put weights into a model that they must fit to the last one; ``path`` is where they are from.
 
     Raises:
-        RunError: if some are missing, too many, or of another shape.
+        UserError: if some are missing, too many, or of another shape.
     """
     expected = model.state_dict()
     problems = [f"lacks {name}" for name in expected if name not in weights]
@@ -146,7 +138,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise RunError(
+        raise UserError(
             f"{path}: these weights are of another model: {'; '.join(problems[:3])}{more}"
         )
     model.load_state_dict(weights)
@@ -156,11 +148,11 @@ def load_checkpoint(name: str, path: Path) -> Predictor:
     """A classifier from a file of weights alone, reading images as timm's default for the name.
 
     Raises:
-        RunError: if the name is not one of the backbone's sizes, or the weights do not fit it.
+        UserError: if the name is not one of the backbone's sizes, or the weights do not fit it.
     """
     names = timm.list_models("setformer_*")
     if name not in names:
-        raise RunError(f"--model must be one of {', '.join(names)}, got {name!r}")
+        raise UserError(f"--model must be one of {', '.join(names)}, got {name!r}")
     weights = read_weights(path)
     head = weights.get("head.fc.weight")
     num_classes = 0 if head is None else len(head)

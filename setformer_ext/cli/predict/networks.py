@@ -27,7 +27,7 @@ ROUNDING = 10  # times what torch's own float32 is off, where that is more
 
 
 class Network(ABC):
-    """A model in eval mode on the CPU.
+    """A model in eval mode on the CPU, whose only result are logits if it is no detector.
 
     Args:
         card: what ``Task.card()`` wrote.
@@ -35,10 +35,10 @@ class Network(ABC):
 
     model: nn.Module  # of tensors
     inputs: list[str]  # names of its arguments
-    outputs: list[str]  # and of its results
+    outputs = ["logits"]  # and of its results
     sizes: tuple[tuple[int, ...], ...]  # to try, the first to export with
     preprocessing: str  # what is done to images or texts
-    unit: str  # of what compare tells
+    unit = "of the largest logit"  # of what compare tells
 
     def __init__(self, card: dict[str, Any]) -> None:
         self.card = card
@@ -54,29 +54,12 @@ class Network(ABC):
         """Inputs of one of the sizes, made up."""
 
     @abstractmethod
-    def to_onnx(self) -> Any:
-        """The model as an ``onnx.ModelProto``, any sizes."""
-
-    def with_insides(self, data: bytes) -> bytes:
-        """The model as ONNX's file has it, made to give all that ``compare`` asks for."""
-        return data
-
-    @abstractmethod
-    def compare(self, inputs: tuple[Tensor, ...], answers: list[Tensor]) -> tuple[float, float]:
-        """How far another runtime's answers are from torch's, and how far they may be."""
-
-
-class Logits(Network):
-    """A model whose only result are logits."""
-
-    outputs = ["logits"]
-    unit = "of the largest logit"
-
-    @abstractmethod
     def dynamic_shapes(self) -> Any:
-        """Which sizes may change, as ``torch.export.export`` takes them."""
+        """Which sizes may change, as the exporter takes them."""
 
     def to_onnx(self) -> Any:
+        """The model as an ``onnx.ModelProto``, any sizes; it may have outputs behind its own, which
+        only ``compare`` asks for."""
         return export(
             self.model,
             self.example(*self.sizes[0]),
@@ -88,6 +71,7 @@ class Logits(Network):
 
     @torch.no_grad()
     def compare(self, inputs: tuple[Tensor, ...], answers: list[Tensor]) -> tuple[float, float]:
+        """How far another runtime's answers are from torch's, and how far they may be."""
         doubled = (x.double() if x.is_floating_point() else x for x in inputs)
         exact = deepcopy(self.model).double()(*doubled)
         return _difference(answers[0], self.model(*inputs), exact)
@@ -109,7 +93,7 @@ def _difference(answer: Tensor, expected: Tensor, exact: Tensor) -> tuple[float,
     return difference, max(TOLERANCE, ROUNDING * rounding)
 
 
-class Images(Logits):
+class Images(Network):
     """A classifier, [B, classes], or a segmenter, [B, classes, H, W], of images [B, C, H, W]."""
 
     inputs = ["images"]
@@ -142,7 +126,7 @@ class Images(Logits):
         return (dict.fromkeys((0,) if self.fixed else (0, 2, 3), Dim.DYNAMIC),)
 
 
-class Texts(Logits):
+class Texts(Network):
     """A classifier of texts, [B, classes or 1], or words for each place, [B, N, words]."""
 
     def __init__(self, folder: Path, card: dict[str, Any]) -> None:
@@ -192,6 +176,7 @@ class Objects(Network):
 
     inputs = ["image"]
     sizes = tuple((height, width) for _, height, width in IMAGES)
+    unit = "of the largest output of a head"
     preprocessing = "an RGB image of any size, from 0 to 1; label 1 is the first of the classes"
 
     def __init__(self, folder: Path, card: dict[str, Any]) -> None:
@@ -199,53 +184,36 @@ class Objects(Network):
         masks = ["masks"] if card["detector"] == "mask_rcnn" else []
         self.outputs = ["boxes", "labels", "scores", *masks]
         self.detector = load_run(folder).model.eval()
-        self.model = _OfImage(self.detector, self.outputs).eval()
-        self.insides: list[str] = []  # names of what the heads give
+        self.model = _WithInsides(self.detector, self.outputs).eval()
         self.compared = self.others = 0
-
-    @property
-    def unit(self) -> str:  # type: ignore[override]
-        objects = f"{self.others} of {self.compared} objects in noise"
-        return f"of the largest output of a head and in {objects}"
 
     def example(self, *size: int) -> tuple[Tensor, ...]:
         return (torch.rand(3, *size),)
+
+    def dynamic_shapes(self) -> Any:
+        return {"image": {1: "height", 2: "width"}} | {x: {0: "objects"} for x in self.outputs}
 
     def to_onnx(self) -> Any:
         import onnx
 
         file = io.BytesIO()
-        axes: dict[str, Any] = {"image": {1: "height", 2: "width"}}
-        model = _WithInsides(self.detector, self.outputs).eval()
-        example = self.example(*self.sizes[0])
-        with torch.no_grad():
-            count = len(model(*example)) - len(self.outputs)
-        self.insides = [f"inside_{i}" for i in range(count)]
         export_traced(
-            model,
-            example,
+            self.model,
+            self.example(*self.sizes[0]),
             file,
-            dynamic_axes=axes | {name: {0: "objects"} for name in self.outputs},
+            dynamic_axes=self.dynamic_shapes(),
             input_names=self.inputs,
-            output_names=[*self.outputs, *self.insides],
+            output_names=self.outputs,
         )
         made = onnx.load_model_from_string(file.getvalue())
-        del made.graph.output[len(self.outputs) :]
+        for inside in made.graph.output[len(self.outputs) :]:
+            inside.type.tensor_type.ClearField("shape")  # which is that for the example alone
         return made
-
-    def with_insides(self, data: bytes) -> bytes:
-        import onnx
-
-        model = onnx.load_model_from_string(data)
-        model.graph.output.extend(
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-            for name in self.insides
-        )
-        return model.SerializeToString()
 
     @torch.no_grad()
     def compare(self, inputs: tuple[Tensor, ...], answers: list[Tensor]) -> tuple[float, float]:
-        expected = self.model(*inputs)
+        objects = self.detector([*inputs])[0]
+        expected = [objects[name] for name in self.outputs]
         found, insides = answers[: len(self.outputs)], answers[len(self.outputs) :]
         count = len(found[0])
         for answer, tensor in zip(found, expected, strict=True):
@@ -274,22 +242,17 @@ class Objects(Network):
             & ((scores[:, None] - found[2]).abs() < 0.01)
         )  # [K, K']
         self.others += int((~same.any(1)).sum())
+        counted = f"{self.others} of {self.compared} objects in noise"
+        self.unit = f"of the largest output of a head and in {counted}"
 
 
-class _OfImage(nn.Module):
-    """A detector of torchvision, of one image, its results as a tuple."""
+class _WithInsides(nn.Module):
+    """A detector of torchvision, of one image: its results as a tuple, and then what :func:`_heads`
+    gives, of the boxes that the detector itself chooses."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        found = self.model([image])[0]
-        return tuple(found[name] for name in self.names)
-
-
-class _WithInsides(_OfImage):
-    """And then what :func:`_heads` gives, of the boxes that the detector itself chooses."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         seen: list[Tensor] = []
@@ -303,10 +266,11 @@ class _WithInsides(_OfImage):
             for pool, *_ in parts
         ]
         try:
-            return (*super().forward(image), *seen)
+            found = self.model([image])[0]
         finally:
             for hook in hooks:
                 hook.remove()
+        return (*(found[name] for name in self.names), *seen)
 
 
 def _parts(detector: Any) -> tuple[nn.Module, list[tuple[nn.Module, ...]]]:
@@ -339,7 +303,7 @@ def load_network(folder: Path) -> Network:
     """The model of a training's output folder.
 
     Raises:
-        RunError: if the training cannot be used.
+        UserError: if the training cannot be used.
     """
     card = read_card(folder)
     if card["task"] in LANGUAGE:

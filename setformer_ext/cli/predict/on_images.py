@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...errors import first_line
+from ...errors import UserError, first_line
 from ..files import files_under, is_hidden
 from ..images import is_image, read_image
 from ..train.task import NO_IMAGES, named
 from .drawing import draw
-from .loading import RunError, load_run
-from .masks import mask_image
+from .loading import load_run
 
 MASKS = "masks"  # the folder of the masks beside the pictures
 
@@ -25,7 +24,7 @@ def answer_images(options: argparse.Namespace) -> tuple[list[dict[str, Any]], st
         The answers in JSON's types, and what could not be answered.
 
     Raises:
-        RunError: if the training cannot be used, or a folder has no images.
+        UserError: if the training cannot be used, or a folder has no images.
         OSError: for a folder that cannot be read or written.
     """
     predictor = load_run(options.training)
@@ -44,7 +43,7 @@ def answer_images(options: argparse.Namespace) -> tuple[list[dict[str, Any]], st
         picture, mask = _free_names(options.output, path.stem, taken)
         draw(answer, image, path.name, picture, options.background)
         files = {"picture": str(picture)}
-        pixels = mask_image(answer)
+        pixels = answer.mask()
         if pixels is not None:
             mask.parent.mkdir(exist_ok=True)
             pixels.save(mask)
@@ -65,7 +64,7 @@ def _files(given: Path) -> list[Path]:
     found = [path for path in files if is_image(path)]
     others = named([path for path in files if not is_image(path)], NO_IMAGES)
     if not found:
-        raise RunError("; ".join([f"{given}: a folder without images", *others]))
+        raise UserError("; ".join([f"{given}: a folder without images", *others]))
     for note in others:
         print(f"setformer predict: {note}", file=sys.stderr)
     return found

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_tensor
 from ...vision import detection, segmentation  # registers the backbone with timm, too
 from ..images import middle
 from ..train.ade20k import Labels
-from .answers import Answer, Classification, Detection, Segmentation
+from .answers import Classification, Detection, ImageAnswer, Segmentation
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,7 +40,7 @@ class Predictor(ABC):
         self.std = torch.tensor(card["std"]).view(-1, 1, 1)
 
     @abstractmethod
-    def __call__(self, image: Image.Image, threshold: float = 0.5) -> Answer:
+    def __call__(self, image: Image.Image, threshold: float = 0.5) -> ImageAnswer:
         """The answer about an RGB image; only detection has a use for the threshold."""
 
     def look(self, image: Image.Image) -> None:
@@ -94,10 +94,8 @@ class Detector(Predictor):
         labels, scores, best = found["labels"] - 1, found["scores"], None
         if len(scores) == 0:
             guess = self._find(pixels, 0.0, 1)
-            for label, score in zip(
-                guess["labels"].tolist(), guess["scores"].tolist(), strict=True
-            ):
-                best = self.classes[label - 1], score
+            if len(guess["scores"]):
+                best = self.classes[int(guess["labels"]) - 1], float(guess["scores"])
         return Detection(self.classes, found["boxes"], labels, scores, masks, best)
 
     def look(self, image: Image.Image) -> None:

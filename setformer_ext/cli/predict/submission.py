@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
+from ...errors import UserError
 from ..train.checkpoints import write_atomically
 from ..train.glue_data import TASKS, GlueTask
 from ..train.lines import numbered_lines
-from ..train.task import DataError, TrainingError
-from .loading import CARD, RunError, cards_explained, load_text_run, read_card
+from ..train.task import DataError
+from .loading import CARD, cards_explained, load_text_run, read_card
 from .texts import TextClassifier, Texts
 
 BATCH = 64
@@ -26,11 +27,7 @@ MNLI = {
 }
 
 
-class Question(NamedTuple):
-    """A row of a test file: its number there, and its text or two."""
-
-    row: str
-    texts: Texts
+Question = tuple[str, Texts]  # a row of a test file: its number there, and its text or two
 
 
 def answer_glue(training: Path, data: Path, output: Path) -> None:
@@ -42,60 +39,50 @@ def answer_glue(training: Path, data: Path, output: Path) -> None:
         output: the files are written there, CoLA.tsv and so on.
 
     Raises:
-        RunError: if the training or a test file cannot be used.
+        UserError: if the training or a test file cannot be used.
     """
     runs = [training]
     if not (training / CARD).exists():
         runs = sorted(path.parent for path in training.glob(f"*/{CARD}")) or runs
-    tasks = {run: _task(run) for run in runs}
-    try:  # all files, before hours of answering some
-        found = {run: _read_files(task, data) for run, task in tasks.items()}
-    except TrainingError as error:
-        raise RunError(str(error)) from error
-    for run, task in tasks.items():
+    # All files, before hours of answering some.
+    questions = {run: _read_files(_task(run), data) for run in runs}
+    for run, of_files in questions.items():
         predictor: Any = load_text_run(run)
-        _answer_files(predictor, found[run], _files(task), data, output)
+        for (source, name), rows in of_files.items():
+            if rows is None:
+                print(f"there is no {source}: {name} is left out")
+                continue
+            labels = _labels(predictor, rows, name)
+            lines = [f"{row}\t{label}\n" for (row, _), label in zip(rows, labels, strict=True)]
+            content = "".join(["index\tprediction\n", *lines]).encode()
+            write_atomically(output / name, methodcaller("write", content))
+            print(f"{source}: {len(rows)} rows answered\n  {output / name}")
 
 
 def _task(run: Path) -> GlueTask:
     card = read_card(run)
     if card["task"] != "glue":
-        raise RunError(
+        raise UserError(
             f"{run}: a training of {card['task']}, expected one of glue to answer --data"
         )
     with cards_explained(run):
         return TASKS[card["glue_task"]]
 
 
-def _files(task: GlueTask) -> dict[str, str]:
-    """A task's test files in the download, and what the answers to each are called."""
-    return MNLI if task is TASKS["mnli"] else {f"{task.folder}/test.tsv": f"{task.folder}.tsv"}
-
-
-def _read_files(task: GlueTask, data: Path) -> dict[str, list[Question]]:
+def _read_files(task: GlueTask, data: Path) -> dict[tuple[Path, str], list[Question] | None]:
+    """The rows of a task's test files, each with what the answers to it are called; None for one
+    that may be missing, and is."""
+    files = {f"{task.folder}/test.tsv": f"{task.folder}.tsv"}
+    if task is TASKS["mnli"]:
+        files = MNLI
     return {
-        source: read_questions(data / source, task)
-        for source, name in _files(task).items()
-        if name != "AX.tsv" or (data / source).exists()
+        (data / source, name): (
+            None
+            if name == "AX.tsv" and not (data / source).exists()
+            else read_questions(data / source, task)
+        )
+        for source, name in files.items()
     }
-
-
-def _answer_files(
-    predictor: TextClassifier,
-    found: dict[str, list[Question]],
-    files: dict[str, str],
-    data: Path,
-    output: Path,
-) -> None:
-    for source, questions in found.items():
-        target = output / files[source]
-        labels = _labels(predictor, questions, target.name)
-        rows = [f"{index}\t{label}\n" for (index, _), label in zip(questions, labels, strict=True)]
-        content = "".join(["index\tprediction\n", *rows]).encode()
-        write_atomically(target, methodcaller("write", content))
-        print(f"{data / source}: {len(questions)} rows answered\n  {target}")
-    for source in files.keys() - found.keys():
-        print(f"there is no {data / source}: {files[source]} is left out")
 
 
 def _labels(predictor: TextClassifier, questions: list[Question], name: str) -> Iterator[str]:
@@ -132,7 +119,7 @@ def read_questions(path: Path, task: GlueTask) -> list[Question]:
         cells = line.split("\t")
         if len(cells) == len(columns):
             row = dict(zip(columns, cells, strict=True))
-            questions.append(Question(row[index], tuple(row[name] for name in task.texts)))
+            questions.append((row[index], tuple(row[name] for name in task.texts)))
         elif line:
             raise DataError(
                 f"{path}, line {number}: expected {len(columns)} tab-separated columns, "

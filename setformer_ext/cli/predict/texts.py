@@ -1,10 +1,10 @@
-"""The trained language models, asked about texts, and what they answer."""
+"""The trained language models, asked about texts."""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +14,15 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 from ... import language
-from ...errors import first_line
+from ...errors import UserError, first_line
 from ...language.saved import SavedError, load_saved, load_tokenizer, require_embeddings
 from ..train.glue import encode
 from ..train.glue_data import TASKS
-from .answers import Answer, Classification
-from .loading import RunError
+from .answers import Answer, Classification, Filling, Number
+from .loading import load_text_run
 from .predictors import TOP
 
 Texts = tuple[str, ...]  # one, or the two of a task about pairs
-
-
-@dataclass
-class Number(Answer):
-    """How similar two texts are, say."""
-
-    value: float
-
-    def text(self) -> str:
-        return f"{self.value:.3f}"
-
-    def json(self) -> dict[str, Any]:
-        return {"number": self.value}
-
-
-@dataclass
-class Filling(Answer):
-    """The most likely words in place of each mask, the likeliest first."""
-
-    filled: str  # the text with the likeliest
-    words: list[list[str]]  # [masks][K]
-    probabilities: Tensor  # [masks, K], falling
-
-    def text(self) -> str:
-        masks = zip(self.words, self.probabilities.tolist(), strict=True)
-        return self.filled + "".join(
-            "\n  " + ", ".join(f"{word} {p:.1%}" for word, p in zip(*mask, strict=True))
-            for mask in masks
-        )
-
-    def json(self) -> dict[str, Any]:
-        masks = zip(self.words, self.probabilities.tolist(), strict=True)
-        words = [
-            {"mask": place, "word": word, "probability": p}
-            for place, mask in enumerate(masks, start=1)
-            for word, p in zip(*mask, strict=True)
-        ]
-        return {"filled": self.filled, "words": words}
 
 
 class TextPredictor(ABC):
@@ -71,7 +33,7 @@ class TextPredictor(ABC):
         card: what ``Task.card()`` wrote.
 
     Raises:
-        RunError: if the files in the folder are broken or do not belong together.
+        UserError: if the files in the folder are broken or do not belong together.
         KeyError: if the card lacks something.
     """
 
@@ -95,11 +57,11 @@ class TextPredictor(ABC):
             )
             require_embeddings(self.tokenizer, self.model.config, folder)
         except SavedError as error:
-            raise RunError(str(error)) from error
+            raise UserError(str(error)) from error
         wrong = [*found["missing_keys"], *found["unexpected_keys"]]
         wrong += [key[0] for key in found["mismatched_keys"]]
         if wrong:
-            raise RunError(
+            raise UserError(
                 f"{folder}: these weights are of another model than config.json says: {wrong[0]} "
                 f"and {len(wrong) - 1} more are missing, too many or of another shape"
             )
@@ -110,12 +72,12 @@ class TextPredictor(ABC):
         """What should be said about them before they are answered, such as that they are cut.
 
         Raises:
-            RunError: if they cannot be answered.
+            UserError: if they cannot be answered.
         """
 
     @abstractmethod
-    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
-        """The answers, in one batch."""
+    def __call__(self, texts: Texts) -> Answer:
+        """The answer about one text or two."""
 
 
 class TextClassifier(TextPredictor):
@@ -135,7 +97,7 @@ class TextClassifier(TextPredictor):
     def check(self, texts: Texts) -> str:
         columns = self.glue.texts
         if len(texts) != len(columns):
-            raise RunError(
+            raise UserError(
                 f"--text: {self.glue.folder} needs {' and '.join(columns)} after each --text, "
                 f"got {len(texts)} texts"
             )
@@ -150,15 +112,12 @@ class TextClassifier(TextPredictor):
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         return self.model(**inputs).logits.float().cpu()
 
-    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
-        logits = self.logits(texts)
+    def __call__(self, texts: Texts) -> Answer:
+        (logits,) = self.logits([texts])
         if not self.classes:
-            return [Number(value) for value in logits[:, 0].tolist()]
+            return Number(float(logits[0]))
         top = logits.softmax(-1).topk(min(TOP, len(self.classes)))
-        return [
-            Classification([self.classes[i] for i in indices], probabilities)
-            for indices, probabilities in zip(top.indices.tolist(), top.values, strict=True)
-        ]
+        return Classification([self.classes[i] for i in top.indices.tolist()], top.values)
 
 
 class MaskFiller(TextPredictor):
@@ -169,25 +128,22 @@ class MaskFiller(TextPredictor):
     def check(self, texts: Texts) -> str:
         mask = self.tokenizer.mask_token
         if len(texts) != 1 or mask not in texts[0]:
-            raise RunError(
+            raise UserError(
                 f"--text: a training of mlm fills in words: expected one text after each --text, "
                 f"with {mask} in it, got {' '.join(map(repr, texts))}"
             )
         return ""
 
-    def __call__(self, texts: Sequence[Texts]) -> list[Answer]:
-        return [self._fill(text) for (text,) in texts]  # each of its own length
-
     @torch.no_grad()
-    def _fill(self, text: str) -> Filling:
+    def __call__(self, texts: Texts) -> Answer:
         tokenizer = self.tokenizer
-        inputs = tokenizer(text, return_tensors="pt").to(self.model.device)
+        inputs = tokenizer(*texts, return_tensors="pt").to(self.model.device)
         tokens = inputs["input_ids"][0]
         masked = tokens == tokenizer.mask_token_id
         try:
             logits = self.model(**inputs).logits[0, masked].float()
         except ValueError as error:  # longer than the model's positions
-            raise RunError(f"--text: {first_line(error)}") from error
+            raise UserError(f"--text: {first_line(error)}") from error
         top = logits.softmax(-1).topk(min(TOP, logits.shape[-1]))
         words = [
             [str(tokenizer.convert_ids_to_tokens(i)) for i in row] for row in top.indices.tolist()
@@ -198,3 +154,26 @@ class MaskFiller(TextPredictor):
 
 
 TEXT_PREDICTORS: dict[str, type[TextPredictor]] = {"mlm": MaskFiller, "glue": TextClassifier}
+
+
+def answer_texts(training: Path, given: list[list[str]]) -> list[dict[str, Any]]:
+    """Print the answers; returns them in JSON's types.
+
+    Args:
+        training: a training's output folder.
+        given: texts, in lists of one, or of two for a task about pairs.
+
+    Raises:
+        UserError: if the training is none of texts, or one of the texts cannot be answered.
+    """
+    predictor = load_text_run(training)
+    remarks = [predictor.check(tuple(texts)) for texts in given]
+    found = []
+    for texts, remark in zip(given, remarks, strict=True):
+        answer = predictor(tuple(texts))
+        print(f"{' | '.join(texts)}: {answer.text()}")
+        if remark:
+            print(f"setformer predict: {texts[0]!r}: {remark}", file=sys.stderr)
+        names = ("text",) if len(texts) == 1 else ("text1", "text2")
+        found.append({**dict(zip(names, texts, strict=True)), **answer.json()})
+    return found

@@ -44,7 +44,7 @@ def prepare(options: argparse.Namespace) -> Examination:
     """The examination of a training that ``setformer evaluate``'s options ask for.
 
     Raises:
-        RunError: if the training's output cannot be used.
+        UserError: if the training's output cannot be used.
         TrainingError: for data that cannot.
     """
     card = read_card(options.training)

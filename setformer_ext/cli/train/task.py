@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...errors import first_line
+from ...errors import UserError, first_line
 
 NO_IMAGES = "no images by their endings"
 # Figures of an evaluation: the mean loss on its data, if the task measures that; else the mean sum
@@ -22,7 +22,7 @@ EVAL_LOSS, TRAIN_LOSS = "eval_loss", "train_loss"
 Batch = Any  # whatever Task.collate gives; moved to the device by the loop
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """What the user can put right: an option, a file, a checkpoint; the message says what to do."""
 
 

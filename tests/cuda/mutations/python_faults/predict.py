@@ -13,9 +13,9 @@ PREDICT = (
     ),
     Fault(
         "the least sure object covers the others",
-        "cli/predict/masks.py",
-        "for number in range(len(answer.masks), 0, -1):",
-        "for number in range(1, len(answer.masks) + 1):",
+        "cli/predict/answers.py",
+        "for number in range(len(self.masks), 0, -1):",
+        "for number in range(1, len(self.masks) + 1):",
     ),
     Fault(
         "pictures of images of one name overwrite each other",
@@ -38,8 +38,8 @@ PREDICT = (
     Fault(
         "images that failed do not show in the exit status",
         "cli/predict/__init__.py",
-        "    return _fail(failed) if failed else 0\n",
-        "    if failed:\n        _fail(failed)\n    return 0\n",
+        "    if failed:\n        raise UserError(failed)\n",
+        "    if failed:\n        print(failed)\n",
     ),
     Fault(
         "numbers for GLUE's server outside of its range",
@@ -49,14 +49,14 @@ PREDICT = (
     ),
     Fault(
         "images without objects are missing from the table",
-        "cli/predict/report.py",
+        "cli/predict/answers.py",
         "for part in parts or [{}]:",
         "for part in parts:",
     ),
     Fault(
         "legend of objects with the colours of other classes",
         "cli/predict/drawing.py",
-        "_legend(figure, names, [colours[label] for label in present])",
+        "_legend(figure, names, [colours[label] for label, _ in counts])",
         "_legend(figure, names, [*colours.values()])",
     ),
     Fault(
@@ -67,7 +67,7 @@ PREDICT = (
     ),
     Fault(
         "texts after the first are not checked",
-        "cli/predict/on_texts.py",
+        "cli/predict/texts.py",
         "[predictor.check(tuple(texts)) for texts in given]",
         "[predictor.check(tuple(given[0]))] * len(given)",
     ),
