@@ -1,5 +1,7 @@
 """Outputs and all gradients against the definition in float64, over sizes, options and types."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 
 import setformer_ext
 
-from .outcome import Result, Task, short
+from .outcome import Task, short
 from .problems import random_problem
 from .tolerance import Comparison, compare_with_definition
 
@@ -87,12 +89,9 @@ def tasks(quick: bool) -> list[Task]:
 
 def _check(
     options: dict[str, Any], dtype: torch.dtype, backward: bool, device: torch.device
-) -> Result:
-    arguments = random_problem(7, **options, dtype=dtype, device=str(device))
-    comparisons = []
+) -> Iterator[Comparison]:
+    arguments = random_problem(7, **options, dtype=dtype, device=device)
     for name in FUNCTIONS:
-        for x in compare_with_definition(
-            getattr(setformer_ext, name), arguments, backward=backward
-        ):
-            comparisons.append(Comparison(f"{name}, {x.name}", x.error, x.allowed, x.note))
-    return Result(comparisons)
+        function = getattr(setformer_ext, name)
+        for x in compare_with_definition(function, arguments, backward=backward):
+            yield replace(x, name=f"{name}, {x.name}")

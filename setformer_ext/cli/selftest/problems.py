@@ -37,7 +37,7 @@ def random_problem(
     P: int = 0,  # dimensions of the positions; 0: none
     normalize: bool = False,  # so that lengths, and outliers among them, matter
     dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
 ) -> Arguments:
     """Points of length about 1, a few coordinates ten times as large, masks with holes."""
     rng = generator(seed)
@@ -92,7 +92,10 @@ def random_problem(
 
 
 def move(
-    arguments: Arguments, *, dtype: torch.dtype | None = None, device: str | None = None
+    arguments: Arguments,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Arguments:
     """The problem in another type (masks stay bool) or on another device."""
     return {
@@ -112,14 +115,16 @@ def differentiable(arguments: Arguments) -> list[str]:
     ]
 
 
+def used(function: Callable[..., Tensor], name: str) -> bool:
+    """Whether set_attention, set_pooling or transport_plan takes this of a problem."""
+    if function.__name__ == "set_attention":
+        return True
+    return name not in QUERY_SIDE and (function.__name__ == "set_pooling" or name != "value")
+
+
 def call(function: Callable[..., Tensor], arguments: Arguments) -> Tensor:
-    """Hand set_attention, set_pooling or transport_plan what it takes of a problem."""
-    unused: set[str] = set()
-    if function.__name__ != "set_attention":
-        unused = unused | QUERY_SIDE
-    if function.__name__ == "transport_plan":
-        unused = unused | {"value"}
-    return function(**{name: x for name, x in arguments.items() if name not in unused})
+    """Hand the function what it takes of a problem."""
+    return function(**{name: x for name, x in arguments.items() if used(function, name)})
 
 
 def run(
@@ -142,12 +147,6 @@ def run(
         # torch 2.9 has materialized zeros require gradients themselves.
         results |= {name: x.detach() for name, x in zip(names, gradients, strict=True)}
     return results
-
-
-def used(function: Callable[..., Tensor], name: str) -> bool:
-    if function.__name__ == "set_attention":
-        return True
-    return name not in QUERY_SIDE and (function.__name__ == "set_pooling" or name != "value")
 
 
 def output_gradient(function: Callable[..., Tensor], arguments: Arguments, seed: int) -> Tensor:

@@ -38,8 +38,7 @@ class Record:
     def add(self, outcome: Outcome) -> None:
         """Another outcome."""
         fields = asdict(outcome) | {"status": outcome.status}
-        fields |= fields.pop("result")
-        for comparison, x in zip(fields["comparisons"], outcome.result.comparisons, strict=True):
+        for comparison, x in zip(fields["comparisons"], outcome.comparisons, strict=True):
             comparison["passed"] = x.passed
         self._fields["tasks"].append(fields)
         self._write()

@@ -9,7 +9,7 @@ from ...errors import first_line
 from .. import info
 from ..timing import why_no_cuda
 from .benchmark import COMPETITORS
-from .outcome import Outcome, Timing
+from .outcome import Outcome
 from .processes import output
 from .suite import Suite
 
@@ -66,7 +66,7 @@ def line(outcome: Outcome) -> str:
         of = lines[-1 if lines[0].startswith("Traceback") else 0][:MOST_OF_ERROR] + ", see below"
     elif tightest is not None:
         error = f"{100 * tightest.share:.2g}%"
-        of = f"{tightest.name} (of {len(outcome.result.comparisons)})"
+        of = f"{tightest.name} (of {len(outcome.comparisons)})"
     if outcome.note:
         of += f"; {outcome.note}"
     seconds = "" if outcome.not_run else f"{outcome.seconds:.1f}"
@@ -87,7 +87,7 @@ def failures(outcomes: Sequence[Outcome]) -> str:
 
 def times(outcomes: Sequence[Outcome]) -> str:
     """Medians, ours in milliseconds and the others as multiples of ours."""
-    timings = [timing for outcome in outcomes for timing in outcome.result.timings]
+    timings = [timing for outcome in outcomes for timing in outcome.timings]
     if not timings:
         return ""
     ours, *others = COMPETITORS
@@ -98,21 +98,12 @@ def times(outcomes: Sequence[Outcome]) -> str:
         layout.format("", ours, *others),
     ]
     for timing in timings:
-        lines.append(
-            layout.format(
-                timing.label,
-                f"{timing.milliseconds[ours]:.4g}",
-                *(_multiple(timing, name) for name in others),
-            )
-        )
+        found = timing.milliseconds
+        multiples = [
+            f"{found[name] / found[ours]:.2f}" if name in found else "failed" for name in others
+        ]
+        lines.append(layout.format(timing.label, f"{found[ours]:.4g}", *multiples))
     return "\n".join(lines)
-
-
-def _multiple(timing: Timing, name: str) -> str:
-    milliseconds = timing.milliseconds.get(name)
-    if milliseconds is None:
-        return "failed"
-    return f"{milliseconds / timing.milliseconds['setformer_ext']:.2f}"
 
 
 def verdict(outcomes: Sequence[Outcome], suite: Suite | None, seconds: float) -> str:

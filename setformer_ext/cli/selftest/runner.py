@@ -129,7 +129,6 @@ class Workers:
 
     def __init__(self, device: torch.device, quick: bool) -> None:
         self._device, self._quick = device, quick
-        self._names = [task.name for task in all_tasks(device, quick)]
         self._current: Worker | None = None
         self._next: Worker | None = None
         self._blocking = False
@@ -153,11 +152,9 @@ class Workers:
             self._drop()
             return Outcome(task.name, error=f"{self._why_none}: {error}", lost=True)
         start = time.monotonic()
-        request = {"task": self._names.index(task.name), "backward": backward}
-        answer = worker.ask(request, min(limit * self._slowness, end - start))
-        if answer is not None:
-            outcome = Outcome.from_json(answer)
-        else:
+        seconds = min(limit * self._slowness, end - start)
+        outcome: Outcome | None = worker.ask((task.name, backward), seconds)
+        if outcome is None:
             outcome = Outcome(task.name, error=worker.how_it_was_lost(), lost=True)
         if outcome.lost:
             self._drop()

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ... import set_attention
-from .outcome import SMOKE, Kernels, Result, Task
+from .outcome import SMOKE, Kernels, Task
 from .problems import random_problem
-from .tolerance import compare_with_definition
+from .tolerance import Comparison, compare_with_definition
 
 # A problem that the kernels, not those of another family, are for on every GPU (but that forward of
 # half types streams before sm_80): 49 tokens of 32 dimensions fit one block on all of them, and the
@@ -40,8 +40,8 @@ def tasks() -> list[Task]:
     return [Task(f"smoke: {x}", partial(_check, x), SMOKE, smoke=x) for x in kernels()]
 
 
-def _check(kernels: Kernels, device: torch.device) -> Result:
+def _check(kernels: Kernels, device: torch.device) -> list[Comparison]:
     sizes = FAMILIES[kernels.family]
-    arguments = random_problem(9, **sizes, **OPTIONS, dtype=kernels.dtype, device=str(device))
+    arguments = random_problem(9, **sizes, **OPTIONS, dtype=kernels.dtype, device=device)
     backward = kernels.direction == "backward"
-    return Result(compare_with_definition(set_attention, arguments, backward=backward))
+    return compare_with_definition(set_attention, arguments, backward=backward)

@@ -1,12 +1,9 @@
 """The tests of a checkout, run by pytest on one device, in processes that may crash or hang."""
 
 import importlib.util
-import json
 import math
-import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -18,7 +15,6 @@ import torch
 from .outcome import CHECKS
 from .processes import SECONDS_TO_DIE, SECONDS_TO_END, Process
 from .tasks import deadline
-from .worker import MARK
 
 MOST_SECONDS = 1800.0
 # A process that is lost at the end, another that is begun and ended, the verdict.
@@ -94,44 +90,43 @@ def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
         yield suite.verdict
         return
     end = time.monotonic() + seconds
-    while True:
+    lost = True
+    while lost and not suite.error:
         with tempfile.NamedTemporaryFile("w", encoding="utf-8") as done:
             done.write("\n".join(suite.tests))
             done.flush()
-            with closing(Process(_command(suite.device, done.name), suite.folder)) as process:
+            with closing(_pytest(suite, done.name)) as process:
                 lost = yield from _follow(suite, process, end, seconds)
         suite.lost += lost
-        if not lost or suite.error:
-            break
         if suite.lost == MOST_LOST_PROCESSES:
             suite.error = f"{suite.lost} processes were lost"
-            break
     skipped = [test.why for test in suite.tests.values() if test.outcome == "skipped"]
     for reason in sorted(set(skipped)):
         yield f"skipped {skipped.count(reason)}: {reason}"
     yield suite.verdict
 
 
-def _command(device: torch.device, done: str) -> list[str]:
-    # with this process's path, and the plugin's folder in it: its package needs all of torch
-    path = [*sys.path, str(Path(__file__).parent)]
+def _pytest(suite: Suite, done: str) -> Process:
+    # the plugin by its folder: its package needs all of torch
     code = (
-        "import os, sys; os.environ.pop('PYTEST_ADDOPTS', None); "
-        f"sys.path = {path!r}; import pytest; sys.exit(pytest.console_main())"
+        "import os; os.environ.pop('PYTEST_ADDOPTS', None); "
+        f"sys.path.append({str(Path(__file__).parent)!r}); "
+        "import pytest; sys.exit(pytest.console_main())"
     )
-    return [
-        *(sys.executable, "-c", code, "-q", "--tb=short", "--no-header", "--no-summary"),
+    options = [
+        *("-q", "--tb=short", "--no-header", "--no-summary"),
         *("-p", "no:cacheprovider", "-p", "suite_plugin", "."),
-        *(f"--selftest-device={device}", f"--selftest-done={done}"),
-        *(f"--selftest-mark={MARK}", f"--selftest-lost={LOST}"),
+        f"--selftest-device={suite.device}",
+        *(f"--selftest-done={done}", f"--selftest-lost={LOST}"),
     ]
+    return Process(code, *options, folder=suite.folder)
 
 
 def _follow(
     suite: Suite, process: Process, end: float, seconds: float
 ) -> Generator[str, None, bool]:
     """Whether the process was lost over a test, rather than came to its end."""
-    running, other = "", deque[str](maxlen=30)
+    running = ""
     heard = told = recorded = time.monotonic()
 
     def fail(text: str) -> str:
@@ -140,31 +135,29 @@ def _follow(
 
     while True:
         now = time.monotonic()
-        if now >= recorded + SECONDS_BETWEEN_RECORDS:
-            recorded = now
-            yield ""
         # on a CPU nothing hangs for certain, and tests may take minutes
         may_hang = running and suite.device.type == "cuda"
         limit = deadline(CHECKS, suite.device) if may_hang else math.inf
-        line = process.line(min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now)
-        now = time.monotonic()
         if now >= end:
             during = f", during {running}" if running else ""
             suite.error = f"ended after {seconds:.0f} s{during}"
             return False
-        if line is None:
-            if now < heard + limit:
-                continue
+        if now >= heard + limit:
             yield fail(f"hung for {limit:g} s\n{process.stack()}")
             return True
-        if not line:
-            break
-        heard = now
-        if not line.startswith(MARK):
-            if line.strip():
-                other.append(line.rstrip())
+        if now >= recorded + SECONDS_BETWEEN_RECORDS:
+            recorded = now
+            yield ""
+        if now > told + SECONDS_BETWEEN_LINES:
+            told = now
+            yield suite.progress
+        try:
+            event = process.hear(min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now)
+        except TimeoutError:
             continue
-        event = json.loads(line.removeprefix(MARK))
+        except EOFError:
+            break
+        heard = time.monotonic()
         suite.collected = max(suite.collected, event.get("collected", 0))
         running = event.get("running", running)
         if name := event.pop("test", ""):
@@ -173,20 +166,17 @@ def _follow(
                 suite.tests[name] = Test(**event)
             if event["outcome"] == "failed":
                 yield _failure(name, event["why"])
-        if now > told + SECONDS_BETWEEN_LINES:
-            told = now
-            yield suite.progress
     status = process.status()
     if running and status == LOST:
         if suite.tests.get(running, Test("passed", 0.0, "")).outcome == "passed":
             yield fail("the GPU fails every call after it")
         return True
     if running:
-        yield fail(f"the process ended with status {status}\n{process.stderr()}")
+        yield fail(f"the process ended with status {status}\n{process.written()}")
         return True
     if status not in (0, 1):
         suite.error = f"pytest ended with status {status}"
-        yield "\n".join([suite.error, *other, process.stderr()])
+        yield f"{suite.error}\n{process.written()}"
     return False
 
 

@@ -1,11 +1,10 @@
 """What pytest loads (-p) to run the tests of one device and to tell of each as it goes.
 
-Lines of JSON on the stdout that pytest was started with, whatever it captures. Imports nothing of
-this package: what cannot be imported is for the tests to tell.
+It tells through the channel of `processes.Process`, whose code is the main module. Imports nothing
+of this package: what cannot be imported is for the tests to tell.
 """
 
 import faulthandler
-import json
 import os
 import signal
 from pathlib import Path
@@ -13,26 +12,22 @@ from typing import Any
 
 import pytest
 
-_stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
-_stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")
-_mark = ""
+from __main__ import channel
+
+_stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")  # whatever pytest captures
 
 
 def _tell(**event: Any) -> None:
-    # a line of its own: pytest does not end those that its dots are in
-    print("\n" + _mark + json.dumps(event), file=_stdout, flush=True)
+    channel.send(event)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--selftest-device", help="cpu or cuda:N")
     parser.addoption("--selftest-done", type=Path, help="a file of tests to leave out")
-    parser.addoption("--selftest-mark", help="begins the lines that are for suite.py")
     parser.addoption("--selftest-lost", type=int, help="the status where the GPU fails every call")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    global _mark
-    _mark = config.option.selftest_mark
+def pytest_configure() -> None:
     faulthandler.register(signal.SIGUSR1, file=_stderr)
 
 
