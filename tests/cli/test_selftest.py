@@ -15,7 +15,7 @@ import torch
 from conftest import BACKENDS, Backend
 from emulator.device import Emulator
 from setformer_ext import cli, ops, set_attention
-from setformer_ext.cli.selftest import cuda_checks, report, runner, selftest, smoke_checks
+from setformer_ext.cli.selftest import cuda_checks, definition_checks, report, runner, selftest
 from setformer_ext.cli.selftest.outcome import (
     CHECKS,
     SECTIONS,
@@ -68,7 +68,7 @@ def test_smoke_then_speed_then_the_rest() -> None:
 
 
 def test_smoke_checks_run_every_family_in_every_type_and_direction() -> None:
-    kernels = smoke_checks.kernels()
+    kernels = definition_checks.smoke_kernels()
     assert len(set(kernels)) == len(kernels) == (2 * 4 - 1) * 2
     for family in ("resident", "streaming"):
         types = {x.dtype for x in kernels if x.family == family}
@@ -84,7 +84,7 @@ def test_smoke_checks_run_the_family_they_name() -> None:
     own = {"resident": "on_chip_kernel", "streaming": "step_kernel"}
     backend = BACKENDS["cuda-emulated"]()
     emulator = Emulator(backend.module.__file__)
-    for task in smoke_checks.tasks():
+    for task in definition_checks.smoke_tasks():
         if task.smoke.dtype == torch.bfloat16 and task.smoke.direction == "forward":
             emulator.clear_launches()
             ops._C = backend.module

@@ -114,11 +114,7 @@ class Experience:
     def broken(self, task: Task, direction: str) -> str:
         """That set_attention failed all smoke checks in this direction and a type of the task."""
         for dtype in task.needs:
-            raised = [
-                raised
-                for kernels, raised in self._raised.items()
-                if (kernels.dtype, kernels.direction) == (dtype, direction)
-            ]
+            raised = [x for kernels, x in self._raised.items() if kernels[1:] == (dtype, direction)]
             if raised and all(raised):
                 return f"all smoke checks of {short(dtype)}, {direction} failed"
         return ""
