@@ -119,7 +119,6 @@ def execute(task: Task, device: torch.device, backward: bool = True) -> Outcome:
         skipped,
         error,
         time.perf_counter() - start,
-        task.section,
         lost=bool(error) and not works(device),
     )
 

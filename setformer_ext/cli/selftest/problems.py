@@ -131,21 +131,19 @@ def run(
     function: Callable[..., Tensor], arguments: Arguments, grad_output: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The output and, given its gradient, the gradient of every input: {name: tensor}."""
-    names = differentiable(arguments)
-    arguments = {
-        name: x.detach().requires_grad_(grad_output is not None) if name in names else x
-        for name, x in arguments.items()
+    leaves = {
+        name: arguments[name].detach().requires_grad_(grad_output is not None)
+        for name in differentiable(arguments)
+        if used(function, name)
     }
-    output = call(function, arguments)
+    output = call(function, arguments | leaves)
     results = {"output": output.detach()}
     if grad_output is not None:
-        names = [name for name in names if used(function, name)]
-        inputs = [arguments[name] for name in names]
         gradients = torch.autograd.grad(
-            output, inputs, grad_output, allow_unused=True, materialize_grads=True
+            output, list(leaves.values()), grad_output, allow_unused=True, materialize_grads=True
         )
         # torch 2.9 has materialized zeros require gradients themselves.
-        results |= {name: x.detach() for name, x in zip(names, gradients, strict=True)}
+        results |= {name: x.detach() for name, x in zip(leaves, gradients, strict=True)}
     return results
 
 

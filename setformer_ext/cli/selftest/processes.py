@@ -44,11 +44,6 @@ class Process:
                 pass_fds=[theirs.fileno()],
             )
 
-    def tell(self, message: Any) -> None:
-        """One that has gone is found out by `hear`."""
-        with contextlib.suppress(OSError):
-            self.channel.send(message)
-
     def hear(self, seconds: float) -> Any:
         """The next that it tells.
 

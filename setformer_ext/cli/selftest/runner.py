@@ -128,7 +128,7 @@ class Workers:
         self._current: Worker | None = None
         self._next: Worker | None = None
         self._blocking = False
-        self._slowness = 1.0
+        self._slowness: float | None = None  # of the first process: others are begun in advance
         self._why_none = ""
 
     def do(self, task: Task, backward: bool, most: float) -> Outcome:
@@ -148,7 +148,7 @@ class Workers:
             self._drop()
             return Outcome(task.name, error=f"{self._why_none}: {error}", lost=True)
         start = time.monotonic()
-        seconds = min(limit * self._slowness, end - start)
+        seconds = min(limit * (self._slowness or 1), end - start)
         outcome: Outcome | None = worker.ask((task.name, backward), seconds)
         if outcome is None:
             outcome = Outcome(task.name, error=worker.how_it_was_lost(), lost=True)
@@ -158,14 +158,12 @@ class Workers:
         return outcome
 
     def _start(self, blocking: bool, most: float) -> Worker:
-        first = self._next is None
         self._current = worker = self._next or Worker(self._device, self._quick)
         self._blocking, self._next = blocking, None
         if not worker.take_device(blocking, most):
             self._why_none = f"no process could take {self._device}"
             return worker
-        if first:
-            self._slowness = worker.slowness
+        self._slowness = self._slowness or worker.slowness
         self._next = Worker(self._device, self._quick)
         return worker
 

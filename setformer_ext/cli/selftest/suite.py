@@ -44,7 +44,7 @@ class Suite:
     tests: dict[str, Test] = field(default_factory=dict)
     skipped: str = ""  # why
     error: str = ""  # why it did not come to its end
-    lost: int = 0  # processes
+    running: str = ""  # a test
 
     def count(self, outcome: str) -> int:
         return sum(test.outcome == outcome for test in self.tests.values())
@@ -68,6 +68,23 @@ class Suite:
         word = "passed" if self.passed else "FAILED" if self.count("failed") else "did not pass"
         return f"{name} {word}: {self.progress}{error}"
 
+    def take(self, event: dict[str, Any]) -> str:
+        """Something that pytest has told; returns the report of a test that failed."""
+        self.collected = max(self.collected, event.get("collected", 0))
+        self.running = event.get("running", self.running)
+        name = event.pop("test", "")
+        if not name:
+            return ""
+        before = self.tests.get(name)
+        if before is None or before.outcome == "passed":  # a later phase of it may fail
+            self.tests[name] = Test(**event)
+        return _failure(name, event["why"]) if event["outcome"] == "failed" else ""
+
+    def fail(self, why: str) -> str:
+        """The test that runs is lost; returns the report."""
+        self.tests[self.running] = Test("failed", 0.0, why)
+        return _failure(self.running, why)
+
     def to_json(self) -> dict[str, Any]:
         tests = {name: asdict(test) for name, test in self.tests.items()}
         facts = {"folder": str(self.folder), "device": str(self.device)}
@@ -90,16 +107,16 @@ def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
         yield suite.verdict
         return
     end = time.monotonic() + seconds
-    lost = True
-    while lost and not suite.error:
+    for _ in range(MOST_LOST_PROCESSES):
         with tempfile.NamedTemporaryFile("w", encoding="utf-8") as done:
             done.write("\n".join(suite.tests))
             done.flush()
             with closing(_pytest(suite, done.name)) as process:
                 lost = yield from _follow(suite, process, end, seconds)
-        suite.lost += lost
-        if suite.lost == MOST_LOST_PROCESSES:
-            suite.error = f"{suite.lost} processes were lost"
+        if not lost:
+            break
+    else:
+        suite.error = f"{MOST_LOST_PROCESSES} processes were lost"
     skipped = [test.why for test in suite.tests.values() if test.outcome == "skipped"]
     for reason in sorted(set(skipped)):
         yield f"skipped {skipped.count(reason)}: {reason}"
@@ -126,24 +143,19 @@ def _follow(
     suite: Suite, process: Process, end: float, seconds: float
 ) -> Generator[str, None, bool]:
     """Whether the process was lost over a test, rather than came to its end."""
-    running = ""
+    suite.running = ""
     heard = told = recorded = time.monotonic()
-
-    def fail(text: str) -> str:
-        suite.tests[running] = Test("failed", 0.0, text)
-        return _failure(running, text)
-
     while True:
         now = time.monotonic()
         # on a CPU nothing hangs for certain, and tests may take minutes
-        may_hang = running and suite.device.type == "cuda"
+        may_hang = suite.running and suite.device.type == "cuda"
         limit = deadline(CHECKS, suite.device) if may_hang else math.inf
         if now >= end:
-            during = f", during {running}" if running else ""
+            during = f", during {suite.running}" if suite.running else ""
             suite.error = f"ended after {seconds:.0f} s{during}"
             return False
         if now >= heard + limit:
-            yield fail(f"hung for {limit:g} s\n{process.stack()}")
+            yield suite.fail(f"hung for {limit:g} s\n{process.stack()}")
             return True
         if now >= recorded + SECONDS_BETWEEN_RECORDS:
             recorded = now
@@ -158,26 +170,18 @@ def _follow(
         except EOFError:
             break
         heard = time.monotonic()
-        suite.collected = max(suite.collected, event.get("collected", 0))
-        running = event.get("running", running)
-        if name := event.pop("test", ""):
-            before = suite.tests.get(name)
-            if before is None or before.outcome == "passed":  # a later phase of it may fail
-                suite.tests[name] = Test(**event)
-            if event["outcome"] == "failed":
-                yield _failure(name, event["why"])
+        if failure := suite.take(event):
+            yield failure
     status = process.status()
-    if running and status == LOST:
-        if suite.tests.get(running, Test("passed", 0.0, "")).outcome == "passed":
-            yield fail("the GPU fails every call after it")
-        return True
-    if running:
-        yield fail(f"the process ended with status {status}\n{process.written()}")
-        return True
-    if status not in (0, 1):
+    if suite.running and status != LOST:
+        yield suite.fail(f"the process ended with status {status}\n{process.written()}")
+    elif suite.running:
+        if suite.tests.get(suite.running, Test("passed", 0.0, "")).outcome == "passed":
+            yield suite.fail("the GPU fails every call after it")
+    elif status not in (0, 1):
         suite.error = f"pytest ended with status {status}"
         yield f"{suite.error}\n{process.written()}"
-    return False
+    return bool(suite.running)
 
 
 def _failure(name: str, text: str) -> str:

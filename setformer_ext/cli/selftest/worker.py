@@ -47,7 +47,8 @@ class Worker(Process):
 
     def ask(self, request: Any, seconds: float) -> Any:
         """The answer; None if the process was lost over it."""
-        self.tell(request)
+        with contextlib.suppress(OSError):  # of one that has gone, as the answer will tell
+            self.channel.send(request)
         return self._answer(seconds)
 
     def _answer(self, seconds: float) -> Any:
