@@ -204,9 +204,9 @@ def run_pretended(kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[li
     begun = []
     take_device = worker.Worker.take_device
 
-    def counted(self: worker.Worker, blocking: bool, most: float) -> bool:
+    def counted(self: worker.Worker, blocking: bool, most: float) -> None:
         begun.append(self)
-        return take_device(self, blocking, most)
+        take_device(self, blocking, most)
 
     named = [Task(name, lambda _: []) for name in names]
     monkeypatch.setattr(runner, "all_tasks", lambda *_: named)

@@ -95,9 +95,10 @@ def short(dtype: torch.dtype) -> str:
 
 
 def execute(task: Task, device: torch.device, backward: bool = True) -> Outcome:
-    """Run the task, or what of it is forward only; what it raises becomes part of the outcome.
+    """Run the task, or what of it is forward only.
 
-    Waits for the device, so that no later task is blamed for this one's kernels.
+    What it raises becomes part of the outcome, beside what it had found before. Waits for the
+    device, so that no later task is blamed for this one's kernels.
     """
     start = time.perf_counter()
     found: list[Comparison | Timing] = []

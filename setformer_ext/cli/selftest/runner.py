@@ -10,7 +10,7 @@ import torch
 
 from .outcome import SECTIONS, SMOKE, Kernels, Outcome, Task, execute, short
 from .tasks import SECONDS, all_tasks, deadline
-from .worker import Worker
+from .worker import LostError, Worker
 
 # Given up is what is left when so many seconds went into processes that were lost; and when one was
 # lost and nothing has passed in so many seconds since the first task began, or, where another task
@@ -128,7 +128,7 @@ class Workers:
         self._current: Worker | None = None
         self._next: Worker | None = None
         self._blocking = False
-        self._slowness: float | None = None  # of the first process: others are begun in advance
+        self._slowness = 0.0  # of the first process: others are begun in advance
         self._why_none = ""
 
     def do(self, task: Task, backward: bool, most: float) -> Outcome:
@@ -142,16 +142,19 @@ class Workers:
         blocking = self._device.type == "cuda" and task.section == SMOKE
         if self._current is not None and blocking != self._blocking:
             self._drop()
-        worker = self._current or self._start(blocking, most)
-        if self._why_none:
-            error = worker.how_it_was_lost()
+        try:
+            worker = self._current or self._start(blocking, most)
+        except LostError as how:
+            self._why_none = f"no process could take {self._device}"
             self._drop()
-            return Outcome(task.name, error=f"{self._why_none}: {error}", lost=True)
+            return Outcome(task.name, error=f"{self._why_none}: {how}", lost=True)
         start = time.monotonic()
-        seconds = min(limit * (self._slowness or 1), end - start)
-        outcome: Outcome | None = worker.ask((task.name, backward), seconds)
-        if outcome is None:
-            outcome = Outcome(task.name, error=worker.how_it_was_lost(), lost=True)
+        seconds = min(limit * self._slowness, end - start)
+        outcome: Outcome
+        try:
+            outcome = worker.ask((task.name, backward), seconds)
+        except LostError as how:
+            outcome = Outcome(task.name, error=str(how), lost=True)
         if outcome.lost:
             self._drop()
             outcome = replace(outcome, seconds=time.monotonic() - start)
@@ -160,9 +163,7 @@ class Workers:
     def _start(self, blocking: bool, most: float) -> Worker:
         self._current = worker = self._next or Worker(self._device, self._quick)
         self._blocking, self._next = blocking, None
-        if not worker.take_device(blocking, most):
-            self._why_none = f"no process could take {self._device}"
-            return worker
+        worker.take_device(blocking, most)
         self._slowness = self._slowness or worker.slowness
         self._next = Worker(self._device, self._quick)
         return worker

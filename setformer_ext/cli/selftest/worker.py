@@ -23,30 +23,36 @@ USUAL_SECONDS_TO_IMPORT = 10  # deadlines are for a machine that needs no more,
 MOST_SLOWNESS = 2  # and at most twice as long elsewhere: the first import may have met a cold disk
 
 
+class LostError(Exception):
+    """A process was lost: its status, or that it hung and where, and the end of what it wrote."""
+
+
 class Worker(Process):
     """Answers each request; touches no device before `take_device`."""
 
     def __init__(self, device: torch.device, quick: bool) -> None:
         super().__init__(code(device, quick))
         self._started = time.monotonic()
-        self._hung_for: float | None = None
         self.slowness = 1.0  # how many times as long as usual its start took
 
-    def take_device(self, blocking: bool, most: float) -> bool:
-        """Whether the process has come up and can use the device, within `most` seconds.
+    def take_device(self, blocking: bool, most: float) -> None:
+        """Wait until the process has come up and can use the device.
 
         blocking: every launch waits for its kernel, so that an error names the kernel.
+
+        Raises: LostError, after at most `most` seconds.
         """
         end = time.monotonic() + most
-        if self._answer(min(SECONDS_TO_IMPORT, most)) is None:
-            return False
+        self._answer(min(SECONDS_TO_IMPORT, most))
         seconds = time.monotonic() - self._started
         self.slowness = min(max(1.0, seconds / USUAL_SECONDS_TO_IMPORT), MOST_SLOWNESS)
-        most = min(SECONDS_TO_GET_DEVICE, end - time.monotonic())
-        return self.ask(blocking, most) is not None
+        self.ask(blocking, min(SECONDS_TO_GET_DEVICE, end - time.monotonic()))
 
     def ask(self, request: Any, seconds: float) -> Any:
-        """The answer; None if the process was lost over it."""
+        """The answer.
+
+        Raises: LostError.
+        """
         with contextlib.suppress(OSError):  # of one that has gone, as the answer will tell
             self.channel.send(request)
         return self._answer(seconds)
@@ -55,18 +61,10 @@ class Worker(Process):
         try:
             return self.hear(seconds)
         except TimeoutError:
-            self._hung_for = seconds
+            how, wrote = f"hung: no result within {seconds:.0f} s", self.stack()
         except EOFError:
-            pass
-        return None
-
-    def how_it_was_lost(self) -> str:
-        """Its status, or that it hung and where, and the end of what it wrote."""
-        if self._hung_for is not None:
-            how, wrote = f"hung: no result within {self._hung_for:.0f} s", self.stack()
-        else:
             how, wrote = f"the process ended with status {self.status()}", self.written()
-        return f"{how}; it wrote:\n{wrote}" if wrote else how
+        raise LostError(f"{how}; it wrote:\n{wrote}" if wrote else how)
 
 
 def code(device: torch.device, quick: bool) -> str:
