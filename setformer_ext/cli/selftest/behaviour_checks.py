@@ -63,7 +63,7 @@ def forward_and_backward(
     arguments: Arguments, function: Callable[..., Tensor] = set_attention
 ) -> dict[str, Tensor]:
     """Output and gradients."""
-    return run(function, arguments, output_gradient(function, arguments, 0))
+    return run(function, arguments, output_gradient(function, arguments))
 
 
 def layouts(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
@@ -89,7 +89,7 @@ def layouts(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[C
     for depth in (8,) if quick else (7, 8, 32):
         sizes = SIZES | {"D": depth, "Dv": depth}
         arguments = random_problem(3, **sizes, **OPTIONS, dtype=dtype, device=device)
-        grad_output = output_gradient(set_attention, arguments, 0)
+        grad_output = output_gradient(set_attention, arguments)
         expected = run(set_attention, arguments, grad_output)
         for layout in (strided, misaligned, transposed, heads_last):
             changed = {n: layout(x) if isinstance(x, Tensor) else x for n, x in arguments.items()}

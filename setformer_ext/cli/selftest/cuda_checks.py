@@ -50,7 +50,7 @@ def _problem(
     """Arguments of set_attention and a gradient of its output."""
     options = sizes | OPTIONS | {"dtype": torch.float32} | more
     arguments = random_problem(seed, **options, device=device)
-    return arguments, output_gradient(set_attention, arguments, 0)
+    return arguments, output_gradient(set_attention, arguments)
 
 
 def current_stream(device: torch.device) -> Iterator[Comparison]:
@@ -143,7 +143,7 @@ def memory(device: torch.device) -> Iterator[Comparison]:
     _need_caching()
     sizes: dict[str, Any] = {"B": 1, "H": 1, "N": 65536, "M": 512, "D": 16, "Dv": 16}
     arguments = random_problem(5, **sizes, iterations=2, dtype=torch.float32, device=device)
-    grad_output = output_gradient(set_attention, arguments, 0)
+    grad_output = output_gradient(set_attention, arguments)
     run(set_attention, arguments, grad_output)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

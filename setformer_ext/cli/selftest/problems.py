@@ -147,7 +147,7 @@ def run(
     return results
 
 
-def output_gradient(function: Callable[..., Tensor], arguments: Arguments, seed: int) -> Tensor:
+def output_gradient(function: Callable[..., Tensor], arguments: Arguments) -> Tensor:
     """A random gradient of the output, in the problem's type."""
     key, value, query = arguments["key"], arguments["value"], arguments["query"]
     tokens = key if query is None else query
@@ -157,4 +157,4 @@ def output_gradient(function: Callable[..., Tensor], arguments: Arguments, seed:
         "set_pooling": (*key.shape[:2], M, value.shape[-1]),
         "transport_plan": (*key.shape[:3], M),
     }[function.__name__]
-    return torch.randn(shape, generator=generator(seed)).to(key)
+    return torch.randn(shape, generator=generator(0)).to(key)

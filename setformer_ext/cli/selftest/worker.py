@@ -93,7 +93,7 @@ def work(channel: Any, name: str, quick: bool) -> None:
 def _import_what_torch_puts_off() -> None:
     """Seconds that the first backward takes else, at the expense of its deadline."""
     arguments = random_problem(dtype=torch.float32, device="meta")  # without memory or kernels
-    run(set_attention, arguments, output_gradient(set_attention, arguments, 0))
+    run(set_attention, arguments, output_gradient(set_attention, arguments))
 
 
 def _read_requests(channel: Any, requests: "queue.Queue[Any]") -> None:
