@@ -14,7 +14,6 @@ def assert_as_exact_as_definition(
     arguments: Arguments,
     *,
     backward: bool = True,
-    seed: int = 0,
     more_noise: dict[str, float] | None = None,
     approximate: bool | None = None,
 ) -> None:
@@ -22,11 +21,6 @@ def assert_as_exact_as_definition(
     if approximate is None and os.environ.get("EMULATOR_ARITHMETIC") == "perturbed":
         approximate = True
     for comparison in compare_with_definition(
-        function,
-        arguments,
-        backward=backward,
-        seed=seed,
-        more_noise=more_noise,
-        approximate=approximate,
+        function, arguments, backward=backward, more_noise=more_noise, approximate=approximate
     ):
         assert comparison.passed, str(comparison)

@@ -140,7 +140,7 @@ def _set_attention(given: Mapping[str, Any], group: ProcessGroup, *, check: bool
 
 
 def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_initialized():
         raise RuntimeError(
             f"{FUNCTION}: there is no process group yet: call "
             "torch.distributed.init_process_group first"

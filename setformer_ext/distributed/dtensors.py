@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from ..problem import OF_KEYS, OF_QUERIES
 from .ranks import FUNCTION, Ranks
-from .sharding import strides_like, where
+from .sharding import join, where
 
 TOKENS = OF_KEYS | OF_QUERIES
 
@@ -45,15 +45,7 @@ def call(
         raise
     output = function(local, own_group, **options)
     receivers = key if given["query"] is None else given["query"]
-    shape = receivers.shape[:3] + given["value"].shape[3:]
-    return DTensor.from_local(
-        output,
-        key.device_mesh,
-        key.placements,
-        run_check=False,
-        shape=shape,
-        stride=strides_like(output, shape),
-    )
+    return join(output, key, receivers.shape[:3] + given["value"].shape[3:])
 
 
 def _local(name: str, x: Any, key: DTensor, over_tokens: int) -> Any:
@@ -70,8 +62,12 @@ def _local(name: str, x: Any, key: DTensor, over_tokens: int) -> Any:
             f"{FUNCTION}: {name} must be on the key's mesh, {key.device_mesh}, got {x.device_mesh}"
         )
     gradients: list[Placement] = []
+    expected: Placement | None
     for axis, (own, of_key) in enumerate(zip(x.placements, key.placements, strict=True)):
-        expected = _expected(name, x, of_key, axis == over_tokens)
+        if axis == over_tokens:
+            expected = Shard(TOKENS[name]) if name in TOKENS else Replicate()
+        else:
+            expected = where(name, x, of_key)
         if own != expected:
             raise ValueError(
                 f"{FUNCTION}: {name} must be {expected} over dimension {axis} of the mesh, where "
@@ -80,12 +76,3 @@ def _local(name: str, x: Any, key: DTensor, over_tokens: int) -> Any:
         shared = isinstance(own, Replicate) and isinstance(of_key, Shard)
         gradients.append(Partial() if shared else own)
     return x.to_local(grad_placements=gradients)
-
-
-def _expected(name: str, x: DTensor, of_key: Placement, over_tokens: bool) -> Placement:
-    """Where a tensor must lie for a key that lies so."""
-    if over_tokens:
-        return Shard(TOKENS[name]) if name in TOKENS else Replicate()
-    placement = where(name, x, of_key)
-    assert placement is not None  # x is a tensor
-    return placement

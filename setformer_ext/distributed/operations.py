@@ -86,10 +86,6 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
     return *of_problem, None, None, None  # of group, check and differentiated
 
 
-def _setup_no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
 def _no_second_backward(ctx: Any, *_: Any) -> Any:
     raise NotImplementedError(
         f"{FUNCTION}: there is no second derivative over the ranks of a group; "
@@ -98,9 +94,7 @@ def _no_second_backward(ctx: Any, *_: Any) -> Any:
 
 
 torch.library.register_autograd(OPERATION, _backward, setup_context=_setup_context, lib=ops.LIBRARY)
-torch.library.register_autograd(
-    BACKWARD, _no_second_backward, setup_context=_setup_no_context, lib=ops.LIBRARY
-)
+torch.library.register_autograd(BACKWARD, _no_second_backward, lib=ops.LIBRARY)
 
 
 @register_flop_formula(torch.ops.setformer_ext.distributed_set_attention)

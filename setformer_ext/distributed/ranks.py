@@ -28,11 +28,6 @@ GIVEN = ("query", "reference_positions", "reference_mass")
 Show = Callable[[int], object]
 
 
-def _double(bits: int) -> float:
-    number: float = struct.unpack("d", struct.pack("q", bits))[0]
-    return number
-
-
 # What ranks must have alike, each as an integer, and how it reads.
 ARGUMENTS: Sequence[tuple[str, Show]] = (
     ("batch B", int),
@@ -43,7 +38,7 @@ ARGUMENTS: Sequence[tuple[str, Show]] = (
     ("the type of the key", lambda index: str(STORAGE_TYPES[index]).removeprefix("torch.")),
     ("iterations", int),
     ("kernel", lambda index: repr(KERNELS[index])),
-    ("position_bandwidth", _double),
+    ("position_bandwidth", lambda bits: struct.unpack("d", struct.pack("q", bits))[0]),
     ("normalize", bool),
     ("whether a gradient is wanted", bool),
     *((f"whether {name} is given", bool) for name in GIVEN),

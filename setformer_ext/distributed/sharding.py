@@ -6,7 +6,6 @@ registers it.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from ..problem import TENSORS, Backward, Gradients, Problem, Solution, is_per_sample
 
-Placements = Sequence[Placement | None]
 OPERATIONS = torch.ops.setformer_ext
 
 
@@ -59,36 +57,24 @@ def placed(problem: Problem) -> Problem:
         x = x.redistribute(placements=[where(name, x, p) for p in of_key])
         if name not in ("key", "value", "query"):
             return x
-        local = x.to_local()
-        return DTensor.from_local(
-            local,
-            mesh,
-            x.placements,
-            run_check=False,
-            shape=x.shape,
-            stride=strides_like(local, x.shape),
-        )
+        return join(x.to_local(), x, x.shape)
 
     return problem.with_tensors({name: place(name, x) for name, x in problem.tensors().items()})
 
 
-def strides_like(local: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a tensor of this shape that is laid out as the local one is."""
+def join(local: Tensor, like: DTensor, shape: torch.Size) -> DTensor:
+    """The whole tensor of these parts, placed as another, in memory laid out as the parts are."""
     strides, stride = [0] * len(shape), 1
     for dimension in sorted(range(len(shape)), key=lambda d: (local.stride(d), -d)):
         strides[dimension] = stride
         stride *= max(shape[dimension], 1)
-    return tuple(strides)
+    whole: dict[str, Any] = {"shape": shape, "stride": tuple(strides), "run_check": False}
+    return DTensor.from_local(local, like.device_mesh, like.placements, **whole)
 
 
-def _results(key: Placement, given: Sequence[bool]) -> list[Placement]:
-    """Of results [B, H, ..]; those that a problem lacks are empty."""
-    return [key if there else Replicate() for there in given]
-
-
-def _choices(of_key: Callable[[Placement], tuple[Placements, Placements]]) -> list[Any]:
-    """For every way that the key may lie: where results and arguments do."""
-    return [tuple(map(list, of_key(key))) for key in (Replicate(), Shard(0), Shard(1))]
+# For every way that the key may lie: where results [B, H, ..] and arguments do. Results that a
+# problem lacks are empty.
+KEYS: tuple[Placement, ...] = (Replicate(), Shard(0), Shard(1))
 
 
 def _of_problem(problem: Problem, key: Placement) -> list[Placement | None]:
@@ -96,26 +82,22 @@ def _of_problem(problem: Problem, key: Placement) -> list[Placement | None]:
 
 
 def _of_solution(problem: Problem, key: Placement) -> list[Placement]:
-    return _results(key, [name in problem.results for name in Solution._fields])
+    return [key if name in problem.results else Replicate() for name in Solution._fields]
 
 
+@register_sharding(OPERATIONS.set_attention.default)
 def _set_attention(*arguments: Any) -> list[Any]:
     problem = Problem(*arguments)
-    return _choices(lambda key: (_of_solution(problem, key), _of_problem(problem, key)))
+    return [(_of_solution(problem, key), _of_problem(problem, key)) for key in KEYS]
 
 
+@register_sharding(OPERATIONS.set_attention_backward.default)
 def _set_attention_backward(*arguments: Any) -> list[Any]:
-    given = Backward.read(*arguments)
-    there = [getattr(given.problem, name) is not None for name in Gradients._fields]
-
-    def of_key(key: Placement) -> tuple[Placements, Placements]:
-        gradients = [None if x is None else key for x in (given.grad_output, given.grad_pooled)]
-        of_problem = _of_problem(given.problem, key)
-        before = [*gradients, *_of_solution(given.problem, key)]
-        return _results(key, there), [*before, *of_problem]
-
-    return _choices(of_key)
-
-
-register_sharding(OPERATIONS.set_attention.default)(_set_attention)
-register_sharding(OPERATIONS.set_attention_backward.default)(_set_attention_backward)
+    grad_output, grad_pooled, _, problem = Backward.read(*arguments)
+    choices = []
+    for key in KEYS:
+        given = [None if x is None else key for x in (grad_output, grad_pooled)]
+        given += [*_of_solution(problem, key), *_of_problem(problem, key)]
+        there = (getattr(problem, name) is not None for name in Gradients._fields)
+        choices.append(([key if x else Replicate() for x in there], given))
+    return choices

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from conftest import BACKENDS, Backend
 from emulator.device import Emulator
-from setformer_ext import cli, ops
-from setformer_ext.cli.selftest import cuda_checks, report, runner, selftest, smoke_checks
+from setformer_ext import cli, ops, set_attention
+from setformer_ext.cli.selftest import cuda_checks, definition_checks, report, runner, selftest
 from setformer_ext.cli.selftest.outcome import (
     CHECKS,
     SECTIONS,
     SMOKE,
     SPEED,
     Outcome,
-    Result,
     SkippedError,
     Task,
     Timing,
     execute,
 )
+from setformer_ext.cli.selftest.problems import run
 from setformer_ext.cli.selftest.tolerance import Comparison
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -42,7 +42,7 @@ def test_quick_run_is_green(backend: Backend) -> None:
     assert len(shares) > 25
     assert all(0 <= share <= 100 for share in shares)
     assert result.text.splitlines()[-1].startswith("PASSED: ")
-    timings = [timing for outcome in result.outcomes for timing in outcome.result.timings]
+    timings = [timing for outcome in result.outcomes for timing in outcome.timings]
     assert len(timings) == 2
     for timing in timings:
         assert set(timing.milliseconds) == {"setformer_ext", "definition", "softmax"}
@@ -68,7 +68,7 @@ def test_smoke_then_speed_then_the_rest() -> None:
 
 
 def test_smoke_checks_run_every_family_in_every_type_and_direction() -> None:
-    kernels = smoke_checks.kernels()
+    kernels = definition_checks.smoke_kernels()
     assert len(set(kernels)) == len(kernels) == (2 * 4 - 1) * 2
     for family in ("resident", "streaming"):
         types = {x.dtype for x in kernels if x.family == family}
@@ -84,7 +84,7 @@ def test_smoke_checks_run_the_family_they_name() -> None:
     own = {"resident": "on_chip_kernel", "streaming": "step_kernel"}
     backend = BACKENDS["cuda-emulated"]()
     emulator = Emulator(backend.module.__file__)
-    for task in smoke_checks.tasks():
+    for task in definition_checks.smoke_tasks():
         if task.smoke.dtype == torch.bfloat16 and task.smoke.direction == "forward":
             emulator.clear_launches()
             ops._C = backend.module
@@ -195,28 +195,28 @@ def test_a_wrong_kernel_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert result.text.splitlines()[-1].startswith("FAILED: 0 ok, 1 failed, 0 skipped")
 
 
-def passing(device: torch.device) -> Result:
-    return Result([Comparison("x", 1e-8, 1e-7)])
+def passing(device: torch.device) -> list[Comparison]:
+    return [Comparison("x", 1e-8, 1e-7)]
 
 
-def failing(device: torch.device) -> Result:
-    return Result([Comparison("x", 0, 0), Comparison("y", 2e-3, 1e-3, "a note")])
+def failing(device: torch.device) -> list[Comparison]:
+    return [Comparison("x", 0, 0), Comparison("y", 2e-3, 1e-3, "a note")]
 
 
-def not_a_number(device: torch.device) -> Result:
-    return Result([Comparison("x", 0, 0), Comparison("z", float("nan"), 1e-3)])
+def not_a_number(device: torch.device) -> list[Comparison]:
+    return [Comparison("x", 0, 0), Comparison("z", float("nan"), 1e-3)]
 
 
-def raising(device: torch.device) -> Result:
+def raising(device: torch.device) -> list[Comparison]:
     raise RuntimeError("an illegal memory access was encountered")
 
 
-def skipping(device: torch.device) -> Result:
+def skipping(device: torch.device) -> list[Comparison]:
     raise SkippedError("torch finds one GPU")
 
 
-def measuring(device: torch.device) -> Result:
-    return Result(timings=[Timing("B=1", {"setformer_ext": 2.0, "definition": 5.0})])
+def measuring(device: torch.device) -> list[Timing]:
+    return [Timing("B=1", {"setformer_ext": 2.0, "definition": 5.0})]
 
 
 MIXED = [
@@ -276,11 +276,11 @@ def test_record_is_whole_after_every_task(monkeypatch: pytest.MonkeyPatch, tmp_p
     file = tmp_path / "report.json"
     seen = []
 
-    def looking(device: torch.device) -> Result:
+    def looking(device: torch.device) -> list[Comparison]:
         seen.append(json.loads(file.read_text(), parse_constant=pytest.fail))
-        return Result()
+        return []
 
-    tasks = [Task("infinite", lambda _: Result([Comparison("x", float("inf"), 0)]), SMOKE)]
+    tasks = [Task("infinite", lambda _: [Comparison("x", float("inf"), 0)], SMOKE)]
     tasks += [Task(f"look {i}", looking, SPEED) for i in range(2)]
     monkeypatch.setattr(runner, "all_tasks", lambda *_: tasks)
     selftest(CPU, json=file)
@@ -300,7 +300,7 @@ def test_times_come_before_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_ok_does_not_look_like_an_error() -> None:
     """Similarities of 1e7 may be off by 11 where 14 is allowed: the table has the share of it."""
-    [row] = [report.line(Outcome("extreme", Result([Comparison("output", 11.2, 14.5)])))]
+    [row] = [report.line(Outcome("extreme", [Comparison("output", 11.2, 14.5)]))]
     assert row.split() == ["ok", "extreme", "77%", "0.0", "output", "(of", "1)"]
 
 
@@ -335,9 +335,9 @@ def test_in_a_process_of_its_own(
 
 def test_outcomes_survive_the_crossing() -> None:
     comparison = Comparison("x", float("inf"), 1.5, "note")
-    result = Result([comparison], [Timing("B=1", {"setformer_ext": 1.0})])
-    outcome = Outcome("name", result, "", "error", 0.5, SPEED, "", "a note", lost=True)
-    assert Outcome.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
+    timing = Timing("B=1", {"setformer_ext": 1.0})
+    outcome = Outcome("name", [comparison], [timing], "", "error", 0.5, SPEED, "", "a note", True)
+    assert pickle.loads(pickle.dumps(outcome)) == outcome
 
 
 @pytest.mark.parametrize(
@@ -435,9 +435,8 @@ def test_gpu_checks_run_through(pretended_gpu: None, monkeypatch: pytest.MonkeyP
 
 
 def test_gradients_come_from_every_input(pretended_gpu: None) -> None:
-    arguments = cuda_checks._problem(CPU, cuda_checks.FEW)
-    grad_output: Tensor = torch.ones_like(arguments["value"])
-    results = cuda_checks._gradients(arguments, grad_output)
+    arguments, grad_output = cuda_checks._problem(CPU, cuda_checks.FEW)
+    results = run(set_attention, arguments, grad_output)
     assert set(results) == {
         *("output", "key", "value", "reference", "token_mass", "reference_mass")
     }

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from setformer_ext.cli.selftest.outcome import (
     SMOKE,
     Kernels,
     Outcome,
-    Result,
     Task,
     execute,
     works,
@@ -126,14 +126,14 @@ def test_only_one_family_fails() -> None:
 
 def test_wrong_numbers_stop_nothing() -> None:
     def do(task: Task, backward: bool, most: float) -> Outcome:
-        return Outcome(task.name, Result([Comparison("x", 2, 1)]))
+        return Outcome(task.name, [Comparison("x", 2, 1)])
 
     outcomes = runner.run_tasks(tasks.all_tasks(CPU, quick=True), do)
     assert {outcome.status for outcome in outcomes} == {"FAILED"}
 
 
 def test_gives_up_when_much_time_was_lost() -> None:
-    all_tasks = [Task(f"task {i}", lambda _: Result()) for i in range(9)]
+    all_tasks = [Task(f"task {i}", lambda _: []) for i in range(9)]
 
     def do(task: Task, backward: bool, most: float) -> Outcome:
         lost = task.name != "task 0"
@@ -149,10 +149,10 @@ def test_gives_up_when_much_time_was_lost() -> None:
 
 
 def test_a_process_that_has_lost_the_gpu_does_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raising(device: torch.device) -> Result:
+    def raising(device: torch.device) -> list[Comparison]:
         raise RuntimeError("an illegal memory access was encountered")
 
-    all_tasks = [Task("first", raising), Task("second", lambda _: Result())]
+    all_tasks = [Task("first", raising), Task("second", lambda _: [])]
     monkeypatch.setattr(runner, "all_tasks", lambda *_: all_tasks)
     assert [x.status for x in runner.run_here(CPU, True)] == ["FAILED", "ok"]
     monkeypatch.setattr("setformer_ext.cli.selftest.outcome.works", lambda device: False)
@@ -163,20 +163,19 @@ def test_a_process_that_has_lost_the_gpu_does_no_more(monkeypatch: pytest.Monkey
 
 # Answers as a worker does, except that it dies or hangs over some tasks.
 WORKER = """
-import faulthandler, json, os, signal, sys, time
+import faulthandler, os, signal, time
 faulthandler.register(signal.SIGUSR1)
 kinds = {kinds!r}
-def tell(answer): print({mark!r} + json.dumps(answer), flush=True)
-if "import" in kinds:
+if "import" in kinds.values():
     raise ImportError("libcudart.so.99")
-tell("ready")
-input()
-if "no device" in kinds:
+channel.send("ready")
+channel.recv()
+if "no device" in kinds.values():
     time.sleep(20)
-tell("on the device")
-for line in sys.stdin:
-    number = json.loads(line)["task"]
-    kind = kinds[number]
+channel.send("on the device")
+while True:
+    name, backward = channel.recv()
+    kind = kinds[name]
     if kind == "crash":
         print("a kernel's assertion", file=sys.stderr, flush=True)
         os.abort()
@@ -185,29 +184,31 @@ for line in sys.stdin:
         os._exit(1)
     if kind == "leave":
         sys.exit(0)
-    print("printed by a kernel")
-    tell({outcomes!r}[number])
+    channel.send_bytes({outcomes!r}[name])  # pickled, so that it need not import torch
 """
 
 
 def run_pretended(kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Outcome], int]:
     """The outcomes of tasks of these kinds, and how many processes began to do some."""
     names = [f"task {i}" for i in range(len(kinds))]
-    outcomes = [
-        Outcome(name, error="raised" if kind in ("error", "lost") else "", lost=kind == "lost")
-        for name, kind in zip(names, kinds, strict=True)
-    ]
+    by_name = dict(zip(names, kinds, strict=True))
+    outcomes = {
+        name: Outcome(
+            name, error="raised" if kind in ("error", "lost") else "", lost=kind == "lost"
+        )
+        for name, kind in by_name.items()
+    }
     code = WORKER.format(
-        kinds=kinds, mark=worker.MARK, outcomes=[outcome.to_json() for outcome in outcomes]
+        kinds=by_name, outcomes={name: pickle.dumps(x) for name, x in outcomes.items()}
     )
     begun = []
     take_device = worker.Worker.take_device
 
-    def counted(self: worker.Worker, blocking: bool, most: float) -> bool:
+    def counted(self: worker.Worker, blocking: bool, most: float) -> None:
         begun.append(self)
-        return take_device(self, blocking, most)
+        take_device(self, blocking, most)
 
-    named = [Task(name, lambda _: Result()) for name in names]
+    named = [Task(name, lambda _: []) for name in names]
     monkeypatch.setattr(runner, "all_tasks", lambda *_: named)
     monkeypatch.setattr(runner, "deadline", lambda *_: 2)
     monkeypatch.setattr(worker, "code", lambda *_: code)
@@ -287,9 +288,8 @@ def test_gives_up_without_a_process(kind: str, error: str, monkeypatch: pytest.M
 
 def test_a_worker_ends_with_the_process_that_asks_it() -> None:
     """Even if that was killed while a task never ends: nobody else ends it."""
-    process = processes.Process([sys.executable, "-c", worker.code(CPU, True)])
-    assert process.process.stdin is not None
-    process.process.stdin.close()
+    process = processes.Process(worker.code(CPU, True))
+    process.channel.close()
     assert process.process.wait(60) == 0
     process.close()
 
@@ -321,7 +321,7 @@ def test_a_lost_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "ones", raising)
     assert not works(CPU)
     assert execute(Task("x", raising), CPU).lost
-    assert not execute(Task("x", lambda _: Result()), CPU).lost
+    assert not execute(Task("x", lambda _: []), CPU).lost
 
 
 # ---- deadlines -----------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_the_report_is_there_within_a_minute_where_every_kernel_hangs() -> None:
 def test_after_a_loss_without_success_little_time_is_left() -> None:
     """And all of it once something has passed."""
     experience = runner.Experience()
-    task = Task("x", lambda _: Result())
+    task = Task("x", lambda _: [])
     assert experience.seconds_left() == math.inf
     experience.learn(task, Outcome("x", error="hung", lost=True, seconds=8))
     total = runner.MOST_SECONDS_WITHOUT_SUCCESS + runner.SECONDS_OF_LAST_CHANCE

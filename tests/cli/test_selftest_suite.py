@@ -14,7 +14,7 @@ from setformer_ext import cli
 from setformer_ext.cli import selftest as package
 from setformer_ext.cli.selftest import runner, selftest
 from setformer_ext.cli.selftest import suite as module
-from setformer_ext.cli.selftest.outcome import Result, Task
+from setformer_ext.cli.selftest.outcome import Task
 from setformer_ext.cli.selftest.suite import Suite, run_suite
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -52,7 +52,7 @@ def backends(tmp_path: Path) -> Path:
 
 
 def test_suite_of_the_cpu(backends: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "all_tasks", lambda *_: [Task("x", lambda _: Result())])
+    monkeypatch.setattr(runner, "all_tasks", lambda *_: [Task("x", lambda _: [])])
     file = backends / "report.json"
     result = selftest(CPU, suite=backends, json=file)
     assert result.passed
@@ -78,7 +78,7 @@ def test_suite_of_a_gpu(backends: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_failed_suite_fails_the_selftest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "all_tasks", lambda *_: [Task("x", lambda _: Result())])
+    monkeypatch.setattr(runner, "all_tasks", lambda *_: [Task("x", lambda _: [])])
     write(tmp_path, "def test_it(): assert 1 == 2\n")
     result = selftest(CPU, suite=tmp_path)
     assert not result.passed

@@ -540,7 +540,7 @@ def test_masked_equals_removed(backend: Backend, cross: bool) -> None:
     padded["token_mass"] = arguments["token_mass"].masked_fill(~tokens[:, None], torch.nan)
     if cross:
         padded["query"] = arguments["query"].masked_fill(~queries[:, None, :, None], torch.nan)
-    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    grad_output = output_gradient(backend.set_attention, arguments)
     for case in (arguments, padded):
         results = run(backend.set_attention, case, grad_output)
         shared = dict.fromkeys(("reference", "reference_mass"), 0)
@@ -568,7 +568,7 @@ def test_no_valid_token(backend: Backend) -> None:
     """Output 0 and gradient 0 for that item, the other as if alone."""
     arguments = problem(backend, masked=True, token_mass=True, per_sample=True)
     arguments["mask"][0] = False
-    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    grad_output = output_gradient(backend.set_attention, arguments)
     results = run(backend.set_attention, arguments, grad_output)
     for name, x in results.items():
         assert (x[0] == 0).all(), name
@@ -585,7 +585,7 @@ def test_no_mass_at_all(backend: Backend) -> None:
     arguments = problem(backend, token_mass=True, per_sample=True)
     arguments["token_mass"][0] = 0
     for function in (backend.set_attention, backend.set_pooling, backend.transport_plan):
-        grad_output = output_gradient(function, arguments, 0)
+        grad_output = output_gradient(function, arguments)
         for name, x in run(function, arguments, grad_output).items():
             assert (x[0] == 0).all(), name
             assert x[1].isfinite().all(), name
@@ -595,7 +595,7 @@ def test_no_mass_at_all(backend: Backend) -> None:
 def test_no_valid_query(backend: Backend) -> None:
     arguments = problem(backend, Nq=9, masked=True)
     arguments["query_mask"][0] = False
-    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    grad_output = output_gradient(backend.set_attention, arguments)
     results = run(backend.set_attention, arguments, grad_output)
     for name in ("output", "query", "key", "value"):
         assert (results[name][0] == 0).all(), name
@@ -617,7 +617,7 @@ def test_empty(backend: Backend, empty: dict, iterations: int) -> None:
         **empty,
     )
     for function in (backend.set_attention, backend.set_pooling, backend.transport_plan):
-        grad_output = output_gradient(function, arguments, 0)
+        grad_output = output_gradient(function, arguments)
         for name, x in run(function, arguments, grad_output).items():
             expected = grad_output.shape if name == "output" else arguments[name].shape
             assert x.shape == expected, name
@@ -658,7 +658,7 @@ def test_derivative_by_a_mass_of_zero(backend: Backend, iterations: int) -> None
     mass = arguments["token_mass"].clone()
     mass[..., 5] = 0
     arguments["token_mass"] = mass
-    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    grad_output = output_gradient(backend.set_attention, arguments)
     gradient = run(backend.set_attention, arguments, grad_output)["token_mass"][0, 0, 5]
 
     def loss(x: float) -> Tensor:
@@ -681,6 +681,6 @@ def test_mass_zero_far_from_every_reference(backend: Backend) -> None:
     )
     arguments["token_mass"][..., :4] = 0
     arguments["key"][..., :4, :] *= 1e3
-    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    grad_output = output_gradient(backend.set_attention, arguments)
     for name, x in run(backend.set_attention, arguments, grad_output).items():
         assert x.isfinite().all(), name

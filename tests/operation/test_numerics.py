@@ -105,7 +105,7 @@ def test_masses_of_zero_at_small_epsilon(
         # The derivative by such a mass is a sum over steps of terms that may all but cancel: with
         # fewer steps they show. Each of the sums that make one up is rounded some ten times.
         plain, wide = getattr(definition, function.__name__), move(arguments, dtype=torch.float64)
-        upstream = output_gradient(function, arguments, 0).double()
+        upstream = output_gradient(function, arguments).double()
         terms = [
             largest(run(plain, wide | {"iterations": steps}, upstream)["token_mass"])
             for steps in range(1, iterations + 1)
@@ -126,7 +126,7 @@ def test_a_factor_of_all_masses_changes_nothing(
     arguments = random_problem(
         N=75, M=19, iterations=3, masked=True, token_mass=True, dtype=dtype, device=backend.device
     )
-    upstream = output_gradient(backend.set_attention, arguments, 0)
+    upstream = output_gradient(backend.set_attention, arguments)
     expected = run(backend.set_attention, arguments, upstream)
     scaled = arguments | {"token_mass": arguments["token_mass"] * factor}
     found = run(backend.set_attention, scaled, upstream)
@@ -192,7 +192,7 @@ def test_extreme_similarities(
         for name, x in arguments.items()
     }
     for function in (backend.set_attention, backend.set_pooling, backend.transport_plan):
-        grad_output = output_gradient(function, arguments, 0)
+        grad_output = output_gradient(function, arguments)
         for name, x in run(function, arguments, grad_output).items():
             # a half gradient may be beyond the type's range, which is no fault of the backend
             representable = dtype != torch.float16 or name == "output"
@@ -209,7 +209,7 @@ def test_not_a_number_stays_in_its_batch_item(backend: Backend, dtype: torch.dty
     arguments = random_problem(
         2, B=3, N=33, Nq=17, per_sample=True, token_mass=True, dtype=dtype, device=backend.device
     )
-    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    grad_output = output_gradient(backend.set_attention, arguments)
     clean = run(backend.set_attention, arguments, grad_output)
     for name in ("query", "key", "value", "reference", "token_mass"):
         for poison in (torch.nan, torch.inf):
@@ -255,7 +255,7 @@ def test_every_input_of_the_problems_gets_a_gradient(backend: Backend) -> None:
         epsilon="learned",
         device=backend.device,
     )
-    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    grad_output = output_gradient(backend.set_attention, arguments)
     results = run(backend.set_attention, arguments, grad_output)
     assert set(results) == {"output", *differentiable(arguments)}
     assert len(results) == 9

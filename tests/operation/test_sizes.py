@@ -79,8 +79,8 @@ def test_what_is_kept_changes_no_number() -> None:
     """The same head alone, whose scores are kept, and among so many that none are."""
     options = {"B": 1, "N": 8_003, "M": 64, "D": 2, "Dv": 2, "iterations": 2}
     arguments = random_problem(H=17, **options)
-    found = run(set_attention, arguments, output_gradient(set_attention, arguments, 0))
-    upstream = output_gradient(set_attention, arguments, 0)
+    found = run(set_attention, arguments, output_gradient(set_attention, arguments))
+    upstream = output_gradient(set_attention, arguments)
     alone = {
         name: x[:, 3:4] if name in ("key", "value") else x[3:4] if name == "reference" else x
         for name, x in arguments.items()

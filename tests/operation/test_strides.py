@@ -59,7 +59,7 @@ def problem(backend: Backend, **options: object) -> Arguments:
 
 def assert_same(function: Callable[..., Tensor], arguments: Arguments, strided: Arguments) -> None:
     """To the bit, but for a plan's gradient, whose sums are torch's."""
-    grad_output = output_gradient(function, arguments, 0)
+    grad_output = output_gradient(function, arguments)
     expected = run(function, arguments, grad_output)
     results = run(function, strided, transposed(grad_output))
     for name, x in expected.items():
@@ -111,7 +111,7 @@ def test_expanded_output_gradient(backend: Backend) -> None:
     """sum().backward() hands down a gradient of stride 0."""
     arguments = problem(backend)
     one = torch.ones((), dtype=torch.float64, device=backend.device)
-    shape = output_gradient(backend.set_attention, arguments, 0).shape
+    shape = output_gradient(backend.set_attention, arguments).shape
     expected = run(backend.set_attention, arguments, one.expand(shape).contiguous())
     for name, x in run(backend.set_attention, arguments, one.expand(shape)).items():
         assert torch.equal(x, expected[name]), name

@@ -25,9 +25,9 @@ PROBLEMS = {
 
 
 def results(backend: Backend, arguments: Arguments) -> dict[str, torch.Tensor]:
-    grad_output = output_gradient(backend.set_attention, arguments, 0)
+    grad_output = output_gradient(backend.set_attention, arguments)
     together = run(backend.set_attention, arguments, grad_output)
-    pooled = run(backend.set_pooling, arguments, output_gradient(backend.set_pooling, arguments, 0))
+    pooled = run(backend.set_pooling, arguments, output_gradient(backend.set_pooling, arguments))
     return together | {f"pooling {name}": x for name, x in pooled.items()}
 
 
@@ -98,7 +98,7 @@ def count():
 def call():
     arguments = random_problem(0, N=20011, B=2, dtype=torch.float32)
     function = setformer_ext.set_attention
-    run(function, arguments, output_gradient(function, arguments, 0))
+    run(function, arguments, output_gradient(function, arguments))
 """
 
 

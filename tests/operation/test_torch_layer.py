@@ -130,7 +130,7 @@ def test_autograd_function(backend: Backend, options: str) -> None:
 
 
 def loss_and_gradients(function: Callable[..., Tensor], arguments: Arguments) -> dict[str, Tensor]:
-    return run(function, arguments, output_gradient(setformer_ext.set_attention, arguments, 0))
+    return run(function, arguments, output_gradient(setformer_ext.set_attention, arguments))
 
 
 def named(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -202,7 +202,7 @@ def of(arguments: Arguments, *names: str) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_func_grad(backend: Backend, options: str) -> None:
     arguments = small(options, device=backend.device)
-    upstream = output_gradient(setformer_ext.set_attention, arguments, 0)
+    upstream = output_gradient(setformer_ext.set_attention, arguments)
     expected = run(setformer_ext.set_attention, arguments, upstream)
     names = differentiable(arguments)
     function = of(arguments, *names)
@@ -310,7 +310,7 @@ def test_vmap_of_the_others(backend: Backend) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(backend: Backend, use_reentrant: bool) -> None:
     arguments = small("everything", device=backend.device)
-    upstream = output_gradient(setformer_ext.set_attention, arguments, 0)
+    upstream = output_gradient(setformer_ext.set_attention, arguments)
     expected = run(setformer_ext.set_attention, arguments, upstream)
     names = differentiable(arguments)
     leaves = [arguments[name].clone().requires_grad_() for name in names]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,6 @@ from .. import info
 from ..timing import find_device
 from . import report
 from .outcome import SECTIONS, Outcome
-from .record import Record, path_beside
 from .runner import run_apart, run_here
 from .suite import MOST_SECONDS, Suite, run_suite
 
@@ -82,10 +82,10 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--suite-seconds must be above 0, got {options.suite_seconds}")
         json = None
         if options.output is not None:
-            json = path_beside(options.output)
+            json = report.path_beside(options.output)
             # paths that cannot be written show before the work
             options.output.write_text("", encoding="utf-8")
-            Record(json)
+            report.write_json(json, {"finished": False, "tasks": []})
     except (ValueError, OSError) as error:
         print(f"setformer selftest: {first_line(error)}", file=sys.stderr)
         return 1
@@ -149,7 +149,7 @@ def selftest(
         suite: a folder of tests for pytest to run as well.
         suite_seconds: after which all of this ends, if only the suite is left.
         write: is given each part of the report when it is known.
-        json: a file for all of it as JSON (`record.Record`).
+        json: a file for all of it as JSON (`report.as_json`).
     """
     device, start = torch.device(device), time.monotonic()
     parts: list[str] = []
@@ -159,10 +159,17 @@ def selftest(
             parts.append(text)
             write(text)
 
-    facts = report.facts(device)
-    record = Record(json, device=str(device), quick=quick, sections=list(sections), facts=facts)
-    add(f"setformer selftest{' --quick' if quick else ''}", "", info.table(facts))
+    tasks: list[dict[str, Any]] = []
+    record: dict[str, Any] = {"device": str(device), "quick": quick, "sections": list(sections)}
 
+    def keep(**fields: Any) -> None:
+        record.update(fields)
+        if json is not None:
+            report.write_json(json, record)
+
+    facts = report.facts(device)
+    keep(facts=facts, finished=False, tasks=tasks)
+    add(f"setformer selftest{' --quick' if quick else ''}", "", info.table(facts))
     outcomes: list[Outcome] = []
     running = (run_apart if apart else run_here)(device, quick, sections)
     for section, group in itertools.groupby(running, key=lambda outcome: outcome.section):
@@ -170,7 +177,8 @@ def selftest(
         first = len(outcomes)
         for outcome in group:
             outcomes.append(outcome)
-            record.add(outcome)
+            tasks.append(report.as_json(outcome))
+            keep()
             add(report.line(outcome))
         for text in (report.times(outcomes[first:]), report.failures(outcomes[first:])):
             if text:
@@ -183,10 +191,10 @@ def selftest(
         for line in run_suite(of_suite, suite_seconds - (time.monotonic() - start)):
             if line:
                 add(line)
-            record.set(suite=of_suite.to_json())
-    verdict = report.verdict(outcomes, of_suite, time.monotonic() - start)
-    add("", verdict)
-    passed = verdict.startswith("PASSED")
+            keep(suite=of_suite.to_json())
     seconds = time.monotonic() - start
-    record.set(verdict=verdict, passed=passed, seconds=seconds, finished=True)
+    verdict = report.verdict(outcomes, of_suite, seconds)
+    passed = verdict.startswith("PASSED")
+    add("", verdict)
+    keep(verdict=verdict, passed=passed, seconds=seconds, finished=True)
     return Report(outcomes, "\n".join(parts), passed)

@@ -1,6 +1,6 @@
 """What holds beside the values: layouts, determinism, edge cases, extremes, errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import SetAttention, set_attention, set_pooling, transport_plan
 from ...errors import first_line
 from .definition_checks import DTYPES
-from .outcome import Result, Task, short
+from .outcome import Task, short
 from .problems import (
     Arguments,
     call,
@@ -45,22 +45,28 @@ def tasks(quick: bool) -> list[Task]:
     ]
 
 
+def count(name: str, wrong: Tensor, note: str) -> Comparison:
+    """No entry may be wrong."""
+    return Comparison(name, wrong.sum().item(), 0, note)
+
+
 def identical(name: str, x: Tensor, y: Tensor) -> Comparison:
     """Bit by bit but for the sign of 0; what is not a number must be so on both sides."""
-    differing = (x != y) & ~(x.isnan() & y.isnan())
-    return Comparison(name, differing.sum().item(), 0, "entries that differ")
+    return count(name, (x != y) & ~(x.isnan() & y.isnan()), "entries that differ")
 
 
 def all_identical(name: str, x: dict[str, Tensor], y: dict[str, Tensor]) -> list[Comparison]:
     return [identical(f"{name}, {each}", x[each], y[each]) for each in x]
 
 
-def forward_and_backward(arguments: Arguments) -> dict[str, Tensor]:
-    """Output and gradients of set_attention."""
-    return run(set_attention, arguments, output_gradient(set_attention, arguments, 0))
+def forward_and_backward(
+    arguments: Arguments, function: Callable[..., Tensor] = set_attention
+) -> dict[str, Tensor]:
+    """Output and gradients."""
+    return run(function, arguments, output_gradient(function, arguments))
 
 
-def layouts(quick: bool, dtype: torch.dtype, device: torch.device) -> Result:
+def layouts(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     """Strided, transposed, interleaved and misaligned tensors give the contiguous copy's bits."""
 
     def strided(x: Tensor) -> Tensor:
@@ -79,42 +85,32 @@ def layouts(quick: bool, dtype: torch.dtype, device: torch.device) -> Result:
     def heads_last(x: Tensor) -> Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x
 
-    comparisons = []
     # rows of D = 8 and 32 entries are whole 16-byte pieces in every type, those of 7 are not
     for depth in (8,) if quick else (7, 8, 32):
         sizes = SIZES | {"D": depth, "Dv": depth}
-        arguments = random_problem(3, **sizes, **OPTIONS, dtype=dtype, device=str(device))
-        grad_output = output_gradient(set_attention, arguments, 0)
+        arguments = random_problem(3, **sizes, **OPTIONS, dtype=dtype, device=device)
+        grad_output = output_gradient(set_attention, arguments)
         expected = run(set_attention, arguments, grad_output)
         for layout in (strided, misaligned, transposed, heads_last):
             changed = {n: layout(x) if isinstance(x, Tensor) else x for n, x in arguments.items()}
             results = run(set_attention, changed, layout(grad_output))
-            comparisons += all_identical(f"{layout.__name__} D={depth}", results, expected)
-        broadcast = arguments | {
-            "value": arguments["value"][:, :, :1].expand_as(arguments["value"])
-        }
-        contiguous = broadcast | {"value": broadcast["value"].contiguous()}
-        comparisons += all_identical(
-            f"expanded D={depth}",
-            forward_and_backward(broadcast),
-            forward_and_backward(contiguous),
-        )
-    return Result(comparisons)
+            yield from all_identical(f"{layout.__name__} D={depth}", results, expected)
+        value = arguments["value"][:, :, :1].expand_as(arguments["value"])
+        results = forward_and_backward(arguments | {"value": value})
+        expected = forward_and_backward(arguments | {"value": value.contiguous()})
+        yield from all_identical(f"expanded D={depth}", results, expected)
 
 
-def two_runs(quick: bool, dtype: torch.dtype, device: torch.device) -> Result:
+def two_runs(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     """Bit by bit the same, whatever the memory that results are written to held before."""
-    comparisons = []
     for tokens in (37,) if quick else (37, 300, 3137):
-        arguments = random_problem(
-            4, **SIZES | {"N": tokens, "M": 17}, **OPTIONS, dtype=dtype, device=str(device)
-        )
+        sizes = SIZES | {"N": tokens, "M": 17}
+        arguments = random_problem(4, **sizes, **OPTIONS, dtype=dtype, device=device)
         first = forward_and_backward(arguments)
         for _ in range(1 if quick else 4):
             stale = [torch.full((n,), torch.nan, device=device) for n in (1000, 30_000, 1_000_000)]
             del stale
-            comparisons += all_identical(f"N={tokens}", forward_and_backward(arguments), first)
-    return Result(comparisons)
+            yield from all_identical(f"N={tokens}", forward_and_backward(arguments), first)
 
 
 EXTREMES: dict[str, dict[str, Any]] = {
@@ -124,26 +120,24 @@ EXTREMES: dict[str, dict[str, Any]] = {
 }
 
 
-def extremes(quick: bool, dtype: torch.dtype, device: torch.device) -> Result:
+def extremes(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     """Finite outputs and gradients, and outputs that are averages of the values, always."""
-    comparisons = []
     for name, options in EXTREMES.items():
         for iterations in (1,) if quick else (0, 1, 5, 20):
             arguments = _extreme_problem(iterations, **options)
-            arguments = move(arguments, dtype=dtype, device=str(device))
+            arguments = move(arguments, dtype=dtype, device=device)
             for function in (set_attention, set_pooling):
                 label = f"{name}, T={iterations}, {function.__name__}"
-                results = run(function, arguments, output_gradient(function, arguments, 0))
+                results = forward_and_backward(arguments, function)
                 for each, x in results.items():
                     # a half gradient may be beyond the type's range, which is no fault of ours
                     in_range = dtype != torch.float16 or each == "output"
-                    bad = (~x.isfinite() if in_range else x.isnan()).sum().item()
-                    comparisons.append(Comparison(f"{label}, {each}", bad, 0, "entries not finite"))
+                    bad = ~x.isfinite() if in_range else x.isnan()
+                    yield count(f"{label}, {each}", bad, "entries not finite")
                 bound = largest(arguments["value"]) * (1 + 100 * torch.finfo(dtype).eps)
                 error = largest(results["output"])
                 note = "largest output; allowed is the largest value"
-                comparisons.append(Comparison(f"{label}, output", error, bound, note))
-    return Result(comparisons)
+                yield Comparison(f"{label}, output", error, bound, note)
 
 
 def _extreme_problem(iterations: int, *, kernel: str, epsilon: float, size: float) -> Arguments:
@@ -157,105 +151,81 @@ def _extreme_problem(iterations: int, *, kernel: str, epsilon: float, size: floa
     return arguments
 
 
-def empty(device: torch.device) -> Result:
+def empty(device: torch.device) -> Iterator[Comparison]:
     """No batch items, heads, tokens or queries; and no valid token gives zeros everywhere."""
-    comparisons = []
+    given: dict[str, Any] = {"dtype": torch.float32, "device": device}
     for options in ({"B": 0}, {"H": 0}, {"N": 0}, {"Nq": 0}, {"N": 0, "Nq": 5}):
-        arguments = random_problem(
-            0, **SIZES | options, token_mass=True, dtype=torch.float32, device=str(device)
-        )
+        arguments = random_problem(0, **SIZES | options, token_mass=True, **given)
         for function in (set_attention, set_pooling, transport_plan):
-            results = run(function, arguments, output_gradient(function, arguments, 0))
-            for each, x in results.items():
+            for each, x in forward_and_backward(arguments, function).items():
                 # without tokens the references pool nothing
-                wrong = x.isnan().sum().item() if "N" not in options else (x != 0).sum().item()
-                name = f"{options}, {function.__name__}, {each}"
-                comparisons.append(Comparison(name, wrong, 0, "wrong entries"))
-    arguments = random_problem(0, **SIZES, **OPTIONS, dtype=torch.float32, device=str(device))
+                wrong = x.isnan() if "N" not in options else x != 0
+                yield count(f"{options}, {function.__name__}, {each}", wrong, "wrong entries")
+    arguments = random_problem(0, **SIZES, **OPTIONS, **given)
     arguments["mask"] = torch.zeros_like(arguments["mask"])
     arguments["key"] = torch.full_like(arguments["key"], torch.nan)  # padding may hold anything
     for each, x in forward_and_backward(arguments).items():
-        wrong = (x != 0).sum().item()
-        comparisons.append(Comparison(f"no valid token, {each}", wrong, 0, "entries not 0"))
-    return Result(comparisons)
+        yield count(f"no valid token, {each}", x != 0, "entries not 0")
 
 
-def not_a_number(device: torch.device) -> Result:
+def not_a_number(device: torch.device) -> Iterator[Comparison]:
     """NaN and infinity in one batch item change no bit of the others."""
+    sizes = SIZES | {"B": 3, "H": 1, "Nq": 17}
     arguments = random_problem(
-        2,
-        **SIZES | {"B": 3, "H": 1, "Nq": 17},
-        per_sample=True,
-        token_mass=True,
-        dtype=torch.float32,
-        device=str(device),
+        2, **sizes, per_sample=True, token_mass=True, dtype=torch.float32, device=device
     )
-    grad_output = output_gradient(set_attention, arguments, 0)
-    clean = run(set_attention, arguments, grad_output)
-    comparisons = []
+    clean = forward_and_backward(arguments)
     for name in ("query", "key", "value", "reference"):
         for poison in (torch.nan, torch.inf):
             poisoned = arguments | {name: arguments[name].clone()}
             poisoned[name][1, 0].view(-1)[3] = poison
-            for each, x in run(set_attention, poisoned, grad_output).items():
+            for each, x in forward_and_backward(poisoned).items():
                 label = f"{poison} in {name}, {each}"
-                comparisons.append(identical(label, x[[0, 2]], clean[each][[0, 2]]))
-    return Result(comparisons)
+                yield identical(label, x[[0, 2]], clean[each][[0, 2]])
 
 
-def finite_differences(quick: bool, device: torch.device) -> Result:
+def finite_differences(quick: bool, device: torch.device) -> Iterator[Comparison]:
     """torch.autograd.gradcheck in float64; the second derivative along random directions."""
     options = OPTIONS | {"bandwidth": "learned", "P": 0, "epsilon": "learned"}
-    arguments = random_problem(
-        4, **SIZES | {"B": 1, "N": 4, "M": 3, "D": 2, "Dv": 1}, **options, device=str(device)
-    )
+    sizes = SIZES | {"B": 1, "N": 4, "M": 3, "D": 2, "Dv": 1}
+    arguments = random_problem(4, **sizes, **options, device=device)
     arguments["token_mass"] = arguments["token_mass"] + 0.1  # differences step below 0
-    comparisons = []
-    functions: tuple[Callable[..., Tensor], ...] = (set_attention, set_pooling)
-    for function in functions:
+
+    def of_tensors(function: Callable[..., Tensor], names: list[str], *tensors: Tensor) -> Tensor:
+        return call(function, arguments | dict(zip(names, tensors, strict=True)))
+
+    for function in (set_attention, set_pooling):
         names = [name for name in differentiable(arguments) if used(function, name)]
         tensors = [arguments[name].requires_grad_() for name in names]
-
-        def of_tensors(
-            *tensors: Tensor,
-            function: Callable[..., Tensor] = function,
-            names: list[str] = names,
-        ) -> Tensor:
-            return call(function, arguments | dict(zip(names, tensors, strict=True)))
-
+        checked = partial(of_tensors, function, names)
         # they raise, with both Jacobians, where they fail; second derivatives are torch's own
-        first = torch.autograd.gradcheck(of_tensors, tensors, fast_mode=quick)
-        second = torch.autograd.gradgradcheck(of_tensors, tensors, fast_mode=True, nondet_tol=1e-12)
-        for order, held in (("first", first), ("second", second)):
-            name = f"{function.__name__}, {order} derivative"
-            comparisons.append(Comparison(name, float(not held), 0))
-    return Result(comparisons)
+        first = torch.autograd.gradcheck(checked, tensors, fast_mode=quick)
+        second = torch.autograd.gradgradcheck(checked, tensors, fast_mode=True, nondet_tol=1e-12)
+        yield Comparison(f"{function.__name__}, first derivative", float(not first), 0)
+        yield Comparison(f"{function.__name__}, second derivative", float(not second), 0)
 
 
-def module(device: torch.device) -> Result:
+def module(device: torch.device) -> Iterator[Comparison]:
     """SetAttention, plain and under autocast: finite, and a gradient for every parameter."""
     torch.manual_seed(0)
     attention = SetAttention(16, num_heads=2, num_references=4, position_bandwidth=0.5).to(device)
     tokens = torch.randn(2, 15, 16, device=device)
     mask = torch.rand(2, 15, device=device) < 0.7
-    comparisons = []
     for autocast in (False, True):
         attention.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             output = attention(tokens, mask)
         output.float().square().mean().backward()
-        results = {"output": output}
-        results |= {name: x.grad for name, x in attention.named_parameters()}
-        for each, x in results.items():
+        gradients = {name: x.grad for name, x in attention.named_parameters()}
+        for each, x in {"output": output, **gradients}.items():
             name = f"{'autocast, ' if autocast else ''}{each}"
             wrong = 1 if x is None else (~x.isfinite()).sum().item()
-            comparisons.append(Comparison(name, wrong, 0, "entries missing or not finite"))
-    return Result(comparisons)
+            yield Comparison(name, wrong, 0, "entries missing or not finite")
 
 
-def wrong_arguments(device: torch.device) -> Result:
+def wrong_arguments(device: torch.device) -> Iterator[Comparison]:
     """A ValueError or TypeError that names the argument, before anything is launched."""
-    arguments = random_problem(0, **SIZES, **OPTIONS, dtype=torch.float32, device=str(device))
+    arguments = random_problem(0, **SIZES, **OPTIONS, dtype=torch.float32, device=device)
     wrong: dict[str, object] = {
         "value": arguments["value"][:, :, 1:],
         "reference": arguments["reference"].double(),
@@ -265,12 +235,10 @@ def wrong_arguments(device: torch.device) -> Result:
     }
     if device.type != "cpu":
         wrong["token_mass"] = arguments["token_mass"].cpu()
-    comparisons = []
     for name, x in wrong.items():
         message = "no error"
         try:
             call(set_attention, arguments | {name: x})
         except (ValueError, TypeError) as error:
             message = first_line(error)
-        comparisons.append(Comparison(name, float(f" {name} must be" not in message), 0, message))
-    return Result(comparisons)
+        yield Comparison(name, float(f" {name} must be" not in message), 0, message)

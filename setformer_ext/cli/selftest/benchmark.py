@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import reference, set_attention
 from ..timing import DTYPES, SHAPES, Shape, inputs, milliseconds, step
-from .outcome import SPEED, Result, Task, Timing
+from .outcome import SPEED, Task, Timing
 
 QUICK = {"small": Shape(1, 2, 49, 8, 8, 16)}
 ROUNDS = 7
@@ -45,7 +45,7 @@ def tasks(device: torch.device, quick: bool) -> list[Task]:
     ]
 
 
-def _measure(shape: Shape, dtype: str, gradient: bool, device: torch.device) -> Result:
+def _measure(shape: Shape, dtype: str, gradient: bool, device: torch.device) -> list[Timing]:
     """Medians over rounds, in each of which all competitors run in turn."""
     tensors = inputs(shape, dtype=DTYPES[dtype], device=device, gradient=gradient)
     steps = {}
@@ -63,6 +63,4 @@ def _measure(shape: Shape, dtype: str, gradient: bool, device: torch.device) -> 
         for name, call in steps.items():
             times[name] += milliseconds(call, device, CALLS)
     label = f"{shape}, {dtype}, forward{' + backward' if gradient else ''}"
-    return Result(
-        timings=[Timing(label, {name: statistics.median(x) for name, x in times.items()})]
-    )
+    return [Timing(label, {name: statistics.median(x) for name, x in times.items()})]

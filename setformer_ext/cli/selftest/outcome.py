@@ -1,11 +1,10 @@
 """A task of the selftest, and what came of it."""
 
-import dataclasses
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,12 +25,7 @@ class Timing:
     milliseconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a task returns."""
-
-    comparisons: list[Comparison] = field(default_factory=list)
-    timings: list[Timing] = field(default_factory=list)
+Check = Callable[[torch.device], Iterable[Comparison | Timing]]
 
 
 class Kernels(NamedTuple):
@@ -50,12 +44,12 @@ class Task:
     """A check or a measurement under a name of its own."""
 
     name: str
-    function: Callable[[torch.device], Result]
+    function: Check
     section: str = CHECKS
     smoke: Kernels | None = None  # what it alone runs, if it is a smoke check
     needs: tuple[torch.dtype, ...] = ()  # it calls set_attention in these types,
     backward: bool = True  # in both directions,
-    forward_only: Callable[[torch.device], Result] | None = None  # where it cannot do with this
+    forward_only: Check | None = None  # where it cannot do with this
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,8 @@ class Outcome:
     """What came of a task."""
 
     name: str
-    result: Result = Result()
+    comparisons: list[Comparison] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     skipped: str = ""  # why
     error: str = ""  # the end of a traceback, or how the process ended
     seconds: float = 0.0
@@ -86,23 +81,12 @@ class Outcome:
 
     @property
     def failures(self) -> list[Comparison]:
-        return [comparison for comparison in self.result.comparisons if not comparison.passed]
+        return [comparison for comparison in self.comparisons if not comparison.passed]
 
     @property
     def tightest(self) -> Comparison | None:
         """The comparison that failed by most, or came nearest to failing."""
-        return max(self.result.comparisons, key=lambda comparison: comparison.share, default=None)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Outcome":
-        result = Result(
-            [Comparison(**x) for x in fields["result"]["comparisons"]],
-            [Timing(**x) for x in fields["result"]["timings"]],
-        )
-        return cls(**fields | {"result": result})
+        return max(self.comparisons, key=lambda comparison: comparison.share, default=None)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -111,30 +95,31 @@ def short(dtype: torch.dtype) -> str:
 
 
 def execute(task: Task, device: torch.device, backward: bool = True) -> Outcome:
-    """Run the task, or what of it is forward only; what it raises becomes part of the outcome.
+    """Run the task, or what of it is forward only.
 
-    Waits for the device, so that no later task is blamed for this one's kernels.
+    What it raises becomes part of the outcome, beside what it had found before. Waits for the
+    device, so that no later task is blamed for this one's kernels.
     """
     start = time.perf_counter()
-    result, skipped, error = Result(), "", ""
+    found: list[Comparison | Timing] = []
+    skipped = error = ""
     function = task.function if backward else task.forward_only
     assert function is not None
     try:
-        result = function(device)
+        found += function(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except SkippedError as reason:
         skipped = str(reason)
     except Exception as exception:
         error = "".join(traceback.format_exception(exception, limit=-4)).rstrip()
-    seconds = time.perf_counter() - start
     return Outcome(
         task.name,
-        result,
+        [x for x in found if isinstance(x, Comparison)],
+        [x for x in found if isinstance(x, Timing)],
         skipped,
         error,
-        seconds,
-        task.section,
+        time.perf_counter() - start,
         lost=bool(error) and not works(device),
     )
 

@@ -37,7 +37,7 @@ def random_problem(
     P: int = 0,  # dimensions of the positions; 0: none
     normalize: bool = False,  # so that lengths, and outliers among them, matter
     dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
 ) -> Arguments:
     """Points of length about 1, a few coordinates ten times as large, masks with holes."""
     rng = generator(seed)
@@ -92,7 +92,10 @@ def random_problem(
 
 
 def move(
-    arguments: Arguments, *, dtype: torch.dtype | None = None, device: str | None = None
+    arguments: Arguments,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Arguments:
     """The problem in another type (masks stay bool) or on another device."""
     return {
@@ -112,45 +115,39 @@ def differentiable(arguments: Arguments) -> list[str]:
     ]
 
 
+def used(function: Callable[..., Tensor], name: str) -> bool:
+    """Whether set_attention, set_pooling or transport_plan takes this of a problem."""
+    if function.__name__ == "set_attention":
+        return True
+    return name not in QUERY_SIDE and (function.__name__ == "set_pooling" or name != "value")
+
+
 def call(function: Callable[..., Tensor], arguments: Arguments) -> Tensor:
-    """Hand set_attention, set_pooling or transport_plan what it takes of a problem."""
-    unused: set[str] = set()
-    if function.__name__ != "set_attention":
-        unused = unused | QUERY_SIDE
-    if function.__name__ == "transport_plan":
-        unused = unused | {"value"}
-    return function(**{name: x for name, x in arguments.items() if name not in unused})
+    """Hand the function what it takes of a problem."""
+    return function(**{name: x for name, x in arguments.items() if used(function, name)})
 
 
 def run(
     function: Callable[..., Tensor], arguments: Arguments, grad_output: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The output and, given its gradient, the gradient of every input: {name: tensor}."""
-    names = differentiable(arguments)
-    arguments = {
-        name: x.detach().requires_grad_(grad_output is not None) if name in names else x
-        for name, x in arguments.items()
+    leaves = {
+        name: arguments[name].detach().requires_grad_(grad_output is not None)
+        for name in differentiable(arguments)
+        if used(function, name)
     }
-    output = call(function, arguments)
+    output = call(function, arguments | leaves)
     results = {"output": output.detach()}
     if grad_output is not None:
-        names = [name for name in names if used(function, name)]
-        inputs = [arguments[name] for name in names]
         gradients = torch.autograd.grad(
-            output, inputs, grad_output, allow_unused=True, materialize_grads=True
+            output, list(leaves.values()), grad_output, allow_unused=True, materialize_grads=True
         )
         # torch 2.9 has materialized zeros require gradients themselves.
-        results |= {name: x.detach() for name, x in zip(names, gradients, strict=True)}
+        results |= {name: x.detach() for name, x in zip(leaves, gradients, strict=True)}
     return results
 
 
-def used(function: Callable[..., Tensor], name: str) -> bool:
-    if function.__name__ == "set_attention":
-        return True
-    return name not in QUERY_SIDE and (function.__name__ == "set_pooling" or name != "value")
-
-
-def output_gradient(function: Callable[..., Tensor], arguments: Arguments, seed: int) -> Tensor:
+def output_gradient(function: Callable[..., Tensor], arguments: Arguments) -> Tensor:
     """A random gradient of the output, in the problem's type."""
     key, value, query = arguments["key"], arguments["value"], arguments["query"]
     tokens = key if query is None else query
@@ -160,4 +157,4 @@ def output_gradient(function: Callable[..., Tensor], arguments: Arguments, seed:
         "set_pooling": (*key.shape[:2], M, value.shape[-1]),
         "transport_plan": (*key.shape[:3], M),
     }[function.__name__]
-    return torch.randn(shape, generator=generator(seed)).to(key)
+    return torch.randn(shape, generator=generator(0)).to(key)

@@ -4,57 +4,57 @@ A process that is killed while it waits for a GPU may stay until the GPU lets it
 """
 
 import contextlib
-import queue
 import signal
 import subprocess
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from multiprocessing import Pipe
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-SECONDS_TO_END = 5  # of a process that has closed its stdout
+SECONDS_TO_END = 5  # of a process that has closed its channel
 SECONDS_TO_DIE = 1  # of one that was killed
 SECONDS_TO_TELL = 2  # where it hangs: see faulthandler in worker.py
-MOST_OF_STDERR = 4000  # characters, the last ones
+MOST_WRITTEN = 4000  # characters, the last ones
 
 
 class Process:
-    """A process, its lines of stdout as they come and what it writes to stderr."""
+    """Another Python, which tells and is told through a channel, and what it writes.
 
-    def __init__(self, command: Sequence[str], folder: Path | None = None) -> None:
-        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            encoding="utf-8",
-            errors="replace",
+    It has this one's path: a source folder that it happens to be in is not this package. Its code
+    finds the channel, a `multiprocessing.connection.Connection`, under that name.
+    """
+
+    def __init__(self, code: str, *arguments: str, folder: Path | None = None) -> None:
+        self.channel, theirs = Pipe()
+        self._written = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        start = (
+            f"import sys; sys.path = {sys.path!r}; from multiprocessing.connection import "
+            f"Connection; channel = Connection({theirs.fileno()}); "
         )
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", start + code, *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=self._written,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+            )
 
-    def _read(self, stdout: IO[str]) -> None:
-        for line in stdout:
-            self._lines.put(line)
-        self._lines.put("")
+    def hear(self, seconds: float) -> Any:
+        """The next that it tells.
 
-    def line(self, seconds: float) -> str | None:
-        """The next line with its end; "" after the last, None if none came in time."""
+        Raises: TimeoutError if there is nothing in time, EOFError after the last.
+        """
         try:
-            return self._lines.get(timeout=max(seconds, 0))
-        except queue.Empty:
-            return None
-
-    def send(self, line: str) -> None:
-        """To its stdin; one that has gone is found out by `line`."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
+            if self.channel.poll(max(seconds, 0)):
+                return self.channel.recv()
+        except OSError:  # it has left within a message, or without having read all
+            raise EOFError from None
+        raise TimeoutError
 
     def status(self, seconds: float | None = None) -> int | None:
         """What it ended with; None if it still runs after so many seconds (SECONDS_TO_END)."""
@@ -63,29 +63,27 @@ class Process:
         except subprocess.TimeoutExpired:
             return None
 
-    def stderr(self) -> str:
-        """The end of what it has written there."""
-        self.errors.seek(0)
-        return self.errors.read()[-MOST_OF_STDERR:].strip()
+    def written(self) -> str:
+        """The end of what it has written to stdout and stderr."""
+        self._written.seek(0)
+        return self._written.read()[-MOST_WRITTEN:].strip()
 
     def stack(self) -> str:
-        """stderr() of a process that hangs, with where it does, if it can still tell."""
-        before = self.stderr()
+        """written() of a process that hangs, with where it does, if it can still tell."""
+        before = self.written()
         self.process.send_signal(signal.SIGUSR1)
         end = time.monotonic() + SECONDS_TO_TELL
-        while self.stderr() == before and time.monotonic() < end:
+        while self.written() == before and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(0.1)  # the rest of it
-        return self.stderr()
+        return self.written()
 
     def close(self) -> None:
         """Kill it; one that does not go is left behind."""
         self.process.kill()
         self.status(SECONDS_TO_DIE)
-        self.errors.close()
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # of what it has not read
-            self.process.stdin.close()
+        self.channel.close()
+        self._written.close()
 
 
 def output(command: Sequence[str], seconds: float) -> str:
@@ -93,12 +91,18 @@ def output(command: Sequence[str], seconds: float) -> str:
 
     Raises: OSError, TimeoutError.
     """
-    with contextlib.closing(Process(command)) as process:
-        end = time.monotonic() + seconds
-        lines = []
-        while line := process.line(end - time.monotonic()):
-            lines.append(line)
-        if line is None:
-            raise TimeoutError(f"no answer within {seconds:g} s")
-        process.status(SECONDS_TO_DIE)
-        return "".join(lines) + process.stderr()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+    )
+    try:
+        return "".join(process.communicate(timeout=seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=SECONDS_TO_DIE)
+        raise TimeoutError(f"no answer within {seconds:g} s") from None

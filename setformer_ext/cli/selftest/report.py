@@ -1,7 +1,13 @@
-"""The report: facts of the machine, a line a check, times, what failed, a verdict."""
+"""The report: facts of the machine, a line a check, times, what failed, a verdict; and as JSON."""
 
+import json
+import math
+import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +15,7 @@ from ...errors import first_line
 from .. import info
 from ..timing import why_no_cuda
 from .benchmark import COMPETITORS
-from .outcome import Outcome, Timing
+from .outcome import Outcome
 from .processes import output
 from .suite import Suite
 
@@ -66,7 +72,7 @@ def line(outcome: Outcome) -> str:
         of = lines[-1 if lines[0].startswith("Traceback") else 0][:MOST_OF_ERROR] + ", see below"
     elif tightest is not None:
         error = f"{100 * tightest.share:.2g}%"
-        of = f"{tightest.name} (of {len(outcome.result.comparisons)})"
+        of = f"{tightest.name} (of {len(outcome.comparisons)})"
     if outcome.note:
         of += f"; {outcome.note}"
     seconds = "" if outcome.not_run else f"{outcome.seconds:.1f}"
@@ -87,7 +93,7 @@ def failures(outcomes: Sequence[Outcome]) -> str:
 
 def times(outcomes: Sequence[Outcome]) -> str:
     """Medians, ours in milliseconds and the others as multiples of ours."""
-    timings = [timing for outcome in outcomes for timing in outcome.result.timings]
+    timings = [timing for outcome in outcomes for timing in outcome.timings]
     if not timings:
         return ""
     ours, *others = COMPETITORS
@@ -98,21 +104,12 @@ def times(outcomes: Sequence[Outcome]) -> str:
         layout.format("", ours, *others),
     ]
     for timing in timings:
-        lines.append(
-            layout.format(
-                timing.label,
-                f"{timing.milliseconds[ours]:.4g}",
-                *(_multiple(timing, name) for name in others),
-            )
-        )
+        found = timing.milliseconds
+        multiples = [
+            f"{found[name] / found[ours]:.2f}" if name in found else "failed" for name in others
+        ]
+        lines.append(layout.format(timing.label, f"{found[ours]:.4g}", *multiples))
     return "\n".join(lines)
-
-
-def _multiple(timing: Timing, name: str) -> str:
-    milliseconds = timing.milliseconds.get(name)
-    if milliseconds is None:
-        return "failed"
-    return f"{milliseconds / timing.milliseconds['setformer_ext']:.2f}"
 
 
 def verdict(outcomes: Sequence[Outcome], suite: Suite | None, seconds: float) -> str:
@@ -121,3 +118,43 @@ def verdict(outcomes: Sequence[Outcome], suite: Suite | None, seconds: float) ->
     passed = all(outcome.passed for outcome in outcomes) and (suite is None or suite.passed)
     of_suite = "" if suite is None else f"; {suite.verdict}"
     return f"{'PASSED' if passed else 'FAILED'}: {', '.join(count)} in {seconds:.0f} s{of_suite}"
+
+
+def path_beside(text: Path) -> Path:
+    """report.json for report.txt.
+
+    Raises: ValueError where the text itself has that name.
+    """
+    path = text.with_suffix(".json")
+    if path == text:
+        raise ValueError(
+            f"--output must be the text's name, beside which the JSON is written, got {text}: "
+            f"try {text.with_suffix('.txt')}"
+        )
+    return path
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """All of it, and whether it and each of its comparisons passed."""
+    fields = asdict(outcome) | {"status": outcome.status}
+    for comparison, x in zip(fields["comparisons"], outcome.comparisons, strict=True):
+        comparison["passed"] = x.passed
+    return fields
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Under another name first: whoever reads finds all of it.
+
+    Numbers that JSON has no word for are the strings nan, inf and -inf.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(_speakable(record), indent=1), encoding="utf-8")
+    part.replace(path)
+
+
+def _speakable(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _speakable(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [_speakable(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x

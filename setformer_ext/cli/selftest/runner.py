@@ -10,7 +10,7 @@ import torch
 
 from .outcome import SECTIONS, SMOKE, Kernels, Outcome, Task, execute, short
 from .tasks import SECONDS, all_tasks, deadline
-from .worker import Worker
+from .worker import LostError, Worker
 
 # Given up is what is left when so many seconds went into processes that were lost; and when one was
 # lost and nothing has passed in so many seconds since the first task began, or, where another task
@@ -114,11 +114,7 @@ class Experience:
     def broken(self, task: Task, direction: str) -> str:
         """That set_attention failed all smoke checks in this direction and a type of the task."""
         for dtype in task.needs:
-            raised = [
-                raised
-                for kernels, raised in self._raised.items()
-                if (kernels.dtype, kernels.direction) == (dtype, direction)
-            ]
+            raised = [x for kernels, x in self._raised.items() if kernels[1:] == (dtype, direction)]
             if raised and all(raised):
                 return f"all smoke checks of {short(dtype)}, {direction} failed"
         return ""
@@ -129,11 +125,10 @@ class Workers:
 
     def __init__(self, device: torch.device, quick: bool) -> None:
         self._device, self._quick = device, quick
-        self._names = [task.name for task in all_tasks(device, quick)]
         self._current: Worker | None = None
         self._next: Worker | None = None
         self._blocking = False
-        self._slowness = 1.0
+        self._slowness = 0.0  # of the first process: others are begun in advance
         self._why_none = ""
 
     def do(self, task: Task, backward: bool, most: float) -> Outcome:
@@ -147,32 +142,29 @@ class Workers:
         blocking = self._device.type == "cuda" and task.section == SMOKE
         if self._current is not None and blocking != self._blocking:
             self._drop()
-        worker = self._current or self._start(blocking, most)
-        if self._why_none:
-            error = worker.how_it_was_lost()
+        try:
+            worker = self._current or self._start(blocking, most)
+        except LostError as how:
+            self._why_none = f"no process could take {self._device}"
             self._drop()
-            return Outcome(task.name, error=f"{self._why_none}: {error}", lost=True)
+            return Outcome(task.name, error=f"{self._why_none}: {how}", lost=True)
         start = time.monotonic()
-        request = {"task": self._names.index(task.name), "backward": backward}
-        answer = worker.ask(request, min(limit * self._slowness, end - start))
-        if answer is not None:
-            outcome = Outcome.from_json(answer)
-        else:
-            outcome = Outcome(task.name, error=worker.how_it_was_lost(), lost=True)
+        seconds = min(limit * self._slowness, end - start)
+        outcome: Outcome
+        try:
+            outcome = worker.ask((task.name, backward), seconds)
+        except LostError as how:
+            outcome = Outcome(task.name, error=str(how), lost=True)
         if outcome.lost:
             self._drop()
             outcome = replace(outcome, seconds=time.monotonic() - start)
         return outcome
 
     def _start(self, blocking: bool, most: float) -> Worker:
-        first = self._next is None
         self._current = worker = self._next or Worker(self._device, self._quick)
         self._blocking, self._next = blocking, None
-        if not worker.take_device(blocking, most):
-            self._why_none = f"no process could take {self._device}"
-            return worker
-        if first:
-            self._slowness = worker.slowness
+        worker.take_device(blocking, most)
+        self._slowness = self._slowness or worker.slowness
         self._next = Worker(self._device, self._quick)
         return worker
 

@@ -1,12 +1,9 @@
 """The tests of a checkout, run by pytest on one device, in processes that may crash or hang."""
 
 import importlib.util
-import json
 import math
-import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -18,7 +15,6 @@ import torch
 from .outcome import CHECKS
 from .processes import SECONDS_TO_DIE, SECONDS_TO_END, Process
 from .tasks import deadline
-from .worker import MARK
 
 MOST_SECONDS = 1800.0
 # A process that is lost at the end, another that is begun and ended, the verdict.
@@ -48,7 +44,7 @@ class Suite:
     tests: dict[str, Test] = field(default_factory=dict)
     skipped: str = ""  # why
     error: str = ""  # why it did not come to its end
-    lost: int = 0  # processes
+    running: str = ""  # a test
 
     def count(self, outcome: str) -> int:
         return sum(test.outcome == outcome for test in self.tests.values())
@@ -72,6 +68,23 @@ class Suite:
         word = "passed" if self.passed else "FAILED" if self.count("failed") else "did not pass"
         return f"{name} {word}: {self.progress}{error}"
 
+    def take(self, event: dict[str, Any]) -> str:
+        """Something that pytest has told; returns the report of a test that failed."""
+        self.collected = max(self.collected, event.get("collected", 0))
+        self.running = event.get("running", self.running)
+        name = event.pop("test", "")
+        if not name:
+            return ""
+        before = self.tests.get(name)
+        if before is None or before.outcome == "passed":  # a later phase of it may fail
+            self.tests[name] = Test(**event)
+        return _failure(name, event["why"]) if event["outcome"] == "failed" else ""
+
+    def fail(self, why: str) -> str:
+        """The test that runs is lost; returns the report."""
+        self.tests[self.running] = Test("failed", 0.0, why)
+        return _failure(self.running, why)
+
     def to_json(self) -> dict[str, Any]:
         tests = {name: asdict(test) for name, test in self.tests.items()}
         facts = {"folder": str(self.folder), "device": str(self.device)}
@@ -94,100 +107,81 @@ def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
         yield suite.verdict
         return
     end = time.monotonic() + seconds
-    while True:
+    for _ in range(MOST_LOST_PROCESSES):
         with tempfile.NamedTemporaryFile("w", encoding="utf-8") as done:
             done.write("\n".join(suite.tests))
             done.flush()
-            with closing(Process(_command(suite.device, done.name), suite.folder)) as process:
+            with closing(_pytest(suite, done.name)) as process:
                 lost = yield from _follow(suite, process, end, seconds)
-        suite.lost += lost
-        if not lost or suite.error:
+        if not lost:
             break
-        if suite.lost == MOST_LOST_PROCESSES:
-            suite.error = f"{suite.lost} processes were lost"
-            break
+    else:
+        suite.error = f"{MOST_LOST_PROCESSES} processes were lost"
     skipped = [test.why for test in suite.tests.values() if test.outcome == "skipped"]
     for reason in sorted(set(skipped)):
         yield f"skipped {skipped.count(reason)}: {reason}"
     yield suite.verdict
 
 
-def _command(device: torch.device, done: str) -> list[str]:
-    # with this process's path, and the plugin's folder in it: its package needs all of torch
-    path = [*sys.path, str(Path(__file__).parent)]
+def _pytest(suite: Suite, done: str) -> Process:
+    # the plugin by its folder: its package needs all of torch
     code = (
-        "import os, sys; os.environ.pop('PYTEST_ADDOPTS', None); "
-        f"sys.path = {path!r}; import pytest; sys.exit(pytest.console_main())"
+        "import os; os.environ.pop('PYTEST_ADDOPTS', None); "
+        f"sys.path.append({str(Path(__file__).parent)!r}); "
+        "import pytest; sys.exit(pytest.console_main())"
     )
-    return [
-        *(sys.executable, "-c", code, "-q", "--tb=short", "--no-header", "--no-summary"),
+    options = [
+        *("-q", "--tb=short", "--no-header", "--no-summary"),
         *("-p", "no:cacheprovider", "-p", "suite_plugin", "."),
-        *(f"--selftest-device={device}", f"--selftest-done={done}"),
-        *(f"--selftest-mark={MARK}", f"--selftest-lost={LOST}"),
+        f"--selftest-device={suite.device}",
+        *(f"--selftest-done={done}", f"--selftest-lost={LOST}"),
     ]
+    return Process(code, *options, folder=suite.folder)
 
 
 def _follow(
     suite: Suite, process: Process, end: float, seconds: float
 ) -> Generator[str, None, bool]:
     """Whether the process was lost over a test, rather than came to its end."""
-    running, other = "", deque[str](maxlen=30)
+    suite.running = ""
     heard = told = recorded = time.monotonic()
-
-    def fail(text: str) -> str:
-        suite.tests[running] = Test("failed", 0.0, text)
-        return _failure(running, text)
-
     while True:
         now = time.monotonic()
+        # on a CPU nothing hangs for certain, and tests may take minutes
+        may_hang = suite.running and suite.device.type == "cuda"
+        limit = deadline(CHECKS, suite.device) if may_hang else math.inf
+        if now >= end:
+            during = f", during {suite.running}" if suite.running else ""
+            suite.error = f"ended after {seconds:.0f} s{during}"
+            return False
+        if now >= heard + limit:
+            yield suite.fail(f"hung for {limit:g} s\n{process.stack()}")
+            return True
         if now >= recorded + SECONDS_BETWEEN_RECORDS:
             recorded = now
             yield ""
-        # on a CPU nothing hangs for certain, and tests may take minutes
-        may_hang = running and suite.device.type == "cuda"
-        limit = deadline(CHECKS, suite.device) if may_hang else math.inf
-        line = process.line(min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now)
-        now = time.monotonic()
-        if now >= end:
-            during = f", during {running}" if running else ""
-            suite.error = f"ended after {seconds:.0f} s{during}"
-            return False
-        if line is None:
-            if now < heard + limit:
-                continue
-            yield fail(f"hung for {limit:g} s\n{process.stack()}")
-            return True
-        if not line:
-            break
-        heard = now
-        if not line.startswith(MARK):
-            if line.strip():
-                other.append(line.rstrip())
-            continue
-        event = json.loads(line.removeprefix(MARK))
-        suite.collected = max(suite.collected, event.get("collected", 0))
-        running = event.get("running", running)
-        if name := event.pop("test", ""):
-            before = suite.tests.get(name)
-            if before is None or before.outcome == "passed":  # a later phase of it may fail
-                suite.tests[name] = Test(**event)
-            if event["outcome"] == "failed":
-                yield _failure(name, event["why"])
         if now > told + SECONDS_BETWEEN_LINES:
             told = now
             yield suite.progress
+        try:
+            event = process.hear(min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now)
+        except TimeoutError:
+            continue
+        except EOFError:
+            break
+        heard = time.monotonic()
+        if failure := suite.take(event):
+            yield failure
     status = process.status()
-    if running and status == LOST:
-        if suite.tests.get(running, Test("passed", 0.0, "")).outcome == "passed":
-            yield fail("the GPU fails every call after it")
-        return True
-    if running:
-        yield fail(f"the process ended with status {status}\n{process.stderr()}")
-        return True
-    if status not in (0, 1):
+    if suite.running and status != LOST:
+        yield suite.fail(f"the process ended with status {status}\n{process.written()}")
+    elif suite.running:
+        if suite.tests.get(suite.running, Test("passed", 0.0, "")).outcome == "passed":
+            yield suite.fail("the GPU fails every call after it")
+    elif status not in (0, 1):
         suite.error = f"pytest ended with status {status}"
-        yield "\n".join([suite.error, *other, process.stderr()])
-    return False
+        yield f"{suite.error}\n{process.written()}"
+    return bool(suite.running)
 
 
 def _failure(name: str, text: str) -> str:

@@ -1,38 +1,28 @@
 """What pytest loads (-p) to run the tests of one device and to tell of each as it goes.
 
-Lines of JSON on the stdout that pytest was started with, whatever it captures. Imports nothing of
-this package: what cannot be imported is for the tests to tell.
+It tells through the channel of `processes.Process`, whose code is the main module. Imports nothing
+of this package: what cannot be imported is for the tests to tell.
 """
 
 import faulthandler
-import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-_stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
-_stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")
-_mark = ""
+from __main__ import channel
 
-
-def _tell(**event: Any) -> None:
-    # a line of its own: pytest does not end those that its dots are in
-    print("\n" + _mark + json.dumps(event), file=_stdout, flush=True)
+_stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")  # whatever pytest captures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--selftest-device", help="cpu or cuda:N")
     parser.addoption("--selftest-done", type=Path, help="a file of tests to leave out")
-    parser.addoption("--selftest-mark", help="begins the lines that are for suite.py")
     parser.addoption("--selftest-lost", type=int, help="the status where the GPU fails every call")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    global _mark
-    _mark = config.option.selftest_mark
+def pytest_configure() -> None:
     faulthandler.register(signal.SIGUSR1, file=_stderr)
 
 
@@ -47,22 +37,22 @@ def _is_for(item: pytest.Item, device: str) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     done = set(config.option.selftest_done.read_text(encoding="utf-8").splitlines())
     chosen = [item for item in items if _is_for(item, config.option.selftest_device)]
-    _tell(collected=len(chosen))
+    channel.send({"collected": len(chosen)})
     items[:] = [item for item in chosen if item.nodeid not in done]
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Files that cannot be imported, or leave themselves out."""
     if report.outcome != "passed":
-        _tell(test=report.nodeid, outcome=report.outcome, seconds=0.0, why=_why(report))
+        _tell(report, report.outcome, 0.0)
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    _tell(running=nodeid)
+    channel.send({"running": nodeid})
 
 
 def pytest_runtest_logfinish() -> None:
-    _tell(running="")
+    channel.send({"running": ""})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -70,7 +60,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if hasattr(report, "wasxfail") and outcome == "skipped":
         outcome = "passed"  # it fails as it is expected to
     if report.when == "call" or outcome != "passed":
-        _tell(test=report.nodeid, outcome=outcome, seconds=report.duration, why=_why(report))
+        _tell(report, outcome, report.duration)
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
@@ -89,8 +79,9 @@ def works(device: str) -> bool:
     return works(torch.device(device))
 
 
-def _why(report: pytest.CollectReport | pytest.TestReport) -> str:
-    """Why it was skipped, or the end of how it failed."""
+def _tell(report: pytest.CollectReport | pytest.TestReport, outcome: str, seconds: float) -> None:
+    """And why it was skipped, or the end of how it failed."""
+    why = report.longreprtext[-3000:]
     if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
-        return str(report.longrepr[2]).removeprefix("Skipped: ")
-    return report.longreprtext[-3000:]
+        why = str(report.longrepr[2]).removeprefix("Skipped: ")
+    channel.send({"test": report.nodeid, "outcome": outcome, "seconds": seconds, "why": why})

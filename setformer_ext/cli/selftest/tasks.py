@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 
 from ..._C import build_info
-from . import behaviour_checks, benchmark, cuda_checks, definition_checks, smoke_checks
+from . import behaviour_checks, benchmark, cuda_checks, definition_checks
 from .outcome import CHECKS, SECTIONS, SMOKE, SPEED, Task
 
 # On a GPU whose code is in the build. What takes longest is the definition on the CPU.
@@ -20,7 +20,7 @@ def all_tasks(
 ) -> list[Task]:
     """Every task of the sections for this device, the same list in every process."""
     tasks = [
-        *smoke_checks.tasks(),
+        *definition_checks.smoke_tasks(),
         *benchmark.tasks(device, quick),
         *definition_checks.tasks(quick),
         *behaviour_checks.tasks(quick),

@@ -55,7 +55,6 @@ def compare_with_definition(
     arguments: Arguments,
     *,
     backward: bool = True,
-    seed: int = 0,
     more_noise: dict[str, float] | None = None,
     approximate: bool | None = None,
 ) -> list[Comparison]:
@@ -71,7 +70,7 @@ def compare_with_definition(
     if approximate is None:
         approximate = arguments["key"].is_cuda
     plain = getattr(definition, function.__name__)
-    grad_output = output_gradient(function, arguments, seed) if backward else None
+    grad_output = output_gradient(function, arguments) if backward else None
 
     def in_type(dtype: torch.dtype) -> dict[str, Tensor]:
         upstream = None if grad_output is None else grad_output.to("cpu", dtype)
