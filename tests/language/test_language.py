@@ -334,6 +334,12 @@ def test_softmax_attention_has_no_options() -> None:
         config(attention="softmax", attention_options={"epsilon": 0.1})
 
 
+@pytest.mark.parametrize("kind", HEADS[1:])
+def test_dropout_before_the_classes_may_be_other_than_the_encoders(kind: type[nn.Module]) -> None:
+    assert make(kind).dropout.p == 0.1
+    assert make(kind, classifier_dropout=0.0).dropout.p == 0
+
+
 def test_bad_inputs_are_named() -> None:
     model = make(max_position_embeddings=6)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
