@@ -21,6 +21,7 @@ from .encoder import SetformerModel, SetformerPreTrainedModel
 from .masks import valid_tokens
 
 IGNORED = -100  # the label of what has no part in a loss, as all of transformers has it
+Answer = tuple[Tensor, Tensor | None]  # logits, and given labels the loss
 
 
 class _WithHead(SetformerPreTrainedModel):
@@ -54,9 +55,9 @@ class _WithHead(SetformerPreTrainedModel):
     def answer(
         self,
         x: Tensor,  # [B, N, C]
-        attention_mask: Tensor | None,  # [B, N]
+        mask: Tensor | None,  # [B, N]
         labels: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Answer:
         """Logits and loss of the encoded tokens."""
         raise NotImplementedError
 
@@ -84,9 +85,7 @@ class SetformerForMaskedLM(_WithHead):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.decoder = new_embeddings
 
-    def answer(
-        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def answer(self, x: Tensor, mask: Tensor | None, labels: Tensor | None) -> Answer:
         if labels is not None and self.config.sparse_prediction:
             wanted = labels != IGNORED
             x, labels = x[wanted], labels[wanted]
@@ -114,10 +113,8 @@ class SetformerForSequenceClassification(_WithHead):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def answer(
-        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        logits = self.classifier(self.dropout(self.head(self._pool(x, attention_mask))))
+    def answer(self, x: Tensor, mask: Tensor | None, labels: Tensor | None) -> Answer:
+        logits = self.classifier(self.dropout(self.head(self._pool(x, mask))))
         return logits, None if labels is None else self._loss(logits, labels)
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C] -> [B, C]
@@ -158,9 +155,7 @@ class SetformerForTokenClassification(_WithHead):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def answer(
-        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def answer(self, x: Tensor, mask: Tensor | None, labels: Tensor | None) -> Answer:
         logits = self.classifier(self.dropout(x))
         return logits, None if labels is None else _cross_entropy(logits, labels)
 

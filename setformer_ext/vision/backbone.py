@@ -233,15 +233,11 @@ class Setformer(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, SetAttention | SoftmaxAttention | MeanAttention):
         module.reset_parameters()
-    elif isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        if module.groups > 1:  # added to its input, which should come through at the start
-            trunc_normal_(module.weight, std=0.02)
-        else:
+    elif isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        else:  # a depthwise one too: added to its input, which should come through at the start
+            trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
