@@ -49,12 +49,6 @@ AUTO = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def config(**options: Any) -> SetformerConfig:
     return SetformerConfig(**{**TINY, **options})
 
