@@ -63,7 +63,7 @@ def distill_attention(
     losses = []
     for layer in layers:  # no checkpoint has what comes now
         layer.stored = False
-    with _evaluating(model), _thawed(parameters), torch.compiler.set_stance("force_eager"):
+    with _learning(model, parameters), torch.compiler.set_stance("force_eager"):
         if initialize:
             _start_from_queries(model, batches)
         for batch in islice(_endlessly(batches), steps):
@@ -193,25 +193,20 @@ def _endlessly(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 @contextmanager
-def _thawed(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Trained for a while, whether or not they are trained otherwise; without old gradients."""
-    trained = [parameter.requires_grad for parameter in parameters]
+def _learning(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """In evaluation mode, with these parameters trained and without old gradients.
+
+    Afterwards every module has the mode that it had, and what was frozen is frozen again.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
+        model.eval()
         for parameter in parameters:
             parameter.requires_grad_(True).grad = None
         yield
     finally:
-        for parameter, requires_grad in zip(parameters, trained, strict=True):
-            parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and afterwards every module in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
         for module, training in modes:
             module.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
