@@ -58,93 +58,65 @@ class SetformerConfig(PreTrainedConfig):
 
     model_type = "setformer"
 
-    def __init__(
-        self,
-        vocab_size: int = 30522,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        intermediate_size: int | None = None,
-        num_references: int = 32,
-        attention: str = "set",
-        attention_options: dict[str, Any] | None = None,
-        conv_kernel_size: int = 5,
-        max_position_embeddings: int | None = None,
-        type_vocab_size: int = 2,
-        hidden_act: str = "gelu",
-        hidden_dropout_prob: float = 0.1,
-        classifier_dropout: float | None = None,
-        classifier_pooling: str = "mean",
-        sparse_prediction: bool = False,
-        initializer_range: float = 0.02,
-        layer_norm_eps: float = 1e-5,
-        pad_token_id: int | None = 0,
-        tie_word_embeddings: bool = True,
-        **options: Any,
-    ) -> None:
-        counts = {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "num_references": num_references,
-            "type_vocab_size": type_vocab_size,
-        }
-        for name, count in counts.items():
-            _require(is_integer(count) and count >= 1, name, "an int >= 1", count)
-        _require(
-            hidden_size % num_attention_heads == 0,
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    num_references: int = 32
+    attention: str = "set"
+    attention_options: dict[str, Any] | None = None
+    conv_kernel_size: int = 5
+    max_position_embeddings: int | None = None
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    classifier_pooling: str = "mean"
+    sparse_prediction: bool = False
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **options: Any) -> None:
+        for name in (
+            "vocab_size",
             "hidden_size",
-            f"a multiple of num_attention_heads={num_attention_heads}",
-            hidden_size,
-        )
-        known = attention in ATTENTIONS
-        _require(known, "attention", f"of {', '.join(ATTENTIONS)}", attention)
-        if attention != "set":
-            _require(not attention_options, "attention_options", "None", attention_options)
-        width, positions = conv_kernel_size, max_position_embeddings
-        _require(
-            is_integer(width) and (width == 0 or (width > 0 and width % 2 == 1)),
-            "conv_kernel_size",
-            "an odd int, or 0",
-            width,
-        )
-        _require(
-            positions is None or (is_integer(positions) and positions >= 1),
-            "max_position_embeddings",
-            "an int >= 1, or None",
-            positions,
-        )
-        _require(hidden_act in ACT2FN, "hidden_act", "a name that transformers knows", hidden_act)
-        rates = {
-            "hidden_dropout_prob": hidden_dropout_prob,
-            "classifier_dropout": classifier_dropout,
-        }
-        for name, rate in rates.items():
-            _require(rate is None or (is_number(rate) and 0 <= rate < 1), name, "in [0, 1)", rate)
-        _require(
-            classifier_pooling in ("mean", "cls"),
-            "classifier_pooling",
-            "'mean' or 'cls'",
-            classifier_pooling,
-        )
-        for name, count in counts.items():
-            setattr(self, name, count)
-        self.intermediate_size = int(intermediate_size or 4 * hidden_size)
-        self.attention = attention
-        self.attention_options = attention_options
-        self.conv_kernel_size = conv_kernel_size
-        self.max_position_embeddings = max_position_embeddings
-        self.hidden_act = hidden_act
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.classifier_dropout = classifier_dropout
-        self.classifier_pooling = classifier_pooling
-        self.sparse_prediction = sparse_prediction
-        self.initializer_range = initializer_range
-        self.layer_norm_eps = layer_norm_eps
-        self.pad_token_id = pad_token_id
-        self.tie_word_embeddings = tie_word_embeddings
-        super().__init__(**options)
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_references",
+            "type_vocab_size",
+        ):
+            self._require(name, "an int >= 1", _is_count(getattr(self, name)))
+        heads = self.num_attention_heads
+        expected = f"a multiple of num_attention_heads={heads}"
+        self._require("hidden_size", expected, self.hidden_size % heads == 0)
+        self._require("attention", f"of {', '.join(ATTENTIONS)}", self.attention in ATTENTIONS)
+        if self.attention != "set":
+            self._require("attention_options", "None", not self.attention_options)
+        width, longest = self.conv_kernel_size, self.max_position_embeddings
+        odd = _is_count(width) and width % 2 == 1
+        none = is_integer(width) and width == 0
+        self._require("conv_kernel_size", "an odd int, or 0", odd or none)
+        expected = "an int >= 1, or None"
+        self._require("max_position_embeddings", expected, longest is None or _is_count(longest))
+        known = self.hidden_act in ACT2FN
+        self._require("hidden_act", "a name that transformers knows", known)
+        for name in ("hidden_dropout_prob", "classifier_dropout"):
+            rate = getattr(self, name)
+            valid = rate is None or (is_number(rate) and 0 <= rate < 1)
+            self._require(name, "in [0, 1)", valid)
+        pooling = self.classifier_pooling in ("mean", "cls")
+        self._require("classifier_pooling", "'mean' or 'cls'", pooling)
+        self.intermediate_size = int(self.intermediate_size or 4 * self.hidden_size)
+        super().__post_init__(**options)
+        self.validate()
+
+    def _require(self, name: str, expected: str, valid: bool) -> None:
+        if not valid:
+            got = getattr(self, name)
+            raise ValueError(f"SetformerConfig: {name} must be {expected}, got {got!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, _for_json(value))
@@ -157,6 +129,5 @@ def _for_json(value: Any) -> Any:
     return int(value) if is_integer(value) else float(value) if is_number(value) else value
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"SetformerConfig: {name} must be {expected}, got {got!r}")
+def _is_count(value: object) -> bool:
+    return is_integer(value) and value >= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from .references import References
 
 Batch = Mapping[str, Tensor]
-# Called with a module's References, their arguments and the outputs of softmax attention.
-Observer = Callable[[References, tuple[Any, ...], Tensor], None]
+# A module's References, the arguments of their forward, and the outputs of softmax attention.
+Call = tuple[References, tuple[Any, ...], Tensor]
 
 _QUERIES_PER_REFERENCE = 32  # that are clustered
 _CLUSTERING_STEPS = 8
@@ -63,7 +63,7 @@ def distill_attention(
     losses = []
     for layer in layers:  # no checkpoint has what comes now
         layer.stored = False
-    with _evaluating(model), _thawed(parameters), torch.compiler.set_stance("force_eager"):
+    with _learning(model, parameters), torch.compiler.set_stance("force_eager"):
         if initialize:
             _start_from_queries(model, batches)
         for batch in islice(_endlessly(batches), steps):
@@ -81,15 +81,11 @@ def distill_attention(
 
 def _error(model: nn.Module, batch: Batch) -> Tensor:
     errors = []
-
-    def compare(references: References, arguments: tuple[Any, ...], target: Tensor) -> None:
+    for references, arguments, target in _softmax_calls(model, batch):
         target = target.float()
         norm = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
-        with torch.enable_grad():
-            output = references.forward(*arguments).float()
-            errors.append((output - target).square().sum() / norm)
-
-    _observe_softmax(model, batch, compare)
+        output = references.forward(*arguments).float()
+        errors.append((output - target).square().sum() / norm)
     return torch.stack(errors).mean()
 
 
@@ -101,15 +97,13 @@ def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
         wanted = _QUERIES_PER_REFERENCE * references.reference.shape[1]
         return wanted - sum(map(len, queries[references]))
 
-    def collect(references: References, arguments: tuple[Any, ...], _: Tensor) -> None:
-        query, mask = arguments[0].transpose(1, 2), arguments[3]  # [B, N, H, D], [B, N]
-        valid = query.flatten(0, 1) if mask is None else query[mask]
-        queries.setdefault(references, [])
-        chosen = torch.randperm(len(valid))[: missing(references)]
-        queries[references].append(valid[chosen])
-
     for batch in batches:
-        _observe_softmax(model, batch, collect)
+        for references, (heads, _, _, mask, _), _ in _softmax_calls(model, batch):
+            query = heads.transpose(1, 2)  # [B, N, H, D]
+            valid = query.flatten(0, 1) if mask is None else query[mask]
+            queries.setdefault(references, [])
+            chosen = torch.randperm(len(valid))[: missing(references)]
+            queries[references].append(valid[chosen])
         if not any(map(missing, queries)):
             break
     for layer, points in (queries or {layer: [] for layer in _layers(model)}).items():
@@ -139,21 +133,19 @@ def _centres(points: Tensor, count: int) -> Tensor:  # [H, P, D] -> [H, M, D]
     return centres
 
 
-def _observe_softmax(model: nn.Module, batch: Batch, observe: Observer) -> None:
-    """Run the model with softmax attention, and show an observer every attention module's."""
-    calls = 0
+@torch.no_grad()
+def _softmax_calls(model: nn.Module, batch: Batch) -> list[Call]:
+    """Run the model with softmax attention, and tell of every call of its attention modules."""
+    calls: list[Call] = []
 
     def replace(references: References, arguments: tuple[Any, ...], _: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
         softmax = _softmax_attention(*arguments)
-        observe(references, arguments, softmax)
+        calls.append((references, arguments, softmax))
         return softmax
 
     handles = [layer.register_forward_hook(replace) for layer in _layers(model)]
     try:
-        with torch.no_grad():
-            model(**batch)
+        model(**batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -162,6 +154,7 @@ def _observe_softmax(model: nn.Module, batch: Batch, observe: Observer) -> None:
             "distill_attention: the model must have attn_implementation='set_attention', but its "
             "references were not called; switch it by model.set_attn_implementation"
         )
+    return calls
 
 
 def _softmax_attention(
@@ -200,25 +193,20 @@ def _endlessly(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 @contextmanager
-def _thawed(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Trained for a while, whether or not they are trained otherwise; without old gradients."""
-    trained = [parameter.requires_grad for parameter in parameters]
+def _learning(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """In evaluation mode, with these parameters trained and without old gradients.
+
+    Afterwards every module has the mode that it had, and what was frozen is frozen again.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
+        model.eval()
         for parameter in parameters:
             parameter.requires_grad_(True).grad = None
         yield
     finally:
-        for parameter, requires_grad in zip(parameters, trained, strict=True):
-            parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and afterwards every module in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
         for module, training in modes:
             module.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)

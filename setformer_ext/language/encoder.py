@@ -94,10 +94,9 @@ class SetformerLayer(GradientCheckpointingLayer):
             self.attention_norm = nn.LayerNorm(width, config.layer_norm_eps)
             self.attention = attention
         self.mlp_norm = nn.LayerNorm(width, config.layer_norm_eps)
+        hidden: Any = config.intermediate_size  # an int, whatever was given
         self.mlp = nn.Sequential(
-            nn.Linear(width, config.intermediate_size),
-            ACT2FN[config.hidden_act],
-            nn.Linear(config.intermediate_size, width),
+            nn.Linear(width, hidden), ACT2FN[config.hidden_act], nn.Linear(hidden, width)
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -116,6 +115,7 @@ class SetformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "setformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SetformerLayer"]
+    _input_embed_layer = "word_embeddings"  # of SetformerModel.embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TokenConvolution):  # added to its input, which should come through
@@ -153,12 +153,6 @@ class SetformerModel(SetformerPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(

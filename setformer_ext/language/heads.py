@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -20,23 +21,7 @@ from .encoder import SetformerModel, SetformerPreTrainedModel
 from .masks import valid_tokens
 
 IGNORED = -100  # the label of what has no part in a loss, as all of transformers has it
-
-
-class PredictionHead(nn.Module):
-    """Linear, activation and norm, before the last layer of a task.
-
-    Shape:
-        [..., C] to [..., C].
-    """
-
-    def __init__(self, config: SetformerConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.activation(self.dense(x)))
+Answer = tuple[Tensor, Tensor | None]  # logits, and given labels the loss
 
 
 class _WithHead(SetformerPreTrainedModel):
@@ -70,9 +55,9 @@ class _WithHead(SetformerPreTrainedModel):
     def answer(
         self,
         x: Tensor,  # [B, N, C]
-        attention_mask: Tensor | None,  # [B, N]
+        mask: Tensor | None,  # [B, N]
         labels: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Answer:
         """Logits and loss of the encoded tokens."""
         raise NotImplementedError
 
@@ -90,7 +75,7 @@ class SetformerForMaskedLM(_WithHead):
 
     def __init__(self, config: SetformerConfig) -> None:
         super().__init__(config)
-        self.head = PredictionHead(config)
+        self.head = _prediction_head(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -100,9 +85,7 @@ class SetformerForMaskedLM(_WithHead):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.decoder = new_embeddings
 
-    def answer(
-        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def answer(self, x: Tensor, mask: Tensor | None, labels: Tensor | None) -> Answer:
         if labels is not None and self.config.sparse_prediction:
             wanted = labels != IGNORED
             x, labels = x[wanted], labels[wanted]
@@ -125,15 +108,13 @@ class SetformerForSequenceClassification(_WithHead):
     def __init__(self, config: SetformerConfig) -> None:
         super().__init__(config)
         self.num_labels: int = config.num_labels or 2
-        self.head = PredictionHead(config)
+        self.head = _prediction_head(config)
         self.dropout = _classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def answer(
-        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        logits = self.classifier(self.dropout(self.head(self._pool(x, attention_mask))))
+    def answer(self, x: Tensor, mask: Tensor | None, labels: Tensor | None) -> Answer:
+        logits = self.classifier(self.dropout(self.head(self._pool(x, mask))))
         return logits, None if labels is None else self._loss(logits, labels)
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C] -> [B, C]
@@ -174,11 +155,20 @@ class SetformerForTokenClassification(_WithHead):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def answer(
-        self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def answer(self, x: Tensor, mask: Tensor | None, labels: Tensor | None) -> Answer:
         logits = self.classifier(self.dropout(x))
         return logits, None if labels is None else _cross_entropy(logits, labels)
+
+
+def _prediction_head(config: SetformerConfig) -> nn.Module:  # [..., C] -> [..., C]
+    """Linear, activation and norm, before the last layer of a task."""
+    return nn.Sequential(
+        OrderedDict(
+            dense=nn.Linear(config.hidden_size, config.hidden_size),
+            activation=ACT2FN[config.hidden_act],
+            norm=nn.LayerNorm(config.hidden_size, config.layer_norm_eps),
+        )
+    )
 
 
 def _classifier_dropout(config: SetformerConfig) -> nn.Dropout:

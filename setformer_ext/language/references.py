@@ -72,11 +72,10 @@ class References(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, count, least in (
-            ("num_references", num_references, 1),
-            ("iterations", iterations, 0),
-        ):
-            _require(is_integer(count) and count >= least, name, f"an int >= {least}", count)
+        known = is_integer(num_references) and num_references >= 1
+        _require(known, "num_references", "an int >= 1", num_references)
+        known = is_integer(iterations) and iterations >= 0
+        _require(known, "iterations", "an int >= 0", iterations)
         _require(
             epsilon is None or (is_number(epsilon) and 0 < epsilon < math.inf),
             "epsilon",
@@ -156,12 +155,15 @@ class References(nn.Module):
     def _transport(self, key: Tensor, mask: Tensor | None, scaling: float) -> dict[str, Any]:
         """The arguments of transport_plan, which set_attention has as well."""
         epsilon = 1 / scaling if self.epsilon is None else self.epsilon
+        logits, reference_mass = self.reference_log_mass, None
+        if logits is not None:
+            reference_mass = _softmax(logits) * logits.shape[1]  # b_j, [H, M], 1 on average
         return {
             "key": key,
             "reference": self.reference.to(key.dtype),
             "mask": mask,
             "token_mass": self._token_mass(key, mask, epsilon),
-            "reference_mass": self._reference_mass(),
+            "reference_mass": reference_mass,
             "kernel": "linear",
             "epsilon": epsilon,
             "iterations": self.iterations,
@@ -200,12 +202,6 @@ class References(nn.Module):
         if mask is not None:
             logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(logits.dtype).min)
         return _softmax(logits) * key.shape[2]
-
-    def _reference_mass(self) -> Tensor | None:
-        """b_j, [H, M], 1 on average."""
-        if self.reference_log_mass is None:
-            return None
-        return _softmax(self.reference_log_mass) * self.reference_log_mass.shape[1]
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:

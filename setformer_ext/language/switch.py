@@ -69,13 +69,21 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, padding_mask)
     # transformers has no hook for an attention implementation with parameters of its own.
-    for method, wrap in (
-        ("post_init", _attach_before),
-        ("set_attn_implementation", _attach_after),
-        ("_initialize_weights", _initialize_references),
-        ("save_pretrained", _save_own_options),
-    ):
-        setattr(PreTrainedModel, method, wrap(getattr(PreTrainedModel, method)))
+    _extend("post_init", _attach_first)
+    _extend("set_attn_implementation", _switch)
+    _extend("_initialize_weights", _initialize_references)
+    _extend("save_pretrained", _save_own_options)
+
+
+def _extend(name: str, extended: Callable) -> None:
+    """Put in place of every model's method one that gets the known method before its arguments."""
+    known = getattr(PreTrainedModel, name)
+
+    @functools.wraps(known)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return extended(known, *args, **kwargs)
+
+    setattr(PreTrainedModel, name, method)
 
 
 def attention_forward(
@@ -164,72 +172,62 @@ def padding_mask(
     return attention_mask
 
 
-def _attach_before(post_init: Callable) -> Callable:
+def _attach_first(post_init: Callable, model: PreTrainedModel) -> None:
     """References exist before weights are initialised or, by from_pretrained, loaded."""
-
-    @functools.wraps(post_init)
-    def wrapped(self: PreTrainedModel) -> None:
-        _attach(self)
-        post_init(self)
-
-    return wrapped
+    _attach(model)
+    post_init(model)
 
 
-def _attach_after(set_attn_implementation: Callable) -> Callable:
+def _switch(
+    set_attn_implementation: Callable,
+    model: PreTrainedModel,
+    attn_implementation: Any,
+    *args: Any,
+    **more: Any,
+) -> None:
     """A model that is switched gets references where it has none yet; a refused one stays."""
-
-    @functools.wraps(set_attn_implementation)
-    def wrapped(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
-        before = [(model.config, model.config._attn_implementation) for model in models]
-        set_attn_implementation(self, attn_implementation, *args, **kwargs)
-        try:
-            if attn_implementation == NAME != self.config._attn_implementation:
-                raise _not_recognised(self)
-            _attach(self)
-        except ValueError:
-            for config, implementation in before:
-                config._attn_implementation_internal = implementation
-            raise
-
-    return wrapped
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [(module.config, module.config._attn_implementation) for module in models]
+    set_attn_implementation(model, attn_implementation, *args, **more)
+    try:
+        if attn_implementation == NAME != model.config._attn_implementation:
+            raise _not_recognised(model)
+        _attach(model)
+    except ValueError:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        raise
 
 
-def _initialize_references(initialize_weights: Callable) -> Callable:
+def _initialize_references(
+    initialize_weights: Callable, model: PreTrainedModel, module: nn.Module, *args: Any, **more: Any
+) -> None:
     """Models know how to initialise their own modules only."""
-
-    @functools.wraps(initialize_weights)
-    def wrapped(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        done = getattr(module, "_is_hf_initialized", False)
-        initialize_weights(self, module, *args, **kwargs)
-        if isinstance(module, References) and not done:
-            # transformers guards torch.nn.init while it initialises: what was loaded stays.
-            module.reset_parameters()
-            loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters())
-            module.stored = all(loaded)
-
-    return wrapped
+    done = getattr(module, "_is_hf_initialized", False)
+    initialize_weights(model, module, *args, **more)
+    if isinstance(module, References) and not done:
+        # transformers guards torch.nn.init while it initialises: what was loaded stays.
+        module.reset_parameters()
+        loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters())
+        module.stored = all(loaded)
 
 
-def _save_own_options(save_pretrained: Callable) -> Callable:
+def _save_own_options(
+    save_pretrained: Callable, model: PreTrainedModel, *args: Any, **more: Any
+) -> Any:
     """A checkpoint says of its references what they are, or it could not be loaded."""
-
-    @functools.wraps(save_pretrained)
-    def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        for module in filter(_is_attention, self.modules()):
-            config: Any = module.config
-            for references in _own_references(module):
-                own, said = references.options, getattr(config, NAME, None)
-                if said != own:  # an error would lose what was trained
-                    warnings.warn(
-                        f"config.set_attention: saved as {own}, which the references have, "
-                        f"not as {said}",
-                        stacklevel=2,
-                    )
-                config.set_attention = own
-        return save_pretrained(self, *args, **kwargs)
-
-    return wrapped
+    for module in filter(_is_attention, model.modules()):
+        config: Any = module.config
+        for references in _own_references(module):
+            own, said = references.options, getattr(config, NAME, None)
+            if said != own:  # an error would lose what was trained
+                warnings.warn(
+                    f"config.set_attention: saved as {own}, which the references have, "
+                    f"not as {said}",
+                    stacklevel=3,
+                )
+            config.set_attention = own
+    return save_pretrained(model, *args, **more)
 
 
 def _attach(model: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 from torch import nn
 from transformers import Trainer
@@ -16,16 +15,12 @@ def respect_no_weight_decay() -> None:
 
     By itself it goes by names and types of layers, and has no hook for anything else.
     """
-    Trainer.get_decay_parameter_names = _without_exempt(Trainer.get_decay_parameter_names)  # type: ignore[method-assign, assignment]
+    known = Trainer.get_decay_parameter_names
 
-
-def _without_exempt(
-    get_decay_parameter_names: Callable[[Trainer, nn.Module], list[str]],
-) -> Callable[[Trainer, nn.Module], list[str]]:
-    @functools.wraps(get_decay_parameter_names)
-    def wrapped(self: Trainer, model: nn.Module) -> list[str]:
+    @functools.wraps(known)
+    def without_exempt(self: Trainer, model: nn.Module) -> list[str]:
         exempt = undecayed(model)
         left_out = {name for name, parameter in model.named_parameters() if id(parameter) in exempt}
-        return [n for n in get_decay_parameter_names(self, model) if n not in left_out]
+        return [name for name in known(self, model) if name not in left_out]
 
-    return wrapped
+    Trainer.get_decay_parameter_names = without_exempt  # type: ignore[method-assign]

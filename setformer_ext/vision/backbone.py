@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    LayerNorm2d,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    trunc_normal_,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..controls import ATTENTIONS, MeanAttention, SoftmaxAttention, make_attention
 from ..modules import SetAttention
-from .blocks import Stage, TokenEmbedding
+from .blocks import EPSILON, Block, Stage, TokenEmbedding
 
 HEAD_DIM = 32
 STRIDES = (4, 8, 16, 32)
@@ -102,28 +107,19 @@ class Setformer(nn.Module):
         ]
 
         options = ATTENTION_OPTIONS | (attention_options or {})
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
-        def of_stage(stage: int) -> nn.Module | None:
+        def blocks(stage: int) -> Iterator[Block]:
             dim, references = dims[stage], num_references[stage]
-            return make_attention(attention, dim, dim // HEAD_DIM, references, options)
+            for rate in rates[stage]:
+                made = make_attention(attention, dim, dim // HEAD_DIM, references, options)
+                yield Block(dim, made, mlp_ratio, rate, layer_scale)
 
         self.stem = TokenEmbedding(in_chans, dims[0])
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential(
-            *(
-                Stage(
-                    dims[max(i - 1, 0)],
-                    dims[i],
-                    downsample=i > 0,
-                    drop_path=rates[i],
-                    make_attention=partial(of_stage, i),
-                    mlp_ratio=mlp_ratio,
-                    layer_scale=layer_scale,
-                )
-                for i in range(4)
-            )
+            *(Stage(dims[i - 1] if i else None, dims[i], blocks(i)) for i in range(4))
         )
-        self.norm: nn.Module = nn.LayerNorm(dims[-1])
+        self.norm: nn.Module = LayerNorm2d(dims[-1], EPSILON)
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate
         )
@@ -197,11 +193,11 @@ class Setformer(nn.Module):
         for i, stage in enumerate(self.stages[: last_wanted + 1] if stop_early else self.stages):
             x = stage(x)
             if i in wanted:
-                intermediates.append(self._norm(x) if norm and i == last else x)
+                intermediates.append(self.norm(x) if norm and i == last else x)
         if intermediates_only:
             return intermediates
         if i == last:
-            x = self._norm(x)
+            x = self.norm(x)
         return x, intermediates
 
     def prune_intermediate_layers(
@@ -224,7 +220,7 @@ class Setformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:  # -> [B, C, H / 32, W / 32]
         """The normed tokens of the last stage."""
-        return self._norm(self.stages(self.stem(x)))
+        return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The classifier on ``forward_features``; with ``pre_logits`` only its pooling."""
@@ -233,22 +229,15 @@ class Setformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, in_chans, H, W] -> [B, num_classes]
         return self.forward_head(self.forward_features(x))
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, SetAttention | SoftmaxAttention | MeanAttention):
         module.reset_parameters()
-    elif isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        if module.groups > 1:  # added to its input, which should come through at the start
-            trunc_normal_(module.weight, std=0.02)
-        else:
+    elif isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        else:  # a depthwise one too: added to its input, which should come through at the start
+            trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -6,12 +6,15 @@ is contiguous: convolutions take the one and norms, attention and MLP the other,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerNorm2d, LayerScale
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+EPSILON = 1e-5  # of all norms: torch's default, while LayerNorm2d has another
 
 
 class TokenEmbedding(nn.Module):
@@ -31,34 +34,17 @@ class TokenEmbedding(nn.Module):
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, dim // 2, 3, stride=2, padding=1)
-        self.norm1 = nn.LayerNorm(dim // 2)
+        self.norm1 = LayerNorm2d(dim // 2, EPSILON)
         self.activation = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm2d(dim, EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[2] < 1 or x.shape[3] < 1:
             expected = f"[B, {self.conv1.in_channels}, H, W] with H, W >= 1"
             raise ValueError(f"Setformer: images must be {expected}, got {list(x.shape)}")
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
-        x = self.conv2(self.activation(_over_channels(self.norm1, x)))
-        return _over_channels(self.norm2, x)
-
-
-class Downsample(nn.Module):
-    """Norm, then a 3 x 3 convolution of stride 2.
-
-    Shape:
-        [B, dim, H, W] to [B, out_dim, ceil(H / 2), ceil(W / 2)].
-    """
-
-    def __init__(self, dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(_over_channels(self.norm, x))
+        return self.norm2(self.conv2(self.activation(self.norm1(x))))
 
 
 class Block(nn.Module):
@@ -99,59 +85,43 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.position(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.attends:
-            x = x + self.drop_path(self.attention_scale(self._attend(self.attention_norm(x))))
+            grid = (x.shape[1], x.shape[2])
+            tokens = self.attention_norm(x).flatten(1, 2)
+            attended = self.attention(tokens, grid=grid).unflatten(1, grid)
+            x = x + self.drop_path(self.attention_scale(attended))
         return x + self.drop_path(self.mlp_scale(self.mlp(self.mlp_norm(x))))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        grid = (x.shape[1], x.shape[2])
-        return self.attention(x.flatten(1, 2), grid=grid).unflatten(1, grid)
 
 
 class Stage(nn.Module):
     """Downsampling, in all stages but the first, and then the blocks at that stride.
 
     Args:
-        in_dim: width of the incoming tokens.
+        in_dim: width of the incoming tokens, which the downsampling norms and halves the grid of;
+            None for no downsampling.
         dim: width C of this stage.
-        downsample: halve the grid first.
-        drop_path: one rate for each block.
-        make_attention: gives the attention of one block.
-        mlp_ratio, layer_scale: see :class:`Block`.
+        blocks: of images of tokens [B, H, W, C], made after the downsampling.
 
     Shape:
-        [B, in_dim, H, W] to [B, C, H, W], or to [B, C, ceil(H / 2), ceil(W / 2)].
+        [B, in_dim, H, W] to [B, C, ceil(H / 2), ceil(W / 2)], or [B, C, H, W] to the same.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        *,
-        downsample: bool,
-        drop_path: list[float],
-        make_attention: Callable[[], nn.Module | None],
-        mlp_ratio: float,
-        layer_scale: float | None,
-    ) -> None:
+    def __init__(self, in_dim: int | None, dim: int, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = Downsample(in_dim, dim) if downsample else nn.Identity()
-        self.blocks = nn.Sequential(
-            *(Block(dim, make_attention(), mlp_ratio, rate, layer_scale) for rate in drop_path)
-        )
+        self.downsample: nn.Module = nn.Identity()
+        if in_dim is not None:
+            norm = LayerNorm2d(in_dim, EPSILON)
+            conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
+            self.downsample = nn.Sequential(OrderedDict(norm=norm, conv=conv))
+        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint_seq(self.blocks, x, use_reentrant=False)
+        else:
+            x = self.blocks(x)
         return x.permute(0, 3, 1, 2)
-
-
-def _over_channels(norm: nn.LayerNorm, x: Tensor) -> Tensor:  # [B, C, H, W]
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _layer_scale(dim: int, initial: float | None) -> nn.Module:

@@ -161,21 +161,20 @@ def retinanet(
     The anchors of a level have the size given for it, times 1, 2^(1/3) and 2^(2/3).
     """
     _require_known(RetinaNet, options)
-    sizes = [[round(size * 2 ** (i / 3)) for i in range(3)] for size in _five(anchor_sizes)]
+    anchors = _anchors(anchor_sizes, per_octave=3)
     body = make_body(backbone, **(backbone_options or {}))
     top = LastLevelP6P7(pyramid_channels, pyramid_channels)
     norm_layer = _group_norm if group_norm else None
-    pyramid = Pyramid(body, top, pyramid_channels, 1, norm_layer)
     model = RetinaNet(
-        pyramid,
+        Pyramid(body, top, pyramid_channels, 1, norm_layer),
         num_classes + 1,  # labels start at 1 in all these detectors; class 0 stays empty
-        anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
+        anchor_generator=anchors,
         **{**_normalisation(body), **options},
     )
     model.transform = _resizing(model.transform)
     if group_norm:
-        anchors = model.anchor_generator.num_anchors_per_location()[0]
-        model.head = RetinaNetHead(pyramid_channels, anchors, num_classes + 1, _group_norm)
+        count = model.anchor_generator.num_anchors_per_location()[0]
+        model.head = RetinaNetHead(pyramid_channels, count, num_classes + 1, _group_norm)
     model.head.classification_head.register_forward_hook(_without_background)
     model.head.register_forward_hook(_to_float32)
     return model
@@ -212,14 +211,16 @@ def _rcnn(
     options: Mapping[str, Any],
 ) -> Any:
     _require_known(kind, options)
-    if group_norm:
-        options = {"box_head": _box_head(pyramid_channels), **options}
     norm_layer = _group_norm if group_norm else None
-    sizes = [[size] for size in _five(anchor_sizes)]
+    if group_norm:
+        # As in torchvision's second version, but for the kind of norm and as wide as the pyramid.
+        width = pyramid_channels
+        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer)
+        options = {"box_head": head, **options}
     model = kind(
         Pyramid(body, LastLevelMaxPool(), pyramid_channels, norm_layer=norm_layer),
         num_classes + 1,
-        rpn_anchor_generator=AnchorGenerator(sizes, [ASPECT_RATIOS] * 5),
+        rpn_anchor_generator=_anchors(anchor_sizes),
         **{**_normalisation(body), **options},
     )
     model.transform = _resizing(model.transform)
@@ -251,11 +252,6 @@ def _resizing(known: Any) -> Resizing:
     return Resizing(known.min_size, known.max_size, known.image_mean, known.image_std)
 
 
-def _box_head(channels: int) -> nn.Module:
-    """As in torchvision's second version, but for the kind of norm and as wide as the pyramid."""
-    return FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024], _group_norm)
-
-
 def _group_norm(channels: int) -> nn.GroupNorm:
     """In groups of 8 channels, as 32 groups of 256 are."""
     return nn.GroupNorm(channels // math.gcd(channels, 8), channels)
@@ -267,12 +263,15 @@ def _require_known(kind: type[Any], options: Mapping[str, Any]) -> None:
         raise TypeError(f"{kind.__name__}: unexpected keyword argument {name!r}")
 
 
-def _five(anchor_sizes: Sequence[int]) -> Sequence[int]:
+def _anchors(anchor_sizes: Sequence[int], per_octave: int = 1) -> AnchorGenerator:
+    """Of so many sizes in the octave that starts with a level's own."""
     if len(anchor_sizes) != 5:
         raise ValueError(
             f"anchor_sizes: expected five, one for each level of the pyramid, got {anchor_sizes}"
         )
-    return anchor_sizes
+    factors = [2 ** (i / per_octave) for i in range(per_octave)]
+    sizes = [[round(size * factor) for factor in factors] for size in anchor_sizes]
+    return AnchorGenerator(sizes, [ASPECT_RATIOS] * 5)
 
 
 def _normalisation(body: nn.Module) -> dict[str, Any]:

@@ -19,23 +19,24 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "url": "",  # no weights are published
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "mit",
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": {
+            "url": "",  # no weights are published
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stem.conv1",
+            "classifier": "head.fc",
+            "license": "mit",
+        }
+        for name in SIZES
     }
-
-
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in SIZES})
+)
 
 
 def _create(name: str, pretrained: bool, **options: Any) -> Setformer:

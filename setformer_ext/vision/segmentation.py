@@ -57,11 +57,8 @@ class Segmenter(nn.Module):
         model = DECODERS[decoder](
             f"tu-{backbone}", encoder_weights=None, classes=num_classes, **options
         )
-        self.encoder, self.decoder, self.head = (
-            model.encoder,
-            model.decoder,
-            model.segmentation_head,
-        )
+        self.encoder, self.decoder = model.encoder, model.decoder
+        self.head = model.segmentation_head
         # Stages of pre-norm blocks end in sums that nothing has normed; only UPerNet norms them.
         self.norms = nn.ModuleList(
             LayerNorm2d(channels) if channels and decoder != "upernet" else nn.Identity()

@@ -5,20 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from setformer_ext.language import distill_attention
 from setformer_ext.language.references import References
 from switched import formula, inputs, make, references
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
 
 
 def recorded_attention(model: Any, batch: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:

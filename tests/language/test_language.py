@@ -49,12 +49,6 @@ AUTO = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def config(**options: Any) -> SetformerConfig:
     return SetformerConfig(**{**TINY, **options})
 
@@ -332,6 +326,12 @@ def test_integer_masks_may_be_additive() -> None:
 def test_softmax_attention_has_no_options() -> None:
     with pytest.raises(ValueError, match="attention_options must be None"):
         config(attention="softmax", attention_options={"epsilon": 0.1})
+
+
+@pytest.mark.parametrize("kind", HEADS[1:])
+def test_dropout_before_the_classes_may_be_other_than_the_encoders(kind: type[nn.Module]) -> None:
+    assert make(kind).dropout.p == 0.1
+    assert make(kind, classifier_dropout=0.0).dropout.p == 0
 
 
 def test_bad_inputs_are_named() -> None:

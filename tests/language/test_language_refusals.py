@@ -11,13 +11,6 @@ from setformer_ext.language.switch import attention_forward
 from switched import CAUSAL, CONFIGS, NAME, TEXT, attention_module, inputs, make, references
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-
-
 def refused(*words: str) -> Any:
     return pytest.raises(ValueError, match=".*".join(["set_attention: ", *words]))
 

@@ -33,13 +33,6 @@ from switched import (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-
-
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize("epsilon", [None, 0.7])
 @pytest.mark.parametrize("padded", [False, True])

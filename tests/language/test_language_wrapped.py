@@ -28,13 +28,6 @@ LORAS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-
-
 def lora(model: nn.Module, **options: Any) -> Any:
     config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query", "value"], **options)
     return get_peft_model(model, config)

@@ -36,12 +36,6 @@ SMALL = {
 IMAGES = [(61, 83), (97, 50)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def images() -> list[Tensor]:
     return [torch.rand(3, *size) for size in IMAGES]
 

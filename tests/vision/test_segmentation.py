@@ -25,12 +25,6 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def make(decoder: str) -> Segmenter:
     return Segmenter("setformer_mini", 5, decoder, TINY, NARROW[decoder])
 

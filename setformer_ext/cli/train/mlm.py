@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 from functools import partial
 from pathlib import Path
@@ -201,7 +200,7 @@ class Mlm(Task):
             words = 1 + max(self.tokenizer.get_vocab().values())
             start: dict[str, Any] = {**SIZES[options.model], "vocab_size": words}
         else:
-            names = inspect.signature(SetformerConfig).parameters
+            names = SetformerConfig.__annotations__  # without those of every configuration
             start = {n: value for n, value in self.pretrained.to_dict().items() if n in names}
         self.model_options = {
             **start,

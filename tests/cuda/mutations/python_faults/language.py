@@ -43,9 +43,9 @@ LANGUAGE = (
     ),
     Fault(
         "dropout of 0 before a classifier becomes that of the encoder",
-        "language/configuration.py",
-        "self.classifier_dropout = classifier_dropout\n",
-        "self.classifier_dropout = classifier_dropout or hidden_dropout_prob\n",
+        "language/heads.py",
+        "config.hidden_dropout_prob if rate is None else rate",
+        "rate or config.hidden_dropout_prob",
     ),
     Fault(
         "sequence that is all padding is valid where others of its batch are not",
