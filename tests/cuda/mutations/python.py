@@ -66,7 +66,7 @@ def find(area: str, fault: Seeded, quick: bool) -> Finding:
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
         file = package / fault.file
         file.write_text(fault.apply(file.read_text(encoding="utf-8")), encoding="utf-8")
-        # What an emulated device computes is a matter of the kernels, whose faults have a table too.
+        # What an emulated device computes is the kernels' matter, whose faults have a table too.
         chosen = ["-k", "not emulated", *(["-m", "not slow"] if quick else [])]
         command = [sys.executable, "-m", "pytest", "--exitfirst", "--quiet", "-rfE", *chosen]
         try:
