@@ -18,6 +18,7 @@ SPEAKING = {
     "CheckpointError",
     "DataError",
     "KeyError",
+    "LostError",
     "SavedError",
     "SkippedError",
     "TrainingError",
