@@ -4,10 +4,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "dlpack.h"
 #include "set_attention.h"
@@ -34,21 +34,26 @@ inline std::string class_name(const py::object& object) {
   return py::str(py::type::handle_of(object).attr("__name__"));
 }
 
-// A dimension's letter and, where it is fixed already, its size.
+// A dimension's letter and its size; -1 until the first array that has it fixes it.
 struct Dimension {
   const char* letter;
   int64_t size = -1;
 };
-using Shape = std::vector<Dimension>;
+using Shape = std::initializer_list<Dimension*>;
 
-inline std::string describe(const Shape& shape) {
-  std::string text = "[";
-  for (const Dimension& dimension : shape) {
-    if (text.size() > 1) text += ", ";
-    text += dimension.letter;
-    if (dimension.size >= 0) text += "=" + std::to_string(dimension.size);
-  }
-  return text + "]";
+// "[a, b]", each item as `text` puts it.
+template <class Item, class Text>
+std::string listed(const Item* items, size_t count, Text text) {
+  std::string result;
+  for (size_t i = 0; i < count; ++i) result += (i > 0 ? ", " : "") + text(items[i]);
+  return "[" + result + "]";
+}
+
+inline std::string describe(Shape shape) {
+  return listed(shape.begin(), shape.size(), [](const Dimension* dimension) {
+    const std::string letter = dimension->letter;
+    return dimension->size < 0 ? letter : letter + "=" + std::to_string(dimension->size);
+  });
 }
 
 // In a build for tests, where the CUDA kernels run on the CPU, the host's memory is that of the
@@ -71,9 +76,8 @@ class Array {
     capsule_ = object;
     if (!PyCapsule_CheckExact(object.ptr())) {
       if (!py::hasattr(object, "__dlpack__")) {
-        throw py::type_error(label() +
-                             " must be an array with __dlpack__ (NumPy, torch, ...), got " +
-                             class_name(object));
+        refuse<py::type_error>("must be an array with __dlpack__ (NumPy, torch, ...), got " +
+                               class_name(object));
       }
       capsule_ = export_capsule(object, stream);
     }
@@ -97,62 +101,46 @@ class Array {
   dlpack::DataType type() const { return tensor_->dtype; }
   dlpack::Device device() const { return memory_of(tensor_->device); }
 
-  // Throws unless the array has one of these shapes.
-  const Array& expect_shape(const std::vector<Shape>& shapes) const {
-    for (const Shape& shape : shapes) {
-      bool fits = rank() == int(shape.size());
-      for (int i = 0; fits && i < rank(); ++i) {
-        fits = shape[i].size < 0 || shape[i].size == size(i);
-      }
-      if (fits) return *this;
+  // Throws unless the array has this shape or, if there is one, the other. Fixes its dimensions.
+  const Array& expect_shape(Shape shape, Shape other = {}) const {
+    for (const Shape& candidate : {shape, other}) {
+      if (!fits(candidate)) continue;
+      for (int i = 0; i < rank(); ++i) candidate.begin()[i]->size = size(i);
+      return *this;
     }
-    std::string expected;
-    for (const Shape& shape : shapes)
-      expected += (expected.empty() ? "" : " or ") + describe(shape);
-    Shape given;
-    std::vector<std::string> sizes;
-    for (int i = 0; i < rank(); ++i) sizes.push_back(std::to_string(size(i)));
-    for (const std::string& size : sizes) given.push_back({size.c_str()});
-    throw py::value_error(label() + " must be " + expected + ", got " + describe(given));
+    const auto number = [](int64_t size) { return std::to_string(size); };
+    refuse("must be " + describe(shape) + (other.size() > 0 ? " or " + describe(other) : "") +
+           ", got " + listed(tensor_->shape, size_t(rank()), number));
   }
 
   const Array& expect_type(dlpack::DataType expected) const {
     if (type().code != expected.code || type().bits != expected.bits || type().lanes != 1) {
-      throw py::type_error(label() + " must be " + type_name(expected) + ", got " +
-                           type_name(type()));
+      refuse<py::type_error>("must be " + type_name(expected) + ", got " + type_name(type()));
     }
     return *this;
   }
 
   const Array& expect_device(dlpack::Device expected) const {
     if (device().type != expected.type || device().id != expected.id) {
-      throw py::value_error(label() + " must be on the key's device, " + device_name(expected) +
-                            ", got " + device_name(device()) + ": move one to the other");
+      refuse("must be on the key's device, " + device_name(expected) + ", got " +
+             device_name(device()) + ": move one to the other");
     }
     return *this;
   }
 
-  bool has_elements() const {
-    for (int i = 0; i < rank(); ++i) {
-      if (size(i) == 0) return false;
-    }
-    return true;
-  }
-
   const Array& expect_host_memory() const {
     if (tensor_->device.type != dlpack::kCpu) {
-      throw py::value_error(label() + " must be in the memory of the CPU, got " +
-                            device_name(tensor_->device));
+      refuse("must be in the memory of the CPU, got " + device_name(tensor_->device));
     }
     return *this;
   }
 
   const Array& expect_writable() const {
-    if (read_only_) throw py::value_error(label() + " must be writable, got a read-only array");
+    if (read_only_) refuse("must be writable, got a read-only array");
     if (!has_elements()) return *this;  // NumPy gives such arrays strides of 0
-    for (int i = 0; tensor_->strides != nullptr && i < rank(); ++i) {
-      if (size(i) > 1 && tensor_->strides[i] == 0) {
-        throw py::value_error(label() + " must hold every element once, got an expanded array");
+    for (int i = 0; i < rank(); ++i) {
+      if (size(i) > 1 && stride(i, 1) == 0) {
+        refuse("must hold every element once, got an expanded array");
       }
     }
     return *this;
@@ -163,9 +151,7 @@ class Array {
     int64_t stride = 1;
     if (!has_elements()) return *this;
     for (int i = rank() - 1; i >= 0; --i) {
-      if (size(i) > 1 && tensor_->strides != nullptr && tensor_->strides[i] != stride) {
-        throw py::value_error(label() + " must be contiguous");
-      }
+      if (size(i) > 1 && this->stride(i, stride) != stride) refuse("must be contiguous");
       stride *= size(i);
     }
     return *this;
@@ -181,14 +167,25 @@ class Array {
     if (view.data == nullptr) view.data = &nothing;
     uint64_t stride = 1;  // may overflow, in arrays without elements
     for (int i = rank() - 1; i >= 0; --i) {
-      view.stride[i + dimensions - rank()] =
-          tensor_->strides == nullptr ? int64_t(stride) : tensor_->strides[i];
+      view.stride[i + dimensions - rank()] = this->stride(i, int64_t(stride));
       stride *= uint64_t(size(i));
     }
     return view;
   }
 
  private:
+  bool fits(Shape shape) const {
+    const int64_t* const sizes = tensor_->shape;
+    return shape.size() > 0 &&
+           std::equal(shape.begin(), shape.end(), sizes, sizes + rank(),
+                      [](const Dimension* d, int64_t n) { return d->size < 0 || d->size == n; });
+  }
+  // Of a dimension that has this stride in a contiguous array.
+  int64_t stride(int dimension, int64_t contiguous) const {
+    return tensor_->strides == nullptr ? contiguous : tensor_->strides[dimension];
+  }
+  bool has_elements() const { return std::count(tensor_->shape, tensor_->shape + rank(), 0) == 0; }
+
   // The device whose kernels can use the memory.
   static dlpack::Device memory_of(dlpack::Device device) {
     if (emulated_device() && device.type == dlpack::kCpu) return {dlpack::kCuda, 0};
@@ -218,8 +215,10 @@ class Array {
     }
   }
 
-  // How errors begin.
-  std::string label() const { return std::string(function_) + ": " + name_; }
+  template <class Error = py::value_error>
+  [[noreturn]] void refuse(const std::string& why) const {
+    throw Error(std::string(function_) + ": " + name_ + " " + why);
+  }
 
   const char* function_ = "";
   const char* name_ = "";

@@ -5,6 +5,7 @@
 
 #include "build_info.h"
 #include "call.h"
+#include "cpu/kernels.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "nvtx.h"
@@ -21,23 +22,22 @@ class Workspace {
  public:
   Workspace(const Call& call, const py::object& allocate, int64_t bytes) {
     if (bytes == 0) return;
-    const std::string function = call.function();
     if (!PyCallable_Check(allocate.ptr())) {
-      throw py::type_error(function +
-                           ": workspace must be a function that takes a number of bytes and "
-                           "returns a uint8 array of that size on " +
-                           device_name(call.device()) + ", got " + class_name(allocate));
+      call.refuse_type(
+          "workspace must be a function that takes a number of bytes and returns a uint8 array of "
+          "that size on " +
+          device_name(call.device()) + ", got " + class_name(allocate));
     }
     const int64_t with_room_to_align = bytes + kWorkspaceAlignment - 1;
     array_ = call.array_of("workspace", allocate(with_room_to_align));
-    if (!array_.given())
-      throw py::type_error(function + ": workspace must return an array, got None");
+    if (!array_.given()) call.refuse_type("workspace must return an array, got None");
     array_.expect_device(call.device())
         .expect_type({dlpack::kUInt, 8, 1})
         .expect_contiguous()
         .expect_writable();
     if (array_.rank() != 1 || array_.size(0) < with_room_to_align) {
-      array_.expect_shape({{{"bytes", with_room_to_align}}});
+      Dimension size{"bytes", with_room_to_align};
+      array_.expect_shape({&size});
     }
     const auto start = reinterpret_cast<uintptr_t>(array_.view(1).data);
     start_ = reinterpret_cast<void*>((start + kWorkspaceAlignment - 1) / kWorkspaceAlignment *
@@ -50,15 +50,21 @@ class Workspace {
   void* start_ = nullptr;
 };
 
+// The entry points of forward or of backward.
 template <class Params>
-void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params& p) {
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = kernel(p);
-  }
-  PythonRanks::rethrow(p);
-  const std::string function = call.function();
+struct Operation {
+  const char* name;
+  Status (*on_cpu)(const Params&);
+  cuda::Result (*on_cuda)(const Params&, void* workspace, int device, void* stream);
+  int64_t (*workspace)(const Params&);  // of CUDA, in bytes
+};
+constexpr Operation<ForwardParams> kForward{"set_attention_forward", cpu::set_attention_forward,
+                                            cuda::set_attention_forward, cuda::forward_workspace};
+constexpr Operation<BackwardParams> kBackward{"set_attention_backward", cpu::set_attention_backward,
+                                              cuda::set_attention_backward,
+                                              cuda::backward_workspace};
+
+void check_status(const std::string& function, Status status) {
   switch (status) {
     case Status::kOk:
       return;
@@ -82,6 +88,17 @@ void run_on_cpu(const Call& call, Status (*kernel)(const Params&), const Params&
   }
 }
 
+template <class Params>
+void run_on_cpu(const Operation<Params>& operation, const Params& p) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = operation.on_cpu(p);
+  }
+  PythonRanks::rethrow(p);
+  check_status(operation.name, status);
+}
+
 // What to do about an error that CUDA knows by this name.
 std::string advice(const std::string& error) {
   if (error == "cudaErrorNoKernelImageForDevice") {
@@ -101,69 +118,54 @@ std::string advice(const std::string& error) {
 }
 
 void check_limit(const Call& call, const char* what, int64_t size, int64_t most) {
-  require(size <= most, call.function(),
-          std::string(what) + " must be at most " + std::to_string(most) + " on CUDA, got " +
-              std::to_string(size) + "; the CPU takes any size");
+  call.require(size <= most, std::string(what) + " must be at most " + std::to_string(most) +
+                                 " on CUDA, got " + std::to_string(size) +
+                                 "; the CPU takes any size");
 }
 
-// launch(device, stream) -> cuda::Result
-template <class Launch>
-void run_on_cuda(const Call& call, const ForwardParams& p, const Launch& launch) {
+template <class Params>
+void run_on_cuda(const Operation<Params>& operation, const Params& p, const Call& call,
+                 const py::object& allocate) {
+  const Workspace workspace(call, allocate, operation.workspace(p));
   check_limit(call, "D, the depth of key,", p.depth, cuda::kMostDepth);
   check_limit(call, "Dv, the depth of value,", p.value_depth, cuda::kMostValueDepth);
   check_limit(call, "M, the number of references,", p.references, cuda::kMostReferences);
   cuda::Result result;
   {
     py::gil_scoped_release release;
-    result = launch(int(call.device().id), call.stream());
+    result = operation.on_cuda(p, workspace.start(), int(call.device().id), call.stream());
   }
   PythonRanks::rethrow(p);
   if (result.error == 0) return;
   const std::string name = cuda::error_name(result.error);
-  throw std::runtime_error(std::string(call.function()) + ": " + result.kernel + " failed on " +
+  throw std::runtime_error(std::string(operation.name) + ": " + result.kernel + " failed on " +
                            device_name(call.device()) + ": " + name + ": " +
                            cuda::error_message(result.error) + "; " + advice(name));
 }
 
-void forward(const std::string& kernel, double position_bandwidth, int64_t iterations,
-             bool normalize, uintptr_t stream, const py::object& workspace, const py::object& merge,
-             const py::kwargs& arrays) {
-  Call call("set_attention_forward", arrays, stream);
-  ForwardParams p;
-  call.read_problem(p, kernel, position_bandwidth, iterations, normalize);
-  call.read_query(p);
-  call.read_value(p);
-  call.read_forward_results(p, true);
-  call.finish();
-  const PythonRanks ranks(call, merge, p);
-  const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_forward, p);
-  const Workspace memory(call, workspace, cuda::forward_workspace(p));
-  run_on_cuda(call, p, [&](int device, void* stream) {
-    return cuda::set_attention_forward(p, memory.start(), device, stream);
-  });
-}
-
-void backward(const std::string& kernel, double position_bandwidth, int64_t iterations,
-              bool normalize, uintptr_t stream, const py::object& workspace,
-              const py::object& merge, const py::kwargs& arrays) {
-  Call call("set_attention_backward", arrays, stream);
-  BackwardParams p;
-  call.read_problem(p, kernel, position_bandwidth, iterations, normalize);
-  call.read_query(p);
-  call.read_value(p);
-  call.read_forward_results(p, false);
-  call.read_gradients(p);
-  call.finish();
-  require(!p.distribute == (p.grad_output.data == nullptr), call.function(),
-          "output and grad_output must be given together");
-  const PythonRanks ranks(call, merge, p);
-  const nvtx::Range range(call.function(), p);
-  if (!call.on_cuda()) return run_on_cpu(call, cpu::set_attention_backward, p);
-  const Workspace memory(call, workspace, cuda::backward_workspace(p));
-  run_on_cuda(call, p, [&](int device, void* stream) {
-    return cuda::set_attention_backward(p, memory.start(), device, stream);
-  });
+template <class Params>
+void define(py::module_& module, const Operation<Params>& operation, const char* about) {
+  const auto call = [&operation](const std::string& kernel, double position_bandwidth,
+                                 int64_t iterations, bool normalize, uintptr_t stream,
+                                 const py::object& workspace, const py::object& merge,
+                                 const py::kwargs& arrays) {
+    Call call(operation.name, arrays, stream);
+    Params p;
+    call.read_options(p, kernel, position_bandwidth, iterations, normalize);
+    call.read(p);
+    call.finish();
+    const PythonRanks ranks(call, merge, p);
+    const nvtx::Range range(operation.name, p);
+    if (call.on_cuda()) {
+      run_on_cuda(operation, p, call, workspace);
+    } else {
+      run_on_cpu(operation, p);
+    }
+  };
+  module.def(operation.name, call, py::arg("kernel") = "gaussian",
+             py::arg("position_bandwidth") = 1.0, py::arg("iterations") = 1,
+             py::arg("normalize") = false, py::arg("stream") = 0, py::arg("workspace") = py::none(),
+             py::arg("merge") = py::none(), about);
 }
 
 // The module's docstring.
@@ -234,14 +236,9 @@ its head. A failing launch raises RuntimeError.
 PYBIND11_MODULE(_C, m) {
   using namespace setformer;
   m.doc() = kAbout;
-  const auto define = [&m](const char* name, auto function, const char* about) {
-    m.def(name, function, py::arg("kernel") = "gaussian", py::arg("position_bandwidth") = 1.0,
-          py::arg("iterations") = 1, py::arg("normalize") = false, py::arg("stream") = 0,
-          py::arg("workspace") = py::none(), py::arg("merge") = py::none(), about);
-  };
-  define("set_attention_forward", &forward,
+  define(m, kForward,
          "Writes output, pooled, rows and columns; see the module's docstring for the arrays.");
-  define("set_attention_backward", &backward,
+  define(m, kBackward,
          "Takes what forward took and wrote, with grad_output [B, H, Nq or N, Dv] (storage) and\n"
          "grad_pooled [B, H, M, Dv] (accumulate, optional); writes grad_query, grad_key,\n"
          "grad_value (storage), grad_reference [B, H, M, D], grad_bandwidth and grad_epsilon\n"
@@ -254,7 +251,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isas_supported",
       [] { return py::str(cpu::supported_instruction_sets()).attr("split")(); },
       "All instruction sets that were compiled and that this processor has.");
-  m.def("max_threads", &max_threads, "Threads a call may use; torch.set_num_threads sets it.");
+  m.def("max_threads", &cpu::available_threads,
+        "Threads a call may use; torch.set_num_threads sets it.");
   m.def("build_info", &build_info, "What this module was compiled with.");
   m.def("cuda_driver_version", &cuda::driver_version, "Empty where there is no CUDA driver.");
   m.def("cuda_devices", &cuda::devices,

@@ -1,7 +1,6 @@
 #include "build_info.h"
 
 #include "build_facts.h"
-#include "cpu/kernels.h"
 #include "cuda/device.h"
 #include "nvtx.h"
 
@@ -20,7 +19,5 @@ std::map<std::string, std::string> build_info() {
       {"nvtx", SETFORMER_NVTX ? "yes" : "no"},
   };
 }
-
-int max_threads() { return cpu::available_threads(); }
 
 }  // namespace setformer

@@ -10,7 +10,4 @@ namespace setformer {
 // cuda_architectures, cuda_runtime, nvtx. Touches no device.
 std::map<std::string, std::string> build_info();
 
-// Threads that the next parallel region started by this thread would get.
-int max_threads();
-
 }  // namespace setformer

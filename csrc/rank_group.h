@@ -19,12 +19,11 @@ class PythonRanks {
       : merge_(merge), device_(call.memory_device()), type_(accumulate_type(call.storage())) {
     if (merge.is_none()) return;
     if (!PyCallable_Check(merge.ptr())) {
-      throw py::type_error(std::string(call.function()) +
-                           ": merge must be a function of a list of arrays and how to merge, got " +
-                           class_name(merge));
+      call.refuse_type("merge must be a function of a list of arrays and how to merge, got " +
+                       class_name(merge));
     }
-    require(p.offsets == nullptr, call.function(),
-            "offsets must not be given with merge: packed sequences are each of one rank");
+    call.require(p.offsets == nullptr,
+                 "offsets must not be given with merge: packed sequences are each of one rank");
     group_ = {this, &PythonRanks::merge};
     p.group = &group_;
   }
@@ -70,15 +69,14 @@ class PythonRanks {
     view->managed.deleter = [](dlpack::ManagedTensor* managed) {
       delete static_cast<View*>(managed->manager_context);
     };
-    PyObject* capsule = PyCapsule_New(&view->managed, "dltensor", [](PyObject* unused) {
+    const py::capsule capsule(&view->managed, "dltensor", [](PyObject* unused) {
       // A consumer renames the capsule and takes over.
       if (!PyCapsule_IsValid(unused, "dltensor")) return;
       auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(unused, "dltensor"));
       managed->deleter(managed);
     });
-    if (capsule == nullptr) throw py::error_already_set();
     view.release();
-    return py::reinterpret_steal<py::object>(capsule);
+    return capsule;
   }
 
   py::object merge_;

@@ -7,11 +7,11 @@
 namespace setformer {
 
 // The problem of sequence `s` alone: a batch of one.
-ForwardParams sequence(const ForwardParams& packed, int64_t s);
-BackwardParams sequence(const BackwardParams& packed, int64_t s);
+template <class Params>
+Params sequence(const Params& packed, int64_t s);
 
 // A problem with sizes that no sequence exceeds.
-ForwardParams longest_sequence(const ForwardParams& packed);
-BackwardParams longest_sequence(const BackwardParams& packed);
+template <class Params>
+Params longest_sequence(const Params& packed);
 
 }  // namespace setformer

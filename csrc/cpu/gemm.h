@@ -15,17 +15,25 @@ inline constexpr int kAccumulators = kVectorRegisters == 32 ? 24 : 12;
 inline constexpr int kWidestTile = kVectorRegisters == 32 ? 4 : 2;  // vectors
 constexpr int most_rows(int vectors) { return smaller(kAccumulators / vectors, 8); }
 
+// C [rows, columns] (+)= A B [depth, columns]. The strides of A are free, so that the same product
+// serves A and its transpose.
 template <class T>
-using TileProduct = void (*)(const T* a, int64_t a_row, int64_t a_depth, const T* b,
-                             int64_t b_depth, T* c, int64_t c_row, int64_t depth, bool accumulate);
+struct Product {
+  const T* a;
+  int64_t a_row, a_depth;
+  const T* b;
+  T* c;
+  int64_t columns, depth;
+  bool accumulate;
+};
 
 template <class T, int Rows, int Vectors>
-struct Tile {
-  static void product(const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, T* c,
-                      int64_t c_row, int64_t depth, bool accumulate) {
+struct RegisterTile {
+  // Of C from row i and column j on.
+  static void compute(const Product<T>& p, int64_t i, int64_t j) {
     expand(std::make_integer_sequence<int, Rows * Vectors>{},
-           std::make_integer_sequence<int, Rows>{}, std::make_integer_sequence<int, Vectors>{}, a,
-           a_row, a_depth, b, b_depth, c, c_row, depth, accumulate);
+           std::make_integer_sequence<int, Rows>{}, std::make_integer_sequence<int, Vectors>{},
+           p.a + i * p.a_row, p.b + j, p.c + i * p.columns + j, p);
   }
 
  private:
@@ -38,73 +46,67 @@ struct Tile {
   template <int... I, int... R, int... V>
   static SETFORMER_INLINE void expand(std::integer_sequence<int, I...>,
                                       std::integer_sequence<int, R...>,
-                                      std::integer_sequence<int, V...>, const T* a, int64_t a_row,
-                                      int64_t a_depth, const T* b, int64_t b_depth, T* c,
-                                      int64_t c_row, int64_t depth, bool accumulate) {
+                                      std::integer_sequence<int, V...>, const T* a, const T* b,
+                                      T* c, const Product<T>& p) {
     constexpr int lanes = kLanes<T>;
+    const int64_t columns = p.columns, a_depth = p.a_depth;
     Vector<T> sum[Rows * Vectors] = {((void)I, Vector<T>{})...};
-    const T* row[Rows] = {(a + R * a_row)...};
-    for (int64_t k = 0; k < depth; ++k) {
+    const T* row[Rows] = {(a + R * p.a_row)...};
+    for (int64_t k = 0; k < p.depth; ++k) {
       const Vector<T> right[Vectors] = {load<T>(b + V * lanes)...};
       // Row by row: broadcasting all of A's first would leave too few registers.
       (add_row<R>(sum, splat<T>(*row[R]), right, std::make_integer_sequence<int, Vectors>{}), ...);
       ((row[R] += a_depth), ...);
-      b += b_depth;
+      b += columns;
     }
-    if (accumulate) {
-      ((sum[I] += load<T>(c + (I / Vectors) * c_row + (I % Vectors) * lanes)), ...);
+    if (p.accumulate) {
+      ((sum[I] += load<T>(c + (I / Vectors) * columns + (I % Vectors) * lanes)), ...);
     }
-    (store<T>(c + (I / Vectors) * c_row + (I % Vectors) * lanes, sum[I]), ...);
+    (store<T>(c + (I / Vectors) * columns + (I % Vectors) * lanes, sum[I]), ...);
   }
 };
 
 template <class T, int Vectors, int... R>
-TileProduct<T> tile_of(int rows, std::integer_sequence<int, R...>) {
-  static constexpr TileProduct<T> by_rows[] = {Tile<T, R + 1, Vectors>::product...};
+auto tile_of(int rows, std::integer_sequence<int, R...>) {
+  static constexpr void (*by_rows[])(const Product<T>&, int64_t,
+                                     int64_t) = {RegisterTile<T, R + 1, Vectors>::compute...};
   return by_rows[rows - 1];
 }
 
+// Of C from column j on.
 template <class T, int Vectors>
-void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
-                    const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate,
-                    Upcoming& upcoming, int64_t upcoming_rows) {
+void multiply_panel(const Product<T>& p, int64_t rows, int64_t j, Upcoming& upcoming,
+                    int64_t upcoming_rows) {
   // Blocks of nearly equal height: 49 rows are 7 x 7, not 6 x 8 + 1.
   const int64_t blocks = (rows + most_rows(Vectors) - 1) / most_rows(Vectors);
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
     const int height = int((rows - i + blocks - block - 1) / (blocks - block));
     upcoming.ask_for(upcoming_rows);
-    tile_of<T, Vectors>(height, std::make_integer_sequence<int, most_rows(Vectors)>{})(
-        a + i * a_row, a_row, a_depth, b, b_depth, c + i * c_row, c_row, depth, accumulate);
+    tile_of<T, Vectors>(height, std::make_integer_sequence<int, most_rows(Vectors)>{})(p, i, j);
     i += height;
   }
 }
 
-// C[i][0 .. columns) (+)= sum_k a[i * a_row + k * a_depth] * b[k * b_depth + (0 .. columns)] for
-// i < rows, k < depth. `columns` is a multiple of the lanes; the strides of A are free, so that
-// the same product serves A and its transpose. Asks for the `upcoming` rows by the way.
+// C[i][j] (+)= sum_k a[i * a_row + k * a_depth] * b[k * columns + j] for i < rows, k < depth, where
+// `columns` is a multiple of the lanes. Asks for the `upcoming` rows by the way.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
-              int64_t a_depth, const T* b, int64_t b_depth, T* c, int64_t c_row, bool accumulate,
-              Upcoming upcoming = {}) {
+              int64_t a_depth, const T* b, T* c, bool accumulate, Upcoming upcoming = {}) {
   constexpr int64_t lanes = kLanes<T>, tile = kAccumulators * lanes;
   // Or a few more, where not all are full.
   const int64_t tiles = larger<int64_t>(1, (rows * columns + tile - 1) / tile);
   const int64_t share = (upcoming.rows() + tiles - 1) / tiles;
-  int64_t column = 0;
+  const Product<T> p{a, a_row, a_depth, b, c, columns, depth, accumulate};
+  int64_t j = 0;
   if constexpr (kWidestTile >= 4) {
-    for (; column + 4 * lanes <= columns; column += 4 * lanes) {
-      multiply_panel<T, 4>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
-                           accumulate, upcoming, share);
+    for (; j + 4 * lanes <= columns; j += 4 * lanes) {
+      multiply_panel<T, 4>(p, rows, j, upcoming, share);
     }
   }
-  for (; column + 2 * lanes <= columns; column += 2 * lanes) {
-    multiply_panel<T, 2>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
-                         accumulate, upcoming, share);
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+    multiply_panel<T, 2>(p, rows, j, upcoming, share);
   }
-  if (column < columns) {
-    multiply_panel<T, 1>(rows, depth, a, a_row, a_depth, b + column, b_depth, c + column, c_row,
-                         accumulate, upcoming, share);
-  }
+  if (j < columns) multiply_panel<T, 1>(p, rows, j, upcoming, share);
 }
 
 }  // namespace setformer::cpu::SETFORMER_ISA

@@ -5,6 +5,7 @@
 
 #include "../sequences.h"
 #include "backward.h"
+#include "forward.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
 namespace {
@@ -20,16 +21,17 @@ inline bool is_worth_waking(const ForwardParams& p, bool over_heads) {
 }
 
 // How a problem is spread over threads, and the memory of all.
-template <class Storage, template <class> class Head, class Params>
+template <class Head>
 struct Workplace {
-  using T = Accumulate<Storage>;
+  using T = typename Head::T;
+  using Params = typename Head::Params;
 
   bool over_heads;  // whole heads in parallel, or the spans of one head after another
   int threads;
   int64_t head_bytes, worker_bytes;
 
   // `sample` is a head of the problem's largest size.
-  Workplace(const Params& p, Head<Storage>& sample) {
+  Workplace(const Params& p, Head& sample) {
     const int64_t heads = p.batch * p.heads;
     const int available = available_threads();
     over_heads = sample.spans() == 1 || (p.offsets == nullptr && heads % available == 0) ||
@@ -37,22 +39,21 @@ struct Workplace {
     const int most = is_worth_waking(p, over_heads) ? available : 1;
     threads = int(smaller<int64_t>(most, over_heads ? heads : sample.spans()));
     Arena head_size, worker_size;
-    Worker<T> measured{};
     sample.place(head_size);
-    Head<Storage>::place_worker(worker_size, p, measured);
     head_bytes = head_size.used();
+    Worker<T> measured{};
+    measured.place(worker_size, Widths<T>(p), Head::left_width(p));
+    worker_size.take<Worker<T>>(1);
     worker_bytes = worker_size.used();
   }
 
   int64_t bytes(int64_t heads_at_once) const {
-    return heads_at_once * head_bytes + threads * (worker_bytes + int64_t{sizeof(Worker<T>)});
+    return heads_at_once * head_bytes + threads * worker_bytes;
   }
-  // The workers, in a block's memory after that of the heads.
-  Worker<T>* place_workers(const Params& p, char* memory) const {
-    auto* workers = reinterpret_cast<Worker<T>*>(memory + threads * worker_bytes);
+  Worker<T>* place_workers(const Params& p, Arena& memory) const {
+    auto* workers = memory.take<Worker<T>>(threads);
     for (int thread = 0; thread < threads; ++thread) {
-      Arena arena(memory + thread * worker_bytes);
-      Head<Storage>::place_worker(arena, p, workers[thread]);
+      workers[thread].place(memory, Widths<T>(p), Head::left_width(p));
     }
     return workers;
   }
@@ -62,7 +63,7 @@ struct Workplace {
   template <class Body>
   Status for_each_head(int64_t heads, Worker<T>* workers, Body body) const {
     if (!over_heads) {
-      const Team<Worker<T>> team{workers, threads};
+      const Team<T> team{workers, threads};
       for (int64_t i = 0; i < heads; ++i) {
         const Status status = body(i, 0, team);
         if (status != Status::kOk) return status;
@@ -74,7 +75,7 @@ struct Workplace {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       const int thread = omp_get_thread_num();
-      const Team<Worker<T>> team{workers + thread, 1};
+      const Team<T> team{workers + thread, 1};
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < heads; ++i) {
         const Status status = body(i, thread, team);
@@ -91,57 +92,51 @@ struct Workplace {
   }
 };
 
-// All stages of a Head for every (batch item, head).
-template <class Storage, template <class> class Head, class Params>
-Status run(const Params& p) {
-  using T = Accumulate<Storage>;
-  const int64_t heads = p.batch * p.heads;
-  if (heads == 0) return Status::kOk;
-  const Params longest = p.offsets == nullptr ? p : longest_sequence(p);
-  Head<Storage> sample(longest);
-  const Workplace<Storage, Head, Params> workplace(p, sample);
+// One head after another, on each thread or on all.
+template <class Head>
+Status run_alone(const typename Head::Params& p) {
+  const bool packed = p.offsets != nullptr;
+  const auto longest = packed ? longest_sequence(p) : p;
+  Head sample(longest, 0, 0);
+  const Workplace<Head> workplace(p, sample);
   const int64_t heads_at_once = workplace.over_heads ? workplace.threads : 1;
   Block block(workplace.bytes(heads_at_once));
   if (block.data() == nullptr) return Status::kOutOfMemory;
-  Worker<T>* workers =
-      workplace.place_workers(p, block.data() + heads_at_once * workplace.head_bytes);
-  const auto run_head = [&](const Params& own, int thread, int64_t batch_item, int64_t h,
-                            const Team<Worker<T>>& team) {
-    Head<Storage> head(own);
-    Arena arena(block.data() + thread * workplace.head_bytes);
-    head.place(arena);
-    Status status = Status::kOk;
-    for (int64_t stage = 0; stage < head.stages() && status == Status::kOk; ++stage) {
-      status = head.run(stage, batch_item, h, team);
-    }
-    return status;
-  };
+  Arena memory(block.data());
+  char* of_heads = memory.take<char>(heads_at_once * workplace.head_bytes);
+  auto* workers = workplace.place_workers(p, memory);
   return workplace.for_each_head(
-      heads, workers, [&](int64_t i, int thread, const Team<Worker<T>>& team) {
-        if (p.offsets == nullptr) return run_head(p, thread, i / p.heads, i % p.heads, team);
+      p.batch * p.heads, workers, [&](int64_t i, int thread, const auto& team) {
         // A head of a packed sequence is one of a problem of its own.
-        return run_head(sequence(p, i / p.heads), thread, 0, i % p.heads, team);
+        const auto own = packed ? sequence(p, i / p.heads) : p;
+        Head head(own, packed ? 0 : i / p.heads, i % p.heads);
+        Arena arena(of_heads + thread * workplace.head_bytes);
+        head.place(arena);
+        Status status = Status::kOk;
+        for (int64_t stage = 0; stage < head.stages() && status == Status::kOk; ++stage) {
+          status = head.run(stage, team);
+        }
+        return status;
       });
 }
 
-// What the heads share after a stage, that is to be merged in one way. They lie `head_bytes` apart,
-// and so do their numbers: neighbours that share alike go together. Fills `shared` [2 heads] and
+// What the heads leave after a stage, that is to be merged in one way. They lie `head_bytes` apart,
+// and so do their numbers: neighbours that leave alike go together. Fills `shared` [2 heads] and
 // returns how many entries.
-template <class Storage, class Head>
-int64_t gather_shared(const Head* const* heads, int64_t count, int64_t head_bytes, int64_t stage,
-                      Merge how, Shared* shared) {
+template <class Head>
+int64_t gather_shared(const Head* heads, int64_t count, int64_t head_bytes, Merge how,
+                      Shared* shared) {
   int64_t entries = 0;
   int alike = 0;  // entries of the head before, if they are merged in this way
   for (int64_t i = 0; i < count; ++i) {
-    Shared own[2];
-    int found = heads[i]->share(stage, own);
-    if (found > 0 && own[0].how != how) found = 0;
+    const typename Head::Leavings& own = heads[i].leavings();
+    const int found = own.count > 0 && own.numbers[0].how == how ? own.count : 0;
     if (found > 0 && found == alike) {
       for (int64_t entry = entries - found; entry < entries; ++entry) ++shared[entry].rows;
     } else {
       for (int entry = 0; entry < found; ++entry) {
-        own[entry].row_stride = head_bytes / int64_t{sizeof(Accumulate<Storage>)};
-        shared[entries++] = own[entry];
+        shared[entries] = own.numbers[entry];
+        shared[entries++].row_stride = head_bytes / int64_t{sizeof(typename Head::T)};
       }
     }
     alike = found;
@@ -161,51 +156,48 @@ Status fail_in_group(const RankGroup& group, int64_t heads, Status status) {
 }
 
 // The same stage of all heads, then what their sums lack from the other ranks, then the next stage.
-template <class Storage, template <class> class HeadOf, class Params>
-Status run_in_group(const Params& p) {
-  using T = Accumulate<Storage>;
-  using Head = HeadOf<Storage>;
+template <class Head>
+Status run_in_group(const typename Head::Params& p) {
+  using T = typename Head::T;
   const int64_t heads = p.batch * p.heads;
-  if (heads == 0) return Status::kOk;
-  Head sample(p);
-  const Workplace<Storage, HeadOf, Params> workplace(p, sample);
-  const int64_t object_bytes = round_up(int64_t{sizeof(Head)}, Arena::kAlignment);
-  const int64_t list_bytes = 2 * int64_t{sizeof(Shared)} + int64_t{sizeof(Head*)};
-  Block block(workplace.bytes(heads) + heads * (object_bytes + list_bytes));
+  Head sample(p, 0, 0);
+  const Workplace<Head> workplace(p, sample);
+  // All heads at once, each array of theirs at the start of a line.
+  const int64_t objects = heads * int64_t{sizeof(Head) + 2 * sizeof(Shared)};
+  Block block(workplace.bytes(heads) + objects + 2 * Arena::kAlignment);
   if (block.data() == nullptr) return fail_in_group<T>(*p.group, heads, Status::kOutOfMemory);
-  char* objects = block.data() + heads * workplace.head_bytes;
-  Worker<T>* workers = workplace.place_workers(p, objects + heads * object_bytes);
-  auto* shared = reinterpret_cast<Shared*>(workers + workplace.threads);
-  auto** all = reinterpret_cast<Head**>(shared + 2 * heads);
+  Arena memory(block.data());
+  char* of_heads = memory.take<char>(heads * workplace.head_bytes);
+  auto* workers = workplace.place_workers(p, memory);
+  Head* all = memory.take<Head>(heads);
+  Shared* shared = memory.take<Shared>(2 * heads);
   for (int64_t i = 0; i < heads; ++i) {
-    all[i] = new (objects + i * object_bytes) Head(p);
-    Arena arena(block.data() + i * workplace.head_bytes);
-    all[i]->place(arena);
+    new (all + i) Head(p, i / p.heads, i % p.heads);
+    Arena arena(of_heads + i * workplace.head_bytes);
+    all[i].place(arena);
   }
   for (int64_t stage = 0; stage < sample.stages(); ++stage) {
-    const Status status =
-        workplace.for_each_head(heads, workers, [&](int64_t i, int, const Team<Worker<T>>& team) {
-          return all[i]->run(stage, i / p.heads, i % p.heads, team);
-        });
+    const Status status = workplace.for_each_head(
+        heads, workers, [&](int64_t i, int, const auto& team) { return all[i].run(stage, team); });
     if (status != Status::kOk) return fail_in_group<T>(*p.group, heads, status);
     for (const Merge how : {Merge::kSum, Merge::kLogSum}) {
-      const int64_t entries =
-          gather_shared<Storage>(all, heads, workplace.head_bytes, stage, how, shared);
+      const int64_t entries = gather_shared(all, heads, workplace.head_bytes, how, shared);
       if (entries > 0 && !p.group->merge(p.group->context, shared, entries)) {
         return Status::kMergeFailed;
       }
     }
     for (int64_t i = 0; stage == 0 && i < heads; ++i) {
-      const Status failed = all[i]->masses().finish();
+      const Status failed = all[i].take_masses();
       if (failed != Status::kOk) return failed;
     }
   }
   return Status::kOk;
 }
 
-template <class Storage, template <class> class Head, class Params>
-Status run_alone_or_in_group(const Params& p) {
-  return p.group == nullptr ? run<Storage, Head>(p) : run_in_group<Storage, Head>(p);
+template <class Head>
+Status run(const typename Head::Params& p) {
+  if (p.batch * p.heads == 0) return Status::kOk;
+  return p.group == nullptr ? run_alone<Head>(p) : run_in_group<Head>(p);
 }
 
 // call(Storage{}) for the storage type of the problem.
@@ -227,14 +219,10 @@ Status dispatch(ScalarType type, Call call) {
 }  // namespace
 
 Status forward(const ForwardParams& p) {
-  return dispatch(p.type, [&p](auto storage) {
-    return run_alone_or_in_group<decltype(storage), ForwardHead>(p);
-  });
+  return dispatch(p.type, [&p](auto storage) { return run<ForwardHead<decltype(storage)>>(p); });
 }
 Status backward(const BackwardParams& p) {
-  return dispatch(p.type, [&p](auto storage) {
-    return run_alone_or_in_group<decltype(storage), BackwardHead>(p);
-  });
+  return dispatch(p.type, [&p](auto storage) { return run<BackwardHead<decltype(storage)>>(p); });
 }
 
 }  // namespace setformer::cpu::SETFORMER_ISA

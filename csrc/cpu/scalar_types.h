@@ -1,6 +1,8 @@
 // Storage types, their conversions, and rows in and out of strided tensors.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
@@ -14,15 +16,7 @@ struct Float16 {
 
 // Float64 accumulates in itself, every other storage type in float32.
 template <class Storage>
-struct AccumulateType {
-  using type = float;
-};
-template <>
-struct AccumulateType<double> {
-  using type = double;
-};
-template <class Storage>
-using Accumulate = typename AccumulateType<Storage>::type;
+using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
 
 template <class To, class From>
 SETFORMER_INLINE To bit_cast(From from) {

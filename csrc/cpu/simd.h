@@ -8,9 +8,6 @@
 
 #include <cstdint>
 #include <utility>
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
 
 #ifndef SETFORMER_ISA
 #define SETFORMER_ISA baseline
@@ -35,6 +32,8 @@ inline constexpr int kVectorBytes = 16;
 inline constexpr int kVectorRegisters = 16;
 #endif
 
+// Of each type: its vectors, its fields, and the minimax polynomial of 2^r on [-1/2, 1/2], highest
+// power first (relative error 2.6e-9 and 1.8e-17).
 template <class T>
 struct Simd;
 
@@ -47,6 +46,13 @@ struct Simd<float> {
   static constexpr int kLanes = kVectorBytes / 4;
   static constexpr int kMantissaBits = 23;
   static constexpr Integer kExponentBias = 127;
+  static constexpr float kExp2[] = {1.559467816132662e-4f,
+                                    1.3406643902351759e-3f,
+                                    9.617692972993062e-3f,
+                                    5.550310551013797e-2f,
+                                    2.4022652782887738e-1f,
+                                    6.931472149680279e-1f,
+                                    1.0f};
 };
 
 template <>
@@ -58,6 +64,11 @@ struct Simd<double> {
   static constexpr int kLanes = kVectorBytes / 8;
   static constexpr int kMantissaBits = 52;
   static constexpr Integer kExponentBias = 1023;
+  static constexpr double kExp2[] = {
+      4.078071929588337e-10,  7.072570412814423e-09,  1.0180647659234139e-07,
+      1.3215442675329823e-06, 1.5252727385193868e-05, 1.540353044157213e-04,
+      1.3333558153439966e-03, 9.618129107607003e-03,  5.550410866479039e-02,
+      2.4022650695910097e-01, 6.931471805599457e-01,  1.0};
 };
 
 template <class T>
@@ -81,40 +92,15 @@ SETFORMER_INLINE Vector<T> splat(T x) {
          Vector<T>{};  // x - 0 is x for every x, -0 and NaN included: a broadcast, no arithmetic
 }
 
-// min(x, bound) and max(x, bound) that keep a NaN in x. On x86 that is one instruction with the
-// operands in this order, which compilers do not find by themselves. (Of AVX-512 the masked form,
-// all lanes wanted: GCC 12 warns about its own header's plain one.)
+// min(x, bound) and max(x, bound) that keep a NaN in x: written with the operands in this order,
+// one instruction on x86.
 template <class T>
 SETFORMER_INLINE Vector<T> at_most(Vector<T> x, Vector<T> bound) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return _mm512_mask_min_ps(x, __mmask16(-1), bound, x);
-  else
-    return _mm512_mask_min_pd(x, __mmask8(-1), bound, x);
-#elif defined(__AVX__)
-  if constexpr (sizeof(T) == 4)
-    return _mm256_min_ps(bound, x);
-  else
-    return _mm256_min_pd(bound, x);
-#else
-  return x > bound ? bound : x;
-#endif
+  return bound < x ? bound : x;
 }
 template <class T>
 SETFORMER_INLINE Vector<T> at_least(Vector<T> x, Vector<T> bound) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return _mm512_mask_max_ps(x, __mmask16(-1), bound, x);
-  else
-    return _mm512_mask_max_pd(x, __mmask8(-1), bound, x);
-#elif defined(__AVX__)
-  if constexpr (sizeof(T) == 4)
-    return _mm256_max_ps(bound, x);
-  else
-    return _mm256_max_pd(bound, x);
-#else
-  return x < bound ? bound : x;
-#endif
+  return bound > x ? bound : x;
 }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
@@ -129,29 +115,6 @@ constexpr N larger(N a, N b) {
   return a < b ? b : a;
 }
 
-// Minimax polynomials of 2^r on [-1/2, 1/2] (relative error 2.6e-9 and 1.8e-17), highest power
-// first.
-template <class T>
-struct Exp2;
-template <>
-struct Exp2<float> {
-  static constexpr float kCoefficients[] = {1.559467816132662e-4f,
-                                            1.3406643902351759e-3f,
-                                            9.617692972993062e-3f,
-                                            5.550310551013797e-2f,
-                                            2.4022652782887738e-1f,
-                                            6.931472149680279e-1f,
-                                            1.0f};
-};
-template <>
-struct Exp2<double> {
-  static constexpr double kCoefficients[] = {
-      4.078071929588337e-10,  7.072570412814423e-09,  1.0180647659234139e-07,
-      1.3215442675329823e-06, 1.5252727385193868e-05, 1.540353044157213e-04,
-      1.3333558153439966e-03, 9.618129107607003e-03,  5.550410866479039e-02,
-      2.4022650695910097e-01, 6.931471805599457e-01,  1.0};
-};
-
 // What follows is done to several vectors at a time, one operation of all of them after another:
 // the chain of operations on one takes so long that a processor, which looks ahead some tens of
 // floating-point operations, would find too little else to do.
@@ -164,7 +127,7 @@ inline constexpr int kPack = 4;
 template <class T, int Count>
 SETFORMER_INLINE void exp2_in_range(Vector<T> (&x)[Count]) {
   using S = Simd<T>;
-  constexpr auto& coefficients = Exp2<T>::kCoefficients;
+  constexpr auto& coefficients = S::kExp2;
   constexpr T magic = T(3) * T(int64_t{1} << (S::kMantissaBits - 1)) + T(S::kExponentBias);
   Vector<T> shifted[Count], sum[Count];
   SETFORMER_EACH shifted[i] = x[i] + magic;

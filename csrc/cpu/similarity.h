@@ -6,117 +6,21 @@
 // where the data lies far from the origin.
 #pragma once
 
-#include "../set_attention.h"
 #include "gemm.h"
-#include "scalar_types.h"
-#include "tile_ops.h"
-#include "workspace.h"
+#include "team.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// The tensor's elements from [i, j, 0, 0] on; null where the tensor is absent.
-template <class Element>
-SETFORMER_INLINE Element* at(const Tensor& tensor, int64_t i, int64_t j = 0) {
-  if (tensor.data == nullptr) return nullptr;
-  return static_cast<Element*>(tensor.data) + i * tensor.stride[0] + j * tensor.stride[1];
-}
-
-// Row widths in whole vectors.
-template <class T>
-struct Widths {
-  int64_t references, depth, value_depth;
-
-  explicit Widths(const ForwardParams& p)
-      : references(round_up(p.references, kLanes<T>)),
-        depth(round_up(p.depth, kLanes<T>)),
-        value_depth(round_up(p.value_depth, kLanes<T>)) {}
-};
-
-// The tokens of one side: the keys, or the queries of cross attention.
-struct Tokens {
-  int64_t count = 0;
-  Tensor rows;       // storage [B, H, count, D]
-  Tensor mask;       // bool [B, count], optional
-  Tensor positions;  // accumulate [count, P], optional
-};
-
-// The valid tokens of one batch item.
-class Validity {
- public:
-  Validity() = default;
-  Validity(const Tensor& mask, int64_t b)
-      : mask_(at<const bool>(mask, b)), stride_(mask.stride[1]) {}
-  bool operator[](int64_t i) const { return mask_ == nullptr || mask_[i * stride_]; }
-
- private:
-  const bool* mask_ = nullptr;
-  int64_t stride_ = 0;
-};
-
-// Copies tokens [begin, begin + count) of tensor[b, h] into rows `width` apart, as accumulate type;
-// invalid tokens and the padding become 0, whatever they hold.
-template <class Storage, class T = Accumulate<Storage>>
-void load_tokens(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int64_t count,
-                 int64_t depth, const Validity& valid, T* rows, int64_t width) {
-  const Storage* from = at<const Storage>(tensor, b, h) + begin * tensor.stride[2];
-  for (int64_t i = 0; i < count; ++i, from += tensor.stride[2], rows += width) {
-    if (valid[begin + i]) {
-      load_row(from, tensor.stride[3], depth, rows, width);
-    } else {
-      fill(rows, width, T(0));
-    }
-  }
-}
-
-// The tile after the one that begins at `begin`.
-template <class Storage>
-Upcoming next_tile(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int64_t depth) {
-  if (tensor.stride[3] != 1) return {};
-  return {at<const Storage>(tensor, b, h), begin + kTileTokens, kTileTokens, tensor.stride[2],
-          depth};
-}
-
-template <class Storage, class T = Accumulate<Storage>>
-void store_tokens(const T* rows, int64_t width, const Tensor& tensor, int64_t b, int64_t h,
-                  int64_t begin, int64_t count, int64_t depth) {
-  Storage* to = at<Storage>(tensor, b, h) + begin * tensor.stride[2];
-  for (int64_t i = 0; i < count; ++i, to += tensor.stride[2], rows += width) {
-    store_row(rows, depth, to, tensor.stride[3]);
-  }
-}
-
-// What one thread needs for the tile it is at.
-template <class T>
-struct TileBuffers {
-  T* keys;     // [tile, depth] scaled, centred
-  T* lengths;  // [tile] what keys were divided by, where they are scaled
-  T* norms;    // [tile]
-  T* scores;   // [tile, references]
-  T* factors;  // [tile, references]
-
-  void place(Arena& arena, const Widths<T>& widths) {
-    keys = arena.take<T>(kMostTileTokens * widths.depth);
-    lengths = arena.take<T>(kMostTileTokens);
-    norms = arena.take<T>(kMostTileTokens);
-    scores = arena.take<T>(kMostTileTokens * widths.references);
-    factors = arena.take<T>(kMostTileTokens * widths.references);
-  }
-};
-
-// Divides rows by their lengths.
+// Divides rows by their lengths; whole vectors are stored to `lengths`.
 template <class T>
 void to_unit_length(T* rows, int64_t count, int64_t width, T* lengths) {
-  T factors[kMostTileTokens];
-  for (int64_t first = 0; first < count; first += kMostTileTokens) {
-    const int64_t some = smaller(kMostTileTokens, count - first);
-    row_sums(rows + first * width, some, width, rows + first * width, factors,
-             [](Vector<T> x, Vector<T>) SETFORMER_LAMBDA { return x * x; });
-    for (int64_t i = 0; i < some; ++i) {
-      const T length = T(__builtin_sqrt(factors[i]));
-      lengths[first + i] = length <= T(kShortest) ? T(1) : length;
-      factors[i] = 1 / lengths[first + i];
-    }
-    scale_rows(rows + first * width, some, width, factors);
+  row_sums(rows, count, width, rows, lengths,
+           [](Vector<T> x, Vector<T>) SETFORMER_LAMBDA { return x * x; });
+  for (int64_t i = 0; i < count; ++i) {
+    const T length = T(__builtin_sqrt(lengths[i]));
+    lengths[i] = length <= T(kShortest) ? T(1) : length;
+    const T factor = 1 / lengths[i];
+    scale_rows(rows + i * width, 1, width, &factor);
   }
 }
 
@@ -140,40 +44,35 @@ class Similarity {
   using T = Accumulate<Storage>;
 
  public:
-  void place(Arena& arena, const ForwardParams& p, const Widths<T>& widths) {
-    references_ = arena.take<T>(p.references * widths.depth);
-    reference_lengths_ = arena.take<T>(p.references);
-    center_ = arena.take<T>(widths.depth);
-    square_weights_ = arena.take<T>(widths.depth);
-    right_ = arena.take<T>(p.depth * widths.references);
-    reference_norms_ = arena.take<T>(widths.references);
-    reference_positions_ = arena.take<T>(p.position_depth * widths.references);
+  // Of head (b, h).
+  Similarity(const ForwardParams& p, const Tokens& tokens, int64_t b, int64_t h)
+      : p_(p), tokens_(tokens), b_(b), h_(h) {}
+
+  void place(Arena& arena) {
+    references_ = arena.take<T>(p_.references * widths_.depth);
+    reference_lengths_ = arena.take<T>(widths_.references);
+    center_ = arena.take<T>(widths_.depth);
+    square_weights_ = arena.take<T>(widths_.depth);
+    right_ = arena.take<T>(p_.depth * widths_.references);
+    reference_norms_ = arena.take<T>(widths_.references);
+    reference_positions_ = arena.take<T>(p_.position_depth * widths_.references);
   }
 
-  // Makes ready for head (b, h). `buffers` are any thread's, free for use.
-  void prepare(const ForwardParams& p, const Widths<T>& widths, const Tokens& tokens, int64_t b,
-               int64_t h, const TileBuffers<T>& buffers) {
-    p_ = &p;
-    widths_ = widths;
-    tokens_ = &tokens;
-    b_ = b;
-    h_ = h;
-    valid_ = Validity(tokens.mask, b);
-    gaussian_ = p.kernel == Kernel::kGaussian;
-    has_positions_ = tokens.positions.data != nullptr && p.reference_positions.data != nullptr;
-    epsilon_ = at<const T>(p.epsilon, h)[0];
-    bandwidth_ = p.bandwidth.data == nullptr ? T(1) : at<const T>(p.bandwidth, h)[0];
+  // `worker` is any thread's, free for use.
+  void prepare(const Worker<T>& worker) {
+    epsilon_ = at<const T>(p_.epsilon, h_)[0];
+    bandwidth_ = p_.bandwidth.data == nullptr ? T(1) : at<const T>(p_.bandwidth, h_)[0];
     scale_ = kLog2E / epsilon_;
     load_references();
 
     // Potentials are bounded by the range of S / epsilon: up to these ranges solving by scaling
     // cannot leave the exponents of the type (transport.h); all else, NaN included, takes the log
     // domain.
-    const T largest = gaussian_ || p.normalize ? T(1) : largest_product(buffers);
+    const T largest = gaussian_ || p_.normalize ? T(1) : largest_product(worker);
     const T range = (gaussian_ ? T(1) : T(2) * largest) / epsilon_;
     log_domain_ = !(range <= (sizeof(T) == 4 ? T(32) : T(256)));
     // The ranks of a group must agree, whatever keys each has.
-    if (p.group != nullptr && !gaussian_) log_domain_ = true;
+    if (p_.group != nullptr && !gaussian_) log_domain_ = true;
     shift_ = gaussian_ && !log_domain_ ? scale_ / 2 : T(0);  // the middle of (0, 1 / epsilon]
   }
 
@@ -182,38 +81,33 @@ class Similarity {
   bool log_domain() const { return log_domain_; }
   const Validity& valid() const { return valid_; }
 
-  // buffers.keys = the tile's keys, scaled and centred.
-  void load_keys(int64_t begin, int64_t count, const TileBuffers<T>& buffers) const {
-    load_tokens<Storage>(tokens_->rows, b_, h_, begin, count, p_->depth, valid_, buffers.keys,
-                         widths_.depth);
-    if (p_->normalize) to_unit_length(buffers.keys, count, widths_.depth, buffers.lengths);
+  // worker.keys = the tile's keys, scaled and centred.
+  void load_keys(const Tile<T>& tile) const {
+    T* keys = tile.worker.keys;
+    rows_.load(tile.begin, tile.count, valid_, keys);
+    if (p_.normalize) to_unit_length(keys, tile.count, widths_.depth, tile.worker.lengths);
     if (!gaussian_) return;
-    for (int64_t i = 0; i < count; ++i) {
-      T* key = buffers.keys + i * widths_.depth;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      T* key = keys + i * widths_.depth;
       for (int64_t d = 0; d < widths_.depth; d += kLanes<T>) {
         store<T>(key + d, load(key + d) - load(center_ + d));
       }
     }
   }
 
-  Upcoming next_keys(int64_t begin) const {
-    return next_tile<Storage>(tokens_->rows, b_, h_, begin, p_->depth);
-  }
-
   // scores[i][j] = 2^(s_ij - shift) for scaling, s_ij log2(e) for the log domain; factors[i][j]
   // (optional) = what dS_ij must be multiplied by, see add_gradient.
-  void compute(int64_t begin, int64_t count, const TileBuffers<T>& buffers, T* scores,
-               T* factors) const {
-    load_keys(begin, count, buffers);
-    const int64_t columns = widths_.references;
-    multiply(count, columns, p_->depth, buffers.keys, widths_.depth, int64_t{1}, right_, columns,
-             scores, columns, false, next_keys(begin));
+  void compute(const Tile<T>& tile, T* scores, T* factors) const {
+    load_keys(tile);
+    const Worker<T>& worker = tile.worker;
+    multiply(tile.count, widths_.references, p_.depth, worker.keys, widths_.depth, 1, right_,
+             scores, false, rows_.next_tile(tile.begin));
     if (gaussian_) {
-      weighted_squares(buffers.keys, count, widths_.depth, square_weights_, buffers.norms);
+      weighted_squares(worker.keys, tile.count, widths_.depth, square_weights_, worker.norms);
     }
     int64_t i = 0;
-    for (; i + kPack <= count; i += kPack) finish_rows<kPack>(begin, i, buffers, scores, factors);
-    for (; i < count; ++i) finish_rows<1>(begin, i, buffers, scores, factors);
+    for (; i + kPack <= tile.count; i += kPack) finish_rows<kPack>(tile, i, scores, factors);
+    for (; i < tile.count; ++i) finish_rows<1>(tile, i, scores, factors);
   }
 
   // With E_ij = ds_ij factors_ij gradient_scale():
@@ -230,44 +124,45 @@ class Similarity {
     T* scalars;     // [2] sum_ij E_ij, sum_i <k_i, dk_i>
   };
 
-  // Adds the tile's share to `gradient` and writes dk to `grad_keys` [tile, depth]; buffers.keys
-  // must hold the tile's keys. `row_totals` [tile] is scratch.
-  void add_gradient(int64_t begin, int64_t count, const TileBuffers<T>& buffers, const T* e,
-                    T* row_totals, T* grad_keys, const Gradient& gradient,
-                    const Upcoming& upcoming) const {
-    const int64_t columns = widths_.references, depth = widths_.depth;
-    multiply(count, depth, p_->references, e, columns, int64_t{1}, references_, depth, grad_keys,
-             depth, false, next_keys(begin));
-    multiply(p_->references, depth, count, e, int64_t{1}, columns, buffers.keys, depth,
-             gradient.references, depth, true, upcoming);
+  // Adds the share of the tile, whose E is worker.gradient, and writes dk to worker.grad_keys;
+  // worker.keys must hold its keys.
+  void add_gradient(const Tile<T>& tile, const Gradient& gradient, const Upcoming& upcoming) const {
+    const int64_t count = tile.count, columns = widths_.references, depth = widths_.depth;
+    const Worker<T>& worker = tile.worker;
+    const T* e = worker.gradient;
+    T* grad_keys = worker.grad_keys;
+    multiply(count, depth, p_.references, e, columns, 1, references_, grad_keys, false,
+             rows_.next_tile(tile.begin));
+    multiply(p_.references, depth, count, e, 1, columns, worker.keys, gradient.references, true,
+             upcoming);
     if (gaussian_) {
       T ones[kMostTileTokens];
       fill(ones, kMostTileTokens, T(1));
       add_transposed_product(e, count, columns, ones, gradient.columns);
-      row_sums(e, count, columns, row_totals);
+      row_sums(e, count, columns, worker.row_terms);
       for (int64_t i = 0; i < count; ++i) {
-        const Vector<T> row_total = splat(row_totals[i]);
+        const Vector<T> row_total = splat(worker.row_terms[i]);
         for (int64_t d = 0; d < depth; d += kLanes<T>) {
           const int64_t at = i * depth + d;
-          store<T>(grad_keys + at, load(grad_keys + at) - row_total * load(buffers.keys + at));
+          store<T>(grad_keys + at, load(grad_keys + at) - row_total * load(worker.keys + at));
         }
-        gradient.scalars[0] += row_totals[i];
+        gradient.scalars[0] += worker.row_terms[i];
       }
     }
     Vector<T> products{};
     for (int64_t at = 0; at < count * depth; at += kLanes<T>) {
-      products += load(grad_keys + at) * load(buffers.keys + at);
+      products += load(grad_keys + at) * load(worker.keys + at);
     }
     gradient.scalars[1] += sum_of<T>(products);
   }
 
   // From dk of scaled keys to that of the keys as they were given.
-  void finish_gradient(int64_t count, const TileBuffers<T>& buffers, T* grad_keys) const {
-    if (!p_->normalize) return;
-    for (int64_t i = 0; i < count; ++i) {
+  void finish_gradient(const Tile<T>& tile) const {
+    if (!p_.normalize) return;
+    for (int64_t i = 0; i < tile.count; ++i) {
       const int64_t at = i * widths_.depth;
-      through_unit_length(buffers.keys + at, center_, buffers.lengths[i], widths_.depth,
-                          grad_keys + at);
+      through_unit_length(tile.worker.keys + at, center_, tile.worker.lengths[i], widths_.depth,
+                          tile.worker.grad_keys + at);
     }
   }
 
@@ -287,17 +182,17 @@ class Similarity {
   void store_gradient(const Gradient& gradient, const Results& results, bool accumulate) const {
     const auto put = [accumulate](T value, T* to) { *to = accumulate ? *to + value : value; };
     T products = gradient.scalars[1];
-    for (int64_t j = 0; j < p_->references; ++j) {
+    for (int64_t j = 0; j < p_.references; ++j) {
       const T* reference = references_ + j * widths_.depth;
       T* row = gradient.references + j * widths_.depth;
-      for (int64_t d = 0; gaussian_ && d < p_->depth; ++d) {
+      for (int64_t d = 0; gaussian_ && d < p_.depth; ++d) {
         row[d] -= gradient.columns[j] * reference[d];
         products += row[d] * reference[d];
       }
-      if (p_->normalize) {
+      if (p_.normalize) {
         through_unit_length(reference, center_, reference_lengths_[j], widths_.depth, row);
       }
-      for (int64_t d = 0; d < p_->depth; ++d) put(row[d], results.reference + j * p_->depth + d);
+      for (int64_t d = 0; d < p_.depth; ++d) put(row[d], results.reference + j * p_.depth + d);
     }
     if (results.bandwidth != nullptr) {
       put(gaussian_ ? -products / bandwidth_ : T(0), results.bandwidth);
@@ -311,11 +206,10 @@ class Similarity {
   static constexpr T kLog2E = T(1.4426950408889634074);
 
   void load_references() {
-    const int64_t count = p_->references, depth = p_->depth, width = widths_.depth;
-    load_tokens<Storage>(p_->reference, b_, h_, 0, count, depth, Validity(), references_, width);
-    if (p_->normalize) to_unit_length(references_, count, width, reference_lengths_);
+    const int64_t count = p_.references, depth = p_.depth, width = widths_.depth;
+    TokenRows<Storage>(p_.reference, b_, h_, depth).load(0, count, Validity(), references_);
+    if (p_.normalize) to_unit_length(references_, count, width, reference_lengths_);
     fill(center_, width, T(0));
-    fill(reference_norms_, widths_.references, T(0));
     // In base 2: -|k - y|^2 c = k.(2 c y) - c |k|^2 - c |y|^2 with c = log2(e) / (2 bandwidth^2).
     T factor = 1;
     if (gaussian_) {
@@ -323,53 +217,44 @@ class Similarity {
       factor = 2 * c;
       fill(square_weights_, width, -c);
       center_references();
-      for (int64_t j = 0; j < count; j += kMostTileTokens) {
-        T norms[kMostTileTokens];
-        const int64_t rows = smaller(kMostTileTokens, count - j);
-        weighted_squares(references_ + j * width, rows, width, square_weights_, norms);
-        for (int64_t i = 0; i < rows; ++i) reference_norms_[j + i] = norms[i];
-      }
+      weighted_squares(references_, count, width, square_weights_, reference_norms_);
     }
+    fill(reference_norms_ + count, widths_.references - count, T(0));
     for (int64_t d = 0; d < depth; ++d) {
       T* row = right_ + d * widths_.references;
       for (int64_t j = 0; j < count; ++j) row[j] = factor * references_[j * width + d];
       fill(row + count, widths_.references - count, T(0));
     }
     if (!has_positions_) return;
-    fill(reference_positions_, p_->position_depth * widths_.references, T(0));
-    for (int64_t axis = 0; axis < p_->position_depth; ++axis) {
-      for (int64_t j = 0; j < count; ++j) {
-        reference_positions_[axis * widths_.references + j] =
-            at<const T>(p_->reference_positions, j, axis)[0];
-      }
+    for (int64_t axis = 0; axis < p_.position_depth; ++axis) {
+      load_row(at<const T>(p_.reference_positions, 0, axis), p_.reference_positions.stride[0],
+               count, reference_positions_ + axis * widths_.references, widths_.references);
     }
-    position_scale_ = T(-kLog2E / (p_->position_bandwidth * p_->position_bandwidth));
+    position_scale_ = T(-kLog2E / (p_.position_bandwidth * p_.position_bandwidth));
   }
 
   void center_references() {
     const int64_t width = widths_.depth;
     for (int64_t d = 0; d < width; d += kLanes<T>) {
       Vector<T> sum{};
-      for (int64_t j = 0; j < p_->references; ++j) sum += load(references_ + j * width + d);
-      const Vector<T> mean = sum / T(p_->references);
+      for (int64_t j = 0; j < p_.references; ++j) sum += load(references_ + j * width + d);
+      const Vector<T> mean = sum / T(p_.references);
       store<T>(center_ + d, mean);
-      for (int64_t j = 0; j < p_->references; ++j) {
+      for (int64_t j = 0; j < p_.references; ++j) {
         store<T>(references_ + j * width + d, load(references_ + j * width + d) - mean);
       }
     }
   }
 
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.
-  T largest_product(const TileBuffers<T>& buffers) const {
-    T ones[kMostTileTokens];
-    fill(ones, kMostTileTokens, T(1));
-    T key_square = 0, reference_square = 0;
-    for (int64_t begin = 0, count; begin < tokens_->count; begin += count) {
-      count = tokens_of_tile(tokens_->count - begin);
-      load_keys(begin, count, buffers);
-      key_square = largest_square(buffers.keys, count, key_square);
+  T largest_product(const Worker<T>& worker) const {
+    T key_square = 0;
+    for (int64_t begin = 0, count; begin < tokens_.count; begin += count) {
+      count = tokens_of_tile(tokens_.count - begin);
+      load_keys({0, begin, count, worker});
+      key_square = largest_square(worker.keys, count, key_square);
     }
-    reference_square = largest_square(references_, p_->references, reference_square);
+    const T reference_square = largest_square(references_, p_.references, 0);
     return T(__builtin_sqrt(double(key_square) * double(reference_square)));
   }
 
@@ -391,10 +276,10 @@ class Similarity {
   // log2 w_ij of a token for the references from j on: -|p_i - r_j|^2 log2(e) /
   // position_bandwidth^2.
   SETFORMER_INLINE Vector<T> position_exponent(int64_t token, int64_t j) const {
-    const T* position = at<const T>(tokens_->positions, token);
+    const T* position = at<const T>(tokens_.positions, token);
     Vector<T> squares{};
-    for (int64_t axis = 0; axis < p_->position_depth; ++axis) {
-      const Vector<T> difference = splat(position[axis * tokens_->positions.stride[1]]) -
+    for (int64_t axis = 0; axis < p_.position_depth; ++axis) {
+      const Vector<T> difference = splat(position[axis * tokens_.positions.stride[1]]) -
                                    load(reference_positions_ + axis * widths_.references + j);
       squares += difference * difference;
     }
@@ -404,61 +289,58 @@ class Similarity {
   // From the products k.(2 c y) (gaussian) or k.y (linear) to the scores of `Count` of a tile's
   // rows.
   template <int Count>
-  SETFORMER_INLINE void finish_rows(int64_t begin, int64_t row, const TileBuffers<T>& buffers,
-                                    T* scores, T* factors) const {
+  SETFORMER_INLINE void finish_rows(const Tile<T>& tile, int64_t row, T* scores, T* factors) const {
     // Copies, which no store to `score` can change.
     const int64_t columns = widths_.references;
     const bool gaussian = gaussian_, has_positions = has_positions_, log_domain = log_domain_;
     const Vector<T> scale = splat(scale_), shift = splat(shift_);
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
       T* score = scores + row * columns + j;
-      T* factor = factors == nullptr ? nullptr : factors + row * columns + j;
-      Vector<T> x[Count];
+      // What the products become (gaussian) or are multiplied by (linear), at first its logarithm.
+      Vector<T> x[Count], weight[Count] = {};
       SETFORMER_EACH x[i] = load(score + i * columns);
       if (gaussian) {
-        const Vector<T> reference_norm = load(reference_norms_ + j);
-        SETFORMER_EACH x[i] += reference_norm + splat(buffers.norms[row + i]);
+        const Vector<T> norm = load(reference_norms_ + j);
+        SETFORMER_EACH weight[i] = x[i] + (norm + splat(tile.worker.norms[row + i]));
         // Rounding may leave a distance just below 0, but S <= 1 is what makes scaling safe.
-        SETFORMER_EACH x[i] = at_most<T>(x[i], Vector<T>{});
-        if (has_positions) {
-          SETFORMER_EACH x[i] += position_exponent(begin + row + i, j);
-        }
-        exp2_bounded<T>(x);
-        if (factor != nullptr) {
-          SETFORMER_EACH store<T>(factor + i * columns, x[i]);
-        }
-      } else {
-        Vector<T> weight[Count];
-        SETFORMER_EACH weight[i] = splat(T(1));
-        if (has_positions) {
-          SETFORMER_EACH weight[i] = position_exponent(begin + row + i, j);
-          exp2_bounded<T>(weight);
-          SETFORMER_EACH x[i] *= weight[i];
-        }
-        if (factor != nullptr) {
-          SETFORMER_EACH store<T>(factor + i * columns, weight[i]);
-        }
+        SETFORMER_EACH weight[i] = at_most<T>(weight[i], Vector<T>{});
       }
+      if (has_positions) {
+        SETFORMER_EACH weight[i] += position_exponent(tile.begin + row + i, j);
+      }
+      if (gaussian || has_positions) {
+        exp2_bounded<T>(weight);
+      } else {
+        SETFORMER_EACH weight[i] = splat(T(1));
+      }
+      if (factors != nullptr) {
+        SETFORMER_EACH store<T>(factors + (row + i) * columns + j, weight[i]);
+      }
+      SETFORMER_EACH x[i] = gaussian ? weight[i] : x[i] * weight[i];
       SETFORMER_EACH x[i] = x[i] * scale - shift;
       if (!log_domain) exp2_in_range<T>(x);
       SETFORMER_EACH store<T>(score + i * columns, x[i]);
     }
   }
 
-  const ForwardParams* p_ = nullptr;
-  Widths<T> widths_{ForwardParams{}};
-  const Tokens* tokens_ = nullptr;
-  int64_t b_ = 0, h_ = 0;
-  Validity valid_;
-  bool gaussian_ = true, has_positions_ = false, log_domain_ = false;
+  const ForwardParams& p_;
+  const Tokens tokens_;
+  const int64_t b_, h_;
+  const Widths<T> widths_{p_};
+  const TokenRows<Storage> rows_{tokens_.rows, b_, h_, p_.depth};
+  const Validity valid_{tokens_.mask, b_};
+  const bool gaussian_ = p_.kernel == Kernel::kGaussian;
+  const bool has_positions_ =
+      tokens_.positions.data != nullptr && p_.reference_positions.data != nullptr;
+  bool log_domain_ = false;
   T bandwidth_ = 1, epsilon_ = 1, scale_ = 1, shift_ = 0, position_scale_ = 0;
 
-  T* references_ = nullptr;           // [M, depth] y, scaled, centred
-  T* reference_lengths_ = nullptr;    // [M] what they were divided by, where they are scaled
-  T* center_ = nullptr;               // [depth] 0 for the linear kernel
-  T* square_weights_ = nullptr;       // [depth] -c
-  T* right_ = nullptr;                // [D, references] 2 c y transposed (gaussian), y (linear)
-  T* reference_norms_ = nullptr;      // [references] -c |y_j|^2
+  T* references_ = nullptr;         // [M, depth] y, scaled, centred
+  T* reference_lengths_ = nullptr;  // [references] what they were divided by, where they are scaled
+  T* center_ = nullptr;             // [depth] 0 for the linear kernel
+  T* square_weights_ = nullptr;     // [depth] -c
+  T* right_ = nullptr;              // [D, references] 2 c y transposed (gaussian), y (linear)
+  T* reference_norms_ = nullptr;    // [references] -c |y_j|^2
   T* reference_positions_ = nullptr;  // [P, references]
 };
 

@@ -7,7 +7,8 @@
 
 #include <omp.h>
 
-#include "tile_ops.h"
+#include "tokens.h"
+#include "workspace.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
 
@@ -26,14 +27,55 @@ struct Spans {
   static constexpr int64_t kLeastLength = 512;
 };
 
-// The threads that work on one head; `Worker` is what each of them needs for itself.
-template <class Worker>
+// What one thread needs for the tile it is at.
+template <class T>
+struct Worker {
+  T* keys;         // [tile, depth] scaled, centred
+  T* lengths;      // [tile] what keys were divided by, where they are scaled
+  T* norms;        // [tile]
+  T* scores;       // [tile, references]
+  T* factors;      // [tile, references]
+  T* matrix;       // [tile, references] a plan, in the log domain
+  T* values;       // [tile, value_depth]
+  T* outputs;      // [tile, value_depth]
+  T* row_factors;  // [tile]
+  T* row_terms;    // [tile]
+  // In backward.
+  T* gradient;   // [tile, references] ds and then E
+  T* product;    // [tile, references] left right (side_gradient.h)
+  T* grad_keys;  // [tile, depth]
+  T* left;       // [tile, left_width]
+
+  // left_width: 0 in forward.
+  void place(Arena& arena, const Widths<T>& widths, int64_t left_width) {
+    const auto take = [&arena](int64_t width) { return arena.take<T>(kMostTileTokens * width); };
+    keys = take(widths.depth);
+    values = take(widths.value_depth);
+    outputs = take(widths.value_depth);
+    for (T** of_tokens : {&lengths, &norms, &row_factors, &row_terms}) *of_tokens = take(1);
+    for (T** of_pairs : {&scores, &factors, &matrix}) *of_pairs = take(widths.references);
+    if (left_width == 0) return;
+    gradient = take(widths.references);
+    product = take(widths.references);
+    grad_keys = take(widths.depth);
+    left = take(left_width);
+  }
+};
+
+// Tokens [begin, begin + count) of a span, and the thread that is at them.
+template <class T>
+struct Tile {
+  int64_t span, begin, count;
+  const Worker<T>& worker;
+};
+
+// The threads that work on one head.
+template <class T>
 struct Team {
-  Worker* workers;
+  Worker<T>* workers;
   int threads;
 
-  // body(span, begin, count, worker) for every tile, those of a span in order by one thread, after
-  // begin_span(span).
+  // body(tile) for every tile, those of a span in order by one thread, after begin_span(span).
   template <class BeginSpan, class Body>
   void for_each_tile(const Spans& spans, BeginSpan begin_span, Body body) const {
     if (threads == 1 || spans.count == 1) {
@@ -50,13 +92,13 @@ struct Team {
 
  private:
   template <class BeginSpan, class Body>
-  static void run_span(const Spans& spans, int64_t span, Worker& worker, BeginSpan& begin_span,
-                       Body& body) {
+  static void run_span(const Spans& spans, int64_t span, const Worker<T>& worker,
+                       BeginSpan& begin_span, Body& body) {
     begin_span(span);
     const int64_t end = smaller((span + 1) * spans.length, spans.tokens);
     for (int64_t begin = span * spans.length, count; begin < end; begin += count) {
       count = tokens_of_tile(end - begin);
-      body(span, begin, count, worker);
+      body(Tile<T>{span, begin, count, worker});
     }
   }
 };

@@ -26,39 +26,11 @@
 // respect to such a mass.
 #pragma once
 
+#include <initializer_list>
+
 #include "similarity.h"
-#include "team.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
-
-// What one thread needs for the tile it is at.
-template <class T>
-struct Worker {
-  TileBuffers<T> tile;
-  T* matrix;       // [tile, references] a plan, in the log domain
-  T* gradient;     // [tile, references] ds and then E (similarity.h), in backward
-  T* product;      // [tile, references] left right, in backward
-  T* values;       // [tile, value_depth]
-  T* outputs;      // [tile, value_depth]
-  T* grad_keys;    // [tile, depth] in backward
-  T* left;         // [tile, left_width] in backward
-  T* row_factors;  // [tile]
-  T* row_terms;    // [tile]
-
-  void place(Arena& arena, const Widths<T>& widths, bool backward, int64_t left_width) {
-    tile.place(arena, widths);
-    matrix = arena.take<T>(kMostTileTokens * widths.references);
-    values = arena.take<T>(kMostTileTokens * widths.value_depth);
-    outputs = arena.take<T>(kMostTileTokens * widths.value_depth);
-    row_factors = arena.take<T>(kMostTileTokens);
-    row_terms = arena.take<T>(kMostTileTokens);
-    if (!backward) return;
-    gradient = arena.take<T>(kMostTileTokens * widths.references);
-    product = arena.take<T>(kMostTileTokens * widths.references);
-    grad_keys = arena.take<T>(kMostTileTokens * widths.depth);
-    left = arena.take<T>(kMostTileTokens * left_width);
-  }
-};
 
 // The references' marginal b of one head.
 template <class T>
@@ -73,22 +45,21 @@ class Transport {
   using T = Accumulate<Storage>;
 
  public:
-  using Crew = Team<Worker<T>>;
-
-  Transport(const ForwardParams& p, const Tokens& tokens, bool backward)
-      : p_(&p), tokens_(tokens), widths_(p), spans_(tokens.count), backward_(backward) {}
+  // Of head (b, h).
+  Transport(const ForwardParams& p, const Tokens& tokens, int64_t b, int64_t h, bool backward)
+      : p_(p), tokens_(tokens), b_(b), h_(h), backward_(backward) {}
 
   void place(Arena& arena) {
-    similarity_.place(arena, *p_, widths_);
+    similarity_.place(arena);
     a_ = arena.take<T>(tokens_.count);
-    potentials_ = arena.take<T>((p_->iterations + 1) * widths_.references);
-    column_potentials_ = arena.take<T>(larger<int64_t>(p_->iterations, 1) * widths_.references);
+    potentials_ = arena.take<T>((p_.iterations + 1) * widths_.references);
+    column_potentials_ = arena.take<T>(larger<int64_t>(p_.iterations, 1) * widths_.references);
     collection_scale_ = arena.take<T>(widths_.references);
     column_sums_.place(arena, spans_, 2 * widths_.references);
     // Scores are kept while they fit a constant amount of fast memory and recomputed beyond it.
     const int64_t row = widths_.references * (backward_ ? 2 : 1);
     // The heads of a group's problem are all at work at once.
-    const int64_t heads = p_->group == nullptr ? 1 : larger<int64_t>(p_->batch * p_->heads, 1);
+    const int64_t heads = p_.group == nullptr ? 1 : larger<int64_t>(p_.batch * p_.heads, 1);
     const int64_t bytes = smaller(kCacheBytes, kGroupCacheBytes / heads);
     const int64_t tiles = bytes / (kTileTokens * row * int64_t{sizeof(T)});
     cached_ = smaller(tiles * kTileTokens, round_up(tokens_.count, kTileTokens));
@@ -97,95 +68,93 @@ class Transport {
     if (backward_) factor_cache_ = arena.take<T>(rows * widths_.references);
   }
 
-  // Makes ready for head (b, h), but for normalize_masses. token_mass (optional) [B, H, N]; rows
-  // [T + 1, N] and columns [max(T, 1), M] are this head's normalisers, which the steps write and
-  // the rest reads.
-  Status prepare(int64_t b, int64_t h, const Tensor& token_mass,
-                 const ReferenceMarginal<T>& marginal, T* rows, T* columns,
-                 const Worker<T>& worker) {
-    const T* bandwidth = at<const T>(p_->bandwidth, h);
+  // Makes ready, but for normalize_masses. token_mass (optional) [B, H, N]; rows [T + 1, N] and
+  // columns [max(T, 1), M] are this head's normalisers, which the steps write and the rest reads.
+  Status prepare(const Tensor& token_mass, const ReferenceMarginal<T>& marginal, T* rows,
+                 T* columns, const Worker<T>& worker) {
+    const T* bandwidth = at<const T>(p_.bandwidth, h_);
     const auto is_good = [](T x) { return x > 0 && __builtin_isfinite(x); };
     if (bandwidth != nullptr && !is_good(*bandwidth)) return Status::kNonPositiveBandwidth;
-    if (!is_good(*at<const T>(p_->epsilon, h))) return Status::kNonPositiveEpsilon;
-    similarity_.prepare(*p_, widths_, tokens_, b, h, worker.tile);
+    if (!is_good(*at<const T>(p_.epsilon, h_))) return Status::kNonPositiveEpsilon;
+    similarity_.prepare(worker);
     marginal_ = marginal;
     rows_ = rows;
     columns_ = columns;
     fresh_ = true;
     fill(collection_scale_, widths_.references, T(1));
     fill(potentials_, widths_.references, log_domain() ? T(0) : T(1));
-    for (int64_t j = p_->references; j < widths_.references; ++j) {
+    for (int64_t j = p_.references; j < widths_.references; ++j) {
       potentials_[j] = log_domain() ? -T(__builtin_inf()) : T(0);
     }
-    return load_masses(b, h, token_mass);
+    return load_masses(token_mass);
   }
 
   // The marginal a, from the mass of all tokens, those of other ranks included.
-  void normalize_masses(double total) {
-    total_mass_ = total;
-    const double scale = total == 0 ? 0 : 1 / total;
+  void normalize_masses() {
+    const double scale = empty() ? 0 : 1 / total_mass_;
     for (int64_t i = 0; i < tokens_.count; ++i) a_[i] = T(double(a_[i]) * scale);
   }
 
   // No valid token holds mass: nothing to transport, all outputs and gradients are 0.
   bool empty() const { return total_mass_ == 0; }
   double total_mass() const { return total_mass_; }
+  void set_total_mass(double total) { total_mass_ = total; }
   bool log_domain() const { return similarity_.log_domain(); }
   const Similarity<Storage>& similarity() const { return similarity_; }
   const Spans& spans() const { return spans_; }
   const T* a() const { return a_; }
 
-  // The tile's scores (and, for backward, factors), from the cache or recomputed. Each pass over
-  // the tokens asks once for every tile; the first fills the cache.
-  const T* scores(int64_t begin, int64_t count, const Worker<T>& worker) const {
-    if (begin >= cached_) {
-      similarity_.compute(begin, count, worker.tile, worker.tile.scores,
-                          backward_ ? worker.tile.factors : nullptr);
-      return worker.tile.scores;
-    }
-    T* scores = score_cache_ + begin * widths_.references;
-    if (fresh_) {
-      similarity_.compute(begin, count, worker.tile, scores,
-                          backward_ ? factor_cache_ + begin * widths_.references : nullptr);
-    }
-    return scores;
+  // body(tile, scores) for every tile after begin_span(span): one pass over the tokens. The first
+  // fills the cache.
+  template <class BeginSpan, class Body>
+  void pass(const Team<T>& team, BeginSpan begin_span, Body body) {
+    team.for_each_tile(spans_, begin_span, [&](const Tile<T>& tile) { body(tile, scores(tile)); });
+    fresh_ = false;
   }
-  const T* factors(int64_t begin, const Worker<T>& worker) const {
-    return begin < cached_ ? factor_cache_ + begin * widths_.references : worker.tile.factors;
+  // The same where each span adds to its part of `sums`; the first of them gets the totals.
+  template <class Body>
+  void sum_pass(const Team<T>& team, std::initializer_list<const Partials<T>*> sums, Body body) {
+    const auto clear = [sums](int64_t span) {
+      for (const Partials<T>* partials : sums) partials->clear(span);
+    };
+    pass(team, clear, body);
+    for (const Partials<T>* partials : sums) partials->total(spans_);
   }
-  // Did asking for this tile's scores leave its keys in worker.tile.keys?
-  bool keys_loaded(int64_t begin) const { return fresh_ || begin >= cached_; }
-  void pass_done() { fresh_ = false; }
+  // Of a tile at hand, in backward: from the cache, or what asking for its scores has left.
+  const T* factors(const Tile<T>& tile) const {
+    return tile.begin < cached_ ? factor_cache_ + tile.begin * widths_.references
+                                : tile.worker.factors;
+  }
+  // Did asking for this tile's scores leave its keys in worker.keys?
+  bool keys_loaded(const Tile<T>& tile) const { return fresh_ || tile.begin >= cached_; }
 
   // Step t, 1 <= t <= T, and t = 0 where T = 0: rows^{t-1}, and in column_sums() the columns^t of
-  // these tokens. Where `pools`, pool is called for every tile with its scores and the factors
-  // a_i * row factor in worker.row_factors: in scaling form collection(T) has no other matrix, so
-  // that the last step can collect.
-  template <class BeginSpan, class Pool>
-  void step(int64_t t, const Crew& crew, bool pools, BeginSpan begin_span, Pool pool) {
+  // these tokens. Where there is `pooled`, pool is called to add to it, for every tile with its
+  // scores and the factors a_i * row factor in worker.row_factors: in scaling form collection(T)
+  // has no other matrix, so that the last step can collect.
+  template <class Pool>
+  void step(int64_t t, const Team<T>& team, const Partials<T>* pooled, Pool pool) {
     const int64_t width = widths_.references;
-    crew.for_each_tile(
-        spans_,
-        [&](int64_t span) {
-          if (log_domain()) {
-            log_sums(span).clear(width);
-          } else {
-            column_sums_.clear(span);
-          }
-          if (pools) begin_span(span);
-        },
-        [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
-          const T* tile = scores(begin, count, worker);
-          if (t > 0) normalize_rows(t - 1, begin, count, tile);
-          row_potentials(t, begin, count, worker.row_factors);
-          if (log_domain()) {
-            log_sums(span).add(tile, count, width, worker.row_factors);
-          } else {
-            add_transposed_product(tile, count, width, worker.row_factors, column_sums_.of(span));
-          }
-          if (pools) pool(span, begin, count, tile, worker);
-        });
-    pass_done();
+    const auto begin = [&](int64_t span) {
+      if (log_domain()) {
+        log_sums(span).clear(width);
+      } else {
+        column_sums_.clear(span);
+      }
+      if (pooled != nullptr) pooled->clear(span);
+    };
+    pass(team, begin, [&](const Tile<T>& tile, const T* scores) {
+      T* factors = tile.worker.row_factors;
+      if (t > 0) normalize_rows(t - 1, tile, scores);
+      row_potentials(t, tile, factors);
+      if (log_domain()) {
+        log_sums(tile.span).add(scores, tile.count, width, factors);
+      } else {
+        add_transposed_product(scores, tile.count, width, factors, column_sums_.of(tile.span));
+      }
+      if (pooled != nullptr) pool(tile, scores);
+    });
+    if (pooled != nullptr) pooled->total(spans_);
     if (!log_domain()) {
       column_sums_.total(spans_);
       return;
@@ -195,89 +164,91 @@ class Transport {
     }
     log_sums(0).normalizers(width, column_sums_.data);
   }
+  // Where nothing is transported.
+  void clear_normalizers() const {
+    fill(rows_, (p_.iterations + 1) * tokens_.count, T(0));
+    fill(columns_, larger<int64_t>(p_.iterations, 1) * p_.references, T(0));
+  }
+  void clear_last_rows() const { fill(row_normalizers(p_.iterations, 0), tokens_.count, T(0)); }
+
   // What passes over the tokens sum for each reference, [M]. Between a pass and what finishes it,
   // the sums of other ranks may be merged into them.
   T* column_sums() const { return column_sums_.data; }
   Merge merge_of_columns() const { return log_domain() ? Merge::kLogSum : Merge::kSum; }
   void finish_step(int64_t t) {
     T* columns = column_normalizers(t);
-    for (int64_t j = 0; j < p_->references; ++j) columns[j] = column_sums()[j];
+    for (int64_t j = 0; j < p_.references; ++j) columns[j] = column_sums()[j];
     set_potentials(t);
   }
 
-  // pool for every tile as `step` calls it, with the matrix of collection(T) in the log domain.
-  template <class BeginSpan, class Pool>
-  void pool_collection(const Crew& crew, BeginSpan begin_span, Pool pool) {
-    crew.for_each_tile(spans_, begin_span,
-                       [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
-                         const T* scores_of_tile = scores(begin, count, worker);
-                         const T* tile =
-                             collection(p_->iterations, begin, count, scores_of_tile, worker);
-                         for (int64_t i = 0; i < count; ++i) worker.row_factors[i] = a_[begin + i];
-                         pool(span, begin, count, tile, worker);
-                       });
-  }
-
   // rows^t = sum_j exp(s_ij + g^t_j).
-  void normalize_rows(int64_t t, int64_t begin, int64_t count, const T* scores) const {
+  void normalize_rows(int64_t t, const Tile<T>& tile, const T* scores) const {
     T normalizers[kMostTileTokens];
     if (log_domain()) {
-      row_log_sums(scores, count, widths_.references, potential(t), normalizers);
+      row_log_sums(scores, tile.count, widths_.references, potential(t), normalizers);
     } else {
-      multiply_vector(scores, count, widths_.references, potential(t), normalizers);
+      multiply_vector(scores, tile.count, widths_.references, potential(t), normalizers);
     }
-    T* rows = row_normalizers(t, begin);
-    for (int64_t i = 0; i < count; ++i) rows[i] = normalizers[i];
+    T* rows = row_normalizers(t, tile.begin);
+    for (int64_t i = 0; i < tile.count; ++i) rows[i] = normalizers[i];
   }
 
-  // In the log domain: the sums of collection(T) over its columns, to be divided out.
-  void sum_collection(const Crew& crew) {
-    crew.for_each_tile(
-        spans_, [&](int64_t span) { column_sums_.clear(span); },
-        [&](int64_t span, int64_t begin, int64_t count, const Worker<T>& worker) {
-          const T* tile = scores(begin, count, worker);
-          add_transposed_product(collection(p_->iterations, begin, count, tile, worker), count,
-                                 widths_.references, a_ + begin, column_sums_.of(span));
-        });
-    pass_done();
-    column_sums_.total(spans_);
+  // In the log domain: the sums of collection(T) over its columns, to be divided out; then pool for
+  // every tile as `step` calls it, with the matrix of collection(T).
+  void sum_collection(const Team<T>& team) {
+    sum_pass(team, {&column_sums_}, [&](const Tile<T>& tile, const T* scores) {
+      add_transposed_product(collection(p_.iterations, tile, scores), tile.count,
+                             widths_.references, a_ + tile.begin, column_sums_.of(tile.span));
+    });
+  }
+  template <class Pool>
+  void pool_collection(const Team<T>& team, const Partials<T>& pooled, Pool pool) {
+    sum_pass(team, {&pooled}, [&](const Tile<T>& tile, const T* scores) {
+      const T* matrix = collection(p_.iterations, tile, scores);
+      for (int64_t i = 0; i < tile.count; ++i) tile.worker.row_factors[i] = a_[tile.begin + i];
+      pool(tile, matrix);
+    });
   }
   void finish_collection() {
-    for (int64_t j = 0; j < p_->references; ++j) collection_scale_[j] = 1 / column_sums()[j];
+    for (int64_t j = 0; j < p_.references; ++j) collection_scale_[j] = 1 / column_sums()[j];
   }
 
   // Backward finds rows and columns as forward left them; potentials follow.
   void restore_potentials() {
-    for (int64_t t = smaller<int64_t>(1, p_->iterations); t <= p_->iterations; ++t) {
+    for (int64_t t = smaller<int64_t>(1, p_.iterations); t <= p_.iterations; ++t) {
       set_potentials(t);
     }
   }
 
   // The matrices and factors of distribution(t), t in 0..T, and of collection(t), t in 1..T; t = 0
-  // where T = 0, for then f = log a has no normaliser.
-  const T* distribution(int64_t t, int64_t begin, int64_t count, const T* scores,
-                        const Worker<T>& worker) const {
-    if (!log_domain()) return scores;
-    form_plan(row_normalizers(t, begin), potential(t), count, scores, worker.matrix);
-    row_sums(worker.matrix, count, widths_.references, worker.row_factors);
-    for (int64_t i = 0; i < count; ++i) worker.row_factors[i] = 1 / worker.row_factors[i];
-    scale_rows(worker.matrix, count, widths_.references, worker.row_factors);
-    return worker.matrix;
+  // where T = 0, for then f = log a has no normaliser. With the matrix worker.row_factors are those
+  // of the tile.
+  const T* distribution(int64_t t, const Tile<T>& tile, const T* scores) const {
+    T *matrix = tile.worker.matrix, *factors = tile.worker.row_factors;
+    if (log_domain()) {
+      form_plan(row_normalizers(t, tile.begin), potential(t), tile.count, scores, matrix);
+      row_sums(matrix, tile.count, widths_.references, factors);
+      for (int64_t i = 0; i < tile.count; ++i) factors[i] = 1 / factors[i];
+      scale_rows(matrix, tile.count, widths_.references, factors);
+    }
+    distribution_rows(t, tile, factors);
+    return log_domain() ? matrix : scores;
   }
-  void distribution_rows(int64_t t, int64_t begin, int64_t count, T* factors) const {
-    row_factors(row_normalizers(t, begin), count, factors);
+  void distribution_rows(int64_t t, const Tile<T>& tile, T* factors) const {
+    row_factors(row_normalizers(t, tile.begin), tile.count, factors);
   }
   void distribution_columns(int64_t t, T* factors) const { column_factors(potential(t), factors); }
 
-  const T* collection(int64_t t, int64_t begin, int64_t count, const T* scores,
-                      const Worker<T>& worker) const {
+  const T* collection(int64_t t, const Tile<T>& tile, const T* scores) const {
+    collection_rows(t, tile, tile.worker.row_factors);
     if (!log_domain()) return scores;
-    form_plan(row_normalizers(t - 1, begin), column_potential(t), count, scores, worker.matrix);
-    if (t == p_->iterations) scale_columns(worker.matrix, count, collection_scale_);
-    return worker.matrix;
+    T* matrix = tile.worker.matrix;
+    form_plan(row_normalizers(t - 1, tile.begin), column_potential(t), tile.count, scores, matrix);
+    if (t == p_.iterations) scale_columns(matrix, tile.count, collection_scale_);
+    return matrix;
   }
-  void collection_rows(int64_t t, int64_t begin, int64_t count, T* factors) const {
-    row_factors(row_normalizers(t - 1, begin), count, factors);
+  void collection_rows(int64_t t, const Tile<T>& tile, T* factors) const {
+    row_factors(row_normalizers(t - 1, tile.begin), tile.count, factors);
   }
   void collection_columns(int64_t t, T* factors) const {
     column_factors(column_potential(t), factors);
@@ -287,6 +258,16 @@ class Transport {
   // In backward for two matrices. Backward of 16,384 tokens by 128 references fits in float32.
   static constexpr int64_t kCacheBytes = int64_t{16} << 20;
   static constexpr int64_t kGroupCacheBytes = int64_t{128} << 20;  // of all heads of a side
+
+  // The tile's scores (and, for backward, factors), from the cache or recomputed.
+  const T* scores(const Tile<T>& tile) const {
+    const bool cached = tile.begin < cached_;
+    T* scores = cached ? score_cache_ + tile.begin * widths_.references : tile.worker.scores;
+    if (fresh_ || !cached) {
+      similarity_.compute(tile, scores, backward_ ? const_cast<T*>(factors(tile)) : nullptr);
+    }
+    return scores;
+  }
 
   // w^t or log2 g^t, [references]; t in 0..T. The padding transports nothing: 0 or -inf.
   T* potential(int64_t t) const { return potentials_ + t * widths_.references; }
@@ -299,15 +280,15 @@ class Transport {
     return t < 0 ? nullptr : rows_ + t * tokens_.count + begin;
   }
   T* column_normalizers(int64_t t) const {
-    return columns_ + larger<int64_t>(t - 1, 0) * p_->references;
+    return columns_ + larger<int64_t>(t - 1, 0) * p_.references;
   }
   ColumnLogSums<T> log_sums(int64_t span) const {
     return {column_sums_.of(span), column_sums_.of(span) + widths_.references};
   }
 
   // Into a_, and their sum.
-  Status load_masses(int64_t b, int64_t h, const Tensor& token_mass) {
-    const T* mass = at<const T>(token_mass, b, h);
+  Status load_masses(const Tensor& token_mass) {
+    const T* mass = at<const T>(token_mass, b_, h_);
     double total = 0;  // a float32 sum of a million masses would lose digits
     for (int64_t i = 0; i < tokens_.count; ++i) {
       const bool valid = similarity_.valid()[i];
@@ -320,18 +301,19 @@ class Transport {
   }
 
   // exp(f^t) = a / r^{t-1}, or f^t as a logarithm.
-  void row_potentials(int64_t t, int64_t begin, int64_t count, T* potentials) const {
-    const T* rows = row_normalizers(t - 1, begin);
+  void row_potentials(int64_t t, const Tile<T>& tile, T* potentials) const {
+    const T* rows = row_normalizers(t - 1, tile.begin);
+    const T* a = a_ + tile.begin;
     if (!log_domain()) {
-      row_factors(rows, count, potentials);
-      for (int64_t i = 0; i < count; ++i) potentials[i] *= a_[begin + i];
+      row_factors(rows, tile.count, potentials);
+      for (int64_t i = 0; i < tile.count; ++i) potentials[i] *= a[i];
       return;
     }
-    for (int64_t i = 0; i < kMostTileTokens; ++i) potentials[i] = i < count ? a_[begin + i] : T(0);
+    for (int64_t i = 0; i < kMostTileTokens; ++i) potentials[i] = i < tile.count ? a[i] : T(0);
     for (int64_t i = 0; i < kMostTileTokens; i += kLanes<T>) {
       store<T>(potentials + i, log2<T>(load(potentials + i)));
     }
-    for (int64_t i = 0; i < count && rows != nullptr; ++i) potentials[i] -= rows[i];
+    for (int64_t i = 0; i < tile.count && rows != nullptr; ++i) potentials[i] -= rows[i];
   }
 
   // The potentials that follow from the normalisers of step t.
@@ -339,7 +321,7 @@ class Transport {
     const T* columns = column_normalizers(t);
     T* column_terms = column_potential(t);
     fill(column_terms, widths_.references, log_domain() ? -T(__builtin_inf()) : T(0));
-    for (int64_t j = 0; j < p_->references; ++j) {
+    for (int64_t j = 0; j < p_.references; ++j) {
       column_terms[j] = log_domain() ? -columns[j] : 1 / columns[j];
     }
     if (t == 0) return;
@@ -381,16 +363,17 @@ class Transport {
   }
   void column_factors(const T* column_terms, T* factors) const {
     for (int64_t j = 0; j < widths_.references; ++j) {
-      factors[j] = log_domain() ? T(j < p_->references) : column_terms[j];
+      factors[j] = log_domain() ? T(j < p_.references) : column_terms[j];
     }
   }
 
-  const ForwardParams* p_;
-  Tokens tokens_;
-  Widths<T> widths_;
-  Spans spans_;
-  bool backward_;
-  Similarity<Storage> similarity_;
+  const ForwardParams& p_;
+  const Tokens tokens_;
+  const int64_t b_, h_;
+  const bool backward_;
+  const Widths<T> widths_{p_};
+  const Spans spans_{tokens_.count};
+  Similarity<Storage> similarity_{p_, tokens_, b_, h_};
   ReferenceMarginal<T> marginal_{};
   double total_mass_ = 0;
   bool fresh_ = true;   // no pass over the tokens is complete yet: the cache is not filled

@@ -1,0 +1,115 @@
+// What forward and backward of a head have in common: the solves of its two sides, the keys and in
+// cross attention the queries, and what the ranks of a group tell each other.
+#pragma once
+
+#include "transport.h"
+
+namespace setformer::cpu::SETFORMER_ISA {
+
+// The work on a head is cut into stages at the sums over all its tokens: a Head runs stage
+// 0..stages() - 1. Where several ranks have the tokens, what a stage leaves is merged before the
+// next.
+template <class Storage, class ParamsOfCall>
+class Head {
+ public:
+  using Params = ParamsOfCall;
+  using T = Accumulate<Storage>;
+
+  // What all ranks need merged: numbers of one head; whoever merges them knows of how many.
+  struct Leavings {
+    int count = 0;
+    Shared numbers[2];
+  };
+
+  Head(const Params& p, int64_t b, int64_t h, bool backward)
+      : p_(p),
+        b_(b),
+        h_(h),
+        widths_(p),
+        keys_(p, {p.tokens, p.key, p.mask, p.token_positions}, b, h, backward),
+        queries_(p, {p.cross ? p.queries : 0, p.query, p.query_mask, p.query_positions}, b, h,
+                 backward) {}
+
+  int64_t spans() const { return larger(keys_.spans().count, queries_.spans().count); }
+  const Leavings& leavings() const { return leavings_; }
+
+  // After stage 0 and merging: the masses of all ranks, to the digits of T.
+  Status take_masses() {
+    keys_.set_total_mass(double(masses_[0]));
+    queries_.set_total_mass(double(masses_[1]));
+    return masses_[2] == T(0) ? Status::kOk : Status::kPeerFailed;
+  }
+
+ protected:
+  void place(Arena& arena) {
+    keys_.place(arena);
+    if (p_.cross) queries_.place(arena);
+    marginal_.b = arena.take<T>(widths_.references);
+    marginal_.log2_b = arena.take<T>(widths_.references);
+    masses_ = arena.take<T>(3);
+  }
+
+  int64_t index() const { return b_ * p_.heads + h_; }
+  int64_t steps() const { return larger<int64_t>(p_.iterations, 1); }
+  bool queried() const { return p_.cross && p_.distribute; }
+
+  void leave(T* numbers, int64_t count, Merge how = Merge::kSum) {
+    leavings_.numbers[leavings_.count++] = {numbers, 1, count, count, how};
+  }
+
+  // Stage 0. The masses, and how many ranks found an error in theirs, come before anything else.
+  Status prepare(const Team<T>& team) {
+    Status status = load_marginal();
+    if (status != Status::kOk) return status;
+    status = prepare(keys_, p_.token_mass, p_.rows, p_.columns, steps() + 1, team);
+    if (queried()) prepare(queries_, Tensor{}, p_.query_rows, p_.query_columns, steps(), team);
+    masses_[0] = T(keys_.total_mass());
+    masses_[1] = T(queries_.total_mass());
+    masses_[2] = T(0);
+    leave(masses_, 3);
+    return status;
+  }
+
+  const Params& p_;
+  const int64_t b_, h_;
+  Widths<T> widths_;
+  Transport<Storage> keys_, queries_;
+  ReferenceMarginal<T> marginal_{};
+  Leavings leavings_;
+
+ private:
+  Status prepare(Transport<Storage>& side, const Tensor& mass, const Tensor& rows,
+                 const Tensor& columns, int64_t column_rows, const Team<T>& team) {
+    return side.prepare(mass, marginal_,
+                        at<T>(rows, 0) + index() * (p_.iterations + 1) * side.spans().tokens,
+                        at<T>(columns, 0) + index() * column_rows * p_.references, team.workers[0]);
+  }
+
+  // The marginal b from the references' masses; uniform where none are given.
+  Status load_marginal() {
+    const T* mass = at<const T>(p_.reference_mass, b_, h_);
+    double total = 0;
+    fill(marginal_.b, widths_.references, T(0));
+    for (int64_t j = 0; j < p_.references; ++j) {
+      marginal_.b[j] = mass == nullptr ? T(1) : mass[j * p_.reference_mass.stride[2]];
+      if (marginal_.b[j] <= T(0)) return Status::kNonPositiveReferenceMass;
+      total += double(marginal_.b[j]);
+    }
+    marginal_.total = T(total);
+    for (int64_t j = 0; j < p_.references; ++j) marginal_.b[j] = T(double(marginal_.b[j]) / total);
+    for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
+      store<T>(marginal_.log2_b + j, log2<T>(load(marginal_.b + j)));
+    }
+    // Below the normal numbers of T the fast log2 knows none, and similarities can outweigh such b.
+    for (int64_t j = 0; j < p_.references; ++j) {
+      if (marginal_.b[j] >= kSmallestNormal<T>) continue;
+      const T given = mass == nullptr ? T(1) : mass[j * p_.reference_mass.stride[2]];
+      marginal_.log2_b[j] = T(__builtin_log2(double(given)) - __builtin_log2(total));
+    }
+    return Status::kOk;
+  }
+
+  T* masses_ = nullptr;  // [3] of keys, of queries, and the ranks that failed
+};
+
+}  // namespace setformer::cpu::SETFORMER_ISA

@@ -1,0 +1,99 @@
+// Tokens of the caller's tensors, and rows of them in whole vectors.
+#pragma once
+
+#include "../set_attention.h"
+#include "prefetch.h"
+#include "scalar_types.h"
+#include "tile_ops.h"
+
+namespace setformer::cpu::SETFORMER_ISA {
+
+// The tensor's elements from [i, j, 0, 0] on; null where the tensor is absent.
+template <class Element>
+SETFORMER_INLINE Element* at(const Tensor& tensor, int64_t i, int64_t j = 0) {
+  if (tensor.data == nullptr) return nullptr;
+  return static_cast<Element*>(tensor.data) + i * tensor.stride[0] + j * tensor.stride[1];
+}
+
+// Row widths in whole vectors.
+template <class T>
+struct Widths {
+  int64_t references, depth, value_depth;
+
+  explicit Widths(const ForwardParams& p)
+      : references(round_up(p.references, kLanes<T>)),
+        depth(round_up(p.depth, kLanes<T>)),
+        value_depth(round_up(p.value_depth, kLanes<T>)) {}
+};
+
+// The tokens of one side: the keys, or the queries of cross attention.
+struct Tokens {
+  int64_t count = 0;
+  Tensor rows;       // storage [B, H, count, D]
+  Tensor mask;       // bool [B, count], optional
+  Tensor positions;  // accumulate [count, P], optional
+};
+
+// The valid tokens of one batch item.
+class Validity {
+ public:
+  Validity() = default;
+  Validity(const Tensor& mask, int64_t b)
+      : mask_(at<const bool>(mask, b)), stride_(mask.stride[1]) {}
+  bool operator[](int64_t i) const { return mask_ == nullptr || mask_[i * stride_]; }
+
+ private:
+  const bool* mask_ = nullptr;
+  int64_t stride_ = 0;
+};
+
+// The rows of a head's tokens in a tensor [B, H, tokens, depth].
+template <class Storage>
+class TokenRows {
+  using T = Accumulate<Storage>;
+
+ public:
+  TokenRows(const Tensor& tensor, int64_t b, int64_t h, int64_t depth)
+      : first_(at<Storage>(tensor, b, h)),
+        token_stride_(tensor.stride[2]),
+        stride_(tensor.stride[3]),
+        depth_(depth) {}
+
+  // Copies tokens [begin, begin + count) into rows of whole vectors; invalid tokens and the padding
+  // become 0, whatever they hold.
+  void load(int64_t begin, int64_t count, const Validity& valid, T* rows) const {
+    const int64_t width = round_up(depth_, kLanes<T>);
+    const Storage* from = first_ + begin * token_stride_;
+    for (int64_t i = 0; i < count; ++i, from += token_stride_, rows += width) {
+      if (valid[begin + i]) {
+        load_row(from, stride_, depth_, rows, width);
+      } else {
+        fill(rows, width, T(0));
+      }
+    }
+  }
+  void store(int64_t begin, int64_t count, const T* rows) const {
+    Storage* to = first_ + begin * token_stride_;
+    for (int64_t i = 0; i < count; ++i, to += token_stride_) {
+      store_row(rows + i * round_up(depth_, kLanes<T>), depth_, to, stride_);
+    }
+  }
+  void clear(int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < depth_; ++c) {
+        to_storage(T(0), first_ + i * token_stride_ + c * stride_);
+      }
+    }
+  }
+  // The tile after the one that begins at `begin`.
+  Upcoming next_tile(int64_t begin) const {
+    if (stride_ != 1) return {};
+    return {first_, begin + kTileTokens, kTileTokens, token_stride_, depth_};
+  }
+
+ private:
+  Storage* first_;
+  int64_t token_stride_, stride_, depth_;
+};
+
+}  // namespace setformer::cpu::SETFORMER_ISA
