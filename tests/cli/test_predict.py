@@ -268,12 +268,12 @@ def test_bad_options_are_explained(
 
 
 def test_missing_package_says_what_to_install(
-    training: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+    training: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "setformer_ext.cli.predict.drawing")
     with pytest.raises(SystemExit, match=r'needs the package matplotlib.*pip install "\.\[train'):
-        cli.main(["predict", str(training), str(photo)])
+        cli.main(["predict", str(training), str(photo), f"--output={tmp_path}"])
 
 
 def test_masks_in_json_are_those_of_coco() -> None:
