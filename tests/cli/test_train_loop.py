@@ -3,6 +3,7 @@
 import argparse
 import pty
 import sys
+import time
 from io import StringIO
 from pathlib import Path
 from select import select
@@ -229,6 +230,7 @@ def test_a_finished_run_is_extended(
     short, given = (*SHORT, "--warmup=0"), (*SHORT, "--warmup=0", "--resume")
     first = classify(data, tmp_path / "out", *short, "--steps=4")
     capsys.readouterr()
+    time.sleep(1)  # TensorBoard tells the order of files by the second in their names
     result = classify(data, tmp_path / "out", *given, "--steps=8")
     out = capsys.readouterr().out
     assert "going on after step 4, of 8 steps instead of 4: the learning rate goes from " in out

@@ -181,10 +181,7 @@ class Mlm(Task):
             held_out = documents[99::100]
             documents = [d for place, d in enumerate(documents) if place % 100 != 99]
         self.counts = len(documents), len(held_out)
-        how = (options.vocab_size, not options.cased, options.alphabet)
-        self.tokenizer = tokenizer or wrap_tokenizer(
-            from_main_process(lambda: train_tokenizer(documents, *how))
-        )
+        self.tokenizer = tokenizer or self._train_tokenizer(documents)
         self.train, self.eval = (
             pack(texts, self.tokenizer, options.sequence_length, options.mask_share)
             for texts in (documents, held_out)
@@ -231,6 +228,12 @@ class Mlm(Task):
         if lacks:
             raise TrainingError(f"--{option}: {folder}: its tokenizer has no {', '.join(lacks)}")
         return tokenizer
+
+    def _train_tokenizer(self, documents: list[str]) -> PreTrainedTokenizerFast:
+        """One for these documents, the same in all processes."""
+        options = self.options
+        how = (options.vocab_size, not options.cased, options.alphabet)
+        return wrap_tokenizer(from_main_process(lambda: train_tokenizer(documents, *how)))
 
     def describe(self) -> str:
         text = (
