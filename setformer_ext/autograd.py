@@ -242,7 +242,7 @@ def differentiable_call(name: str, *arguments: Any) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*arguments)
-    operation = getattr(OPERATIONS, name).default
+    operation = getattr(OPERATIONS, name)
     if torch.compiler.is_compiling() or wants_gradient(arguments):
         refuse_tangents(arguments)
         return operation(*arguments)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from .references import References
 
 Batch = Mapping[str, Tensor]
-# A module's References, the arguments of their forward, and the outputs of softmax attention.
-Call = tuple[References, tuple[Any, ...], Tensor]
+Seen = TypeVar("Seen")
+# Of a module's References, the arguments of their forward, and the outputs of softmax attention.
+Observer = Callable[[References, tuple[Any, ...], Tensor], Seen]
 
 _QUERIES_PER_REFERENCE = 32  # that are clustered
 _CLUSTERING_STEPS = 8
@@ -80,13 +81,14 @@ def distill_attention(
 
 
 def _error(model: nn.Module, batch: Batch) -> Tensor:
-    errors = []
-    for references, arguments, target in _softmax_calls(model, batch):
-        target = target.float()
+    @torch.enable_grad()
+    def error(references: References, arguments: tuple[Any, ...], softmax: Tensor) -> Tensor:
+        target = softmax.float()
         norm = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
         output = references.forward(*arguments).float()
-        errors.append((output - target).square().sum() / norm)
-    return torch.stack(errors).mean()
+        return (output - target).square().sum() / norm
+
+    return torch.stack(_softmax_calls(model, batch, error)).mean()
 
 
 def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -97,13 +99,15 @@ def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
         wanted = _QUERIES_PER_REFERENCE * references.reference.shape[1]
         return wanted - sum(map(len, queries[references]))
 
+    def collect(references: References, arguments: tuple[Any, ...], _: Tensor) -> None:
+        query, mask = arguments[0].transpose(1, 2), arguments[3]  # [B, N, H, D], [B, N]
+        valid = query.flatten(0, 1) if mask is None else query[mask]
+        queries.setdefault(references, [])
+        chosen = torch.randperm(len(valid))[: missing(references)]
+        queries[references].append(valid[chosen])
+
     for batch in batches:
-        for references, (heads, _, _, mask, _), _ in _softmax_calls(model, batch):
-            query = heads.transpose(1, 2)  # [B, N, H, D]
-            valid = query.flatten(0, 1) if mask is None else query[mask]
-            queries.setdefault(references, [])
-            chosen = torch.randperm(len(valid))[: missing(references)]
-            queries[references].append(valid[chosen])
+        _softmax_calls(model, batch, collect)
         if not any(map(missing, queries)):
             break
     for layer, points in (queries or {layer: [] for layer in _layers(model)}).items():
@@ -134,13 +138,13 @@ def _centres(points: Tensor, count: int) -> Tensor:  # [H, P, D] -> [H, M, D]
 
 
 @torch.no_grad()
-def _softmax_calls(model: nn.Module, batch: Batch) -> list[Call]:
-    """Run the model with softmax attention, and tell of every call of its attention modules."""
-    calls: list[Call] = []
+def _softmax_calls(model: nn.Module, batch: Batch, observe: Observer[Seen]) -> list[Seen]:
+    """Run the model with softmax attention; returns what is seen in each of its modules' calls."""
+    calls: list[Seen] = []
 
     def replace(references: References, arguments: tuple[Any, ...], _: Tensor) -> Tensor:
         softmax = _softmax_attention(*arguments)
-        calls.append((references, arguments, softmax))
+        calls.append(observe(references, arguments, softmax))
         return softmax
 
     handles = [layer.register_forward_hook(replace) for layer in _layers(model)]

@@ -71,7 +71,6 @@ def run(options: argparse.Namespace) -> None:
             options.training, options.model = folder, None
     if options.output.suffix[1:] not in SUFFIXES:
         raise UserError(f"{options.output}: pictures can be written as {', '.join(SUFFIXES)}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     done = _explain_image(options) if options.text is None else _explain_text(options)
     print(f"{done}\n  {options.output}")
 
@@ -84,6 +83,7 @@ def _explain_image(options: argparse.Namespace) -> str:
 
     if options.output.resolve() == options.image.resolve():
         raise UserError(f"--output: {options.output} is the image itself")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     layer, name = _look(options, read_image(options.image, options.max_pixels))
     plan, name = choose_head(layer.plans, options.head, name)
     draw_references(
@@ -147,6 +147,7 @@ def _explain_text(options: argparse.Namespace) -> str:
             "--text: expected the RUN of a train mlm or glue, and no IMAGE, --model, --checkpoint, "
             "--stage or --block; --layer chooses the layer"
         )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     return explain_sentence(
         options.training,
         options.text,

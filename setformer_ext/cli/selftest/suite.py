@@ -154,19 +154,20 @@ def _follow(
             during = f", during {suite.running}" if suite.running else ""
             suite.error = f"ended after {seconds:.0f} s{during}"
             return False
-        if now >= heard + limit:
-            yield suite.fail(f"hung for {limit:g} s\n{process.stack()}")
-            return True
         if now >= recorded + SECONDS_BETWEEN_RECORDS:
             recorded = now
             yield ""
         if now > told + SECONDS_BETWEEN_LINES:
             told = now
             yield suite.progress
+        wait = min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now
         try:
-            event = process.hear(min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now)
+            event = process.hear(max(wait, 0.0))  # what it has told meanwhile comes first
         except TimeoutError:
-            continue
+            if time.monotonic() < heard + limit:
+                continue
+            yield suite.fail(f"hung for {limit:g} s\n{process.stack()}")
+            return True
         except EOFError:
             break
         heard = time.monotonic()
