@@ -8,7 +8,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from transformers import Trainer, TrainingArguments
 
 from setformer_ext.language import SetformerConfig, SetformerForSequenceClassification
@@ -38,6 +38,13 @@ def parametrised() -> nn.Module:
     return model
 
 
+def parametrised_in_two_parts() -> nn.Module:
+    model = switched()
+    attention = model.bert.encoder.layer[0].attention.self.set_attention
+    parametrizations.weight_norm(attention, "reference")
+    return model
+
+
 @pytest.mark.parametrize(
     ("make_model", "exempt", "decaying"),
     [
@@ -45,6 +52,11 @@ def parametrised() -> nn.Module:
         (switched, {"reference", "reference_log_mass", "query_log_scale"}, "self.key.weight"),
         (adapted, {"reference", "reference_log_mass", "query_log_scale"}, "lora_A.default.weight"),
         (parametrised, {"reference", "original", "query_log_scale"}, "self.key.weight"),
+        (
+            parametrised_in_two_parts,
+            {"reference", "original0", "original1", "query_log_scale"},
+            "self.key.weight",
+        ),
     ],
 )
 def test_what_modules_exempt_does_not_decay(
