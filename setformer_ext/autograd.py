@@ -242,10 +242,9 @@ def differentiable_call(name: str, *arguments: Any) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*arguments)
+    refuse_tangents(arguments)
     operation = getattr(OPERATIONS, name)
     if torch.compiler.is_compiling() or wants_gradient(arguments):
-        refuse_tangents(arguments)
         return operation(*arguments)
-    refuse_tangents(arguments)
     with torch._C._AutoDispatchBelowAutograd():  # which would come back to Python only to go on
         return operation(*arguments)

@@ -116,8 +116,8 @@ def _launches(p: Problem, pass_: str) -> Iterator[Launch]:
     first, last, part = (2, 5, (p.steps - 2) / 3) if p.steps > 1 else (1, 1, 0)
     at_first, at_last = by_steps[first, pass_], by_steps[last, pass_]
     for kernel, row in at_first.items():
-        more = {name: (at_last[kernel][name] - x) * part for name, x in row.items()}
-        yield _launch(kernel, {name: x + more[name] for name, x in row.items()}, p, longer)
+        end = at_last[kernel]
+        yield _launch(kernel, {n: x + (end[n] - x) * part for n, x in row.items()}, p, longer)
 
 
 def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float) -> Launch:

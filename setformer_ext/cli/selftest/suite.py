@@ -162,7 +162,7 @@ def _follow(
             yield suite.progress
         wait = min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now
         try:
-            event = process.hear(max(wait, 0.0))  # what it has told meanwhile comes first
+            event = process.hear(wait)  # at once what it has told meanwhile
         except TimeoutError:
             if time.monotonic() < heard + limit:
                 continue
