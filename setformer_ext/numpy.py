@@ -7,7 +7,8 @@ gradient.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -73,32 +74,28 @@ def set_attention(
     """
     if query is key:
         query = None
-    arrays = _arrays(key, reference, **options)
-    if query is None:
-        for name, x in (("query_mask", query_mask), ("query_positions", query_positions)):
-            if x is not None:
-                raise ValueError(f"set_attention: {name} must be None in self attention")
-    else:
-        arrays["query"] = _native("query", query)
-        if query_mask is not None:
-            arrays["query_mask"] = _native("query_mask", query_mask)
-        if query_positions is not None:
-            arrays["query_positions"] = _accumulate(
-                "query_positions", query_positions, arrays["key"]
-            )
-    arrays["value"] = _native("value", value)
-    tokens = arrays.get("query", arrays["key"]).shape[:3]
-    output = np.empty((*tokens, *arrays["value"].shape[-1:]), arrays["key"].dtype)
-    set_attention_forward(**arrays, output=output)
+    with _errors_of("set_attention", options):
+        arrays = _arrays(key, reference, options)
+        of_queries = {"query": query, "query_mask": query_mask, "query_positions": query_positions}
+        if query is None:
+            for name, x in of_queries.items():
+                if x is not None:
+                    raise ValueError(f"{name} must be None in self attention")
+        else:
+            arrays |= _converted(of_queries, arrays["key"])
+        arrays["value"] = _native("value", value)
+        tokens = arrays.get("query", arrays["key"]).shape[:3]
+        output = np.empty((*tokens, *arrays["value"].shape[-1:]), arrays["key"].dtype)
+        set_attention_forward(**arrays, output=output)
     return output
 
 
 @answers_foreign_names
 def set_pooling(key: Array, value: Array, reference: Array, **options: Unpack[Options]) -> Array:
     """The pooled outputs A_j of :func:`set_attention`, [B, H, M, Dv] of the key's type."""
-    arrays = _arrays(key, reference, **options)
-    arrays["value"] = _native("value", value)
-    return _solve(arrays)["pooled"].astype(arrays["key"].dtype)
+    with _errors_of("set_pooling", options):
+        arrays = _arrays(key, reference, options) | {"value": _native("value", value)}
+        return _solve(arrays)["pooled"].astype(arrays["key"].dtype)
 
 
 @answers_foreign_names
@@ -107,51 +104,72 @@ def transport_plan(key: Array, reference: Array, **options: Unpack[Options]) -> 
 
     It is what the kernels pool of the N x N identity, in O(N^2 M).
     """
-    arrays = _arrays(key, reference, **options)
-    key = arrays["key"]
-    tokens = (*key.shape, 0, 0, 0)[2]
-    identity = np.eye(tokens, max(tokens, 1), dtype=key.dtype)
-    # One for all heads. (Older NumPys hand out no array that numpy.broadcast_to made.)
-    strides = (0,) * len(key.shape[:2]) + identity.strides
-    value = np.lib.stride_tricks.as_strided(identity, (*key.shape[:2], *identity.shape), strides)
-    pooled = _solve(arrays | {"value": value})["pooled"][..., :tokens]  # C, [B, H, M, N]
+    with _errors_of("transport_plan", options):
+        arrays = _arrays(key, reference, options)
+        key = arrays["key"]
+        tokens = (*key.shape, 0, 0, 0)[2]
+        identity = np.eye(tokens, max(tokens, 1), dtype=key.dtype)
+        # One for all heads. (Older NumPys hand out no array that numpy.broadcast_to made.)
+        shape, strides = (*key.shape[:2], *identity.shape), (0, 0, *identity.strides)
+        value = np.lib.stride_tricks.as_strided(identity, shape, strides[-len(shape) :])
+        pooled = _solve(arrays | {"value": value})["pooled"][..., :tokens]  # C, [B, H, M, N]
     mass = arrays.get("reference_mass", np.ones(pooled.shape[2], pooled.dtype))
     plan = pooled * (mass / mass.sum(-1, keepdims=True))[..., None]
     return plan.swapaxes(2, 3).astype(key.dtype)
 
 
-def _arrays(
-    key: Array,
-    reference: Array,
-    *,
-    kernel: str = "gaussian",
-    bandwidth: ArrayLike = 1.0,
-    epsilon: ArrayLike = 0.04,
-    iterations: int = 1,
-    position_bandwidth: float | None = None,
-    normalize: bool = True,
-    mask: Array | None = None,
-    **others: Any,
-) -> dict[str, Any]:
+@contextmanager
+def _errors_of(function: str, options: Mapping[str, object]) -> Iterator[None]:
+    """Errors name the public function, whichever function finds them.
+
+    Raises:
+        TypeError: at once, for options that are none.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument '{name}'")
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        message = str(error).removeprefix("set_attention_forward: ")
+        raise kind(f"{function}: {message}") from None
+
+
+def _arrays(key: Array, reference: Array, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as the compiled module takes them, which checks them."""
-    arrays: dict[str, Any] = {
-        "key": _native("key", key),
-        "reference": _native("reference", reference),
-    }
-    if not isinstance(normalize, bool):
-        raise TypeError(f"set_attention: normalize must be a bool, got {normalize!r}")
-    for name, x in (("bandwidth", bandwidth), ("epsilon", epsilon), *others.items()):
-        if x is not None:
-            numbers = _accumulate(name, x, arrays["key"])
-            arrays[name] = numbers if numbers.ndim else numbers.item()  # one for all heads
-    if mask is not None:
-        arrays["mask"] = _native("mask", mask)
-    if position_bandwidth is not None:
-        arrays["position_bandwidth"] = _number(float, "position_bandwidth", position_bandwidth)
-    elif arrays.keys() & {"token_positions", "reference_positions"}:
-        raise ValueError("set_attention: position_bandwidth must be given together with positions")
-    steps = _number(operator.index, "iterations", iterations)
-    return arrays | {"kernel": str(kernel), "iterations": steps, "normalize": normalize}
+    key = _native("key", key)
+    # Other defaults are the compiled module's own.
+    given = {"reference": reference, "epsilon": 0.04, "iterations": 1, "normalize": True, **options}
+    if given.get("position_bandwidth") is None and any(
+        given.get(name) is not None for name in ("token_positions", "reference_positions")
+    ):
+        raise ValueError("position_bandwidth must be given together with positions")
+    return {"key": key, **_converted(given, key)}
+
+
+def _converted(given: Mapping[str, Any], key: Array) -> dict[str, Any]:
+    """Arguments in the types that the compiled module takes; without those that are None."""
+    converted: dict[str, Any] = {}
+    for name, x in given.items():
+        if name == "kernel":
+            converted[name] = str(x)
+        elif name == "iterations":
+            converted[name] = _number(operator.index, name, x)
+        elif name == "normalize":
+            if not isinstance(x, bool):
+                raise TypeError(f"normalize must be a bool, got {x!r}")
+            converted[name] = x
+        elif x is None:
+            continue
+        elif name == "position_bandwidth":
+            converted[name] = _number(float, name, x)
+        elif name in ("query", "reference", "mask", "query_mask"):
+            converted[name] = _native(name, x)
+        else:
+            numbers = _accumulate(name, x, key)
+            converted[name] = numbers if numbers.ndim else numbers.item()  # one for all heads
+    return converted
 
 
 def _number(convert: Callable[[Any], Any], name: str, x: object) -> Any:
@@ -160,7 +178,7 @@ def _number(convert: Callable[[Any], Any], name: str, x: object) -> Any:
             raise TypeError
         return convert(x)
     except (TypeError, ValueError):
-        raise TypeError(f"set_attention: {name} must be a number, got {x!r}") from None
+        raise TypeError(f"{name} must be a number, got {x!r}") from None
 
 
 def _solve(arrays: dict[str, Any]) -> dict[str, Array]:
@@ -182,9 +200,7 @@ def _native(name: str, x: ArrayLike) -> Array:
     """In this machine's byte order, for which DLPack has no other."""
     array = np.asarray(x)
     if array.dtype.kind not in "biufc":
-        raise TypeError(
-            f"set_attention: {name} must be an array of numbers, got {type(x).__name__}"
-        )
+        raise TypeError(f"{name} must be an array of numbers, got {type(x).__name__}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 

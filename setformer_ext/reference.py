@@ -91,22 +91,16 @@ def transport(
     mask: Tensor | None = None,  # [B, N] bool, True = valid
     token_mass: Tensor | None = None,  # [B, H, N] >= 0
     reference_mass: Tensor | None = None,  # [H, M] or [B, H, M] > 0
-    kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,  # scalar or [H]
     epsilon: float | Tensor = 0.04,  # scalar or [H]
     iterations: int = 1,
-    token_positions: Tensor | None = None,  # [N, P]
-    reference_positions: Tensor | None = None,  # [M, P]
-    position_bandwidth: float | None = None,
     normalize: bool = True,
+    **options: Any,  # of `similarity`
 ) -> Transport:
     """Entropic transport of the tokens onto the references by T Sinkhorn steps."""
     key = zero_invalid(key, mask)
     if normalize:
         key, reference = unit(key), unit(reference)
-    s = similarity(
-        key, reference, kernel, bandwidth, token_positions, reference_positions, position_bandwidth
-    ) / _per_head(epsilon, key)
+    s = similarity(key, reference, **options) / _per_head(epsilon, key)
     a = token_marginal(s, token_mass, mask)
     log_b = log_reference_marginal(s, reference_mass)
     return Transport(s, a, log_b, *sinkhorn(s, a, log_b, iterations))
@@ -129,7 +123,7 @@ def similarity(
     key: Tensor,  # [B, H, N, D]
     reference: Tensor,  # [H, M, D] or [B, H, M, D]
     kernel: str = "gaussian",
-    bandwidth: float | Tensor = 1.0,
+    bandwidth: float | Tensor = 1.0,  # scalar or [H]
     token_positions: Tensor | None = None,  # [N, P]
     reference_positions: Tensor | None = None,  # [M, P]
     position_bandwidth: float | None = None,

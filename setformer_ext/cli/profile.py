@@ -71,11 +71,9 @@ def run(options: argparse.Namespace) -> None:
             shape, dtype=DTYPES[options.dtype], device=device, gradient=options.backward
         )
         call = step(
-            lambda key, value, reference: set_attention(
+            lambda *tensors: set_attention(
                 None,
-                key,
-                value,
-                reference,
+                *tensors,
                 kernel=options.kernel,
                 iterations=options.iterations,
                 normalize=False,  # the kernels alone; the keys are of unit length

@@ -111,20 +111,36 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"token_positions": np.ones((9, 2)), "position_bandwidth": 1}, ValueError, "together"),
     ({"attn_mask": None}, TypeError, "has no argument attn_mask: give mask"),
-    ({"nonsense": np.ones(3)}, TypeError, "unexpected argument 'nonsense'"),
+    ({"nonsense": np.ones(3)}, TypeError, "unexpected keyword argument 'nonsense'"),
+    ({"stream": 5}, TypeError, "unexpected keyword argument 'stream'"),  # of the compiled module
+    ({"epsilon": None}, TypeError, "epsilon must be given"),
+    ({"kernel": None}, ValueError, "kernel must be 'gaussian' or 'linear', got 'None'"),
+    ({"iterations": None}, TypeError, "iterations must be a number, got None"),
+    ({"normalize": None}, TypeError, "normalize must be a bool, got None"),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[str(list(x[0])) for x in BAD])
 def test_refused(change: dict[str, Any], error: Any, message: str) -> None:
     given = {"query": None, "key": X, "value": X, "reference": Y} | change
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         arrays.set_attention(**given)
+    assert str(caught.value).startswith(("set_attention: ", "set_attention() "))
     if change.keys() & {"query", "query_mask"}:
         return
     del given["query"]
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         arrays.set_pooling(**given)
+    assert str(caught.value).startswith(("set_pooling: ", "set_pooling() "))
+
+
+@pytest.mark.parametrize("function", [arrays.set_pooling, arrays.transport_plan])
+def test_options_of_queries_are_none_of_others(function: Any) -> None:
+    given = {"key": X, "value": X, "reference": Y}
+    if function is arrays.transport_plan:
+        del given["value"]
+    with pytest.raises(TypeError, match=f"{function.__name__}.* unexpected .* 'query_mask'"):
+        function(**given, query_mask=None)
 
 
 def test_without_torch() -> None:

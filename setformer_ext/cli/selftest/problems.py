@@ -8,6 +8,8 @@ from torch import Tensor
 
 Arguments = dict[str, Any]  # by parameter name, what set_attention takes
 
+# Not normalize: lengths, and outliers among them, are to matter.
+DEFAULTS = {"kernel": "gaussian", "iterations": 5, "normalize": False}
 # What set_pooling and transport_plan have no use for.
 QUERY_SIDE = {"query", "query_mask", "query_positions"}
 
@@ -30,14 +32,12 @@ def random_problem(
     masked: bool = False,
     token_mass: bool = False,
     reference_mass: str | None = None,  # "learned" [H, M] or "per-sample" [B, H, M]
-    kernel: str = "gaussian",
     bandwidth: float | str = 1.0,  # or "learned": a tensor [H]
     epsilon: float | str = 0.1,  # or "learned": a tensor [H]
-    iterations: int = 5,
     P: int = 0,  # dimensions of the positions; 0: none
-    normalize: bool = False,  # so that lengths, and outliers among them, matter
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
+    **options: Any,  # as set_attention takes them; T is 5 and vectors stay as they are by default
 ) -> Arguments:
     """Points of length about 1, a few coordinates ten times as large, masks with holes."""
     rng = generator(seed)
@@ -59,17 +59,19 @@ def random_problem(
             there[..., -1:] &= ~there.all(-1, keepdim=True)
         return there
 
-    arguments: Arguments = {
-        "query": None,
-        "key": points(B, H, N, D, scale=D**-0.5),
-        "value": points(B, H, N, Dv),
-        "reference": points(*((B, H, M, D) if per_sample else (H, M, D)), scale=D**-0.5),
-        "kernel": kernel,
-        "bandwidth": uniform(H, low=0.5, high=2) if bandwidth == "learned" else bandwidth,
-        "epsilon": uniform(H, low=0.1, high=0.5) if epsilon == "learned" else epsilon,
-        "iterations": iterations,
-        "normalize": normalize,
-    }
+    arguments: Arguments = (
+        {
+            "query": None,
+            "key": points(B, H, N, D, scale=D**-0.5),
+            "value": points(B, H, N, Dv),
+            "reference": points(*((B, H, M, D) if per_sample else (H, M, D)), scale=D**-0.5),
+        }
+        | DEFAULTS
+        | options
+    )
+    learned = (("bandwidth", bandwidth, 0.5, 2), ("epsilon", epsilon, 0.1, 0.5))
+    for name, given, low, high in learned:
+        arguments[name] = uniform(H, low=low, high=high) if given == "learned" else given
     if Nq is not None:
         arguments["query"] = points(B, H, Nq, D, scale=D**-0.5)
     if masked:

@@ -164,15 +164,11 @@ def rounding(
     iterations = (1 + wide["iterations"]) ** 0.5
     term *= storage + errors(typical(s)) * iterations
     by_tokens, by_references = tokens.shape[-2] ** 0.5, reference.shape[-2] ** 0.5
-    derivative_of_s = {  # and what the terms add up to; masses are at least 0.1
-        "query": slope / epsilon * by_references,
-        "key": slope / epsilon * by_references,
-        "reference": slope / epsilon * by_tokens,
-        "bandwidth": slope / epsilon * by_tokens,
-        "epsilon": typical(s) / epsilon * by_tokens,
-        "reference_mass": 10 * by_tokens,
-        "token_mass": 10 * by_references,
-    }
+    # The derivative of s, times what its terms add up to; masses are at least 0.1.
+    derivative_of_s = {"epsilon": typical(s) / epsilon * by_tokens}
+    derivative_of_s |= dict.fromkeys(("query", "key"), slope / epsilon * by_references)
+    derivative_of_s |= dict.fromkeys(("reference", "bandwidth"), slope / epsilon * by_tokens)
+    derivative_of_s |= {"token_mass": 10 * by_references, "reference_mass": 10 * by_tokens}
     for name in exact.keys() & derivative_of_s.keys():
         noise[name] += term * derivative_of_s[name]
     return noise

@@ -63,8 +63,8 @@ OPERATION = (
     Fault(
         "vectors of NumPy keep their lengths",
         "numpy.py",
-        '"iterations": steps, "normalize": normalize}',
-        '"iterations": steps}',
+        '"normalize": True, **options}',
+        '"normalize": False, **options}',
     ),
     Fault(
         "masses of references sum to M in the definition",
@@ -75,8 +75,8 @@ OPERATION = (
     Fault(
         "another default of epsilon for NumPy",
         "numpy.py",
-        "epsilon: ArrayLike = 0.04,",
-        "epsilon: ArrayLike = 0.05,",
+        '"epsilon": 0.04,',
+        '"epsilon": 0.05,',
     ),
     Fault(
         "ONNX without the positions of the queries",
