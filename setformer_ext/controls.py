@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layout import Grid
-from .modules import SetAttention, mean_of_valid, zero_invalid
+from .modules import SetAttention, mean_of_valid, zero_padding
 
 ATTENTIONS = ("set", "softmax", "mean", "none")
 
@@ -45,12 +45,12 @@ class SoftmaxAttention(nn.Module):
         grid: Grid | None = None,
     ) -> Tensor:  # [B, N, C]
         """Let the valid tokens (mask True) attend to one another; the others come out as 0."""
-        projected = self.query_key_value(zero_invalid(x, mask)).unflatten(
+        projected = self.query_key_value(zero_padding(x, mask)).unflatten(
             -1, (3, self.num_heads, -1)
         )
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
         output = self.attend(query, key, value, mask)
-        return zero_invalid(self.projection(output.transpose(1, 2).flatten(2)), mask)
+        return zero_padding(self.projection(output.transpose(1, 2).flatten(2)), mask)
 
     def attend(
         self,
@@ -94,9 +94,9 @@ class MeanAttention(nn.Module):
         grid: Grid | None = None,
     ) -> Tensor:  # [B, N, C]
         """Give the valid tokens (mask True) the mean of theirs; the others come out as 0."""
-        x = zero_invalid(x, mask)
+        x = zero_padding(x, mask)
         mean = self.projection(mean_of_valid(x, mask)).unsqueeze(1)  # [B, 1, C]
-        return zero_invalid(mean.expand_as(x), mask)
+        return zero_padding(mean.expand_as(x), mask)
 
 
 def make_attention(

@@ -280,7 +280,7 @@ class SetAttention(nn.Module):
             transport["query_positions"] = self._positions(x, grid)
         value = self._split(self.value(source))
         output = set_attention(query, transport.pop("key"), value, **transport)  # [B, H, N, D]
-        return zero_invalid(self._projected(output.transpose(1, 2)), mask)
+        return zero_padding(self._projected(output.transpose(1, 2)), mask)
 
     @answers_foreign_names
     def transport_plan(
@@ -337,7 +337,7 @@ class SetAttention(nn.Module):
         self._check(name, x, dim or self.context_dim)
         self._check_mask(f"{prefix}mask", mask, name, x)
         self._check_grid(f"{prefix}grid", grid, x)
-        return zero_invalid(x, mask)
+        return zero_padding(x, mask)
 
     def _transport(self, x: Tensor, mask: Tensor | None, grid: Grid | None) -> dict[str, Any]:
         """The arguments of transport_plan."""
@@ -536,5 +536,5 @@ def _softmax(x: Tensor) -> Tensor:
     return shares.clamp(min=LEAST_SHARE)
 
 
-def zero_invalid(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]
     return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)

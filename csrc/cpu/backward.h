@@ -34,29 +34,59 @@ class BackwardHead : public Head<Storage, BackwardParams> {
     return Columns{p.value_depth, p.iterations, true, true}.total();
   }
 
-  // Prepare; begin, a pass of the log domain; distribute, through R; then, for the keys and in
-  // cross attention for the queries, S = max(T, 1) steps and what follows from them.
-  int64_t stages() const { return 3 + (steps() + 1) * (p_.cross ? 2 : 1); }
+  bool done() const { return progress_.phase == Phase::kDone; }
 
-  Status run(int64_t stage, const Team<T>& team) {
+  // The next phase.
+  Status run(const Team<T>& team) {
     this->leavings_ = {};
-    if (stage == 0) return Base::prepare(team);
-    if (stage == 1) {
+    const auto [phase, step] = progress_;
+    progress_.advance([this](Phase phase) { return times(phase); });
+    if (phase == Phase::kPrepare) return Base::prepare(team);
+    if (phase == Phase::kBegin) {
       begin(team);
-    } else if (keys_.empty()) {
-      // Nothing is left to do.
-    } else if (stage == 2) {
-      distribute(team);
-    } else if (stage <= steps() + 3) {
-      run_keys(stage - 3, team);
-    } else {
-      run_queries(stage - steps() - 4, team);
+    } else if (!keys_.empty()) {
+      run(phase, step, team);
     }
-    if (stage + 1 == stages()) store_reference_mass_gradient();
+    if (done()) store_reference_mass_gradient();
     return Status::kOk;
   }
 
  private:
+  // Steps of the keys, and in cross attention of the queries, are undone from the last to the
+  // first; what follows from them finishes the side.
+  enum class Phase {
+    kPrepare,
+    kBegin,
+    kDistribute,
+    kStepsOfKeys,
+    kFinishKeys,
+    kStepsOfQueries,
+    kFinishQueries,
+    kDone,
+  };
+  int64_t times(Phase phase) const {
+    if (phase == Phase::kStepsOfKeys) return steps();
+    if (phase == Phase::kStepsOfQueries) return p_.cross ? steps() : 0;
+    return phase == Phase::kFinishQueries ? int64_t(p_.cross) : 1;
+  }
+
+  void run(Phase phase, int64_t step, const Team<T>& team) {
+    if (phase == Phase::kDistribute) {
+      distribute(team);
+    } else if (phase == Phase::kStepsOfKeys) {
+      if (step == 0) finish_pooled();
+      run_step(of_keys_, step, team);
+    } else if (phase == Phase::kFinishKeys) {
+      finish_keys(team);
+    } else if (!distributed()) {
+      clear_queries();
+    } else if (phase == Phase::kStepsOfQueries) {
+      run_step(of_queries_, step, team);
+    } else {
+      of_queries_.finish(team, results_, true);
+    }
+  }
+
   // The side that receives the output, and whether anything comes of it.
   SideGradient<Storage>& receivers() { return p_.cross ? of_queries_ : of_keys_; }
   bool distributed() const { return distributes_ && !(p_.cross ? queries_ : keys_).empty(); }
@@ -106,24 +136,13 @@ class BackwardHead : public Head<Storage, BackwardParams> {
     }
   }
 
-  void run_keys(int64_t step, const Team<T>& team) {
-    if (step == 0) finish_pooled();
-    if (step < steps()) return run_step(of_keys_, step, team);
+  void finish_keys(const Team<T>& team) {
     of_keys_.finish(team, results_, false);
     if (T* grad = at<T>(p_.grad_token_mass, 0)) {
       of_keys_.store_mass_gradient(grad + index() * p_.tokens);
     }
   }
-  void run_queries(int64_t step, const Team<T>& team) {
-    if (!distributed()) {
-      if (step == 0) clear_queries();
-    } else if (step < steps()) {
-      run_step(of_queries_, step, team);
-    } else {
-      of_queries_.finish(team, results_, true);
-    }
-  }
-  // Step 0..S - 1, from t = T back, or 0 where T = 0.
+  // Step 0..S - 1, S = max(T, 1), from t = T back, or 0 where T = 0.
   void run_step(SideGradient<Storage>& side, int64_t step, const Team<T>& team) {
     if (step > 0) side.finish_step();
     side.step(p_.iterations - step, team, pooled_, grad_log_b_);
@@ -159,6 +178,7 @@ class BackwardHead : public Head<Storage, BackwardParams> {
     }
   }
 
+  Progress<Phase> progress_;
   const bool distributes_;
   SideGradient<Storage> of_keys_, of_queries_;
   typename SideGradient<Storage>::Pooled pooled_{};

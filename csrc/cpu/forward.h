@@ -24,29 +24,55 @@ class ForwardHead : public Head<Storage, ForwardParams> {
   // Columns of Worker::left.
   static int64_t left_width(const ForwardParams&) { return 0; }
 
-  // Prepare; S = max(T, 1) steps of the keys; the sums of C over its columns, and A, both in the
-  // log domain, for scaled the last step pools, too; in cross attention S steps of the queries;
-  // distribute.
-  int64_t stages() const { return 4 + steps() * (queried() ? 2 : 1); }
+  bool done() const { return progress_.phase == Phase::kDone; }
 
-  Status run(int64_t stage, const Team<T>& team) {
+  // The next phase.
+  Status run(const Team<T>& team) {
     this->leavings_ = {};
-    if (stage == 0) return Base::prepare(team);
-    if (stage <= steps()) {
-      step_of_keys(stage, team);
-    } else if (stage == steps() + 1) {
-      sum_collection(team);
-    } else if (stage == steps() + 2) {
-      pool_collection(team);
-    } else if (stage + 1 < stages()) {
-      step_of_queries(stage - steps() - 2, team);
-    } else {
-      finish(team);
+    const auto [phase, step] = progress_;
+    progress_.advance([this](Phase phase) { return times(phase); });
+    switch (phase) {
+      case Phase::kPrepare:
+        return Base::prepare(team);
+      case Phase::kStepsOfKeys:
+        step_of_keys(step + 1, team);
+        break;
+      case Phase::kSumCollection:
+        sum_collection(team);
+        break;
+      case Phase::kPoolCollection:
+        pool_collection(team);
+        break;
+      case Phase::kStepsOfQueries:
+        step_of_queries(step + 1, team);
+        break;
+      case Phase::kFinish:
+        finish(team);
+        break;
+      case Phase::kDone:
+        break;
     }
     return Status::kOk;
   }
 
  private:
+  // The sums of C over its columns and A have passes of their own in the log domain alone: where
+  // the solve is by scaling, the last step of the keys pools, too.
+  enum class Phase {
+    kPrepare,
+    kStepsOfKeys,
+    kSumCollection,
+    kPoolCollection,
+    kStepsOfQueries,
+    kFinish,
+    kDone,
+  };
+  int64_t times(Phase phase) const {
+    if (phase == Phase::kStepsOfKeys) return steps();
+    if (phase == Phase::kStepsOfQueries) return queried() ? steps() : 0;
+    return 1;
+  }
+
   // Adds sum_i matrix_ij v_i of a tile to its span.
   auto pooling() {
     return [this](const Tile<T>& tile, const T* matrix) {
@@ -79,7 +105,7 @@ class ForwardHead : public Head<Storage, ForwardParams> {
     if (keys_.empty() || queries_.empty()) queries_.clear_normalizers();
   }
 
-  // Step 1..S; its t is 0 where T = 0.
+  // Step 1..S, S = max(T, 1); its t is 0 where T = 0.
   void step_of_keys(int64_t step, const Team<T>& team) {
     if (step == 1) begin();
     if (keys_.empty()) return;
@@ -147,6 +173,7 @@ class ForwardHead : public Head<Storage, ForwardParams> {
     });
   }
 
+  Progress<Phase> progress_;
   T* column_factors_ = nullptr;  // [references]
   Partials<T> pooled_{};         // [M, value_depth] per span
 };

@@ -6,9 +6,26 @@
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// The work on a head is cut into stages at the sums over all its tokens: a Head runs stage
-// 0..stages() - 1. Where several ranks have the tokens, what a stage leaves is merged before the
-// next.
+// Which phase of its work a head is in. Phase is an enum class of the phases in their order, from 0
+// to kDone; a phase may come several times, once for each step.
+template <class Phase>
+struct Progress {
+  Phase phase{};
+  int64_t step = 0;
+
+  // times(phase) tells how often a phase comes; 0 where it is left out.
+  template <class Times>
+  void advance(Times times) {
+    if (++step < times(phase)) return;
+    step = 0;
+    do {
+      phase = Phase(int(phase) + 1);
+    } while (phase != Phase::kDone && times(phase) == 0);
+  }
+};
+
+// The work on a head is cut into phases at the sums over all its tokens. Where several ranks have
+// the tokens, what a phase leaves is merged before the next.
 template <class Storage, class ParamsOfCall>
 class Head {
  public:
@@ -33,7 +50,7 @@ class Head {
   int64_t spans() const { return larger(keys_.spans().count, queries_.spans().count); }
   const Leavings& leavings() const { return leavings_; }
 
-  // After stage 0 and merging: the masses of all ranks, to the digits of T.
+  // After the first phase and merging: the masses of all ranks, to the digits of T.
   Status take_masses() {
     keys_.set_total_mass(double(masses_[0]));
     queries_.set_total_mass(double(masses_[1]));
@@ -57,7 +74,8 @@ class Head {
     leavings_.numbers[leavings_.count++] = {numbers, 1, count, count, how};
   }
 
-  // Stage 0. The masses, and how many ranks found an error in theirs, come before anything else.
+  // The first phase. The masses, and how many ranks found an error in theirs, come before anything
+  // else.
   Status prepare(const Team<T>& team) {
     Status status = load_marginal();
     if (status != Status::kOk) return status;

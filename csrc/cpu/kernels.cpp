@@ -105,22 +105,20 @@ Status run_alone(const typename Head::Params& p) {
   Arena memory(block.data());
   char* of_heads = memory.take<char>(heads_at_once * workplace.head_bytes);
   auto* workers = workplace.place_workers(p, memory);
-  return workplace.for_each_head(
-      p.batch * p.heads, workers, [&](int64_t i, int thread, const auto& team) {
-        // A head of a packed sequence is one of a problem of its own.
-        const auto own = packed ? sequence(p, i / p.heads) : p;
-        Head head(own, packed ? 0 : i / p.heads, i % p.heads);
-        Arena arena(of_heads + thread * workplace.head_bytes);
-        head.place(arena);
-        Status status = Status::kOk;
-        for (int64_t stage = 0; stage < head.stages() && status == Status::kOk; ++stage) {
-          status = head.run(stage, team);
-        }
-        return status;
-      });
+  const auto run_head = [&](int64_t i, int thread, const auto& team) {
+    // A head of a packed sequence is one of a problem of its own.
+    const auto own = packed ? sequence(p, i / p.heads) : p;
+    Head head(own, packed ? 0 : i / p.heads, i % p.heads);
+    Arena arena(of_heads + thread * workplace.head_bytes);
+    head.place(arena);
+    Status status = Status::kOk;
+    while (!head.done() && status == Status::kOk) status = head.run(team);
+    return status;
+  };
+  return workplace.for_each_head(p.batch * p.heads, workers, run_head);
 }
 
-// What the heads leave after a stage, that is to be merged in one way. They lie `head_bytes` apart,
+// What the heads leave after a phase, that is to be merged in one way. They lie `head_bytes` apart,
 // and so do their numbers: neighbours that leave alike go together. Fills `shared` [2 heads] and
 // returns how many entries.
 template <class Head>
@@ -144,7 +142,7 @@ int64_t gather_shared(const Head* heads, int64_t count, int64_t head_bytes, Merg
   return entries;
 }
 
-// All ranks must get past the first merge, or none: an error of stage 0 travels with it.
+// All ranks must get past the first merge, or none: an error of the first phase travels with it.
 template <class T>
 Status fail_in_group(const RankGroup& group, int64_t heads, Status status) {
   Block block(heads * 3 * int64_t{sizeof(T)});
@@ -155,7 +153,7 @@ Status fail_in_group(const RankGroup& group, int64_t heads, Status status) {
   return group.merge(group.context, &masses, 1) ? status : Status::kMergeFailed;
 }
 
-// The same stage of all heads, then what their sums lack from the other ranks, then the next stage.
+// The same phase of all heads, then what their sums lack from the other ranks, then the next phase.
 template <class Head>
 Status run_in_group(const typename Head::Params& p) {
   using T = typename Head::T;
@@ -176,9 +174,9 @@ Status run_in_group(const typename Head::Params& p) {
     Arena arena(of_heads + i * workplace.head_bytes);
     all[i].place(arena);
   }
-  for (int64_t stage = 0; stage < sample.stages(); ++stage) {
+  for (bool first = true; !all[0].done(); first = false) {
     const Status status = workplace.for_each_head(
-        heads, workers, [&](int64_t i, int, const auto& team) { return all[i].run(stage, team); });
+        heads, workers, [&](int64_t i, int, const auto& team) { return all[i].run(team); });
     if (status != Status::kOk) return fail_in_group<T>(*p.group, heads, status);
     for (const Merge how : {Merge::kSum, Merge::kLogSum}) {
       const int64_t entries = gather_shared(all, heads, workplace.head_bytes, how, shared);
@@ -186,7 +184,7 @@ Status run_in_group(const typename Head::Params& p) {
         return Status::kMergeFailed;
       }
     }
-    for (int64_t i = 0; stage == 0 && i < heads; ++i) {
+    for (int64_t i = 0; first && i < heads; ++i) {
       const Status failed = all[i].take_masses();
       if (failed != Status::kOk) return failed;
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..reference import zero_invalid
 from .references import References
 
 Batch = Mapping[str, Tensor]
@@ -170,7 +171,7 @@ def _softmax_attention(
 ) -> Tensor:  # [B, H, N, Dv], 0 where not valid
     allowed = None if mask is None else mask[:, None, None]
     output = F.scaled_dot_product_attention(query, key, value, allowed, scale=scaling)
-    return output if mask is None else torch.where(mask[:, None, :, None], output, 0)
+    return zero_invalid(output, mask)
 
 
 def _layers(model: nn.Module) -> list[References]:

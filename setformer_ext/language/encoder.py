@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..controls import MeanAttention, SoftmaxAttention, make_attention
-from ..modules import SetAttention
+from ..modules import SetAttention, zero_padding
 from .configuration import ATTENTION_OPTIONS, SetformerConfig
 from .masks import valid_tokens
 
@@ -70,9 +70,7 @@ class TokenConvolution(nn.Module):
         self.conv = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            x = torch.where(mask.unsqueeze(-1), x, 0)
-        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return self.conv(zero_padding(x, mask).transpose(1, 2)).transpose(1, 2)
 
 
 class SetformerLayer(GradientCheckpointingLayer):

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import reference as definition
+from ...problem import accumulate_dtype
 from .problems import Arguments, move, output_gradient, run
-
-# The type that a backend accumulates in, by storage type.
-ACCUMULATION = {
-    torch.float64: torch.float64,
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-}
 
 # The derivative by a mass of 0 is the exponential of a difference that nothing bounds: beyond this
 # it is only held to be a number.
@@ -81,7 +74,7 @@ def compare_with_definition(
     # A float64 result has nothing wider to be compared with: its error is what the definition
     # shows in float32, times the ratio of the two roundings.
     low = in_type(torch.float32)
-    narrow = torch.finfo(ACCUMULATION[dtype]).eps / torch.finfo(torch.float32).eps
+    narrow = torch.finfo(accumulate_dtype(dtype)).eps / torch.finfo(torch.float32).eps
     noise = rounding(function, arguments, exact, grad_output, approximate)
     if out.keys() != exact.keys():
         return [Comparison("gradients", math.inf, 0, f"{sorted(out)}, not {sorted(exact)}")]
@@ -143,12 +136,12 @@ def rounding(
         s = norm_x * norm_y
         slope = max(typical(norm_x), typical(norm_y))
     s = s / epsilon
-    approximate = approximate and ACCUMULATION[dtype] == torch.float32
+    approximate = approximate and accumulate_dtype(dtype) == torch.float32
 
     def errors(s: float) -> float:
         """Of a weight, of whose exponent s is a part."""
         units = 1 + s + (7 + 12 * s if approximate else 0)
-        return torch.finfo(ACCUMULATION[dtype]).eps * units
+        return torch.finfo(accumulate_dtype(dtype)).eps * units
 
     inner = errors(largest(s))
     storage = torch.finfo(dtype).eps
