@@ -16,8 +16,8 @@ namespace {
 
 constexpr int64_t kWorkspaceAlignment = 256;
 
-// What a CUDA call needs beside its arrays: the caller's function `allocate` is asked for bytes, if
-// any are needed, and gives an array of them.
+// Scratch memory of a CUDA call. If any is needed, `allocate`, a function of the caller, is called
+// with the number of bytes and returns an array of that size.
 class Workspace {
  public:
   Workspace(const Call& call, const py::object& allocate, int64_t bytes) {

@@ -34,8 +34,9 @@ class BackwardHead : public Head<Storage, BackwardParams> {
     return Columns{p.value_depth, p.iterations, true, true}.total();
   }
 
-  // Prepare; begin, a pass of the log domain; distribute, through R; then, for the keys and in
-  // cross attention for the queries, S = max(T, 1) steps and what follows from them.
+  // Stages: prepare; begin (in the log domain with a pass over the tokens); backward through R;
+  // then for the keys, and in cross attention for the queries, S = max(T, 1) steps and a last pass
+  // for ds and the gradients of tokens and references.
   int64_t stages() const { return 3 + (steps() + 1) * (p_.cross ? 2 : 1); }
 
   Status run(int64_t stage, const Team<T>& team) {
@@ -57,7 +58,7 @@ class BackwardHead : public Head<Storage, BackwardParams> {
   }
 
  private:
-  // The side that receives the output, and whether anything comes of it.
+  // The side that receives the output, and whether a gradient comes through it.
   SideGradient<Storage>& receivers() { return p_.cross ? of_queries_ : of_keys_; }
   bool distributed() const { return distributes_ && !(p_.cross ? queries_ : keys_).empty(); }
 
@@ -123,11 +124,11 @@ class BackwardHead : public Head<Storage, BackwardParams> {
       of_queries_.finish(team, results_, true);
     }
   }
-  // Step 0..S - 1, from t = T back, or 0 where T = 0.
+  // Step 0..S - 1 goes through t = T..1, or t = 0 if T = 0.
   void run_step(SideGradient<Storage>& side, int64_t step, const Team<T>& team) {
     if (step > 0) side.finish_step();
     side.step(p_.iterations - step, team, pooled_, grad_log_b_);
-    // The last step leaves nothing to go on from.
+    // After the last step no other needs its sums.
     if (step + 1 < steps()) leave(side.sums(), p_.references);
   }
 

@@ -24,8 +24,8 @@ class ForwardHead : public Head<Storage, ForwardParams> {
   // Columns of Worker::left.
   static int64_t left_width(const ForwardParams&) { return 0; }
 
-  // Prepare; S = max(T, 1) steps of the keys; the sums of C over its columns, and A, both in the
-  // log domain, for scaled the last step pools, too; in cross attention S steps of the queries;
+  // Stages: prepare; S = max(T, 1) steps of the keys; in the log domain the column sums of C, then
+  // A (with scaling the last step computes A); in cross attention S steps of the queries;
   // distribute.
   int64_t stages() const { return 4 + steps() * (queried() ? 2 : 1); }
 
@@ -72,7 +72,7 @@ class ForwardHead : public Head<Storage, ForwardParams> {
       keys_.clear_normalizers();
       fill(pooled_of_caller(), p_.references * p_.value_depth, T(0));
     }
-    // Only the side that distributes has normalisers after the last step.
+    // Only the side that distributes needs rows^T, the normalisers after the last step.
     if (!p_.distribute || p_.cross) keys_.clear_last_rows();
     if (!queried()) return;
     queries_.normalize_masses();

@@ -1,21 +1,21 @@
-// What forward and backward of a head have in common: the solves of its two sides, the keys and in
-// cross attention the queries, and what the ranks of a group tell each other.
+// What forward and backward of a head share: the solves of its two sides (the keys, and in cross
+// attention the queries) and the numbers that the ranks of a group merge.
 #pragma once
 
 #include "transport.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// The work on a head is cut into stages at the sums over all its tokens: a Head runs stage
-// 0..stages() - 1. Where several ranks have the tokens, what a stage leaves is merged before the
-// next.
+// The work on a head is cut into stages 0..stages() - 1 where sums over all its tokens are needed.
+// If several ranks hold the tokens, these sums are merged between the stages.
 template <class Storage, class ParamsOfCall>
 class Head {
  public:
   using Params = ParamsOfCall;
   using T = Accumulate<Storage>;
 
-  // What all ranks need merged: numbers of one head; whoever merges them knows of how many.
+  // Numbers of this head that all ranks must merge. They have one row; gather_shared (kernels.cpp)
+  // joins the rows of several heads.
   struct Leavings {
     int count = 0;
     Shared numbers[2];
@@ -33,7 +33,7 @@ class Head {
   int64_t spans() const { return larger(keys_.spans().count, queries_.spans().count); }
   const Leavings& leavings() const { return leavings_; }
 
-  // After stage 0 and merging: the masses of all ranks, to the digits of T.
+  // After stage 0 and merging: takes the masses of all ranks' tokens, rounded to T.
   Status take_masses() {
     keys_.set_total_mass(double(masses_[0]));
     queries_.set_total_mass(double(masses_[1]));
@@ -57,7 +57,7 @@ class Head {
     leavings_.numbers[leavings_.count++] = {numbers, 1, count, count, how};
   }
 
-  // Stage 0. The masses, and how many ranks found an error in theirs, come before anything else.
+  // Stage 0. All ranks need the total masses, and how many ranks have an error, before they go on.
   Status prepare(const Team<T>& team) {
     Status status = load_marginal();
     if (status != Status::kOk) return status;
@@ -100,7 +100,8 @@ class Head {
     for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
       store<T>(marginal_.log2_b + j, log2<T>(load(marginal_.b + j)));
     }
-    // Below the normal numbers of T the fast log2 knows none, and similarities can outweigh such b.
+    // The fast log2 gives -inf below the smallest normal number of T, but large similarities can
+    // make even such a b count.
     for (int64_t j = 0; j < p_.references; ++j) {
       if (marginal_.b[j] >= kSmallestNormal<T>) continue;
       const T given = mass == nullptr ? T(1) : mass[j * p_.reference_mass.stride[2]];
