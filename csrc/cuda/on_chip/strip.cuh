@@ -6,7 +6,7 @@
 // products, in which a warp owns some of the references: it reads the strips of all warps.
 #pragma once
 
-#include "../gradients.cuh"
+#include "../gradient_tensors.cuh"
 #include "averages.cuh"
 
 namespace setformer::cuda::on_chip {
