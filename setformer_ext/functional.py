@@ -278,7 +278,7 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
     given |= with_defaults("transport_plan", options)
     check("transport_plan", given)
     storage = storage_type(key)
-    problem = make_problem(given | {"value": key})  # a plan has no values, but a problem does
+    problem = make_problem(given | {"value": key})  # a plan needs no values, but a problem does
     problem = problem.in_storage_type(storage).in_storage_type(accumulate_dtype(storage))
     # Contiguous, so that torch's products round alike whatever the strides.
     tensors = {name: x.contiguous() for name, x in problem.tensors().items()}

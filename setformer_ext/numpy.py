@@ -105,7 +105,7 @@ def set_pooling(key: Array, value: Array, reference: Array, **options: Unpack[Op
 def transport_plan(key: Array, reference: Array, **options: Unpack[Options]) -> Array:
     """The plan of :func:`set_attention`, [B, H, N, M] of the key's type.
 
-    It is what the kernels pool of the N x N identity, in O(N^2 M).
+    Computed by pooling the N x N identity matrix with the kernels, in O(N^2 M).
     """
     arrays = _arrays(key, reference, **options)
     key = arrays["key"]
@@ -133,7 +133,7 @@ def _arrays(
     mask: Array | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    """The arguments as the compiled module takes them, which checks them."""
+    """The arguments in the form of the compiled module, which checks them."""
     arrays: dict[str, Any] = {
         "key": _native("key", key),
         "reference": _native("reference", reference),
@@ -179,7 +179,7 @@ def _solve(arrays: dict[str, Any]) -> dict[str, Array]:
 
 
 def _native(name: str, x: ArrayLike) -> Array:
-    """In this machine's byte order, for which DLPack has no other."""
+    """In this machine's byte order, the only one that DLPack has."""
     array = np.asarray(x)
     if array.dtype.kind not in "biufc":
         raise TypeError(
@@ -192,5 +192,5 @@ def _accumulate(name: str, x: ArrayLike, key: Array) -> Array:
     """Numbers in the type that is computed in: float64 for float64 keys, else float32."""
     array = _native(name, x)
     if array.dtype.kind not in "fiu":
-        return array  # which the compiled module refuses
+        return array  # the compiled module refuses it
     return array.astype(np.float64 if key.dtype == np.float64 else np.float32)

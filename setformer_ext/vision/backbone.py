@@ -23,7 +23,7 @@ from .blocks import EPSILON, Block, Stage, TokenEmbedding
 HEAD_DIM = 32
 STRIDES = (4, 8, 16, 32)
 
-# See docs/evidence.md for what they are worth.
+# docs/evidence.md has measurements of these options.
 ATTENTION_OPTIONS: dict[str, Any] = {
     "adaptive_reference_mass": True,
     "position_bandwidth": 1.0,
@@ -236,7 +236,7 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear | nn.Conv2d):
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        else:  # a depthwise one too: added to its input, which should come through at the start
+        else:  # small, for depthwise ones too: these are added to their input
             trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
