@@ -1,4 +1,4 @@
-"""What the method is for: the time of attention alone, forward and backward, as sequences grow."""
+"""The time of attention alone, forward and backward, as sequences grow."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LENGTHS = (1024, 4096, 16384)
 REFERENCES, DEPTH = 64, 32  # of one head of one sequence
 ENOUGH = 0.3  # seconds after which no further call is timed
 LONGEST = 4.0  # seconds that a call may take
-MOST_CALLS = 20  # of short ones, of which the median forgets the first, that sets things up
+MOST_CALLS = 20  # of short ones; in the median the first, slow call has no effect
 
 
 def measure(lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[float]]:
-    """Seconds of each attention at each length, medians; at no length for which a busy machine
-    would take too long, as times grow with the square of the length at most."""
+    """Median seconds of each attention at each length. Leaves out lengths that would take too long
+    on a busy machine, if times grow with the square of the length."""
     reference = torch.randn(1, REFERENCES, DEPTH)
     attentions: dict[str, Callable[..., Tensor]] = {
         "SeT": lambda query, key, value: set_attention(query, key, value, reference),
