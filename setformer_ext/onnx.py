@@ -25,8 +25,8 @@ def export(
 
     ONNX has no SeT attention, so each becomes :mod:`setformer_ext.reference`'s equations with T
     unrolled steps, in float32 at least. Any runtime can run them, and gives the same answers to
-    rounding; but it stores N x M matrices, as the kernels here do not. ONNX lacks the eigenvectors
-    that Nystrom anchors need.
+    rounding; but unlike the kernels here it stores N x M matrices. ONNX lacks the eigenvectors that
+    Nystrom anchors need.
 
     Args:
         model: in eval mode, unless training mode is meant.

@@ -65,7 +65,7 @@ def _unfold(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _one_by_one(
     operation: Any, size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
-    """The operation called for each sample, for what cannot be folded."""
+    """Call the operation for each sample, if samples cannot be folded into the batch."""
     results = [
         operation(
             *(

@@ -373,7 +373,7 @@ class SideGradient {
 
   T* right_ = nullptr;         // [L, references]
   T* factors_ = nullptr;       // [references]
-  T* gbar_ = nullptr;          // [references] dL/dg of the step at hand
+  T* gbar_ = nullptr;          // [references] dL/dg of the current step
   T* weights_ = nullptr;       // [references]
   T* delta_ = nullptr;         // [tokens]
   T* row_adjoints_ = nullptr;  // [T, tokens] fbar^t r_R^{t-1}

@@ -119,7 +119,7 @@ constexpr N larger(N a, N b) {
 // operation. Operations on one vector wait for each other, and a processor that looks ahead only
 // some tens of operations would not find enough others to do meanwhile.
 inline constexpr int kPack = 4;
-// For each i of the Count vectors at hand, unrolled.
+// For each index i of the Count vectors, unrolled.
 #define SETFORMER_EACH _Pragma("GCC unroll 8") for (int i = 0; i < Count; ++i)
 
 // x = 2^x for x within the exponents of normal numbers. Adding 1.5 * 2^mantissa_bits plus the

@@ -190,9 +190,9 @@ struct alignas(16) Piece {
 // Processes the pieces that this thread has staged, after they arrived. Subtracts `center` [depth]
 // (optional; float32 and float64 only), and stores in norms [kRows] (optional) the square norm of
 // each row times `factor`; if a row takes several tiles, their shares are added up. |k|^2 + |y|^2 -
-// 2 k.y cancels where the data lies far from the origin; for half types that error stays below what
-// rounding k itself does to the distance, for it is 2^-24 |k|^2 against 2^-11 |k| |k - y| (float16)
-// and |k - y| >= 2^-11 |k|.
+// 2 k.y cancels for data far from the origin. In half types this error, 2^-24 |k|^2, is below the
+// error that rounding k itself causes in the distance, 2^-11 |k| |k - y| (float16), because |k - y|
+// is at least 2^-11 |k|.
 template <class Storage, class T>
 __device__ void finish_rows(const Rows<Storage>& rows, int64_t first, int first_column,
                             Storage* tile, int pitch, const T* center, T* norms, T factor) {

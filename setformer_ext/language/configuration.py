@@ -32,10 +32,10 @@ class SetformerConfig(PreTrainedConfig):
         num_attention_heads: heads H.
         intermediate_size: hidden width of the MLPs; by default 4 C.
         num_references: references M per head, of SeT attention.
-        attention: "set", or for comparison the same encoder with dot-product attention, "softmax",
-            O(N^2), with the "mean" of all tokens in its place, or with "none".
+        attention: "set"; or for comparison, in the same encoder, "softmax" (dot-product attention,
+            O(N^2)), "mean" (of all tokens) or "none".
         attention_options: options of :class:`setformer_ext.SetAttention` that differ from
-            ``ATTENTION_OPTIONS``; none with others.
+            ``ATTENTION_OPTIONS``; None for other attentions.
         conv_kernel_size: width of the depthwise convolution over neighbouring tokens that tells
             the order of words, odd; 0 for none.
         max_position_embeddings: learned embeddings of so many absolute positions, which is then

@@ -51,10 +51,10 @@ class Setformer(nn.Module):
         depths: blocks of the stages.
         num_references: references M per head, in each stage, of SeT attention.
         mlp_ratio: hidden width of the MLPs / width.
-        attention: "set", or for comparison the same network with dot-product attention, "softmax",
-            O(N^2), with the "mean" of all tokens in its place, or with "none".
+        attention: "set"; or for comparison, in the same network, "softmax" (dot-product attention,
+            O(N^2)), "mean" (of all tokens) or "none".
         attention_options: options of :class:`setformer_ext.SetAttention` that differ from
-            ``ATTENTION_OPTIONS``; None with others.
+            ``ATTENTION_OPTIONS``; None for other attentions.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         layer_scale: initial scale of each branch's channels, None for no scale.

@@ -40,7 +40,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
 
 
 def _given(value: Any) -> Any:
-    """The value without all None in it, at any depth; None if nothing is left."""
+    """Remove None from a value, at any depth; None if nothing is left."""
     left: Any
     if isinstance(value, dict):
         left = {key: kept for key, part in value.items() if (kept := _given(part)) is not None}
