@@ -1,5 +1,5 @@
-// Arrays as Python gives them (anything with __dlpack__, or its capsule), checked against the
-// shapes, types and device that a call expects, as setformer::Tensor.
+// Turns arrays from Python (anything with __dlpack__, or a DLPack capsule) into setformer::Tensor,
+// after a check of their shape, type and device.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -34,14 +34,14 @@ inline std::string class_name(const py::object& object) {
   return py::str(py::type::handle_of(object).attr("__name__"));
 }
 
-// A dimension's letter and its size; -1 until the first array that has it fixes it.
+// A dimension's letter and size; the size is -1 until the first array with this dimension sets it.
 struct Dimension {
   const char* letter;
   int64_t size = -1;
 };
 using Shape = std::initializer_list<Dimension*>;
 
-// "[a, b]", each item as `text` puts it.
+// "[a, b]": text(item) for each item.
 template <class Item, class Text>
 std::string listed(const Item* items, size_t count, Text text) {
   std::string result;
@@ -56,8 +56,8 @@ inline std::string describe(Shape shape) {
   });
 }
 
-// In a build for tests, where the CUDA kernels run on the CPU, the host's memory is that of the
-// emulated device 0, so that CPU tensors take the way of CUDA tensors.
+// True in a build for tests that runs the CUDA kernels on the CPU: host memory then counts as
+// memory of CUDA device 0, so that CPU tensors are treated as CUDA tensors.
 constexpr bool emulated_device() {
 #ifdef SETFORMER_EMULATED_DEVICE
   return true;
@@ -101,7 +101,7 @@ class Array {
   dlpack::DataType type() const { return tensor_->dtype; }
   dlpack::Device device() const { return memory_of(tensor_->device); }
 
-  // Throws unless the array has this shape or, if there is one, the other. Fixes its dimensions.
+  // Throws unless the array has this shape or `other` (if given). Sets the sizes of the dimensions.
   const Array& expect_shape(Shape shape, Shape other = {}) const {
     for (const Shape& candidate : {shape, other}) {
       if (!fits(candidate)) continue;
@@ -157,12 +157,12 @@ class Array {
     return *this;
   }
 
-  // As a Tensor whose last dimensions are the array's: one of lower rank has stride 0 before.
+  // A Tensor of `dimensions` dimensions: the last ones are the array's, those before have stride 0.
   Tensor view(int dimensions) const {
     Tensor view;
     if (!given()) return view;
     view.data = static_cast<char*>(tensor_->data) + tensor_->byte_offset;
-    // Absent is a null pointer, but an array without elements may have one too.
+    // A null pointer means absent, but a given array without elements may have a null pointer too.
     static double nothing = 0;
     if (view.data == nullptr) view.data = &nothing;
     uint64_t stride = 1;  // may overflow, in arrays without elements
@@ -180,7 +180,7 @@ class Array {
            std::equal(shape.begin(), shape.end(), sizes, sizes + rank(),
                       [](const Dimension* d, int64_t n) { return d->size < 0 || d->size == n; });
   }
-  // Of a dimension that has this stride in a contiguous array.
+  // `contiguous` is the dimension's stride in a contiguous array, whose strides may be null.
   int64_t stride(int dimension, int64_t contiguous) const {
     return tensor_->strides == nullptr ? contiguous : tensor_->strides[dimension];
   }
@@ -201,8 +201,8 @@ class Array {
   static py::object export_capsule(const py::object& object, uintptr_t stream) {
     const py::object method = object.attr("__dlpack__");
     py::dict options;
-    // The owner makes our stream wait for what it still writes. The protocol's number for CUDA's
-    // default stream, 0 as a cudaStream_t, is 1.
+    // The array's owner makes our stream wait until pending writes are done. CUDA's default stream
+    // is 0 as a cudaStream_t, but 1 in the protocol.
     if (is_cuda(object)) options["stream"] = stream == 0 ? 1 : stream;
     // Version 1.0 of the protocol can hand over read-only arrays; older libraries do not know it.
     options["max_version"] = py::make_tuple(1, 0);

@@ -16,8 +16,8 @@ namespace {
 
 constexpr int64_t kWorkspaceAlignment = 256;
 
-// What a CUDA call needs beside its arrays: the caller's function `allocate` is asked for bytes, if
-// any are needed, and gives an array of them.
+// Scratch memory of a CUDA call. If any is needed, `allocate`, a function of the caller, is called
+// with the number of bytes and returns an array of that size.
 class Workspace {
  public:
   Workspace(const Call& call, const py::object& allocate, int64_t bytes) {
@@ -193,8 +193,8 @@ Inputs:
     offsets              [S + 1]                    int64, on the CPU, optional
     query_offsets        [S + 1]                    int64, on the CPU, optional
 
-With normalize=True query, key and reference count as scaled to unit length, and gradients are by
-what is given here.
+With normalize=True query, key and reference are scaled to unit length first; gradients are by the
+arrays that are given here.
 
 Results of forward, contiguous but for output:
 
@@ -205,29 +205,29 @@ Results of forward, contiguous but for output:
     query_rows           [B, H, T + 1, Nq]          accumulate
     query_columns        [B, H, max(T, 1), M]       accumulate
 
-On the CPU output alone will do, where nothing is to be differentiated.
+On the CPU output may be given alone, if no gradient is needed.
 
-Packed sequences: offsets and query_offsets tell where each of S sequences begins and how many tokens
-there are. Then B is S, but 1 for arrays with a row for each token, and rows, query_rows and
+Packed sequences: offsets and query_offsets hold the first token of each of S sequences, then the
+number of all tokens. B is then S, but 1 for arrays with a row for each token; rows, query_rows and
 grad_token_mass hold one sequence after another.
 
-Devices: all arrays lie in the memory of the CPU or of one CUDA device, whose kernels run. For CUDA
-two more arguments count. All work is put on `stream`, a cudaStream_t as an integer (0: the default
-stream), without waiting for it. `workspace` is called with a number of bytes, where any are needed,
-and returns a uint8 array of that size on the device. Its memory, like that of all arrays, may only
-be used for other work once the stream has come past the call. Arrays are asked for with
-__dlpack__(stream=stream), whose owner makes the stream wait for what is still being written; a
-capsule made earlier is taken as it is.
+Devices: all arrays lie in the memory of the CPU or of one CUDA device, whose kernels run. CUDA uses
+two more arguments. All work is put on `stream`, a cudaStream_t as an integer (0: the default
+stream), without waiting for it. `workspace` is called with a number of bytes, if any are needed,
+and returns a uint8 array of that size on the device. Its memory, like that of all arrays, may be
+used for other work only after the stream has passed the call. Arrays are requested by
+__dlpack__(stream=stream): their owner makes the stream wait for pending writes. A capsule that was
+made earlier is taken as it is.
 
-Ranks: where several hold the tokens of each sequence, merge(arrays, how) is called on all of them, as
-often and with the same shapes. arrays is a list of DLPack capsules [rows, columns], accumulate, valid
-during the call, whose numbers it must replace by those of all ranks merged: by their sum where how is
-'sum', by log2 of the sum of 2^x where it is 'logsum'. Gradients of what all ranks have alike are then
-this rank's shares, but for grad_reference_mass, which is the whole.
+Ranks: if several ranks hold the tokens of each sequence, merge(arrays, how) is called on all of
+them equally often, with the same shapes. arrays is a list of DLPack capsules [rows, columns],
+accumulate, valid during the call. merge must replace their numbers by the merged numbers of all
+ranks: the sum for how = 'sum', log2 of the sum of 2^x for how = 'logsum'. Gradients of what all
+ranks have in common are then this rank's shares; only grad_reference_mass is the whole gradient.
 
-Errors: wrong shapes and values raise ValueError, wrong types TypeError, naming the argument. On CUDA
-values are not read: a bandwidth, epsilon or reference mass <= 0 or a negative token mass gives NaN in
-its head. A failing launch raises RuntimeError.
+Errors: wrong shapes and values raise ValueError, wrong types TypeError, naming the argument. On
+CUDA values are not read: a bandwidth, epsilon or reference mass <= 0 or a negative token mass gives
+NaN in its head. A failing launch raises RuntimeError.
 )";
 
 }  // namespace

@@ -39,7 +39,7 @@ class Call {
   bool on_cuda() const { return device_.type == dlpack::kCuda; }
   void* stream() const { return reinterpret_cast<void*>(stream_); }
   dlpack::DataType storage() const { return storage_; }
-  // Whose memory the arrays are in, as their owner names it.
+  // The device of the arrays' memory, as their owner names it.
   dlpack::Device memory_device() const { return emulated_device() ? kHost : device_; }
 
   void require(bool condition, const std::string& message) const {
@@ -82,7 +82,7 @@ class Call {
     columns_.size = solved_steps_.size + 1;
   }
 
-  // Names that no read above knows would otherwise be ignored in silence.
+  // Refuses names that nothing above has read: they would be ignored silently.
   void finish() const {
     for (const auto& [name, array] : arrays_) {
       const auto text = py::cast<std::string_view>(name);
@@ -98,7 +98,7 @@ class Call {
     float narrow = 0;
   };
 
-  // Key and reference, which the sizes of all else follow from.
+  // Key and reference: all other sizes follow from theirs.
   void read_sizes(ForwardParams& p) {
     const Array key = required("key");
     choose_device(key);
@@ -126,7 +126,7 @@ class Call {
     p.references = M.size;
   }
 
-  // What else there is of the keys and the references.
+  // The other inputs that belong to the keys and the references.
   void read_inputs(ForwardParams& p) {
     p.value = checked(required("value"), storage_, {&Bt, &H, &N, &Dv});
     p.value_depth = Dv.size;
@@ -162,7 +162,8 @@ class Call {
     p.query_positions = optional("query_positions", accumulate(), {&Nq, &P});
   }
 
-  // Where forward is asked for the output alone, the rest is scratch, on the CPU the call's own.
+  // On the CPU `output` may be given alone: the other results then go to scratch memory of the
+  // call.
   void read_results(ForwardParams& p, bool are_written) {
     own_scratch_ = are_written && !on_cuda() && given("output") && !given("pooled") &&
                    !given("rows") && !given("columns");
@@ -203,8 +204,8 @@ class Call {
   }
   dlpack::DataType accumulate() const { return accumulate_type(storage_); }
 
-  // Offsets are read here, whatever device the arrays are on, and copied: what was checked must
-  // still hold while other threads run.
+  // Offsets are read and copied here, whatever the device of the arrays: other threads must not be
+  // able to change them after the check.
   const int64_t* checked_offsets(const char* name, const Array& array, const Dimension& tokens,
                                  std::vector<int64_t>& copy) const {
     Dimension ends{"S+1", B.size + 1};
@@ -243,8 +244,8 @@ class Call {
     return array(name);
   }
 
-  // Absent arrays are null. The others live until the call is over: a capsule may own what it
-  // points to.
+  // An absent array gives a null Tensor. The others are kept until the call is over: a capsule may
+  // own the memory that it points to.
   Tensor checked(const Array& array, dlpack::DataType type, Shape shape, Shape other = {}) {
     if (!array.given()) return {};
     array.expect_device(device_).expect_type(type).expect_shape(shape, other);
@@ -305,8 +306,8 @@ class Call {
   uintptr_t stream_;
   dlpack::Device device_{};
   dlpack::DataType storage_{};
-  // By the letters of shapes; Bt is B of arrays with a row for each token, which packed sequences
-  // share.
+  // Dimensions by their letters. Bt is the batch of arrays with a row for each token: 1 for packed
+  // sequences, which lie in one such array.
   Dimension B{"B"}, Bt{"B"}, H{"H"}, N{"N"}, Nq{"Nq"}, M{"M"}, D{"D"}, Dv{"Dv"}, P{"P"};
   Dimension steps_{"T+1"}, solved_steps_{"max(T,1)"}, columns_{"max(T,1)+1"};
   bool own_scratch_ = false;

@@ -1,4 +1,4 @@
-// The ranks of a group, as a Python function knows them: it merges numbers over all.
+// The ranks of a group, reached through a Python function that merges numbers over all of them.
 #pragma once
 
 #include <exception>
@@ -70,7 +70,7 @@ class PythonRanks {
       delete static_cast<View*>(managed->manager_context);
     };
     const py::capsule capsule(&view->managed, "dltensor", [](PyObject* unused) {
-      // A consumer renames the capsule and takes over.
+      // A consumer renames the capsule and then owns the memory.
       if (!PyCapsule_IsValid(unused, "dltensor")) return;
       auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(unused, "dltensor"));
       managed->deleter(managed);

@@ -5,7 +5,7 @@
 namespace setformer {
 namespace {
 
-// Moves on by elements of so many bytes.
+// Moves the start by `elements` elements of `bytes` bytes each.
 void advance(Tensor& tensor, int64_t elements, int64_t bytes) {
   if (tensor.data != nullptr) tensor.data = static_cast<char*>(tensor.data) + elements * bytes;
 }
@@ -16,7 +16,7 @@ int64_t storage_bytes(ScalarType type) {
 }
 int64_t accumulate_bytes(ScalarType type) { return type == ScalarType::kFloat64 ? 8 : 4; }
 
-// The part of sequence `s`, whose first key is `key` and whose first query is `query`.
+// Cuts p down to sequence `s`, whose first key is `key` and whose first query is `query`.
 void cut(ForwardParams& p, int64_t s, int64_t key, int64_t query) {
   const int64_t storage = storage_bytes(p.type), accumulate = accumulate_bytes(p.type);
   const int64_t steps = p.iterations, column_rows = std::max<int64_t>(steps, 1);

@@ -1,5 +1,5 @@
-// Packed sequences of different lengths, one after another: each is a problem of its own, whose
-// arrays are parts of those of all.
+// Packed sequences of different lengths, one after another. Each is a problem of its own, whose
+// arrays are parts of the packed arrays.
 #pragma once
 
 #include "set_attention.h"

@@ -16,8 +16,8 @@ enum class Kernel : int32_t {
   kLinear,    // <k, y>
 };
 
-// Vectors up to this length have no direction but that of rounding: scaled to unit length they stay
-// as they are, as if theirs were 1.
+// Vectors up to this length are not scaled to unit length: their direction would be that of
+// rounding errors.
 inline constexpr double kShortest = 1e-12;
 
 enum class Status : int32_t {
@@ -40,20 +40,20 @@ struct Tensor {
 // How the numbers of several ranks become one: their sum, or log2 of the sum of 2^x.
 enum class Merge : int32_t { kSum, kLogSum };
 
-// What a rank has of numbers that all ranks need merged: [rows, columns] of the accumulate type.
+// Numbers of one rank that are merged over all ranks: [rows, columns] of the accumulate type.
 struct Shared {
   void* data;
   int64_t rows, columns, row_stride;
   Merge how;
 };
 
-// The ranks that hold every sequence together, each some of its tokens. A Sinkhorn step needs from
-// the others M sums a head and collect M Dv more; all ranks call `merge` as often, with the same
-// shapes, and go on with what it leaves in place of their own numbers.
+// The ranks that together hold every sequence, each some of its tokens. For each head a Sinkhorn
+// step merges M sums, and collect M Dv more. All ranks call `merge` equally often, with the same
+// shapes; it replaces the numbers of each rank by the merged ones.
 struct RankGroup {
   void* context = nullptr;
-  // All `numbers` of a call are merged alike. On CUDA that is put on the call's stream. False: the
-  // call is given up.
+  // All `numbers` of a call have the same `how`. On CUDA the merge is put on the call's stream.
+  // Returns false if the call must be given up.
   bool (*merge)(void* context, const Shared* numbers, int64_t count) = nullptr;
 };
 
@@ -80,14 +80,14 @@ struct ForwardParams {
   bool distribute = true;  // false: pooled outputs only
   // On CUDA blocks that share a head take 2^tiles_shift tiles of its tokens each: cuda/knobs.h.
   int32_t tiles_shift = 2;
-  // Where tokens and queries are a rank's own among those of a group. Gradients of what all ranks
-  // have alike are then the rank's shares, but for grad_reference_mass, which is the whole.
+  // Given if tokens and queries are those of one rank of a group. Gradients of what all ranks have
+  // in common (references, bandwidth, epsilon) are then this rank's shares; only
+  // grad_reference_mass is the whole gradient.
   const RankGroup* group = nullptr;
 
-  // Where sequences of different lengths are packed, [batch + 1] in host memory: where each begins
-  // among all tokens, and their number. Then what has a row for each token lacks the batch: its B
-  // below is 1; rows, query_rows and grad_token_mass hold those of one sequence after another
-  // (sequences.h).
+  // For packed sequences of different lengths, [batch + 1] in host memory: the first token of each
+  // sequence, then the number of all tokens. Arrays with a row for each token then have B = 1
+  // below; rows, query_rows and grad_token_mass hold one sequence after another (sequences.h).
   const int64_t* offsets = nullptr;
   const int64_t* query_offsets = nullptr;  // where `cross`
 
@@ -113,8 +113,8 @@ struct ForwardParams {
   Tensor pooled;         // accumulate [B, H, M, Dv] contiguous
   Tensor rows;           // accumulate [B, H, T + 1, N] contiguous
   Tensor columns;        // accumulate [B, H, max(T, 1) + 1, M] contiguous; the last row is 1 / the
-                         // sums that rounding makes of the columns of C (0 without any mass),
-                         // always 1 on the CPU
+                         // column sums of C, which rounding makes differ from 1 (0 without any
+                         // mass; always 1 on the CPU)
   Tensor query_rows;     // accumulate [B, H, T + 1, Nq] contiguous, where `cross`
   Tensor query_columns;  // accumulate [B, H, max(T, 1), M] contiguous, where `cross`
 };

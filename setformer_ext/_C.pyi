@@ -1,4 +1,4 @@
-"""What the compiled module offers; its own docstring describes the arrays."""
+"""The functions of the compiled module, whose own docstring describes the arrays."""
 
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -27,7 +27,7 @@ class Operation(Protocol):
 
 # Writes output, pooled, rows and columns.
 set_attention_forward: Operation
-# Writes the gradients of what forward took, from that and what it wrote.
+# Writes the gradients of forward's inputs, from these and from what forward wrote.
 set_attention_backward: Operation
 
 def cpu_isa() -> Literal["baseline", "avx2", "avx512"]:

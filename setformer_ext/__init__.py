@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import _import_failure
 
-# torch before _C: both need libgomp.so.1, and whichever comes first decides which copy the process
-# gets. It must be the one that torch ships and was built with. One copy is one pool of threads, so
-# that torch.set_num_threads holds for both.
+# Import torch before _C: both need libgomp.so.1, and the first import decides which copy the
+# process loads. It must be the copy that torch ships. With one copy there is one pool of threads,
+# so that torch.set_num_threads holds for both.
 try:
     import torch as _torch
 except ModuleNotFoundError as error:

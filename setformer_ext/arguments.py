@@ -1,8 +1,8 @@
 """Checks of the public functions' arguments, by the table of the problem.
 
-Each raises one error that names the function, the argument, what was expected and what came. Of
-eager calls of ``set_attention`` and ``set_pooling`` the compiled module checks all of it
-(`seen_by_kernels`), and `check` only finds the words for what it refused. Values of tensors are
+Each raises one error that names the function, the argument, what was expected and what came. Eager
+calls of ``set_attention`` and ``set_pooling`` are checked by the compiled module
+(`seen_by_kernels`); `check` then only words the error of what it refused. Values of tensors are
 checked where they can be read without waiting for a device (eager CPU tensors).
 """
 
@@ -21,22 +21,23 @@ from .problem import KERNELS, OPTIONAL, STORAGE_TYPES, TENSORS, accumulate_dtype
 BUILD = _C.build_info()
 DEVICES = ("cpu", "meta", "cuda") if BUILD["cuda_runtime"] else ("cpu", "meta")
 _PLAIN = (Tensor, torch.nn.Parameter)
-QUERY = ("query_mask", "query_positions")  # what only queries of their own have
+QUERY = ("query_mask", "query_positions")  # for cross attention only
 POSITIONS = [name for name in TENSORS if name.endswith("positions")]
 Given = Mapping[str, Any]  # the arguments of a public function by their names
 Shape = tuple[str, ...]  # letters of sizes
-# The key decides what the others must be, and the query comes before what goes with it.
+# The key is checked first, because it decides what the others must be; the query comes before its
+# mask and positions.
 FIRST = ("key", "query", "query_mask")
 ORDER = (*FIRST, *(name for name in TENSORS if name not in FIRST))
 
 
 def seen_by_kernels(given: Given) -> bool:
-    """Whether the compiled module sees all that there is to check of ``set_attention`` and
-    ``set_pooling``: eager calls of plain tensors of one device.
+    """Whether the compiled module can check all arguments of ``set_attention`` or ``set_pooling``:
+    True for eager calls with plain tensors on one device.
 
-    Not so where torch traces or transforms, behind autocast and subclasses of tensors, nor what
-    does not get there: whether positions want a gradient and have a bandwidth, masses of masked
-    tokens, and what options were before they became numbers of C++.
+    False when torch traces, transforms or casts, for subclasses of tensors, and for what C++ cannot
+    check: whether positions require a gradient and have a bandwidth, the masses of masked tokens,
+    and the Python types of options.
     """
     key = given["key"]
     if (
@@ -75,11 +76,11 @@ def check(function: str, given: Given, sequences: int | None = None) -> None:
 
     Args:
         function: its name.
-        given: all its arguments; of ``set_attention_varlen`` as they are packed.
-        sequences: how many are packed; None where they are padded.
+        given: all its arguments by name; those of ``set_attention_varlen`` as they are packed.
+        sequences: the number of packed sequences; None for padded tokens.
 
     Raises:
-        ValueError, TypeError: for the first that does not fit.
+        ValueError, TypeError: for the first argument that does not fit.
     """
     _Check(function, given, sequences).all()
 
@@ -94,7 +95,7 @@ class _Check:
         if not isinstance(self.key, Tensor):
             raise self.type_error("key", "a tensor", type(self.key).__name__)
         self.distributed = is_dtensor(self.key)
-        # Which leaves float64 alone.
+        # Autocast does not convert float64.
         self.autocast = autocast_enabled(self.key.device.type) and self.key.dtype != torch.float64
         self.accumulate = accumulate_dtype(self.key.dtype)
         if self.key.dtype not in STORAGE_TYPES:
@@ -133,7 +134,7 @@ class _Check:
         elif not isinstance(x, Tensor):
             raise self.type_error(name, "a tensor", type(x).__name__)
         elif about.type == "storage":
-            # Autocast will make all of one type.
+            # Autocast will convert all to one type.
             if not (x.dtype in STORAGE_TYPES if self.autocast else x.dtype == self.key.dtype):
                 expected = f"{_name(self.key.dtype)} as the key is"
                 raise self.type_error(name, expected, _name(x.dtype))
@@ -170,7 +171,7 @@ class _Check:
         return [letters[1:], letters] if about.shared else [letters]
 
     def shape(self, name: str, x: Tensor, *shapes: Shape) -> None:
-        """One of these shapes, whose sizes must be those that are known; the others are now."""
+        """Require one of these shapes. Sizes that are known must agree; the others become known."""
         for shape in shapes:
             if len(shape) == x.dim() and all(
                 self.sizes.get(letter, size) == size
@@ -193,7 +194,7 @@ class _Check:
         return f"[{', '.join(sizes)}]"
 
     def hint(self, name: str, x: Tensor) -> str:
-        """Where tokens come before heads, as in flash-attention and in transformers' models."""
+        """Advice if tokens seem to come before heads, as in flash-attention and transformers."""
         rows = "[B, N, H, D]: heads come before tokens here, so give"
         if self.packed:
             return ""
@@ -204,7 +205,7 @@ class _Check:
                 self.sizes.get(letter, size) == size
                 for letter, size in zip(letters, swapped, strict=True)
             )
-            # Where both are so, what the heads should be agrees instead.
+            # If query and key both have them swapped, their dimensions 2, the heads, agree instead.
             alike = name == "query" and x.shape[2] == self.key.shape[2] != x.shape[1]
             if fits or alike:
                 return f"; {name} or key looks like {rows} its .transpose(1, 2)"
@@ -215,7 +216,7 @@ class _Check:
         return ""
 
     def device(self, name: str, x: Tensor) -> None:
-        # Positions have no gradient, which all processes would add up: a plain tensor will do.
+        # Positions may be plain tensors: they have no gradient for the processes to add up.
         plain_will_do = self.distributed and name in POSITIONS
         if is_dtensor(x) != self.distributed and not plain_will_do:
             kind = "a DTensor" if self.distributed else "a plain tensor"
@@ -286,7 +287,7 @@ def refusal(function: str, name: str, expected: str, got: object) -> str:
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """Without importing what DTensors are made of, which takes its time, where nobody has it."""
+    """Whether x is a DTensor. Does not import their module, which is slow and often not needed."""
     if type(x) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -294,7 +295,7 @@ def is_dtensor(x: Tensor) -> bool:
 
 
 def is_integer(x: object) -> TypeGuard[int]:
-    """Of Python, NumPy or a trace; True and False are none."""
+    """An integer of Python, NumPy or a trace, but not True or False."""
     return isinstance(x, (Integral, torch.SymInt)) and not isinstance(x, bool)
 
 
@@ -309,7 +310,8 @@ def autocast_enabled(device: str) -> bool:
 
 
 def storage_type(key: Tensor) -> torch.dtype:
-    """What keys, queries, values and references are computed from: autocast's type, or theirs."""
+    """The type of keys, queries, values and references in the computation: autocast's or their
+    own."""
     if key.dtype != torch.float64 and autocast_enabled(key.device.type):
         return torch.get_autocast_dtype(key.device.type)
     return key.dtype
@@ -329,7 +331,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def readable(x: Tensor) -> bool:
-    """Can values be looked at here? Not when tracing or vmapping, nor without waiting for a GPU."""
+    """Can values be read now? Not when tracing or vmapping, nor on a GPU, without waiting for
+    it."""
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"

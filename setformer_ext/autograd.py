@@ -25,7 +25,7 @@ from .problem import (
 )
 
 OPERATIONS = torch.ops.setformer_ext
-_vjp: Any = torch.func.vjp  # whose annotation counts a third result that needs has_aux
+_vjp: Any = torch.func.vjp  # annotated with a third result, which only has_aux gives
 
 
 def refuse_forward_mode(ctx: Any = None, *_: Any) -> Any:
@@ -42,7 +42,7 @@ def refuse_forward_mode(ctx: Any = None, *_: Any) -> Any:
 
 
 def refuse_tangents(arguments: Iterable[object]) -> None:
-    """Without a gradient the operations would drop forward-mode derivatives and say nothing.
+    """Refuse tangents, which the operations would drop silently if no gradient is wanted.
 
     Raises:
         NotImplementedError: if an argument has one.
@@ -76,7 +76,7 @@ class SetAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: None) -> Any:
         solution, problem = saved_solved(ctx)
         if not problem.distribute:
-            grad_output = None  # of the empty output
+            grad_output = None  # it belongs to the empty output
         if grad_output is None and grad_pooled is None:
             return (None,) * len(problem)
         problem_as_computed = problem.in_storage_type(solution.output.dtype)
@@ -106,7 +106,7 @@ def _save(ctx: Any, problem: Problem, others: Iterable[Tensor | None]) -> None:
 
 
 def _saved(ctx: Any) -> tuple[Sequence[Any], Problem]:
-    """The others and the problem that `_save` kept."""
+    """What `_save` kept: the others, and the problem."""
     kept = ctx.saved_tensors
     others = len(kept) - len(TENSORS)
     problem = ctx.problem.with_tensors(dict(zip(TENSORS, kept[others:], strict=True)))
@@ -116,7 +116,7 @@ def _saved(ctx: Any) -> tuple[Sequence[Any], Problem]:
 def gradients_of_inputs(
     problem: Problem, gradients: Mapping[str, Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """One gradient for each argument: per-sample ones summed where the tensor was shared."""
+    """One gradient for each argument; summed over the samples if they shared the tensor."""
     result: dict[str, Tensor] = {}
     for name, gradient in gradients.items():
         tensor = getattr(problem, name)
@@ -149,7 +149,7 @@ class _SetAttentionBackwardFunction(torch.autograd.Function):
             for name in Gradients._fields
             if getattr(problem, name) is not None
         }
-        # In accumulate type: the definition would lose half precision's few digits at every step.
+        # In the accumulate type: in half precision the definition would lose digits at every step.
         accumulate = accumulate_dtype(problem.key.dtype)
         grads = {
             name: grad.to(accumulate)
@@ -197,7 +197,8 @@ def _define(problem: Problem) -> tuple[Tensor | None, Tensor]:
 
 
 def _for_each_sample(problem: Problem, name: str) -> Tensor:
-    """The tensor as set_attention_backward answers for it: one per sample also where shared."""
+    """The tensor in the form of the gradient of set_attention_backward: per sample, even if
+    shared."""
     tensor: Tensor = getattr(problem, name)
     tensor = tensor.to(accumulate_dtype(tensor.dtype))
     if is_per_sample(name, tensor):
@@ -206,7 +207,7 @@ def _for_each_sample(problem: Problem, name: str) -> Tensor:
 
 
 def wants_gradient(arguments: Iterable[object]) -> bool:
-    """Whether a result of these would have one."""
+    """Whether a result of these arguments would require a gradient."""
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in arguments
     )
@@ -219,7 +220,7 @@ _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
 
 
 def register(name: str, function: type[torch.autograd.Function]) -> None:
-    """Let an operation be differentiated as the function is, whatever calls it."""
+    """Differentiate an operation as this function is differentiated, however it is called."""
     operation = getattr(OPERATIONS, name).default
 
     def kernel(keys: Any, *arguments: Any) -> Any:
@@ -235,7 +236,7 @@ for _name, _function in _FUNCTIONS.items():
 
 
 def differentiable_call(name: str, *arguments: Any) -> Any:
-    """The operation, in a form that torch.func can differentiate where that is at work.
+    """Call the operation, in a form that active transforms of torch.func can differentiate.
 
     Its transforms (grad, jacrev, vmap of them) see an autograd.Function only where Python calls it,
     not from within the dispatcher.
@@ -246,5 +247,5 @@ def differentiable_call(name: str, *arguments: Any) -> Any:
     operation = getattr(OPERATIONS, name)
     if torch.compiler.is_compiling() or wants_gradient(arguments):
         return operation(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # which would come back to Python only to go on
+    with torch._C._AutoDispatchBelowAutograd():  # autograd's kernel would only pass the call on
         return operation(*arguments)

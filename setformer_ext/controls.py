@@ -1,4 +1,4 @@
-"""What networks with SetAttention are compared with, by the same interface."""
+"""The attentions that SetAttention is compared with, with the same interface."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class MeanAttention(nn.Module):
-    """The mean of all tokens, projected, for each of them: an attention that sees all alike.
+    """Gives each token the projected mean of all tokens: an attention with equal weights.
 
     Args:
         dim: channels C of input and output.
@@ -93,7 +93,8 @@ class MeanAttention(nn.Module):
         mask: Tensor | None = None,  # [B, N] bool
         grid: Grid | None = None,
     ) -> Tensor:  # [B, N, C]
-        """Give the valid tokens (mask True) the mean of theirs; the others come out as 0."""
+        """Give the valid tokens (mask True) the mean of all valid tokens; the others come out as
+        0."""
         x = zero_padding(x, mask)
         mean = self.projection(mean_of_valid(x, mask)).unsqueeze(1)  # [B, 1, C]
         return zero_padding(mean.expand_as(x), mask)
@@ -106,7 +107,7 @@ def make_attention(
 
     Args:
         kind: of ``ATTENTIONS``.
-        dim, num_heads: as of all of them.
+        dim, num_heads: sizes that all kinds take.
         num_references, options: of :class:`setformer_ext.SetAttention`.
     """
     if kind == "set":

@@ -6,11 +6,12 @@ import re
 
 
 class UserError(Exception):
-    """What the user of a command can put right: the message names the option, file or folder."""
+    """An error that a command's user can correct; the message names the option, file or folder."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line, for torch and transformers go on for pages; of an empty one, the class.
+    """The first line of an error's message (those of torch and transformers have pages), or, if the
+    message is empty, the name of its class.
 
     A line that ends in a colon goes on with the next.
     """

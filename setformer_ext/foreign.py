@@ -35,7 +35,7 @@ FOREIGN_NAMES = {
 def answers_foreign_names(
     function: Callable[Parameters, Result],
 ) -> Callable[Parameters, Result]:
-    """Let a function refuse these names with what to give instead.
+    """Make a function refuse FOREIGN_NAMES with a message that says what to give instead.
 
     Raises:
         TypeError: for one of FOREIGN_NAMES that is not an argument of the function.

@@ -119,10 +119,9 @@ def set_attention(
         [B, H, Nq, Dv] of the key's type (Nq = N in self attention). Under autocast query, key,
         value and reference take the autocast type. Computation is in float32 (float64 for float64).
 
-    With DTensors (then all tensors must be, but for positions that all processes have alike) each
-    process works on its own samples or heads, where they are sharded on those; what is sharded on
-    the tokens is gathered first, which :func:`setformer_ext.distributed.set_attention` does
-    without.
+    If one tensor is a DTensor, all must be, except positions, which may be plain tensors that are
+    the same in all processes. Shards of samples or heads are computed where they are. Shards of
+    tokens are gathered first; :func:`setformer_ext.distributed.set_attention` does not need that.
 
     On CUDA all work goes onto the current stream of the tensors' device, without waiting for it: a
     call can be captured in a CUDA graph, after one call outside of it. Values of tensors are
@@ -178,11 +177,11 @@ def set_attention_varlen(
     Args:
         query: [Nq, H, D] of all sequences. ``None`` or ``key`` itself is self attention.
         key: [N, H, D] of all sequences, float32, float64, bfloat16 or float16. Any strides.
-            No DTensor, nor is any other tensor.
+            DTensors are refused, here and for all other tensors.
         value: [N, H, Dv], of the key's type.
         reference: [H, M, D] (learned) or [S, H, M, D] (one set for each sequence).
         cu_seqlens: int32 or int64 [S + 1], ascending from 0 to N; a sequence may be empty. Read on
-            the CPU: on another device that waits for it.
+            the CPU; if it is on another device, the call waits for that device.
         cu_seqlens_query: [S + 1], ascending from 0 to Nq; for cross attention, and only there.
         query_positions: [Nq, P], for cross attention.
         options: those of ``set_attention`` but for its masks, with token_mass [N, H] >= 0 (each
@@ -260,9 +259,9 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
     """The plan ``b_j C_ij``: what moves from token i to reference j.
 
     For T >= 1 that is ``exp(S_ij / epsilon + f_i + g_j)``. Its columns sum to the reference
-    marginal b, its rows to the token marginal a as T grows. For looking at, and for losses on the
-    plan: it stores N x M numbers, by the definition in plain torch, in float32 at least (as exact
-    as ``torch.get_float32_matmul_precision()``, by default "highest").
+    marginal b, its rows to the token marginal a as T grows. Meant for inspection, and for losses on
+    the plan: it stores N x M numbers, by the definition in plain torch, in float32 at least (as
+    exact as ``torch.get_float32_matmul_precision()``, by default "highest").
 
     It has forward-mode derivatives, too.
 
@@ -278,7 +277,7 @@ def transport_plan(key: Tensor, reference: Tensor, **options: Unpack[Options]) -
     given |= with_defaults("transport_plan", options)
     check("transport_plan", given)
     storage = storage_type(key)
-    problem = make_problem(given | {"value": key})  # a plan has no values, but a problem does
+    problem = make_problem(given | {"value": key})  # a plan needs no values, but a problem does
     problem = problem.in_storage_type(storage).in_storage_type(accumulate_dtype(storage))
     # Contiguous, so that torch's products round alike whatever the strides.
     tensors = {name: x.contiguous() for name, x in problem.tensors().items()}

@@ -1,4 +1,5 @@
-"""Even parts of a sequence or of a grid: where references sit and what they average."""
+"""Even parts of a sequence or a grid: the places of references, and the tokens that they
+average."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .layout import Grid, average_parts, centres, nearly_square
 from .nystrom import nystrom_features
 from .reference import unit
 
-LEAST_SHARE = 1e-30  # which float32 holds in full, and by far too little to be noticed
+LEAST_SHARE = 1e-30  # a normal number of float32, and too small to matter
 
 
 class SetAttention(nn.Module):
@@ -55,7 +55,7 @@ class SetAttention(nn.Module):
         learned_token_mass: a_i proportional to exp(<u_h, x_i>), instead of uniform.
         learned_reference_mass: b_j proportional to exp(c_hj), instead of uniform.
         adaptive_reference_mass: add <m_hj, mean_i x_i>, over the valid tokens, to c_hj: an input
-            may need some references more than others, which fixed masses make it use alike.
+            may need some references more than others, but fixed masses use them equally.
         num_anchors: if given, replace the gaussian kernel by its Nystrom approximation
             <psi(k), psi(y)> on that many learned anchors per head; see
             :func:`setformer_ext.nystrom.nystrom_features`.
@@ -63,8 +63,8 @@ class SetAttention(nn.Module):
             Tokens p and references r are the centres of even parts of [0, 1] (sequences) or
             [0, 1]^2 (grids). Padding counts as part of the sequence.
         bias: whether the projections have biases.
-        dropout: probability, in [0, 1), that a number of the output is dropped in training. There
-            are no attention weights that could be.
+        dropout: probability, in [0, 1), that a number of the output is dropped in training. (There
+            are no attention weights to drop.)
         context_dim: channels of the ``context`` that ``forward`` may be given; ``dim`` if None.
             Another width needs ``query_projection``.
         device, dtype: of the parameters.
@@ -158,7 +158,7 @@ class SetAttention(nn.Module):
         if kernel == "linear":
             _require(num_anchors is None, "num_anchors", "None with kernel='linear'", num_anchors)
 
-        # Of Python, whatever they came as: NumPy's cannot be saved or exported everywhere.
+        # Converted to Python's numbers: NumPy's cannot be saved or exported everywhere.
         self.dim, self.num_heads, self.num_references = map(int, (dim, num_heads, num_references))
         self.context_dim = self.dim if context_dim is None else int(context_dim)
         self.pooled_references = pooled_references
@@ -213,18 +213,18 @@ class SetAttention(nn.Module):
             nn.init.zeros_(self.reference_log_mass)
 
     def start_queries_as_keys(self) -> None:
-        """Copy the keys' projection to the queries, where both are of as many channels: tokens then
-        find what is like them from the first step on."""
+        """Copy the keys' projection to the queries', if both have the same number of channels:
+        tokens then find similar tokens from the first step on."""
         if self.query is None or self.context_dim != self.dim:
             return
         for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
-            # As transformers marks what it has loaded, and would have its own functions respect.
+            # transformers marks the parameters that it has loaded; they must not be overwritten.
             if not getattr(query, "_is_hf_initialized", False):
                 with torch.no_grad():
                     query.copy_(key)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that live on a scale of their own, where 0 means nothing."""
+        """Names of the parameters that should not decay: for them 0 has no special meaning."""
         return {"reference", "reference_log_mass", "anchor"}
 
     @answers_foreign_names
@@ -242,9 +242,9 @@ class SetAttention(nn.Module):
 
         Args:
             x: tokens [B, N, C], floating point; or sequences of different lengths as a nested
-                tensor [B, j, C] of layout torch.jagged, which comes out as one. That is each
-                sequence alone, and takes neither mask, grid nor context; only masses and pooled
-                references are computed of the padded tokens.
+                tensor [B, j, C] of layout torch.jagged, which gives a nested output. Then each
+                sequence attends to itself, and mask, grid and context must be None. (Internally
+                only masses and pooled references use padded tokens.)
             mask: bool [B, N], True = valid. The others give nothing and come out as exactly 0.
             grid: (H, W) with H * W = N if the tokens are a grid, row by row; matters to positions
                 and to pooled references, which are then spread over the grid.
@@ -332,7 +332,7 @@ class SetAttention(nn.Module):
         grid: Grid | None,
         dim: int | None = None,
     ) -> Tensor:  # [B, N, C]
-        """The tokens, checked, without what their padding holds; of ``context_dim`` channels."""
+        """The tokens, checked, with 0 in the padding. ``dim`` is ``context_dim`` if None."""
         prefix = "" if name == "x" else f"{name}_"
         self._check(name, x, dim or self.context_dim)
         self._check_mask(f"{prefix}mask", mask, name, x)
@@ -355,8 +355,8 @@ class SetAttention(nn.Module):
     def _problem(
         self, x: Tensor, mask: Tensor | None, grid: Grid | None, dtype: torch.dtype
     ) -> dict[str, Any]:
-        """The arguments of transport_plan but for the tokens' own: references in the keys' dtype,
-        masses and options."""
+        """The arguments of transport_plan except key, mask and token positions: references in the
+        keys' dtype, masses and options."""
         if self.reference is None:
             pooled = average_parts(x, self.num_references, mask, grid)
             reference = self._points(self.key(pooled))
@@ -392,7 +392,7 @@ class SetAttention(nn.Module):
 
         key = packed(self._points(self.key(tokens.unsqueeze(0))))
         value = packed(self._split(self.value(tokens.unsqueeze(0))))
-        # Padded, with its mask, for what reads all tokens of a sequence at little cost.
+        # Masses and pooled references need whole sequences: padded, with a mask. That costs little.
         shortest, longest = int(lengths.min()), int(lengths.max())
         valid = torch.arange(longest, device=x.device) < lengths.unsqueeze(1)
         padded = tokens.new_zeros(*valid.shape, self.dim)
@@ -450,7 +450,7 @@ class SetAttention(nn.Module):
             )
         return _softmax(logits) * self.num_references
 
-    # Sizes are put into words only for an error: torch.compile would fix them to what they are.
+    # Sizes are only formatted when there is an error: torch.compile would fix formatted sizes.
 
     def _check_mask(self, name: str, mask: Tensor | None, tokens: str, x: Tensor) -> None:
         if mask is None:
@@ -480,8 +480,7 @@ class SetAttention(nn.Module):
             raise ValueError(_message(name, expected, grid))
 
     def _check(self, name: str, x: Tensor, dim: int, rows: str = "B, N") -> None:
-        """Tokens, on the device and of the dtype of the key's weight, where that has the usual
-        form."""
+        """Require tokens of the device and dtype of the key's weight, if that is a plain one."""
         _require_type(isinstance(x, Tensor), name, "a tensor", x)
         plain = "a plain tensor where pooled_references=True"
         _require_type(not (self.pooled_references and is_dtensor(x)), name, plain, x)
@@ -524,14 +523,14 @@ def _is_positive(x: float) -> bool:
 def mean_of_valid(
     x: Tensor, mask: Tensor | None
 ) -> Tensor:  # [B, N, C], zero where invalid -> [B, C]
-    """Over the valid tokens, summed in float32 at least; of none: 0."""
+    """The mean over the valid tokens, summed in float32 at least; 0 if there are none."""
     total = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
     valid = x.new_ones(x.shape[:2]) if mask is None else mask
     return (total / valid.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """Over the last dimension, in float32 at least, and never 0: that is no mass of a reference."""
+    """Over the last dimension, in float32 at least; never 0, which is not allowed as a mass."""
     shares = x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return shares.clamp(min=LEAST_SHARE)
 

@@ -102,7 +102,7 @@ def set_pooling(key: Array, value: Array, reference: Array, **options: Unpack[Op
 def transport_plan(key: Array, reference: Array, **options: Unpack[Options]) -> Array:
     """The plan of :func:`set_attention`, [B, H, N, M] of the key's type.
 
-    It is what the kernels pool of the N x N identity, in O(N^2 M).
+    Computed by pooling the N x N identity matrix with the kernels, in O(N^2 M).
     """
     with _errors_of("transport_plan", options):
         arrays = _arrays(key, reference, options)
@@ -137,7 +137,7 @@ def _errors_of(function: str, options: Mapping[str, object]) -> Iterator[None]:
 
 
 def _arrays(key: Array, reference: Array, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as the compiled module takes them, which checks them."""
+    """The arguments in the form of the compiled module, which checks them."""
     key = _native("key", key)
     # Other defaults are the compiled module's own.
     given = {"reference": reference, "epsilon": 0.04, "iterations": 1, "normalize": True, **options}
@@ -197,7 +197,7 @@ def _solve(arrays: dict[str, Any]) -> dict[str, Array]:
 
 
 def _native(name: str, x: ArrayLike) -> Array:
-    """In this machine's byte order, for which DLPack has no other."""
+    """In this machine's byte order, the only one that DLPack has."""
     array = np.asarray(x)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"{name} must be an array of numbers, got {type(x).__name__}")
@@ -208,5 +208,5 @@ def _accumulate(name: str, x: ArrayLike, key: Array) -> Array:
     """Numbers in the type that is computed in: float64 for float64 keys, else float32."""
     array = _native(name, x)
     if array.dtype.kind not in "fiu":
-        return array  # which the compiled module refuses
+        return array  # the compiled module refuses it
     return array.astype(np.float64 if key.dtype == np.float64 else np.float32)

@@ -22,12 +22,12 @@ def nystrom_features(
 
     <psi(x), psi(y)> approximates kappa(x, y), exactly so where x or y is an anchor, and |psi| <= 1
     (Mialon et al., OTKE, ICLR 2021, section 3.3). Eigenvalues of kappa(W W^T) below ``floor``
-    count as ``floor``, so coinciding anchors are harmless; they only add nothing.
+    count as ``floor``, so anchors that coincide do no harm; they only add nothing.
 
     The result has x's dtype, and is computed in float32 at least.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # Where there is one to switch off: torch has none for every device, as meta.
+    # Only if autocast is on: torch has no autocast for some devices, such as meta.
     autocast = autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         points, anchor = x.to(dtype), anchor.to(dtype)

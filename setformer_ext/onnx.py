@@ -25,13 +25,13 @@ def export(
 
     ONNX has no SeT attention, so each becomes :mod:`setformer_ext.reference`'s equations with T
     unrolled steps, in float32 at least. Any runtime can run them, and gives the same answers to
-    rounding; but it stores N x M matrices, as the kernels here do not. ONNX lacks the eigenvectors
-    that Nystrom anchors need.
+    rounding; but unlike the kernels here it stores N x M matrices. ONNX lacks the eigenvectors that
+    Nystrom anchors need.
 
     Args:
         model: in eval mode, unless training mode is meant.
         args: example inputs.
-        file: where the model goes; None to return it only.
+        file: where the model is written; None to only return it.
         dynamic_shapes: which sizes may change, as ``torch.export.export`` takes them.
         options: of ``torch.onnx.export``.
 
@@ -60,8 +60,8 @@ def export_traced(
     """Export a model by torch's older way, for what :func:`export` refuses: loops and conditions on
     values, as torchvision's detectors have them.
 
-    A condition stays as it is for the example. Arguments are those of ``torch.onnx.export`` with
-    ``dynamo=False``.
+    Every condition keeps the result that it has for the example. Arguments are those of
+    ``torch.onnx.export`` with ``dynamo=False``.
 
     Raises:
         ModuleNotFoundError: if the packages onnx and onnxscript are not installed.
@@ -97,7 +97,7 @@ def _require_packages() -> None:
 
 
 def _adaptive_average(x: Tensor, output_size: list[int]) -> Tensor:  # [..., H, W] -> [..., h, w]
-    """Means over areas as products of matrices: ONNX's pools have windows of one size alone."""
+    """Means over areas as products of matrices: in ONNX all windows of a pool have one size."""
     rows, columns = (
         _shares(x, axis, bins) for axis, bins in zip((-2, -1), output_size, strict=True)
     )
@@ -105,7 +105,7 @@ def _adaptive_average(x: Tensor, output_size: list[int]) -> Tensor:  # [..., H, 
 
 
 def _shares(x: Tensor, axis: int, bins: int) -> Tensor:  # -> [bins, x.shape[axis]]
-    """What part of each bin's mean each place along an axis is."""
+    """The weight of each position along an axis in the mean of each bin."""
     length = x.shape[axis]
     bin_ = torch.arange(bins, device=x.device).unsqueeze(1)
     first = bin_ * length // bins
@@ -116,7 +116,7 @@ def _shares(x: Tensor, axis: int, bins: int) -> Tensor:  # -> [bins, x.shape[axi
 
 
 def _set_attention(*arguments: Any) -> Solution:
-    """The operation's results; those that only its backward reads stay empty."""
+    """The operation's results; those that only backward reads stay empty."""
     problem = Problem(*arguments)
     if problem.offsets is not None:
         raise ValueError(

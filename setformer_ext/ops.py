@@ -5,8 +5,8 @@ beside the results, what its backward needs; ``set_attention_backward`` is an op
 shared by every way to differentiate. Derivatives are registered in ``autograd.py``, vmap, autocast
 and FLOP counts in ``transforms.py``.
 
-Arguments are checked by the compiled module, or before (``arguments.py``): storage type is that of
-key, and "accumulate" is float64 for float64 keys and float32 otherwise.
+Arguments are checked by the compiled module, or before it by ``arguments.py``. The storage type is
+the key's; "accumulate" is float64 for float64 keys and float32 otherwise.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from .problem import (
     accumulate_dtype,
 )
 
-# Replaces the numbers of this rank by those of all ranks of a group merged (`_C`'s docstring).
+# Merges numbers over all ranks of a group, in place (see the docstring of `_C`).
 Merge = Callable[[list[Any], str], None]
 
 DISPATCH_KEYS = ("CPU", "CUDA")  # the compiled module tells them apart by the arrays' memory
@@ -43,8 +43,9 @@ SOLUTION = ", ".join(f"Tensor {name}" for name in Solution._fields)
 GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 BACKWARD = f"Tensor? grad_output, Tensor? grad_pooled, {SOLUTION}, {PROBLEM}"
 
-# One library holds every registration: torch takes no name twice, and when the package is imported
-# again, after its removal from sys.modules, this takes all of them back first.
+# One library holds all registrations, because torch refuses to register a name twice: if the
+# package is imported again, after its removal from sys.modules, destroying this library undoes
+# them.
 _NAMESPACE: Any = torch.ops.setformer_ext
 if hasattr(_NAMESPACE, "library"):
     _NAMESPACE.library._destroy()
@@ -55,8 +56,8 @@ LIBRARY.define(f"set_attention_backward({BACKWARD}) -> ({GRADIENTS})")
 
 
 def empty_rows(like: Tensor, depth: int) -> Tensor:  # [B, H, N, *] -> [B, H, N, depth]
-    """Unwritten rows in the layout of the given ones: with the heads of a token side by side, where
-    they came of one projection, what joins them again need not copy."""
+    """Unwritten rows in the layout of the given ones. If the heads of a token are side by side in
+    memory, as after a projection, joining them again then needs no copy."""
     batch, heads, tokens = like.shape[:3]
     if like.stride(1) < like.stride(2):
         return like.new_empty((batch, tokens, heads, depth)).transpose(1, 2)
@@ -110,24 +111,24 @@ def empty_gradients(problem: Problem) -> Gradients:
 
 def run(function: str, arrays: dict[str, Any], merge: Merge | None = None) -> None:
     """Call a function of the compiled module, on CUDA on the current stream of the key's device."""
-    # OpenMP keeps the number of threads per calling thread, and torch sets it there when first
-    # asked: without this, torch.set_num_threads would not hold in other threads than the main one.
+    # OpenMP has a number of threads for each calling thread, which torch sets when it is first
+    # asked: without this call torch.set_num_threads would only hold in the main thread.
     torch.get_num_threads()
     device = arrays["key"].device
     stream = 0
     on_device: AbstractContextManager[Any] = nullcontext()
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
-        # The launchers too would make it current for a while, but only torch knows how to go back
-        # to a device that is not in use without taking memory there.
+        # The compiled module makes the device current too, but going back to a device that is not
+        # in use would take memory there; torch can avoid that.
         on_device = torch.cuda.device(device)
 
     def workspace(size: int) -> Any:
         # On CUDA torch hands the memory out again only to work that comes later on this stream.
         return to_dlpack(torch.empty(size, dtype=torch.uint8, device=device))
 
-    # Capsules made by to_dlpack, unlike those of __dlpack__, do not mind requires_grad and make no
-    # stream wait: all that torch does with these tensors is on the current stream already.
+    # Unlike __dlpack__, to_dlpack accepts tensors that require a gradient, and makes no stream
+    # wait: all work of torch on these tensors is on the current stream already.
     capsules = {n: to_dlpack(x) if isinstance(x, Tensor) else x for n, x in arrays.items()}
     ranks = {} if merge is None else {"merge": merge}
     with on_device:
@@ -135,7 +136,8 @@ def run(function: str, arrays: dict[str, Any], merge: Merge | None = None) -> No
 
 
 def _arrays(problem: Problem, solution: Solution) -> dict[str, Any]:
-    """What there is of a problem and its results, by the names that the compiled module knows."""
+    """The given arrays and the options of a problem and its results, by the compiled module's
+    names."""
     arrays: dict[str, Any] = problem.tensors()
     arrays |= {name: getattr(solution, name) for name in problem.results}
     return arrays | {name: getattr(problem, name) for name in OPTIONS if name != "distribute"}
@@ -144,8 +146,8 @@ def _arrays(problem: Problem, solution: Solution) -> dict[str, Any]:
 def solve(
     problem: Problem, merge: Merge | None = None, solution: Solution | None = None
 ) -> Solution:
-    """Forward by the kernels, with ``merge`` of a problem whose tokens several ranks hold; into
-    what ``empty_solution`` gave, where that is there already."""
+    """Forward by the kernels. ``merge`` is needed if several ranks hold the tokens; ``solution``,
+    from ``empty_solution``, is made if not given."""
     solution = empty_solution(problem) if solution is None else solution
     run("set_attention_forward", _arrays(problem, solution), merge)
     return solution
@@ -154,8 +156,8 @@ def solve(
 def differentiate(given: Backward, merge: Merge | None = None) -> Gradients:
     """Backward by the kernels."""
     problem, grad_output = given.problem, given.grad_output
-    # They fix the layout of what forward wrote for them, and want no output whose elements share
-    # memory; vmap may have changed that since.
+    # The kernels need these contiguous, as forward wrote them, and no output whose elements share
+    # memory; vmap may have changed both.
     output, *others = given.solution
     output = output.contiguous() if 0 in output.stride() else output
     solution = Solution(output, *(x.contiguous() for x in others))
@@ -196,7 +198,7 @@ def _fake_backward(*arguments: Any) -> Gradients:
 
 
 def _beside(in_turn: Tensor, offsets: Tensor) -> Tensor:  # [1, H, N]
-    """From [H, n] of one sequence after another to sequences beside one another."""
+    """From one sequence after another, [H, n] each, to all side by side along the tokens."""
     heads = in_turn.shape[1]
     parts = in_turn.flatten().split((heads * offsets.diff()).tolist())
     return torch.cat([part.view(1, heads, -1) for part in parts], dim=2)

@@ -1,8 +1,8 @@
-"""The table of a problem: its tensors and options, their shapes, their types and whose rows they
-have.
+"""The table of a problem: its tensors and options, their shapes, their types, and which have rows
+of keys or of queries.
 
-What handles the arguments of the operation goes by it: schemas, checks, autocast, derivatives,
-vmap, packed sequences, DTensors.
+All code that handles the arguments of the operation follows it: schemas, checks, autocast,
+derivatives, vmap, packed sequences, DTensors.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class About:
 
     @property
     def per_sample(self) -> int | None:
-        """Its rank where it is given for each sample; None where there is no such form."""
+        """Its number of dimensions if given for each sample; None if it is always shared."""
         return len(self.letters) if self.letters[0] == "B" else None
 
 
@@ -43,10 +43,10 @@ def _about(shape: str, type: str, shared: bool = False) -> About:
 class Problem(NamedTuple):
     """The arguments of the operation ``set_attention``, in the order of its schema.
 
-    Where ``offsets`` are given, S sequences are packed one after another: then B is S, but 1 for
-    tensors with a row for each token, and ``rows``, ``query_rows`` and the kernels' gradient of
-    ``token_mass`` hold the numbers of one sequence after another. Bandwidth and epsilon are [H],
-    and per sample only inside the second derivative.
+    If ``offsets`` are given, S sequences are packed one after another. Then B is S, except for
+    tensors with a row for each token, where it is 1, and ``rows``, ``query_rows`` and the kernels'
+    gradient of ``token_mass`` hold the numbers of one sequence after another. Bandwidth and epsilon
+    are [H], and per sample only inside the second derivative.
     """
 
     key: Annotated[Tensor, _about("B H N D", "storage")]
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
     token_positions: Annotated[Tensor | None, _about("N P", "accumulate")]
     query_positions: Annotated[Tensor | None, _about("Nq P", "accumulate")]
     reference_positions: Annotated[Tensor | None, _about("M P", "accumulate")]
-    # On the CPU: where sequences begin, and how many tokens there are.
+    # On the CPU: where each sequence begins, and the number of all tokens.
     offsets: Annotated[Tensor | None, _about("S+1", "int64")]
     query_offsets: Annotated[Tensor | None, _about("S+1", "int64")]
     kernel: str
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """B of what is there once for each sample: S where sequences are packed."""
+        """B of tensors that have one entry for each sample: S if sequences are packed."""
         return self.key.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
 
     @property
@@ -88,26 +88,26 @@ class Problem(NamedTuple):
         return [name for name in Solution._fields if name not in absent]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are given."""
+        """The tensors that are given, by name."""
         return {name: x for name in TENSORS if (x := getattr(self, name)) is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> "Problem":
-        """The problem with these in place of its own."""
+        """The problem with these tensors in place of its own."""
         return self._replace(**tensors)
 
     def arguments(self, of_queries: bool = True) -> dict[str, Any]:
-        """What the functions of ``reference`` take."""
+        """The arguments for the functions of ``reference``."""
         left_out = {"offsets", "query_offsets", "distribute"}
         if not of_queries:
             left_out |= {"query", "query_mask", "query_positions"}
         return {name: x for name, x in self._asdict().items() if name not in left_out}
 
     def in_storage_type(self, dtype: torch.dtype) -> "Problem":
-        """The problem with all its numbers in this storage type and what goes with it."""
+        """The problem with its tensors in this storage type and its accumulate type."""
         types = {"storage": dtype, "accumulate": accumulate_dtype(dtype)}
         tensors = self.tensors()
         if self.normalize and dtype == torch.float16:
-            # Whose numbers end at 65504 and 6e-8: longer and shorter vectors are scaled before.
+            # float16 holds 6e-8 to 65504 only: vectors are scaled to unit length before.
             for name, mask in (("key", self.mask), ("query", self.query_mask), ("reference", None)):
                 if (x := tensors.get(name)) is not None and x.dtype != dtype:
                     tensors[name] = unit(zero_invalid(x, mask))
@@ -163,8 +163,9 @@ class Solution(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The results of ``set_attention_backward``, by the names of what they are derivatives by: per
-    sample also for learned (shared) tensors; empty where the problem has no such tensor."""
+    """The results of ``set_attention_backward``, each under the name of the tensor that it is the
+    gradient of: per sample even for learned (shared) tensors, empty if the problem has no such
+    tensor."""
 
     key: Tensor  # [B, H, N, D] storage
     value: Tensor  # [B, H, N, Dv] storage
@@ -186,7 +187,7 @@ class Backward(NamedTuple):
 
     @classmethod
     def read(cls, grad_output: Any, grad_pooled: Any, *others: Any) -> "Backward":
-        """From the arguments in the order of the schema, or what there is of each of them."""
+        """Reads the arguments, or something else for each of them, in the order of the schema."""
         end = len(Solution._fields)
         return cls(grad_output, grad_pooled, Solution(*others[:end]), Problem(*others[end:]))
 
@@ -196,10 +197,10 @@ class Backward(NamedTuple):
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels compute in: float64 for float64, float32 for everything else."""
+    """The type that kernels compute in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_per_sample(name: str, x: Any) -> bool:
-    """Whether a tensor of the problem is given for each sample, and not for all."""
+    """Whether a tensor of the problem is given for each sample, rather than once for all."""
     return x is not None and len(x.shape) == TENSORS[name].per_sample

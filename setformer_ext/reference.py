@@ -109,11 +109,11 @@ def transport(
 def unit(x: Tensor) -> Tensor:  # [..., D]
     """x / |x|, computed in float32 at least; a zero vector stays zero.
 
-    So do shorter ones than 1e-12, whose direction is rounding: they stay as they are.
+    Vectors shorter than 1e-12 also stay as they are: their direction is only rounding.
     """
     accumulate = torch.promote_types(x.dtype, torch.float32)
     short = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=accumulate) <= 1e-12
-    # Of ones in place of short vectors: second derivatives of the length of 0 are NaN.
+    # Short vectors are replaced by ones here: second derivatives of the length of 0 are NaN.
     safe = torch.where(short, 1, x)
     length = torch.linalg.vector_norm(safe, dim=-1, keepdim=True, dtype=accumulate)
     return (x / torch.where(short, 1, length)).to(x.dtype)
@@ -203,7 +203,8 @@ def _log_weighted_sum_exp(x: Tensor, a: Tensor) -> Tensor:  # [B, H, N, M], [B, 
 
 
 def _largest_exponent(x: Tensor) -> float:
-    """Bounds exp for tokens without mass, which no normaliser bounds: 0 * inf would be NaN."""
+    """A bound of exponents, for tokens without mass, which no normaliser bounds: 0 * inf would be
+    NaN."""
     return 0.75 * math.log(torch.finfo(x.dtype).max)
 
 

@@ -15,10 +15,10 @@ FOLDED = {name for name, about in TENSORS.items() if about.per_sample} - {"bandw
 
 
 def _batch_problem(size: int, problem: Problem, in_dims: Problem) -> Problem | None:
-    """The problem of all vmapped samples with the vmapped dimension folded into the batch.
+    """One problem for all vmapped samples, with the vmapped dimension folded into the batch.
 
-    None where that cannot be done: bandwidth, epsilon, positions and packed sequences have no batch
-    to fold into.
+    None if that is impossible: bandwidth, epsilon, positions and packed sequences have no batch
+    dimension.
     """
     if problem.offsets is not None:
         return None
@@ -65,7 +65,7 @@ def _unfold(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _one_by_one(
     operation: Any, size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
-    """The operation called for each sample, for what cannot be folded."""
+    """Call the operation for each sample, if samples cannot be folded into the batch."""
     results = [
         operation(
             *(
@@ -159,7 +159,7 @@ def attention_flops(
 
 
 def _sizes(problem: Problem) -> dict[str, Any]:
-    """Of a problem that holds shapes in place of tensors."""
+    """The sizes, from a problem that holds shapes in place of tensors."""
     batch, heads, tokens, depth = problem.key
     return {
         "batch": batch,

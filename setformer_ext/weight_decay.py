@@ -1,4 +1,4 @@
-"""Which parameters weight decay leaves alone because their modules say so."""
+"""The parameters that modules exempt from weight decay."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ _PARAMETRISED = re.compile(r"(?<![^.])parametrizations\.(\w+)\.original\d*$")
 def undecayed(model: nn.Module) -> set[int]:
     """The id of every parameter that a module of the model exempts by ``no_weight_decay()``.
 
-    That is timm's convention: names, or patterns of names, of what lives on a scale of its own,
-    where 0 means nothing. A parameter stays exempt while torch.nn.utils.parametrize holds it.
+    This is timm's convention: the method returns names, or patterns of names, of parameters for
+    which 0 has no special meaning. A parameter stays exempt while torch.nn.utils.parametrize holds
+    it.
     """
     return {
         id(parameter)

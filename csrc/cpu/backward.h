@@ -52,8 +52,9 @@ class BackwardHead : public Head<Storage, BackwardParams> {
   }
 
  private:
-  // Steps of the keys, and in cross attention of the queries, are undone from the last to the
-  // first; what follows from them finishes the side.
+  // Begin has a pass over the tokens in the log domain; distribute is backward through R. The steps
+  // of a side go from the last to the first; its last phase is a pass for ds and the gradients of
+  // tokens and references.
   enum class Phase {
     kPrepare,
     kBegin,
@@ -87,7 +88,7 @@ class BackwardHead : public Head<Storage, BackwardParams> {
     }
   }
 
-  // The side that receives the output, and whether anything comes of it.
+  // The side that receives the output, and whether a gradient comes through it.
   SideGradient<Storage>& receivers() { return p_.cross ? of_queries_ : of_keys_; }
   bool distributed() const { return distributes_ && !(p_.cross ? queries_ : keys_).empty(); }
 
@@ -142,11 +143,11 @@ class BackwardHead : public Head<Storage, BackwardParams> {
       of_keys_.store_mass_gradient(grad + index() * p_.tokens);
     }
   }
-  // Step 0..S - 1, S = max(T, 1), from t = T back, or 0 where T = 0.
+  // Step 0..S - 1, S = max(T, 1), goes through t = T..1, or t = 0 if T = 0.
   void run_step(SideGradient<Storage>& side, int64_t step, const Team<T>& team) {
     if (step > 0) side.finish_step();
     side.step(p_.iterations - step, team, pooled_, grad_log_b_);
-    // The last step leaves nothing to go on from.
+    // After the last step no other needs its sums.
     if (step + 1 < steps()) leave(side.sums(), p_.references);
   }
 

@@ -19,7 +19,7 @@ struct Backend {
   Status (*backward)(const BackwardParams&);
 };
 
-// What was compiled and this processor can run, best last.
+// The instruction sets that were compiled and that this processor can run, best last.
 std::vector<Backend> supported_backends() {
   std::vector<Backend> backends = {{"baseline", baseline::forward, baseline::backward}};
 #if defined(SETFORMER_HAVE_AVX2)
@@ -61,7 +61,7 @@ const Backend& chosen() {
   return backend;
 }
 
-bool had_threads = false;  // this process or, in a child, the one it was forked from, at the fork
+bool had_threads = false;  // several, in the process that called fork (in a child: its parent)
 bool threads_are_lost = false;
 
 void before_fork() {

@@ -56,8 +56,8 @@ class ForwardHead : public Head<Storage, ForwardParams> {
   }
 
  private:
-  // The sums of C over its columns and A have passes of their own in the log domain alone: where
-  // the solve is by scaling, the last step of the keys pools, too.
+  // Only the log domain needs passes of its own for the column sums of C and for A: with scaling
+  // the last step of the keys computes A.
   enum class Phase {
     kPrepare,
     kStepsOfKeys,
@@ -98,7 +98,7 @@ class ForwardHead : public Head<Storage, ForwardParams> {
       keys_.clear_normalizers();
       fill(pooled_of_caller(), p_.references * p_.value_depth, T(0));
     }
-    // Only the side that distributes has normalisers after the last step.
+    // Only the side that distributes needs rows^T, the normalisers after the last step.
     if (!p_.distribute || p_.cross) keys_.clear_last_rows();
     if (!queried()) return;
     queries_.normalize_masses();

@@ -29,7 +29,7 @@ struct Product {
 
 template <class T, int Rows, int Vectors>
 struct RegisterTile {
-  // Of C from row i and column j on.
+  // The tile of C that begins at row i and column j.
   static void compute(const Product<T>& p, int64_t i, int64_t j) {
     expand(std::make_integer_sequence<int, Rows * Vectors>{},
            std::make_integer_sequence<int, Rows>{}, std::make_integer_sequence<int, Vectors>{},
@@ -73,7 +73,7 @@ auto tile_of(int rows, std::integer_sequence<int, R...>) {
   return by_rows[rows - 1];
 }
 
-// Of C from column j on.
+// The columns [j, j + Vectors kLanes) of C.
 template <class T, int Vectors>
 void multiply_panel(const Product<T>& p, int64_t rows, int64_t j, Upcoming& upcoming,
                     int64_t upcoming_rows) {
@@ -88,12 +88,12 @@ void multiply_panel(const Product<T>& p, int64_t rows, int64_t j, Upcoming& upco
 }
 
 // C[i][j] (+)= sum_k a[i * a_row + k * a_depth] * b[k * columns + j] for i < rows, k < depth, where
-// `columns` is a multiple of the lanes. Asks for the `upcoming` rows by the way.
+// `columns` is a multiple of the lanes. Prefetches the `upcoming` rows meanwhile.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
               int64_t a_depth, const T* b, T* c, bool accumulate, Upcoming upcoming = {}) {
   constexpr int64_t lanes = kLanes<T>, tile = kAccumulators * lanes;
-  // Or a few more, where not all are full.
+  // An estimate: there are a few more if some are not full.
   const int64_t tiles = larger<int64_t>(1, (rows * columns + tile - 1) / tile);
   const int64_t share = (upcoming.rows() + tiles - 1) / tiles;
   const Product<T> p{a, a_row, a_depth, b, c, columns, depth, accumulate};

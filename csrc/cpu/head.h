@@ -1,19 +1,19 @@
-// What forward and backward of a head have in common: the solves of its two sides, the keys and in
-// cross attention the queries, and what the ranks of a group tell each other.
+// What forward and backward of a head share: the solves of its two sides (the keys, and in cross
+// attention the queries) and the numbers that the ranks of a group merge.
 #pragma once
 
 #include "transport.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// Which phase of its work a head is in. Phase is an enum class of the phases in their order, from 0
-// to kDone; a phase may come several times, once for each step.
+// The phase that a head runs next. Phase is an enum class of the phases in their order, from 0 to
+// kDone. A phase may run several times, once for each step.
 template <class Phase>
 struct Progress {
   Phase phase{};
   int64_t step = 0;
 
-  // times(phase) tells how often a phase comes; 0 where it is left out.
+  // times(phase) is how often a phase runs; 0 leaves it out.
   template <class Times>
   void advance(Times times) {
     if (++step < times(phase)) return;
@@ -24,15 +24,16 @@ struct Progress {
   }
 };
 
-// The work on a head is cut into phases at the sums over all its tokens. Where several ranks have
-// the tokens, what a phase leaves is merged before the next.
+// The work on a head is cut into phases where sums over all its tokens are needed. If several ranks
+// hold the tokens, these sums are merged between the phases.
 template <class Storage, class ParamsOfCall>
 class Head {
  public:
   using Params = ParamsOfCall;
   using T = Accumulate<Storage>;
 
-  // What all ranks need merged: numbers of one head; whoever merges them knows of how many.
+  // Numbers of this head that all ranks must merge. They have one row; gather_shared (kernels.cpp)
+  // joins the rows of several heads.
   struct Leavings {
     int count = 0;
     Shared numbers[2];
@@ -50,7 +51,7 @@ class Head {
   int64_t spans() const { return larger(keys_.spans().count, queries_.spans().count); }
   const Leavings& leavings() const { return leavings_; }
 
-  // After the first phase and merging: the masses of all ranks, to the digits of T.
+  // After the first phase and merging: takes the masses of all ranks' tokens, rounded to T.
   Status take_masses() {
     keys_.set_total_mass(double(masses_[0]));
     queries_.set_total_mass(double(masses_[1]));
@@ -74,8 +75,8 @@ class Head {
     leavings_.numbers[leavings_.count++] = {numbers, 1, count, count, how};
   }
 
-  // The first phase. The masses, and how many ranks found an error in theirs, come before anything
-  // else.
+  // The first phase. All ranks need the total masses, and how many ranks have an error, before they
+  // go on.
   Status prepare(const Team<T>& team) {
     Status status = load_marginal();
     if (status != Status::kOk) return status;
@@ -118,7 +119,8 @@ class Head {
     for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
       store<T>(marginal_.log2_b + j, log2<T>(load(marginal_.b + j)));
     }
-    // Below the normal numbers of T the fast log2 knows none, and similarities can outweigh such b.
+    // The fast log2 gives -inf below the smallest normal number of T, but large similarities can
+    // make even such a b count.
     for (int64_t j = 0; j < p_.references; ++j) {
       if (marginal_.b[j] >= kSmallestNormal<T>) continue;
       const T given = mass == nullptr ? T(1) : mass[j * p_.reference_mass.stride[2]];

@@ -10,8 +10,9 @@
 namespace setformer::cpu::SETFORMER_ISA {
 namespace {
 
-// Is there enough to do to wake threads for it? Over the spans of a head they are woken for every
-// pass over its tokens. All or none are: OpenMP ends the threads that a smaller team leaves over.
+// Is there enough work to wake threads? Threads that share the spans of a head are woken for every
+// pass over its tokens. A call uses all threads or one: OpenMP would end those that a smaller team
+// does not use.
 inline bool is_worth_waking(const ForwardParams& p, bool over_heads) {
   const double batch = p.offsets == nullptr ? double(p.batch) : 1;
   const double rows = batch * double(p.heads) * double(p.tokens + p.queries);
@@ -20,13 +21,13 @@ inline bool is_worth_waking(const ForwardParams& p, bool over_heads) {
   return rows * double(p.references) * operations >= wakes * least_parallel_work();
 }
 
-// How a problem is spread over threads, and the memory of all.
+// How a problem is spread over threads, and how much memory that takes.
 template <class Head>
 struct Workplace {
   using T = typename Head::T;
   using Params = typename Head::Params;
 
-  bool over_heads;  // whole heads in parallel, or the spans of one head after another
+  bool over_heads;  // true: heads in parallel; false: head after head, its spans in parallel
   int threads;
   int64_t head_bytes, worker_bytes;
 
@@ -58,8 +59,8 @@ struct Workplace {
     return workers;
   }
 
-  // body(i, thread, team) for every head i of `heads`. The first head that fails, whichever thread
-  // is done first, gives the result.
+  // Calls body(i, thread, team) for every head i < `heads`. The result is that of the failed head
+  // with the smallest i, whatever the order of the threads.
   template <class Body>
   Status for_each_head(int64_t heads, Worker<T>* workers, Body body) const {
     if (!over_heads) {
@@ -92,7 +93,7 @@ struct Workplace {
   }
 };
 
-// One head after another, on each thread or on all.
+// Each head goes through all its stages before the thread, or the team, takes the next one.
 template <class Head>
 Status run_alone(const typename Head::Params& p) {
   const bool packed = p.offsets != nullptr;
@@ -106,7 +107,7 @@ Status run_alone(const typename Head::Params& p) {
   char* of_heads = memory.take<char>(heads_at_once * workplace.head_bytes);
   auto* workers = workplace.place_workers(p, memory);
   const auto run_head = [&](int64_t i, int thread, const auto& team) {
-    // A head of a packed sequence is one of a problem of its own.
+    // Each packed sequence is a problem of its own.
     const auto own = packed ? sequence(p, i / p.heads) : p;
     Head head(own, packed ? 0 : i / p.heads, i % p.heads);
     Arena arena(of_heads + thread * workplace.head_bytes);
@@ -118,9 +119,9 @@ Status run_alone(const typename Head::Params& p) {
   return workplace.for_each_head(p.batch * p.heads, workers, run_head);
 }
 
-// What the heads leave after a phase, that is to be merged in one way. They lie `head_bytes` apart,
-// and so do their numbers: neighbours that leave alike go together. Fills `shared` [2 heads] and
-// returns how many entries.
+// Collects the numbers of all heads that are merged by `how` after a phase. Those of neighbouring
+// heads lie `head_bytes` apart: where the head before has as many entries, the entries are extended
+// by a row. Fills `shared` [2 heads]; returns the number of entries.
 template <class Head>
 int64_t gather_shared(const Head* heads, int64_t count, int64_t head_bytes, Merge how,
                       Shared* shared) {
@@ -142,7 +143,8 @@ int64_t gather_shared(const Head* heads, int64_t count, int64_t head_bytes, Merg
   return entries;
 }
 
-// All ranks must get past the first merge, or none: an error of the first phase travels with it.
+// Either all ranks go on after the first merge or none does: an error of the first phase is sent
+// with it.
 template <class T>
 Status fail_in_group(const RankGroup& group, int64_t heads, Status status) {
   Block block(heads * 3 * int64_t{sizeof(T)});
@@ -153,14 +155,15 @@ Status fail_in_group(const RankGroup& group, int64_t heads, Status status) {
   return group.merge(group.context, &masses, 1) ? status : Status::kMergeFailed;
 }
 
-// The same phase of all heads, then what their sums lack from the other ranks, then the next phase.
+// Runs one phase of all heads, merges their sums with those of the other ranks, runs the next
+// phase.
 template <class Head>
 Status run_in_group(const typename Head::Params& p) {
   using T = typename Head::T;
   const int64_t heads = p.batch * p.heads;
   Head sample(p, 0, 0);
   const Workplace<Head> workplace(p, sample);
-  // All heads at once, each array of theirs at the start of a line.
+  // Memory of all heads at once; every array starts at a cache line.
   const int64_t objects = heads * int64_t{sizeof(Head) + 2 * sizeof(Shared)};
   Block block(workplace.bytes(heads) + objects + 2 * Arena::kAlignment);
   if (block.data() == nullptr) return fail_in_group<T>(*p.group, heads, Status::kOutOfMemory);

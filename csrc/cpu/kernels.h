@@ -15,9 +15,9 @@ SETFORMER_DECLARE_KERNELS(avx512)
 
 namespace setformer::cpu {
 
-// Threads that a call may use: those of OpenMP, but 1 in a process forked from one that had
-// several. The child has OpenMP's record of them and not the threads: it would wait for them
-// forever.
+// Threads that a call may use: OpenMP's number, but 1 in a process forked from one with several
+// threads. Such a child inherits OpenMP's record of the threads but not the threads, and would wait
+// for them forever.
 int available_threads();
 
 // Operations from which it pays to wake threads. SETFORMER_LEAST_PARALLEL_WORK overrides it.

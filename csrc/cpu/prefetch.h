@@ -1,13 +1,14 @@
-// Asking for memory before it is wanted.
+// Prefetches memory.
 #pragma once
 
 #include "simd.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// Rows of a tensor that will be wanted when the arithmetic at hand is done, asked for a few at a
-// time in the course of it: a core keeps only some tens of requests open, and waits once there are
-// more. Nothing is read: rows may lie outside the array, so addresses are computed as numbers.
+// Rows of a tensor that are needed after the current arithmetic. They are prefetched a few at a
+// time during that arithmetic, because a core can keep only some tens of requests open and waits if
+// there are more. Nothing is read: rows may lie outside the array, so addresses are computed as
+// integers.
 class Upcoming {
  public:
   Upcoming() = default;

@@ -35,7 +35,7 @@ SETFORMER_INLINE Float from_bfloat16(Bits x) {
 
 template <class Float, class Bits>
 SETFORMER_INLINE Float from_float16(Bits x) {
-  // Moved into float's fields the exponent is 112 too low; the product mends subnormals as well.
+  // In float's fields the exponent is 112 too low; the product corrects it, for subnormals too.
   const Bits magnitude = (x & 0x7fffu) << 13;
   const Bits finite = bit_cast<Bits>(bit_cast<Float>(magnitude) * 0x1p112f);
   const Bits bits = magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : finite;
@@ -56,7 +56,7 @@ SETFORMER_INLINE Bits to_float16(Float x) {
   const Bits bits = bit_cast<Bits>(x);
   const Bits magnitude = bits & 0x7fffffffu;
   const Bits normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Added to 0.5, whose last bit is worth 2^-24, the float unit does the rounding of subnormals.
+  // The last bit of 0.5 is worth 2^-24, so adding 0.5 rounds as float16's subnormals need it.
   const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000u;
   const Bits infinity = (magnitude & 0u) + 0x7c00u;
   const Bits special = magnitude > 0x7f800000u ? infinity + 0x200u : infinity;

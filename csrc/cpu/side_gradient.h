@@ -19,8 +19,9 @@
 //                           right [L, M]: dA c_C  | eta c_C | -gbar c_C^t.. | A c_R  | c_R        | -c_R^t..
 // clang-format on
 //
-// taken a tile at a time in the last pass. In the log domain the same columns are taken in groups,
-// one per plan. f enters as fhat = fbar / a, which is dL/da_i of the step and finite at a_i = 0.
+// computed a tile at a time in the last pass. In the log domain these columns are used in groups,
+// one group per plan. f enters as fhat = fbar / a, which is the step's dL/da_i and finite where a_i
+// = 0.
 #pragma once
 
 #include "head.h"
@@ -32,8 +33,9 @@ struct Group {
   int64_t offset, depth;
 };
 
-// Where each plan's columns are. The collection of step T has its H part and its gbar part side by
-// side; a side that does not collect (queries) or distribute (keys of cross attention) lacks it.
+// Where each plan's columns are. The columns of collection(T) for H and for gbar are next to each
+// other. A side that does not collect (queries) has none for H; one that does not distribute (keys
+// of cross attention) has none for R^T.
 struct Columns {
   int64_t value_depth, steps;
   bool collects, distributes;
@@ -63,7 +65,7 @@ class SideGradient {
   using T = Accumulate<Storage>;
 
  public:
-  // Of the references' outputs A: themselves, their gradient, and their inner products.
+  // The references' outputs A, the gradient dA, and the inner products of both.
   struct Pooled {
     T* values;    // [M, value_depth] A
     T* gradient;  // [M, value_depth] dA
@@ -106,12 +108,12 @@ class SideGradient {
     if (!transport_.empty()) transport_.restore_potentials();
   }
 
-  // [M], and [M, value_depth] of distribute. Between each pass and what finishes it, the sums of
-  // other ranks may be merged into them.
+  // Sums of a pass over the tokens: [M], and for distribute also [M, value_depth]. Those of other
+  // ranks may be merged into them before the pass's finish_ function is called.
   T* sums() const { return sums_.of(0); }
   T* matrix_sums() const { return matrix_sums_.of(0); }
 
-  // Through distribute: finish_distribute adds to pooled.gradient and leaves gbar.
+  // Backward through distribute; finish_distribute then adds to pooled.gradient and sets gbar.
   void distribute(const Team<T>& team) {
     const int64_t depth = widths_.value_depth, steps = p_.iterations;
     transport_.sum_pass(team, {&sums_, &matrix_sums_}, [&](const Tile<T>& tile, const T* scores) {
@@ -148,8 +150,8 @@ class SideGradient {
     for (int64_t j = 0; j < widths_.references; ++j) ones[j] = factors_[j];
   }
 
-  // Through step t, of T..1, or 0 where T = 0; through collect with the first, where this side
-  // does. dlog b is added to `grad_log_b`.
+  // Backward through step t: T..1, or 0 if T = 0. The call for t = T also goes through collect, if
+  // this side collects. Adds dlog b to `grad_log_b`.
   void step(int64_t t, const Team<T>& team, const Pooled& pooled, T* grad_log_b) {
     if (t == 0) fill(gbar_, widths_.references, T(0));  // g^0 = 0 depends on nothing
     const bool collects = collects_ && t == p_.iterations;
@@ -176,9 +178,9 @@ class SideGradient {
       step_of_tile(t, collects, tile, scores, pooled);
     });
   }
-  // But for the step that collects, sum_j |gbar_j| cannot grow: rows of R and columns of C sum
-  // to 1. Where potentials are so large that rounding undoes this, hundreds of steps would leave
-  // the exponents of the type; what it has grown by is taken out.
+  // Except in the step that collects, sum_j |gbar_j| cannot grow: the rows of R and columns of C
+  // sum to 1. With very large potentials rounding breaks this, and gbar would overflow after
+  // hundreds of steps; therefore any growth is divided out.
   void finish_step() {
     T before = 0, after = 0;
     for (int64_t j = 0; j < p_.references; ++j) before += __builtin_fabs(gbar_[j]);
@@ -189,7 +191,7 @@ class SideGradient {
     for (int64_t j = 0; j < widths_.references; ++j) gbar_[j] *= scale;
   }
 
-  // ds, and through the similarity to the tokens and to `results`.
+  // Computes ds, and from it the gradients of the tokens and of `results`.
   void finish(const Team<T>& team, const typename Similarity<Storage>::Results& results,
               bool accumulate) {
     const Similarity<Storage>& similarity = transport_.similarity();
@@ -205,8 +207,8 @@ class SideGradient {
     similarity.store_gradient(sums_of(0), results, accumulate);
   }
 
-  // dmass_i = da_i / total mass, 0 for masked tokens: what dividing by the total adds is
-  // sum_i a_i da_i, which is 0, for a factor common to all of a changes nothing.
+  // dmass_i = da_i / total mass, 0 for masked tokens. The division by the total mass would add a
+  // term with sum_i a_i da_i, but that sum is 0: a factor common to all of a changes no result.
   void store_mass_gradient(T* grad_mass) const {
     for (int64_t i = 0; i < transport_.spans().tokens; ++i) {
       const bool valid = transport_.similarity().valid()[i];
@@ -216,7 +218,8 @@ class SideGradient {
 
  private:
   T* right(int64_t column) const { return right_ + column * widths_.references; }
-  // The columns of rows [M, value_depth] times factors_; those of `right` after them are returned.
+  // Sets columns of `right`, from `first` on, to rows [M, value_depth] times factors_; returns the
+  // column after them.
   T* set_right(int64_t first, const T* rows) const {
     for (int64_t c = 0; c < p_.value_depth; ++c) {
       T* column = right(first + c);
@@ -241,8 +244,8 @@ class SideGradient {
     return sum_of<T>(sum);
   }
 
-  // Step t of one tile: fhat, da, h and the tile's share of the next gbar; dv where it collects.
-  // Then pooled.gradient has been scaled by the column factors.
+  // Step t of one tile: fhat, da, h and the tile's share of the next gbar. If it collects also dv,
+  // for which pooled.gradient must already be scaled by the column factors.
   void step_of_tile(int64_t t, bool collects, const Tile<T>& tile, const T* scores,
                     const Pooled& pooled) const {
     const Worker<T>& worker = tile.worker;
@@ -301,7 +304,8 @@ class SideGradient {
       set_left(columns_.row_step(t), tile, row_adjoints(t, tile));
     }
   }
-  // A column of `left`, and those of the tokens' rows times factors.
+  // Sets a column of `left` to numbers, or columns from `first` on to the tokens' rows times
+  // factors.
   void set_left(int64_t column, const Tile<T>& tile, const T* numbers) const {
     T* left = tile.worker.left + column;
     for (int64_t i = 0; i < tile.count; ++i) left[i * columns_.total()] = numbers[i];
@@ -365,11 +369,11 @@ class SideGradient {
   Transport<Storage>& transport_;
   Widths<T> widths_;
   Columns columns_;
-  bool contracts_ = false;  // the step at hand
+  bool contracts_ = false;  // the current step cannot make gbar grow
 
   T* right_ = nullptr;         // [L, references]
   T* factors_ = nullptr;       // [references]
-  T* gbar_ = nullptr;          // [references] dL/dg of the step at hand
+  T* gbar_ = nullptr;          // [references] dL/dg of the current step
   T* weights_ = nullptr;       // [references]
   T* delta_ = nullptr;         // [tokens]
   T* row_adjoints_ = nullptr;  // [T, tokens] fbar^t r_R^{t-1}

@@ -115,15 +115,16 @@ constexpr N larger(N a, N b) {
   return a < b ? b : a;
 }
 
-// What follows is done to several vectors at a time, one operation of all of them after another:
-// the chain of operations on one takes so long that a processor, which looks ahead some tens of
-// floating-point operations, would find too little else to do.
+// The functions below work on several vectors at once: one operation on all of them, then the next
+// operation. Operations on one vector wait for each other, and a processor that looks ahead only
+// some tens of operations would not find enough others to do meanwhile.
 inline constexpr int kPack = 4;
-// For each i of the Count vectors at hand, unrolled.
+// For each index i of the Count vectors, unrolled.
 #define SETFORMER_EACH _Pragma("GCC unroll 8") for (int i = 0; i < Count; ++i)
 
-// x = 2^x for x within the exponents of normal numbers. Adding 1.5 * 2^mantissa_bits rounds to the
-// nearest integer and leaves it, biased, in the low bits: the exponent field of the scale.
+// x = 2^x for x within the exponents of normal numbers. Adding 1.5 * 2^mantissa_bits plus the
+// exponent's bias rounds x to the nearest integer n and leaves n + bias in the low bits, to be
+// shifted into the exponent field of 2^n.
 template <class T, int Count>
 SETFORMER_INLINE void exp2_in_range(Vector<T> (&x)[Count]) {
   using S = Simd<T>;
@@ -184,10 +185,11 @@ SETFORMER_INLINE Vector<T> log2(Vector<T> x) {
   return x < smallest_normal ? -infinity : (x < infinity ? result : x);
 }
 
-// Vectors have been added up to `Size` of them in one, and two such, a and b, become one: lane
-// `lane` of it is the sum of lane first_of_pair of the two end to end, and of the lane that lies
-// pair_distance further. The pairs are those for which processors have a shuffle: within 16 bytes
-// interleaved halves, beyond them whole blocks of 16 bytes.
+// One level of the tree of sums_of: each lane of a and b is already the sum of `Size` lanes, and
+// each lane of the result is the sum of two of theirs. With the lanes of a and b numbered one after
+// the other, result lane `lane` adds lane first_of_pair(lane) and the lane kPairDistance after it.
+// Processors have shuffles for these pairs: interleaved halves within 16 bytes, whole blocks of 16
+// bytes beyond.
 template <class T>
 inline constexpr int kBlockLanes = 16 / sizeof(T);
 template <class T, int Size>
@@ -218,8 +220,8 @@ SETFORMER_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b) {
   return pair_sums<T, Size>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// The sum of each of kLanes vectors, in the lane of its number. A fixed tree: the order of the
-// additions depends on nothing.
+// Lane i is the sum of all lanes of vector x[i], i < kLanes. The tree is fixed: the order of the
+// additions never changes.
 template <class T, int Size = 1>
 SETFORMER_INLINE Vector<T> sums_of(const Vector<T>* x) {
   if constexpr (Size == kLanes<T>) {

@@ -1,9 +1,9 @@
 // Scores of tokens against the references of one head, a tile of tokens at a time, and their
 // gradient.
 //
-// Keys and references are scaled to unit length where the problem asks for it. Gaussian ones are
-// then centred on the mean reference: the expansion |k|^2 + |y|^2 - 2 k.y would otherwise cancel
-// where the data lies far from the origin.
+// Keys and references are scaled to unit length if the problem asks for it. For the gaussian kernel
+// the mean reference is then subtracted from all: the expansion |k|^2 + |y|^2 - 2 k.y would
+// otherwise cancel for data far from the origin.
 #pragma once
 
 #include "gemm.h"
@@ -24,7 +24,7 @@ void to_unit_length(T* rows, int64_t count, int64_t width, T* lengths) {
   }
 }
 
-// From the gradient by a row of unit length, u = centred + center, to that by the row itself:
+// Turns the gradient by a row of unit length, u = centred + center, into that by the row as given:
 // (du - u <u, du>) / length.
 template <class T>
 void through_unit_length(const T* centred, const T* center, T length, int64_t width, T* gradient) {
@@ -58,26 +58,26 @@ class Similarity {
     reference_positions_ = arena.take<T>(p_.position_depth * widths_.references);
   }
 
-  // `worker` is any thread's, free for use.
+  // `worker` is the scratch memory of any thread.
   void prepare(const Worker<T>& worker) {
     epsilon_ = at<const T>(p_.epsilon, h_)[0];
     bandwidth_ = p_.bandwidth.data == nullptr ? T(1) : at<const T>(p_.bandwidth, h_)[0];
     scale_ = kLog2E / epsilon_;
     load_references();
 
-    // Potentials are bounded by the range of S / epsilon: up to these ranges solving by scaling
-    // cannot leave the exponents of the type (transport.h); all else, NaN included, takes the log
-    // domain.
+    // The range of S / epsilon bounds the potentials. Up to the ranges below, solving by scaling
+    // can neither overflow nor underflow (transport.h); everything else, NaN included, is solved in
+    // the log domain.
     const T largest = gaussian_ || p_.normalize ? T(1) : largest_product(worker);
     const T range = (gaussian_ ? T(1) : T(2) * largest) / epsilon_;
     log_domain_ = !(range <= (sizeof(T) == 4 ? T(32) : T(256)));
-    // The ranks of a group must agree, whatever keys each has.
+    // All ranks of a group must choose the same, although their keys differ.
     if (p_.group != nullptr && !gaussian_) log_domain_ = true;
     shift_ = gaussian_ && !log_domain_ ? scale_ / 2 : T(0);  // the middle of (0, 1 / epsilon]
   }
 
-  // Solve in the log domain, or by scaling? Follows from the options and this head's data alone, in
-  // a group from the options alone.
+  // Is this head solved in the log domain, or by scaling? That follows from the options and the
+  // head's data, in a group from the options alone.
   bool log_domain() const { return log_domain_; }
   const Validity& valid() const { return valid_; }
 
@@ -156,7 +156,7 @@ class Similarity {
     gradient.scalars[1] += sum_of<T>(products);
   }
 
-  // From dk of scaled keys to that of the keys as they were given.
+  // Turns dk by scaled keys into dk by the keys as they were given.
   void finish_gradient(const Tile<T>& tile) const {
     if (!p_.normalize) return;
     for (int64_t i = 0; i < tile.count; ++i) {
@@ -166,7 +166,7 @@ class Similarity {
     }
   }
 
-  // Where the gradient of one head goes.
+  // Where the gradients of one head are written.
   struct Results {
     T* reference;  // [M, D]
     T* bandwidth;  // optional
@@ -175,8 +175,8 @@ class Similarity {
 
   // From the sums of add_gradient over all tokens, which it overwrites. E is homogeneous in k and
   // y, so that
-  //   gaussian  dL/dbandwidth = sum E |k - y|^2 / bandwidth = -(sum <k, dk> + sum <y, dy>) /
-  //   bandwidth
+  //   gaussian  dL/dbandwidth = sum E |k - y|^2 / bandwidth
+  //                           = -(sum <k, dk> + sum <y, dy>) / bandwidth
   //             dL/depsilon   = -sum E bandwidth^2 / epsilon
   //   linear    dL/depsilon   = -sum <k, dk> / epsilon
   void store_gradient(const Gradient& gradient, const Results& results, bool accumulate) const {
@@ -290,19 +290,20 @@ class Similarity {
   // rows.
   template <int Count>
   SETFORMER_INLINE void finish_rows(const Tile<T>& tile, int64_t row, T* scores, T* factors) const {
-    // Copies, which no store to `score` can change.
+    // Local copies: the compiler then knows that stores to `score` do not change them.
     const int64_t columns = widths_.references;
     const bool gaussian = gaussian_, has_positions = has_positions_, log_domain = log_domain_;
     const Vector<T> scale = splat(scale_), shift = splat(shift_);
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
       T* score = scores + row * columns + j;
-      // What the products become (gaussian) or are multiplied by (linear), at first its logarithm.
+      // The similarity itself (gaussian) or the factor w_ij of the product (linear); first its
+      // log2.
       Vector<T> x[Count], weight[Count] = {};
       SETFORMER_EACH x[i] = load(score + i * columns);
       if (gaussian) {
         const Vector<T> norm = load(reference_norms_ + j);
         SETFORMER_EACH weight[i] = x[i] + (norm + splat(tile.worker.norms[row + i]));
-        // Rounding may leave a distance just below 0, but S <= 1 is what makes scaling safe.
+        // Rounding may leave a distance just below 0, but solving by scaling relies on S <= 1.
         SETFORMER_EACH weight[i] = at_most<T>(weight[i], Vector<T>{});
       }
       if (has_positions) {

@@ -1,8 +1,8 @@
 // Who computes what: heads over threads, or the spans of one head over threads.
 //
-// A head's tokens are cut into spans by their number alone. Every sum over tokens is taken within
-// spans first and then over spans in order, whoever computed them: the result is bitwise the same
-// for any number of threads.
+// How the tokens of a head are cut into spans depends only on their number. Every sum over tokens
+// is first taken within each span, then over the spans in their order, whichever threads computed
+// them: the result is bitwise the same for any number of threads.
 #pragma once
 
 #include <omp.h>

@@ -6,10 +6,10 @@
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// Tokens of a tile. With 64 references and depths of 64 in float32, a tile of scores, of keys and
-// of values is 12 KiB each: together they fit a first-level cache of 48 KiB, two at a time one
-// of 32. (From 32 to 96 tokens make no difference that could be measured.) The last tile takes in
-// what would be a small one after it: a window of 7 x 7 is one tile.
+// Tokens of a tile. With 64 references and depths of 64 in float32, a tile of scores, of keys or of
+// values has 12 KiB: all three fit a first-level cache of 48 KiB, two of them one of 32 KiB.
+// (Between 32 and 96 tokens no difference could be measured.) The last tile also takes the tokens
+// that would form a small tile after it: a window of 7 x 7 is one tile.
 inline constexpr int64_t kTileTokens = 48;
 // A multiple of every vector's lanes: buffers of one number per token have this length, so whole
 // vectors may be stored to them.
@@ -24,7 +24,7 @@ SETFORMER_INLINE Vector<T> row_block_sums(const T* matrix, int64_t rows, int64_t
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
     const Vector<T> weight = load(weights + j);
     const T* row = matrix + j;
-    // Past the last row it is added up again.
+    // With fewer rows than lanes the last row is added again; those sums are not used.
     ((sum[R] += term(load(row), weight), row += R + 1 < rows ? columns : 0), ...);
   }
   return sums_of<T>(sum);

@@ -17,10 +17,10 @@
 //   distribution(t)  R_ij       = exp(s_ij + g^t_j) / r^t_i           rows sum to 1
 //   collection(t)    C_ij / a_i = exp(s_ij) / (r^{t-1}_i c^t_j)       columns of C sum to 1
 //
-// where the matrix is the tile of K itself and the factors do the rest (scaling), or the plan is
-// formed from s and the factors are 1 (log domain). A logarithm of size 1000 is rounded at 1e-4, so
-// plans formed in the log domain would miss their sums by as much, and gradients, which are
-// differences of such sums, by far more: the sums that must be 1 are taken again and divided out.
+// With scaling, the matrix is the tile of K. In the log domain it is the plan itself, formed from
+// s, and the factors are 1. A logarithm of size 1000 is off by up to 1e-4, so the sums of plans
+// formed in the log domain would be off by as much, and gradients, which are differences of such
+// sums, by far more. Therefore the sums that must be 1 are computed again and divided out.
 //
 // Dividing C by a keeps everything finite where a_i = 0, and gives the exact derivative with
 // respect to such a mass.
@@ -68,8 +68,9 @@ class Transport {
     if (backward_) factor_cache_ = arena.take<T>(rows * widths_.references);
   }
 
-  // Makes ready, but for normalize_masses. token_mass (optional) [B, H, N]; rows [T + 1, N] and
-  // columns [max(T, 1), M] are this head's normalisers, which the steps write and the rest reads.
+  // Prepares everything except what normalize_masses does. token_mass (optional) [B, H, N]; this
+  // head's normalisers, rows [T + 1, N] and columns [max(T, 1), M], are written by the steps and
+  // read by all else.
   Status prepare(const Tensor& token_mass, const ReferenceMarginal<T>& marginal, T* rows,
                  T* columns, const Worker<T>& worker) {
     const T* bandwidth = at<const T>(p_.bandwidth, h_);
@@ -104,14 +105,15 @@ class Transport {
   const Spans& spans() const { return spans_; }
   const T* a() const { return a_; }
 
-  // body(tile, scores) for every tile after begin_span(span): one pass over the tokens. The first
-  // fills the cache.
+  // One pass over the tokens: begin_span(span), then body(tile, scores) for every tile of the span.
+  // The first pass fills the cache.
   template <class BeginSpan, class Body>
   void pass(const Team<T>& team, BeginSpan begin_span, Body body) {
     team.for_each_tile(spans_, begin_span, [&](const Tile<T>& tile) { body(tile, scores(tile)); });
     fresh_ = false;
   }
-  // The same where each span adds to its part of `sums`; the first of them gets the totals.
+  // A pass in which each span adds to its own part of `sums`; the first span's part then gets the
+  // totals.
   template <class Body>
   void sum_pass(const Team<T>& team, std::initializer_list<const Partials<T>*> sums, Body body) {
     const auto clear = [sums](int64_t span) {
@@ -120,18 +122,19 @@ class Transport {
     pass(team, clear, body);
     for (const Partials<T>* partials : sums) partials->total(spans_);
   }
-  // Of a tile at hand, in backward: from the cache, or what asking for its scores has left.
+  // The factors of the current tile, in backward: from the cache, or computed with its scores.
   const T* factors(const Tile<T>& tile) const {
     return tile.begin < cached_ ? factor_cache_ + tile.begin * widths_.references
                                 : tile.worker.factors;
   }
-  // Did asking for this tile's scores leave its keys in worker.keys?
+  // Are the tile's keys in worker.keys? They are if this pass computed its scores, rather than took
+  // them from the cache.
   bool keys_loaded(const Tile<T>& tile) const { return fresh_ || tile.begin >= cached_; }
 
-  // Step t, 1 <= t <= T, and t = 0 where T = 0: rows^{t-1}, and in column_sums() the columns^t of
-  // these tokens. Where there is `pooled`, pool is called to add to it, for every tile with its
-  // scores and the factors a_i * row factor in worker.row_factors: in scaling form collection(T)
-  // has no other matrix, so that the last step can collect.
+  // Step t, 1 <= t <= T (t = 0 if T = 0): computes rows^{t-1}, and in column_sums() the columns^t
+  // of these tokens. If `pooled` is given, pool(tile, scores) is called for every tile to add to
+  // it, with a_i * row factor in worker.row_factors: with scaling, collection(T) has the same
+  // matrix as the step, so the last step can also collect.
   template <class Pool>
   void step(int64_t t, const Team<T>& team, const Partials<T>* pooled, Pool pool) {
     const int64_t width = widths_.references;
@@ -171,8 +174,8 @@ class Transport {
   }
   void clear_last_rows() const { fill(row_normalizers(p_.iterations, 0), tokens_.count, T(0)); }
 
-  // What passes over the tokens sum for each reference, [M]. Between a pass and what finishes it,
-  // the sums of other ranks may be merged into them.
+  // Sums over the tokens for each reference, [M]. Those of other ranks may be merged into them
+  // before finish_step or finish_collection is called.
   T* column_sums() const { return column_sums_.data; }
   Merge merge_of_columns() const { return log_domain() ? Merge::kLogSum : Merge::kSum; }
   void finish_step(int64_t t) {
@@ -193,8 +196,9 @@ class Transport {
     for (int64_t i = 0; i < tile.count; ++i) rows[i] = normalizers[i];
   }
 
-  // In the log domain: the sums of collection(T) over its columns, to be divided out; then pool for
-  // every tile as `step` calls it, with the matrix of collection(T).
+  // In the log domain: computes the column sums of collection(T), which finish_collection divides
+  // out. pool_collection then calls pool for every tile as `step` does, with the matrix of
+  // collection(T).
   void sum_collection(const Team<T>& team) {
     sum_pass(team, {&column_sums_}, [&](const Tile<T>& tile, const T* scores) {
       add_transposed_product(collection(p_.iterations, tile, scores), tile.count,
@@ -213,16 +217,16 @@ class Transport {
     for (int64_t j = 0; j < p_.references; ++j) collection_scale_[j] = 1 / column_sums()[j];
   }
 
-  // Backward finds rows and columns as forward left them; potentials follow.
+  // For backward: computes the potentials from the rows and columns that forward wrote.
   void restore_potentials() {
     for (int64_t t = smaller<int64_t>(1, p_.iterations); t <= p_.iterations; ++t) {
       set_potentials(t);
     }
   }
 
-  // The matrices and factors of distribution(t), t in 0..T, and of collection(t), t in 1..T; t = 0
-  // where T = 0, for then f = log a has no normaliser. With the matrix worker.row_factors are those
-  // of the tile.
+  // The matrices and factors of distribution(t), t in 0..T, and of collection(t), t in 1..T (t = 0
+  // if T = 0: then f = log a has no normaliser). The functions that return a matrix also set
+  // worker.row_factors to the factors of the tile.
   const T* distribution(int64_t t, const Tile<T>& tile, const T* scores) const {
     T *matrix = tile.worker.matrix, *factors = tile.worker.row_factors;
     if (log_domain()) {
@@ -255,7 +259,7 @@ class Transport {
   }
 
  private:
-  // In backward for two matrices. Backward of 16,384 tokens by 128 references fits in float32.
+  // Two matrices share it in backward: 16,384 tokens by 128 references just fit in float32.
   static constexpr int64_t kCacheBytes = int64_t{16} << 20;
   static constexpr int64_t kGroupCacheBytes = int64_t{128} << 20;  // of all heads of a side
 
@@ -377,7 +381,7 @@ class Transport {
   ReferenceMarginal<T> marginal_{};
   double total_mass_ = 0;
   bool fresh_ = true;   // no pass over the tokens is complete yet: the cache is not filled
-  int64_t cached_ = 0;  // tokens whose scores are kept: those of tiles that begin before it
+  int64_t cached_ = 0;  // the scores of tiles that begin before this token are kept
   T* rows_ = nullptr;
   T* columns_ = nullptr;
 
@@ -386,7 +390,7 @@ class Transport {
   T* column_potentials_ = nullptr;  // [max(T, 1), references]
   T* collection_scale_ = nullptr;   // [references] of the log domain's collection(T)
   Partials<T> column_sums_{};       // [2, references] per span
-  T* score_cache_ = nullptr;        // [cached and what more the last tile may hold, references]
+  T* score_cache_ = nullptr;        // [cached_ and the rest of the last tile, references]
   T* factor_cache_ = nullptr;       // as the scores, in backward
 };
 

@@ -12,8 +12,8 @@
 //   similarity  E = ds S / (epsilon bandwidth^2)  (linear: ds w / epsilon)
 //               dk_i = sum_j E_ij (y_j - k_i), dy_j = sum_i E_ij (k_i - y_j)  (linear: E y, E^T k)
 //
-// Only vectors of tokens and of references pass from one step to the next. Bytes and operations per
-// head as in forward.cuh:
+// Steps pass only vectors of tokens and of references to each other. Bytes and operations per head,
+// counted as in forward.cuh:
 //
 //   output_product          reads 2 N Dv e
 //   distribute_backward     reads N (D + Dv) e          P (2 D + 2 Dv flop, 2 exponentials)
@@ -24,21 +24,22 @@
 //
 // so T + 3 passes, 2 P (D (T + 4) + 4 Dv) flop and e N (D (T + 3) + 7 Dv) bytes; a resident head
 // reads its keys once, e N (2 D + 7 Dv) bytes. In the log domain a step takes 3 exponentials and
-// gradient 2 T + 3: the steps' part of ds is a sum of 2 T products of a factor of the token, one of
-// the reference and 2^s, or of so many entries of plans. The tensors must be read once before and
-// once after the steps, for those need sums over all tokens of what comes before.
+// gradient 2 T + 3: the steps' part of ds is a sum of 2 T terms. Each is 2^s times a factor of the
+// token and a factor of the reference, or is formed from an entry of a plan. The tensors must be
+// read once before the steps and once after them, because the steps need sums over all tokens from
+// the passes before.
 #pragma once
 
 #include "forward.cuh"
-#include "gradients.cuh"
+#include "gradient_tensors.cuh"
 
 namespace setformer::cuda {
 
-// What a block knows of one side in backward.
+// The data of one head and side that a block keeps in shared memory in backward.
 template <class Storage>
 struct BackwardHead : WithGradients<Storage, Head<Storage>> {};
 
-// delta_i = dO_i.O_i, a warp per token. A hidden token's gradient counts for nothing.
+// delta_i = dO_i.O_i, a warp per token. 0 for a hidden token.
 template <class Storage>
 __device__ __forceinline__ void output_product() {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
@@ -93,8 +94,8 @@ __device__ __forceinline__ void distribute_backward(int chunk, int group) {
       [&](int64_t j, T total) { sums[j * (width + 1) + width] = total; });
 }
 
-// dA_j, eta_j and gbar^T_j of reference j from the sums of all blocks, by one warp. Where queries
-// receive the output, gbar^T is theirs and that of the keys is 0.
+// dA_j, eta_j and gbar^T_j of reference j from the sums of all blocks, by one warp. If queries
+// receive the output, gbar^T belongs to their side, and the keys' gbar^T is 0.
 template <class Storage>
 __device__ __forceinline__ void finish_pooled_gradient(int64_t j, int64_t splits) {
   using T = Accumulate<Storage>;
@@ -122,15 +123,15 @@ __device__ __forceinline__ void finish_pooled_gradient(int64_t j, int64_t splits
   head.column_adjoint(head.p.iterations, j) = distributed;
 }
 
-// Entries of plans are at most 1; only C / a of a token of little or no mass can be beyond any
-// bound.
+// Entries of plans are at most 1; only C / a of a token of little or no mass can be arbitrarily
+// large.
 template <class T>
 __device__ __forceinline__ T bounded(T exponent) {
   return exponent > T(100) ? T(100) : exponent;
 }
 
-// fhat^t and, for t > 1, the sums that make gbar^{t-1}: partial [heads, splits, M]. Step T of the
-// keys is the one that collects: it also writes dv. t = 0 where T = 0.
+// fhat^t and, for t > 1, the sums for gbar^{t-1}: partial [heads, splits, M]. Step T of the keys is
+// the one that collects: it also writes dv. t = 0 if T = 0.
 template <class Storage, bool resident>
 __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
@@ -156,8 +157,8 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
                         [&](int64_t j) { return potential<Storage>(p, head, t - 1, j); });
   }
   __syncthreads();
-  // The step that collects needs every row of C / a as numbers up to 1; and where masses are tiny,
-  // C / a is large for all tokens.
+  // No factors in the step that collects, which needs each row of C / a scaled to numbers up to 1,
+  // nor where masses are so small that C / a is large for all tokens.
   bool factored = kFactors<Storage> && head.factored && !collects;
   T top_term = 0, top_potential = 0;
   if (factored) {
@@ -183,8 +184,8 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
   const Lane lane;
   const bool single = head.layout.chunks == 1;
   const int parts = collects ? int(divide_up(p.value_depth, S::kDepth)) : 1;
-  // Sweeps over the tokens: one in all where the references are a single tile; else one for each
-  // depth tile of the values, then one for each tile of references.
+  // Sweeps over the tokens: a single one if the references are one tile; else one for each depth
+  // tile of the values, then one for each tile of references.
   const int row_sweeps = single ? 1 : parts;
   const int sweeps = row_sweeps + (single || t <= 1 ? 0 : head.layout.chunks);
   for (int sweep = 0; sweep < sweeps; ++sweep) {
@@ -217,7 +218,7 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           });
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            // 2^46 changes sides: products of factors are up to that
+            // 2^46 moves to the other factor, because products of factors can be as large
             const T exponent = top_term - head.row(t - 1, rows.token[half]) + T(46);
             adjoint[half] -= quad_sum(sums[half]) * (T(1) / T(int64_t(1) << 46)) *
                              power_of_two(bounded(exponent));
@@ -225,7 +226,7 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           continue;
         }
         if (!rows_now) continue;
-        // c^t with each row divided by its largest entry, which 2^tops restores
+        // c^t, each row divided by its largest entry; a product with 2^tops undoes that
         T offsets[2], tops[2] = {-infinity<T>(), -infinity<T>()}, sums[2] = {T(0), T(0)};
 #pragma unroll
         for (int half = 0; half < 2; ++half) offsets[half] = head.row(t - 1, rows.token[half]);
@@ -299,7 +300,7 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           store_rows<Storage>(head.value_gradients, tile, part * S::kDepth, out, value_tile);
         }
         if (Scores<Storage, resident>::kLean) {
-          __syncthreads();  // rows and operand lie where the next keys and references go
+          __syncthreads();  // the next keys and references overwrite rows and operand
         } else {
           __syncwarp();  // the warp's lanes have read the rows of the plan that the next ones fill
         }
@@ -330,7 +331,7 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
         T offsets[2], flows[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          // nothing flows through a token without mass, however large its entries
+          // no gradient flows through a token without mass, however large its entries
           const bool massless = log_mass[half] == -infinity<T>();
           offsets[half] = massless ? infinity<T>() : head.row(t - 1, rows.token[half]);
           flows[half] = massless ? T(0) : adjoint[half] * power_of_two(log_mass[half]);

@@ -1,4 +1,4 @@
-// The kernels of backward: one per pass for heads that many blocks share, one in all for small
+// The kernels of backward: one per pass for heads that many blocks share, a single one for small
 // heads.
 #pragma once
 
@@ -30,12 +30,13 @@ struct SelectBackward {
   }
 };
 
-// The step of the keys that collects multiplies as distribution does.
+// The step of the keys that collects multiplies a plan with an operand, as distribution does.
 __host__ __device__ inline int step_needs(const ForwardParams& p, bool of_queries, int64_t t) {
   return !of_queries && t == p.iterations ? kDistributes : kScoresOnly;
 }
 
-// A head whose references are one tile, and its columns one group, is done in one go.
+// One launch gives the gradients of tokens and of references if the references are one tile and the
+// columns one group.
 template <class Storage>
 __host__ __device__ inline bool gradient_in_one(const ForwardParams& p) {
   using S = Shape<Storage>;
@@ -121,8 +122,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   results[head * results_of_head + j] = -sum;
 }
 
-// The sums of all blocks that share a head, [heads, splits, numbers], in place of its first
-// block's.
+// Adds up the sums of all blocks that share a head, [heads, splits, numbers], in the place of the
+// first block's.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_blocks_kernel(const int64_t first, const int64_t heads, const int64_t splits,
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   });
 }
 
-// The gradients of what a head has one of, or one for each reference: a warp per head.
+// d epsilon, d bandwidth and d reference mass: a warp per head.
 template <class Storage>
 __global__ void __launch_bounds__(kMergeThreads)
     head_gradient_kernel(const int64_t first, const BackwardParams p, const BackwardWorkspace parts,
@@ -193,7 +194,7 @@ __device__ __forceinline__ void resident_gradient() {
   using S = Shape<Storage>;
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
   const int groups = int(divide_up(head.p.depth, S::kGroup * S::kDepth));
-  // one call alone, for it is inlined
+  // only one call in the source, because the function is inlined
   const bool in_one = gradient_in_one<Storage>(head.p);
   const int rounds = in_one ? 1 : 1 + head.layout.chunks * groups;
 #pragma unroll 1
@@ -207,8 +208,9 @@ __device__ __forceinline__ void resident_gradient() {
   }
 }
 
-// All of a small head, unless attention_backward_on_chip_kernel has worked on it: through the
-// distribution to A and the last potentials, then each side's steps and gradients.
+// All of backward for a small head, unless attention_backward_on_chip_kernel has done it: first
+// through the distribution to A and the last potentials, then through the steps of each side to its
+// gradients.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     attention_backward_resident_kernel(const int64_t first, const BackwardParams p,

@@ -5,7 +5,7 @@
 namespace setformer::cuda {
 namespace {
 
-// Never launched: the driver is asked which of its compiled forms a device would run.
+// Never launched: only for asking the driver which compiled form of a kernel a device would run.
 __global__ void probe() {}
 
 std::string dotted(int version) {  // 13010 -> "13.1"
@@ -51,7 +51,7 @@ std::string driver_version() {
 std::vector<std::string> devices() {
   int count = 0;
   int current = 0;
-  // The last error is cleared where a call failed, so that no later launch check reports it.
+  // If a call failed, the last error is cleared, so that no later check of a launch reports it.
   if (cudaGetDeviceCount(&count) != cudaSuccess || cudaGetDevice(&current) != cudaSuccess) {
     cudaGetLastError();
     return {};

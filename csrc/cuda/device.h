@@ -1,5 +1,5 @@
-// What the CUDA half of this binary finds on this machine. None of these throws or stops the
-// program where there is no device, no driver, or no CUDA in the build.
+// What the CUDA half of this binary finds on this machine. Without a device, a driver or CUDA in
+// the build none of these functions throws or stops the program.
 #pragma once
 
 #include <string>

@@ -6,17 +6,17 @@
 //   collect        reads N (D + Dv) e                  P (2 D + 2 Dv flop, 2 exponentials)
 //   distribute     reads N D e, writes N Dv e          P (2 D + 2 Dv flop, 2 exponentials)
 //
-// so T + 2 passes, 2 P (D (T + 2) + 2 Dv) flop (the plan's products count twice on tensor cores,
-// see product.cuh), 2 P (T + 2) exponentials and e N (D (T + 2) + 2 Dv) bytes; a resident head
-// reads its keys once, e N (D + 2 Dv) bytes. In the log domain (transport.cuh) a step takes 7/2
-// exponentials and distribute 3. More than one tile of references takes a second sweep over the
-// tokens where a pass needs both sums over them and what follows from the sums.
+// In all T + 2 passes, 2 P (D (T + 2) + 2 Dv) flop (the plan's products count twice on tensor
+// cores, see product.cuh), 2 P (T + 2) exponentials and e N (D (T + 2) + 2 Dv) bytes; a resident
+// head reads its keys once, e N (D + 2 Dv) bytes. In the log domain (transport.cuh) a step takes
+// 7/2 exponentials and distribute 3. With more than one tile of references, a pass that needs sums
+// over the references and then uses them takes a second sweep over the tokens.
 //
-// Each Sinkhorn step needs the columns of the one before, so there is no fewer than a pass a step;
-// keeping scores instead of forming them again would move N M numbers a pass, more than the keys'
-// N D wherever M >= D; one pass could be saved by collecting in step T with running maxima, at the
-// price of registers for [M, Dv] beside the state of the columns. Of the two exponentials a pair
-// takes in a pass one is the Gaussian kernel, the other 2^s.
+// Each Sinkhorn step needs the columns of the step before, so every step is at least one pass.
+// Keeping scores instead of forming them again would move N M numbers a pass, more than the N D of
+// the keys wherever M >= D. Collecting in step T with running maxima would save one pass, but needs
+// registers for [M, Dv] beside the state of the columns. Of the two exponentials of a pair in a
+// pass, one is the Gaussian kernel and the other 2^s.
 #pragma once
 
 #include "transport.cuh"
@@ -45,7 +45,7 @@ __device__ __forceinline__ void add_rows(Accumulators<Storage>& s,
   }
 }
 
-// The same of factors 2^s: `factors` [kRows] are 2^(g - top).
+// The same for scores given as factors 2^s: `factors` [kRows] are 2^(g - top).
 template <class Storage>
 __device__ __forceinline__ void add_factor_rows(Accumulators<Storage>& s,
                                                 const Accumulate<Storage>* factors,
@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_factor_rows(Accumulators<Storage>& s,
   }
 }
 
-// -columns^t_j; -inf, that is no plan at all, for a head without mass.
+// -columns^t_j; -inf for a head without mass, whose plan C is 0.
 template <class T>
 __device__ __forceinline__ T collection_term(T column) {
   return column == -infinity<T>() ? column : -column;
@@ -102,8 +102,8 @@ __device__ __forceinline__ void form_distribution(const Head<Storage>& head, int
   });
 }
 
-// rows^{t-1} and columns^t of step t, 1 <= t <= T; columns^0 where T = 0. A head that several
-// blocks share leaves its states in partial [heads, splits, 2, M].
+// rows^{t-1} and columns^t of step t, 1 <= t <= T; columns^0 where T = 0. Blocks that share a head
+// leave their states in partial [heads, splits, 2, M].
 template <class Storage, bool resident>
 __device__ __forceinline__ void sinkhorn_step(int64_t t) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
@@ -188,9 +188,9 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
   }
 }
 
-// sum_i plan_ij x_i for the references of one chunk and kGroup depth tiles of the rows x, beside a
-// weight per reference: form(tile, accumulators) turns scores into the plan, add(tile, plan,
-// weights) adds to the weights; emit(j, column, sum, weight) and emit_weight(j, weight) take the
+// sum_i plan_ij x_i for the references of one chunk and kGroup depth tiles of the rows x, and a
+// weight per reference. form(tile, accumulators) turns scores into the plan, add(tile, plan,
+// weights) adds to the weights; emit(j, column, sum, weight) and emit_weight(j, weight) receive the
 // results.
 template <class Storage, bool resident, class Form, class Add, class Emit, class EmitWeight>
 __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage, resident>& scores,
@@ -265,9 +265,9 @@ __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage, 
 }
 
 // A_j = sum_i C_ij v_i of the references of one chunk and kGroup depth tiles of the values, divided
-// by sum_i C_ij: that is 1 but for the rounding of exponents, which this takes out, and which
-// backward takes out too. Several blocks leave their sums in partial [heads, splits, M, Dv + 1], of
-// which the last column is sum_i C_ij.
+// by sum_i C_ij, which is not exactly 1 because exponents are rounded; backward divides by it too.
+// Blocks that share a head leave their sums in partial [heads, splits, M, Dv + 1]; the last column
+// is sum_i C_ij.
 template <class Storage, bool resident>
 __device__ __forceinline__ void collect(int chunk, int group) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
@@ -337,7 +337,7 @@ __device__ __forceinline__ void distribute() {
   const bool single = scores.chunks() == 1;
   const int parts = int(divide_up(p.value_depth, S::kDepth));
   T unit = 1;
-  bool loaded = false;  // the operand is the whole of A and is in place
+  bool loaded = false;  // the operand holds all of A already
   for (int sweep = 0; sweep <= (single ? 0 : parts); ++sweep) {
     const bool sums_rows = sweep == 0;
     const int first = single || sweep == 0 ? 0 : sweep - 1;

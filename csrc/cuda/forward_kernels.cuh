@@ -1,4 +1,4 @@
-// The kernels of forward: one per pass for heads that many blocks share, one in all for small
+// The kernels of forward: one per pass for heads that many blocks share, a single one for small
 // heads.
 #pragma once
 
@@ -99,8 +99,9 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (at % width == 0) scales[head * scales_of_head + j] = scale;
 }
 
-// A as sums to be merged over the ranks of a group, or from such sums: each row of A times the
-// inverse of its scale, which takes the scale's place. A warp per reference.
+// Turns A into sums that the ranks of a group can merge, and merged sums into A again: multiplies
+// each row of A by the inverse of its scale, and stores that inverse as the new scale. A warp per
+// reference.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
     rescale_pooled_kernel(const int64_t first, const int64_t heads, const int64_t references,
@@ -139,7 +140,7 @@ void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>*
   }
 }
 
-// A and the scales of all ranks of a group, from this rank's.
+// Merges A and the scales over all ranks of a group.
 template <class T>
 void merge_pooled(const ForwardParams& p, T* scales, int64_t scales_of_head, Stream& stream) {
   if (p.group == nullptr) return;

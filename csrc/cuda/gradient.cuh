@@ -7,8 +7,8 @@
 
 namespace setformer::cuda {
 
-// dk of a warp's 16 rows from sum_j E_ij y_j and sum_j E_ij; returns this thread's part of
-// sum_i k_i.dk_i. The keys may lie in `stage`: a warp reads and writes its own rows alone.
+// dk of a warp's 16 rows from sum_j E_ij y_j and sum_j E_ij; returns this thread's part of sum_i
+// k_i.dk_i. `stage` may hold the keys, because a warp reads and writes only its own rows.
 template <class Storage>
 __device__ __forceinline__ Accumulate<Storage> store_token_gradient(
     const BackwardHead<Storage>& head, int64_t tile, int column, int width,
@@ -35,9 +35,9 @@ __device__ __forceinline__ Accumulate<Storage> store_token_gradient(
   return key_sum;
 }
 
-// What steps top, top - 1, ... need of the references of a chunk, three rows [kRows] a step, by one
-// warp: -columns^t, gbar^t and g^{t-1}. Where factored: 2^(-columns^t - l) gbar^t, then l and m,
-// the largest -columns^t and g^{t-1} of the chunk, and 2^(g^{t-1} - m).
+// Loads what steps top, top - 1, ... need of the references of a chunk, three rows [kRows] for each
+// step: -columns^t, gbar^t and g^{t-1}. If factored: 2^(-columns^t - l) gbar^t, then the numbers l
+// and m, then 2^(g^{t-1} - m), where l is the chunk's largest -columns^t and m its largest g^{t-1}.
 template <class Storage>
 __device__ void load_steps(const ForwardParams& p, const BackwardHead<Storage>& head, int chunk,
                            int64_t top, int count, const Accumulate<Storage>* scales,
@@ -90,11 +90,11 @@ __device__ void load_steps(const ForwardParams& p, const BackwardHead<Storage>& 
   }
 }
 
-// ds through the similarity. Where `to_references`, the block takes one chunk of references and one
-// group of columns and leaves sum_i E_ij k_i and, in the last column, sum_i E_ij in
-// partial [heads, splits, M, D + 1]. Where `to_tokens`, it takes all references and writes dk, and
-// sum_ij ds_ij s_ij log2(e) and sum_i k_i.dk_i in scalars [splits, 2]. A head of a single
-// chunk and group does both at once.
+// From ds through the similarity. With `to_references` the block handles one chunk of references
+// and one group of columns; it writes sum_i E_ij k_i and, in the last column, sum_i E_ij to partial
+// [heads, splits, M, D + 1]. With `to_tokens` it handles all references; it writes dk, and sum_ij
+// ds_ij s_ij log2(e) and sum_i k_i.dk_i to scalars [splits, 2]. A head of a single chunk and group
+// does both at once.
 template <class Storage, bool resident>
 __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int own_chunk,
                                          int own_group) {
@@ -146,7 +146,8 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
   T product_sum = 0, key_sum = 0;  // sum_ij ds_ij s_ij, sum_i k_i.dk_i
   for (int group = first_group; group < last_group; ++group) {
     const int first_column = group * S::kGroup * S::kDepth;
-    // of the references over all tiles or, where the block has none, of the tokens over all chunks
+    // sums for the references over all tiles or, without to_references, for the tokens over all
+    // chunks
     T kept[S::kGroup][S::kDepth / 8][4];
 #pragma unroll
     for (int part = 0; part < S::kGroup; ++part) clear(kept[part]);
@@ -167,7 +168,7 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
                                                    : -1,
                        ends ? first : chunk + 1, s);
         clear(ds);
-        // R (G - delta), then C (H - eta); where factored, all but 2^s of them
+        // R (G - delta), then C (H - eta); if factored, without their factor 2^s
 #pragma unroll 1
         for (int of_values = 0; of_values < 2; ++of_values) {
           if (!(of_values ? head.collects : head.distributes)) continue;
@@ -187,7 +188,7 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
               offsets[half] = power_of_two(offsets[half] + (of_values ? top_term : top_potential));
             }
           }
-          // A part of the references at a time: the accumulators beside leave few registers.
+          // A part of the references at a time: the other accumulators leave few registers.
           constexpr bool kNarrow = S::kDouble || (kIsHalf<Storage> && !kTensorCores<Storage>);
           constexpr int kSides = kNarrow ? 4 : 2, kBlocks = S::kRows / 8 / kSides;
 #pragma unroll
@@ -297,7 +298,7 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
             for (int e = 0; e < 4; ++e) ds[n][e] *= power_of_two(s[n][e]);
           }
         }
-        // E, in place of ds; what lies beyond the last reference has no part in anything
+        // E, in place of ds; 0 beyond the last reference
         if (at + S::kRows > p.references) {
           for_each<Storage>(ds, [&](int, int column, T& x) {
             if (at + column >= p.references) x = T(0);
@@ -350,7 +351,8 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
           if (column >= p.depth) break;
           const int width = padded_depth<Storage>(int(p.depth), column);
           const int d = column / S::kDepth;
-          // The columns of keys and references: compute() left them, or they are loaded again.
+          // The columns of keys or references: compute() left them in shared memory, or they are
+          // loaded again.
           const auto tile_of = [&](const Rows<Storage>& source, int64_t from,
                                    const Plain<Storage>& whole) {
             if (scores.whole_rows()) return whole;
@@ -368,7 +370,7 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
                 scores.columns(chunk), width, unit);
             if (!to_references) copy(kept[part], sums);
           }
-          if (!ends) continue;  // there are more references, and so no sums of one chunk of them
+          if (!ends) continue;  // not yet the last chunk; with several, there is no to_references
           const Plain<Storage> keys = tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
           if (to_references) {
             multiply_scaled<true, true, Storage>(kept[part], e_tile, 16 * lane.warp, keys, S::kRows,
@@ -419,8 +421,8 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
   }
 }
 
-// dy_j from the sums of all blocks that share a head, by one warp; the queries' is added to that of
-// the keys. Leaves y_j.dy_j for the derivative by the bandwidth.
+// dy_j from the sums of all blocks that share a head, by one warp; the queries' dy_j is added to
+// the keys'. Leaves y_j.dy_j for the derivative by the bandwidth.
 template <class Storage>
 __device__ __forceinline__ void finish_reference_gradient(int64_t j, bool accumulate) {
   using T = Accumulate<Storage>;

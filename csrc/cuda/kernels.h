@@ -1,5 +1,5 @@
-// The kernels of one storage type, as launch.cu knows them. Each forward_*.cu and backward_*.cu
-// instantiates one direction of one type, so that compilers can work on them side by side.
+// The kernels of one storage type, as launch.cu calls them. Each forward_*.cu and backward_*.cu
+// instantiates one direction of one type, so that they can be compiled in parallel.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,18 +8,18 @@
 
 namespace setformer::cuda {
 
-// Where and how the launches of one call go; remembers the first that failed.
+// Where and how a call launches kernels; remembers the first launch that failed.
 struct Stream {
   cudaStream_t stream;
   int device;
   int stages;           // buffers per tile: 2 where copies run in the background (sm_80 on)
   int64_t block_bytes;  // shared memory that the device gives a block
-  bool resident;        // whether heads that fit a block are worked on by one
+  bool resident;        // whether a head that fits a block is computed by one block
   cudaError_t error = cudaSuccess;
   const char* kernel = nullptr;
 };
 
-// Where the workspace's parts are, in numbers of the accumulate type from its start.
+// Where the parts of the workspace begin, counted in numbers of the accumulate type.
 struct UnitLengthWorkspace {
   int64_t key = 0, query = 0, reference = 0;  // storage [B, H, count, D], reference 1 or B
 };
@@ -45,15 +45,15 @@ struct ForwardKernels {
   static void run(const ForwardParams& p, void* workspace, Stream& stream);
 };
 
-// Heads that stay on the chip: half types on sm_80 and later. Returns whether there is a kernel for
-// the problem and the device has room for it; else nothing is launched.
+// Heads that stay on the chip: half types on sm_80 and later. Returns false, and launches nothing,
+// if there is no kernel for the problem or the device has no room for it.
 template <class Storage>
 struct OnChipForward {
   static bool run(const ForwardParams& p, Stream& stream);
 };
 
-// The same of backward with the gaussian kernel. Heads that want logarithms, for large scores or
-// for reference masses that are far apart, it leaves as they are.
+// The same for backward, with the gaussian kernel only. Skips heads that need logarithms: for large
+// scores, or reference masses that are far apart.
 template <class Storage>
 struct OnChipBackward {
   static bool run(const BackwardParams& p, const BackwardWorkspace& parts, void* workspace,

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kMostTilesShift = 10;
 
-// Empty where it is not set.
+// The variable's value; empty if it is not set.
 std::string variable(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr ? "" : value;

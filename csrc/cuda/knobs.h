@@ -1,16 +1,16 @@
-// What environment variables choose about launches, so that one program can measure one design
-// beside another: docs/cuda.md. Results are right with any, but not the same to the bit.
+// Launch options that environment variables choose, so that one build can compare designs
+// (docs/cuda.md). Results are right with all of them, but not bitwise the same.
 #pragma once
 
 namespace setformer::cuda {
 
 struct Knobs {
-  bool resident;    // SETFORMER_CUDA_RESIDENT: heads that fit a block are worked on by one
-  int tiles_shift;  // log2 of SETFORMER_CUDA_TILES: tiles of tokens that are one block's, at least
+  bool resident;    // SETFORMER_CUDA_RESIDENT: a head that fits a block is computed by one block
+  int tiles_shift;  // log2 of SETFORMER_CUDA_TILES, the least number of token tiles of a block
 };
 
-// As they were at the first call that returned. Throws std::invalid_argument for a value that is
-// none, which names the variable.
+// Read once, at the first call without an error. Throws std::invalid_argument for an invalid value;
+// the message names the variable.
 const Knobs& knobs();
 
 }  // namespace setformer::cuda

@@ -1,4 +1,4 @@
-// From the entry points to the kernels of a storage type.
+// The entry points; each calls the kernels of a storage type.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -38,7 +38,7 @@ class DeviceGuard {
 template <class Call>
 Result run(int device, void* stream, Call call) {
   const DeviceGuard guard(device);
-  // An error that is reported here must not be found again by the next launch's check.
+  // An error that is reported here must not be reported again by the check of the next launch.
   if (guard.error() != cudaSuccess) {
     cudaGetLastError();
     return {int(guard.error()), "cudaSetDevice"};
@@ -89,7 +89,7 @@ int64_t workspace_bytes(const Params& given) {
       numbers = kernels.workspace(p).total;
       return;
     }
-    // Of all, for a longer sequence may be cut into fewer parts.
+    // All sequences are looked at: a longer one may be cut into fewer parts.
     for (int64_t s = 0; s < p.batch; ++s) {
       numbers = std::max<int64_t>(numbers, kernels.workspace(sequence(p, s)).total);
     }
@@ -97,7 +97,7 @@ int64_t workspace_bytes(const Params& given) {
   return numbers * number;
 }
 
-// One problem, or those of packed sequences one after another on the stream, which share the
+// One problem, or the problems of packed sequences one after another on the stream. They share the
 // workspace.
 template <template <class> class Kernels, class Params>
 void run_kernels(const Params& given, void* workspace, Stream& target) {

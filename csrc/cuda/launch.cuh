@@ -1,4 +1,4 @@
-// How kernels are launched, and what each does around its pass.
+// How kernels are launched, and the code around the pass of each.
 #pragma once
 
 #include <atomic>
@@ -8,19 +8,20 @@
 
 namespace setformer::cuda {
 
-// A block per unit of work, in as many launches as the largest grid asks for: a kernel's first
-// argument is the unit of its block 0.
+// There is a block for each unit of work. More units than the largest grid holds take several
+// launches: a kernel's first argument is the unit of its block 0.
 inline constexpr int64_t kLargestGrid = 2147483647;
 
-// Of the kernels that merge what blocks have left: a thread, or a warp, per result.
+// Threads of a block in kernels that merge the results of other blocks: a thread or a warp per
+// result.
 inline constexpr int kMergeThreads = 128;
 
-// Lets a kernel have all the shared memory that the device gives a block; 48 KiB are what it has
-// unasked. What is set is the same whoever calls: a limit that followed each launch's own size
-// could be lowered by another host thread between being set and the launch.
+// Allows a kernel all the shared memory that the device gives a block; the default limit is 48 KiB.
+// The limit is always set to this maximum: if each launch set its own size, another host thread
+// could lower the limit before the launch.
 template <auto kernel>
 cudaError_t allow_shared_memory(const Stream& stream) {
-  static std::atomic<uint64_t> allowed{0};  // a bit for each device; those beyond are set each time
+  static std::atomic<uint64_t> allowed{0};  // a bit each for 64 devices; others are set each time
   const uint64_t bit = stream.device < 64 ? uint64_t(1) << stream.device : 0;
   if (allowed.load() & bit) return cudaSuccess;
   cudaFuncAttributes facts{};
@@ -33,11 +34,11 @@ cudaError_t allow_shared_memory(const Stream& stream) {
   return error;
 }
 
-// The compute capability, as 80 for 8.0, that the code which the device runs was compiled for; 0
-// with the stream's error where that cannot be told, or that it has already.
+// The compute capability (80 for 8.0) of the PTX that the device's code was compiled from. 0 if the
+// stream already has an error, or if the capability cannot be found, which sets the stream's error.
 template <auto kernel>
 int ptx_version(Stream& stream) {
-  if (stream.error != cudaSuccess) return 0;  // which stays the call's error
+  if (stream.error != cudaSuccess) return 0;  // the call keeps its first error
   static std::atomic<int> known[64]{};
   const bool keeps = stream.device < 64;
   if (keeps && known[stream.device].load() != 0) return known[stream.device].load();
@@ -69,7 +70,7 @@ void launch(Stream& stream, const char* name, int64_t blocks, int threads, int64
   if (stream.error != cudaSuccess) stream.kernel = name;
 }
 
-// In a group, on all of its ranks: merges numbers whose launches are on the stream already.
+// In a group, to be called on all ranks: merges numbers whose kernels are already on the stream.
 inline void merge(const ForwardParams& p, Stream& stream, const Shared* numbers, int64_t count) {
   if (p.group == nullptr || stream.error != cudaSuccess) return;
   if (p.group->merge(p.group->context, numbers, count)) return;
@@ -77,7 +78,7 @@ inline void merge(const ForwardParams& p, Stream& stream, const Shared* numbers,
   stream.kernel = "merging over the ranks of the group";
 }
 
-// float64, which gradients are checked with, always streams: half the code to compile.
+// float64, mostly used to check gradients, always streams: that halves its code to compile.
 template <class Storage>
 inline constexpr bool kResident = sizeof(Storage) < 8;
 
@@ -87,14 +88,14 @@ int64_t resident_bytes(const ForwardParams& p, int needs, const Stream& stream) 
   return Layout<Storage>(p, needs, true, tokens, stream.stages).total;
 }
 
-// Whether one block can hold each side's keys: with up to 163 KiB, what sm_80 gives a block, or
-// less where the device gives less.
+// Whether one block can hold the keys of each side, in at most the 163 KiB that sm_80 gives a
+// block, or less if the device gives less.
 template <class Storage>
 bool fits_one_block(const ForwardParams& p, int needs, const Stream& stream) {
   constexpr int64_t kMost = 163 * 1024;
   if (!stream.resident) return false;
-  if (p.group != nullptr) return false;  // which merges between launches
-  // first the room for a bare key, so that no size overflows in Layout
+  if (p.group != nullptr) return false;  // ranks merge between launches
+  // a key takes at least a byte; checked first, so that no size overflows in Layout
   if (p.tokens > kMost || p.queries > kMost) return false;
   return resident_bytes<Storage>(p, needs, stream) <=
          (stream.block_bytes < kMost ? stream.block_bytes : kMost);
@@ -105,7 +106,7 @@ int64_t streaming_bytes(const ForwardParams& p, int needs, const Stream& stream)
   return Layout<Storage>(p, needs, false, 0, stream.stages).total;
 }
 
-// Puts a head of one side into shared memory; for all threads of a block.
+// Puts the Head of one head and side into shared memory; to be called by all threads of a block.
 template <class Storage>
 struct Select {
   const ForwardParams& p;
@@ -120,8 +121,8 @@ struct Select {
   }
 };
 
-// Calls body(rest) for the block's unit of work, one of heads x splits x `rest`, with the head and
-// split selected.
+// Selects the head and split of the block's unit of work, one of heads x splits x `rest`, and calls
+// body(index within `rest`).
 template <class SelectHead, class Body>
 __device__ __forceinline__ void at_work(int64_t first, int64_t splits, int64_t rest,
                                         const SelectHead& select, Body body) {

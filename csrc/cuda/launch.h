@@ -2,11 +2,11 @@
 // for the offsets of packed sequences.
 //
 // Nothing here allocates, synchronises or changes the current device for good: all work goes onto
-// `stream` of `device`, so that a call can be captured in a CUDA graph. A first call may load code,
-// which CUDA does lazily; capture after one call outside of the graph. Values cannot be checked
+// `stream` of `device`, so that a call can be captured in a CUDA graph. CUDA loads code lazily, at
+// the first call: make one call outside of the graph before capturing. Values cannot be checked
 // without waiting for the device: where the CPU backend refuses a mass, bandwidth or epsilon, the
-// head's results are NaN here. All but the names of errors throw std::invalid_argument where an
-// environment variable of knobs.h is nonsense.
+// head's results are NaN here. All functions except error_name and error_message throw
+// std::invalid_argument if an environment variable of knobs.h has an invalid value.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,10 @@
 
 namespace setformer::cuda {
 
-// What shared memory has room for; problems beyond are refused.
+// The largest sizes that shared memory has room for; larger ones are refused.
 inline constexpr int64_t kMostDepth = 256, kMostValueDepth = 256, kMostReferences = 512;
 
-// error is a cudaError_t, 0 for success; where it is not, `kernel` names what failed.
+// error is a cudaError_t, 0 for success; else `kernel` names what failed.
 struct Result {
   int error = 0;
   const char* kernel = nullptr;

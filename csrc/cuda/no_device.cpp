@@ -1,5 +1,5 @@
-// The answers of a build without CUDA. The binding asks compiled() before it calls a kernel; C++
-// callers that do not get an error that says so.
+// The functions of a build without CUDA. The binding asks compiled() before it calls a kernel; C++
+// callers that do not ask get an error.
 #include "cuda/device.h"
 #include "cuda/launch.h"
 

@@ -9,7 +9,7 @@
 
 namespace setformer::cuda {
 
-// What sums and potentials are kept in: float32, for float64 storage float64.
+// The type of sums and potentials: float64 for float64 storage, else float32.
 template <class Storage>
 using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
 
@@ -38,17 +38,17 @@ __device__ __forceinline__ T infinity() {
 }
 
 // ex2.approx: 2 ulp. lg2.approx: 2^-22 absolute between 1/2 and 2, 2 ulp elsewhere (PTX manual).
-// Sums of exponentials are off by less than their own rounding, and logarithms enter exponents
-// only.
+// These errors are smaller than the rounding of sums of exponentials; logarithms are only used in
+// exponents.
 __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// In float64 2^n e^y, |y| <= ln(2) / 2, by Taylor's series: what is left out is 4e-18 of it.
-// Shorter than exp2, for it has no subnormal results: they are 0, as above.
+// In float64: 2^n e^y with |y| <= ln(2) / 2, by Taylor's series, whose remainder is 4e-18 of the
+// result. Shorter than exp2, because subnormal results become 0, as above.
 __device__ __forceinline__ double power_of_two(double x) {
-  constexpr double kRound = 6755399441055744.0;  // 1.5 2^52: a sum with it has its unit at 1
+  constexpr double kRound = 6755399441055744.0;  // 1.5 2^52: adding it rounds to an integer
   const double shifted = x + kRound;
   const double y = (x - (shifted - kRound)) * 0.69314718055994530942;
   double factorial = 6227020800.0, sum = 1.0 / factorial;
@@ -69,10 +69,11 @@ __device__ __forceinline__ float log_two(float x) {
 }
 __device__ __forceinline__ double log_two(double x) { return log2(x); }
 
-// 2 ulp in float32, where |y| is within 2^-126 and 2^126: exact division is a call on the side.
+// Off by 2 ulp in float32, for |y| between 2^-126 and 2^126; exact division would be a function
+// call.
 __device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
 __device__ __forceinline__ double quotient(double x, double y) { return x / y; }
-// 1 / sum; 0 for a sum of nothing.
+// 1 / sum; 0 for an empty sum.
 template <class T>
 __device__ __forceinline__ T inverse(T sum) {
   return sum == T(0) ? T(0) : quotient(T(1), sum);
@@ -86,16 +87,17 @@ inline constexpr double kLn2 = 0.69314718055994530942;
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
-// The thread's index in its block, read anew wherever it is asked for: in kernels of several passes
-// the compiler would carry all that depends on it from one pass to the next, beyond the registers.
+// The thread's index in its block, read from its register at every call. In kernels of several
+// passes the compiler would otherwise keep all values that depend on it from pass to pass, and
+// spill registers.
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
 
-// The same pointer, of which the compiler knows nothing: it computes what follows from it in place,
-// not once for all passes.
+// The same pointer, hidden from the compiler: addresses that depend on it are computed where they
+// are used, not once for all passes.
 template <class T>
 __device__ __forceinline__ T* anew(T* pointer) {
   asm volatile("" : "+l"(pointer));
@@ -114,7 +116,7 @@ __device__ __forceinline__ T quad_maximum(T x) {
   return maximum(x, __shfl_xor_sync(kFullWarp, x, 2));
 }
 
-// combine(x, y) of `lanes` neighbouring lanes, a power of two: the same value in each.
+// Combines the values of `lanes` neighbouring lanes (a power of two): each gets the result.
 template <int lanes, class T, class Combine>
 __device__ __forceinline__ T across_lanes(T x, Combine combine) {
 #pragma unroll

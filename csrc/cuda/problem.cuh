@@ -1,5 +1,5 @@
-// A problem as the kernels see it: sides, heads, how the tokens are split over blocks, and what a
-// block keeps in shared memory.
+// The problem in the form that kernels use: sides, heads, how tokens are split over blocks, and
+// what a block keeps in shared memory.
 #pragma once
 
 #include "launch.h"
@@ -38,11 +38,11 @@ __host__ __device__ inline Side receivers_of(const ForwardParams& p) {
 
 __host__ __device__ inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Which tokens a block takes. It follows from their number alone, or a knob, so that results do not
-// depend on the batch or the device: four tiles a block keep what a block does once (references,
-// merging) below what it does per token, and no more than 256 partial sums are merged. Tiles of a
-// block are a power of two, for a division of 64 bits is a call that registers would be spilled
-// for.
+// Which tokens a block takes. This depends only on their number (or a knob), so that results do not
+// depend on the batch or the device. With four tiles a block, the work done once per block
+// (references, merging) is less than the work per token; at most 256 partial sums are merged. The
+// number of tiles of a block is a power of two, because a 64-bit division is a function call, which
+// would spill registers.
 template <class Storage>
 struct Splits {
   int64_t tiles, tiles_each, count;
@@ -59,9 +59,9 @@ struct Splits {
   }
 };
 
-// Scores s log2(e) up to this are worked on as factors 2^s, see transport.cuh: epsilon >= 1/32.
+// Up to this log2(e) / epsilon, scores are used as factors 2^s (transport.cuh): epsilon >= 1/32.
 inline constexpr double kMostFactorScale = 32 * kLog2E * (1 + 1e-6);
-// Not in float64, which the others are checked with.
+// Not in float64, against which the other types are checked.
 template <class Storage>
 inline constexpr bool kFactors = sizeof(Storage) < 8;
 
@@ -70,34 +70,35 @@ template <class Storage>
 inline constexpr int kHeadBytes =
     2304 + (kIsHalf<Storage> ? 0 : kMostDepth * int(sizeof(Accumulate<Storage>)));
 
-// What a streaming pass may take of shared memory: what sm_86, 89 and 120 give a block. Code for
-// sm_80 runs there too, so that the device must not decide.
+// The shared memory that a streaming pass may take: what sm_86, 89 and 120 give a block. Code for
+// sm_80 runs on these too, so the limit must not depend on the device.
 inline constexpr int kMostStreaming = 99 * 1024;
 
-// What a pass keeps in shared memory beside the tiles that scores are formed of.
+// What a pass keeps in shared memory, in addition to the tiles from which scores are formed.
 enum Needs : int {
   kScoresOnly = 0,
   kNeedsRows = 1,     // a tile of values, or of the gradients of outputs
   kNeedsPlan = 2,     // a tile of a plan
   kNeedsOperand = 4,  // a tile of A or dA
-  kNeedsSteps = 8,    // what several steps know of a tile of references
+  kNeedsSteps = 8,    // numbers of several steps for a tile of references
   kHeadAlone = 16,    // forms no scores: has room for the Head only
   kPools = kNeedsRows | kNeedsPlan,
   kDistributes = kPools | kNeedsOperand,
   kDifferentiates = kDistributes | kNeedsSteps,
 };
 
-// A block's shared memory, in bytes from its start: the Head, then tiles of keys and references:
-// where `resident`, all of one head's; else the references once if they are a single tile, and what
-// `stages` needs. Devices with one stage have 64 KiB a block: streaming passes are `lean` there,
-// that is rows take the place of keys, and operands that of references, once scores are formed.
+// A block's shared memory, in bytes from its start: the Head, then tiles of keys and references. If
+// `resident`, these are all tiles of a head; else `stages` tiles of each, but only one of
+// references if they are a single tile. Devices with one stage have 64 KiB a block: streaming
+// passes are `lean` there, that is once scores are formed, rows overwrite the keys and operands the
+// references.
 template <class Storage>
 struct Layout {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
 
   bool resident, lean;
-  int chunks, depths;  // tiles that the references, and that one row, are cut into
+  int chunks, depths;  // numbers of tiles: of the references, and of one row
   int pitch, tile_bytes, reference_bytes;
   int key_slots;
   int steps_at_once;
@@ -141,14 +142,15 @@ struct Layout {
     total += steps_at_once * kStepBytes;
   }
 
-  // The references are a single tile that stays.
+  // The references are a single tile, which stays in shared memory.
   __host__ __device__ bool one_reference_tile() const {
     return !lean && !resident && chunks * depths == 1;
   }
 
-  // Norms of keys and references (two tiles' worth each, or all of the resident ones), positions of
-  // two tiles of references, sums of the warps, four values for each reference, and three for those
-  // of one tile in each of steps_at_once steps, on whose number no result depends.
+  // Where numbers begin: norms of keys and of references (of two tiles each, or of all if
+  // resident), positions of two tiles of references (or all), sums of the warps, four values for
+  // each reference, and for each of steps_at_once steps three values for each reference of a tile.
+  // No result depends on steps_at_once.
   __host__ __device__ int key_norms() const { return 0; }
   __host__ __device__ int reference_norms() const {
     return key_norms() + (resident ? key_slots / depths : 2) * S::kRows;
@@ -180,7 +182,7 @@ struct HeadTensors {
   int64_t position_stride, axis_stride;
   Global<T> rows;     // [T + 1, count]
   Global<T> columns;  // [max(T, 1), M]
-  // [M] 1 / sum_i C_ij, of keys: takes the rounding of exponents out of C.
+  // [M] 1 / sum_i C_ij, of keys: corrects C for the rounding of exponents.
   Global<T> collection_scale;
 
   // To be called by one thread.
@@ -211,7 +213,7 @@ struct HeadTensors {
   }
 };
 
-// What turns products into scores.
+// The parameters that turn products k.y into scores.
 template <class T>
 struct Similarity {
   T epsilon, bandwidth;
@@ -228,7 +230,7 @@ struct Similarity {
     bandwidth = p.bandwidth.data == nullptr
                     ? T(1)
                     : static_cast<const T*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
-    // What cannot be refused without waiting for the device becomes NaN, and so do all results.
+    // Invalid values cannot be refused without waiting for the device: they make all results NaN.
     const T most = infinity<T>();
     const bool possible = epsilon > T(0) && epsilon < most && bandwidth > T(0) && bandwidth < most;
     if (!possible) epsilon = T(NAN);
@@ -241,8 +243,8 @@ struct Similarity {
   }
 };
 
-// What a block works on, of one head and side: at the start of its shared memory, for as variables
-// these would take the registers that the accumulators need.
+// The head and side that a block works on. It lies at the start of shared memory, because as
+// variables it would take registers that the accumulators need.
 template <class Storage>
 struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
   using T = Accumulate<Storage>;
@@ -256,8 +258,8 @@ struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
 
   Rows<Storage> references;  // [M, D]
   Global<T> pooled;          // [M, Dv]
-  Global<T> partial;  // what blocks that share a head leave for merging: [heads, splits, ...]
-  int64_t widest;     // columns that a resident head has room for in partial; 0 for others
+  Global<T> partial;         // sums of blocks that share a head, to be merged: [heads, splits, ...]
+  int64_t widest;            // columns of a resident head's room in partial; 0 for others
   T center[kIsHalf<Storage> ? 1 : kMostDepth];  // see finish_rows
 
   // To be called by one thread.
@@ -283,7 +285,8 @@ struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
     this->select_similarity(p, side, this->h);
   }
 
-  // After select, by all threads: the mean of the references, which the tokens lie about.
+  // To be called after select, by all threads: computes the mean of the references, about which the
+  // tokens lie.
   __device__ void find_center() {
     if constexpr (!kIsHalf<Storage>) {
       __syncthreads();
@@ -301,8 +304,8 @@ struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
 
   __device__ T* numbers() const { return reinterpret_cast<T*>(shared_memory + layout.numbers); }
 
-  // The head's part of partial, [splits, M, columns]. A resident head's is where no other head's
-  // can be, whatever both leave: their blocks may be in different passes.
+  // The head's part of partial, [splits, M, columns]. Parts of resident heads never overlap,
+  // whatever `columns` is: their blocks may be in different passes.
   __device__ T* partials(int64_t columns) const {
     return partial + this->index * references.count * (widest > 0 ? widest : splits * columns);
   }
@@ -322,7 +325,7 @@ struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
   }
 };
 
-// The head that the block is at.
+// The head that the block works on.
 template <class SelectedHead>
 __device__ __forceinline__ SelectedHead& shared_head() {
   static_assert(sizeof(SelectedHead) <= SelectedHead::kBytes);

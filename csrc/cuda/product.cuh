@@ -4,10 +4,10 @@
 // a thread holds rows r and r + 8, columns 8 n + c and 8 n + c + 1 with r = lane / 4 and c = 2
 // (lane % 4), as accumulator[n][0..1] and accumulator[n][2..3].
 //
-// Half types multiply on the tensor cores (sm_80 on; float32 accumulators). Values that were formed
-// in float32 enter as the sum of two halves, high + low, which keeps 16 (bfloat16) or 22 bits
-// (float16): products with a tensor of the user's are then as exact as that tensor. All else is
-// fused multiply-adds in the accumulate type: float32 keeps float32 accuracy.
+// Half types multiply on the tensor cores (sm_80 on; float32 accumulators). Values that kernels
+// computed in float32 are split into two halves, high + low, which keeps 16 (bfloat16) or 22 bits
+// (float16): products with a tensor of the user are then as exact as that tensor. All other types
+// use fused multiply-adds in the accumulate type: float32 keeps float32 accuracy.
 #pragma once
 
 #include "tile.cuh"
@@ -64,7 +64,7 @@ __device__ __forceinline__ void for_each(Accumulators<Storage>& accumulators, Vi
   }
 }
 
-// Elements of a tensor of the user's.
+// Elements of a tensor of the user.
 template <class Storage>
 struct Plain {
   static constexpr int kParts = 1;
@@ -73,8 +73,8 @@ struct Plain {
   __device__ const Storage* part(int) const { return data; }
 };
 
-// Values of the accumulate type: high and low halves for the tensor cores, else as they are. What
-// was stored is the value times `scale`, a power of two (float16 has few exponents).
+// Values of the accumulate type: as high and low halves for the tensor cores, else as they are.
+// They are stored times a power of two, because float16 has few exponents.
 template <class Storage>
 struct Formed {
   using T = Accumulate<Storage>;
@@ -136,8 +136,8 @@ __device__ __forceinline__ void store_accumulators(const Accumulators<Storage>& 
 template <class Storage>
 __device__ __forceinline__ Accumulate<Storage> fitting_scale(Accumulate<Storage> largest) {
   if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
-    // Bounded, so that sums of other tiles stay finite in this one's unit. By the bits of a float,
-    // for a device's exponential need not be exact at whole numbers.
+    // Bounded, so that sums of other tiles stay finite in the unit of this one. The power is made
+    // from the bits of a float, because a device's exponential may be inexact even at integers.
     const int exponent = largest > 0 && largest < infinity<float>() ? ilogbf(largest) : 0;
     return __int_as_float((127 + 13 - max(min(exponent, 100), -60)) << 23);
   } else {
@@ -185,8 +185,8 @@ __device__ __forceinline__ void multiply_block(float (&d)[4], const uint32_t (&a
 
 // accumulators += A B on the tensor cores. A is [16, depth] from row `first` on, or where
 // a_transposed [depth, 16] from column `first` on; B is [columns, depth], or where b_by_depth
-// [depth, columns]. depth and columns are multiples of 16. ldmatrix hands out 8 x 8 matrices, whose
-// addresses come from eight lanes each.
+// [depth, columns]. depth and columns are multiples of 16. ldmatrix loads 8 x 8 matrices; eight
+// lanes give the row addresses of each.
 template <bool a_transposed, bool b_by_depth, class Storage, int blocks, class A, class B>
 __device__ __forceinline__ void multiply_on_tensor_cores(float (&accumulators)[blocks][4],
                                                          const A& a, int first, const B& b,
@@ -236,7 +236,7 @@ struct alignas(2 * sizeof(Element)) Pair {
   Element x, y;
 };
 
-// The same by fused multiply-adds: along the depth in 16-byte pieces where both operands allow.
+// The same by fused multiply-adds: in 16-byte pieces along the depth, if both operands allow it.
 template <bool a_transposed, bool b_by_depth, class T, int blocks, class A, class B>
 __device__ __forceinline__ void multiply_by_fma(T (&accumulators)[blocks][4], const A& a, int first,
                                                 const B& b, int depth, int columns) {
@@ -322,14 +322,14 @@ __device__ __forceinline__ void multiply(Accumulate<Storage> (&accumulators)[blo
   }
 }
 
-// The same where operands were stored times powers of two: the product counts `unit` times. Only
-// float16 needs that, all other types have unit = 1.
+// The same for operands that are stored times powers of two: the product is multiplied by `unit`.
+// Only float16 needs this; for all other types unit = 1.
 template <bool a_transposed, bool b_by_depth, class Storage, int blocks, class A, class B>
 __device__ __forceinline__ void multiply_scaled(Accumulate<Storage> (&accumulators)[blocks][4],
                                                 const A& a, int first, const B& b, int depth,
                                                 int columns, Accumulate<Storage> unit) {
   if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
-    // exact both ways, in the place of other accumulators
+    // scaling there and back is exact, and needs no second set of accumulators
     const auto scale = [&](float factor) {
 #pragma unroll
       for (int n = 0; n < blocks; ++n) {

@@ -25,7 +25,7 @@ class Scores {
     return left >= S::kRows ? S::kRows : (left + 15) / 16 * 16;
   }
 
-  // Loads what a resident head consists of.
+  // Loads all keys, references and positions of a resident head.
   __device__ void load_all() {
     static_assert(resident);
     const int tiles = head_.layout.key_slots / depths();
@@ -49,9 +49,9 @@ class Scores {
     __syncthreads();
   }
 
-  // scores = s log2(e) of the tile's tokens against references of the chunk. The next call will be
-  // for (next_tile, next_chunk), next_tile < 0 where there is none: its data is fetched meanwhile.
-  // Synchronises the block unless the head is resident.
+  // scores = s log2(e) of the tile's tokens against references of the chunk. The next call must be
+  // for (next_tile, next_chunk), whose data is fetched meanwhile; next_tile < 0 if there is no next
+  // call. Synchronises the block unless the head is resident.
   __device__ void compute(int64_t tile, int chunk, int64_t next_tile, int next_chunk,
                           Accumulators<Storage>& scores) {
     clear(scores);
@@ -100,8 +100,8 @@ class Scores {
   __device__ Plain<Storage> last_references(int chunk) const {
     return {tile_at(true, resident ? chunk : one_reference_tile() ? 0 : held_), head_.layout.pitch};
   }
-  // Columns [d kDepth, ...) of the same rows, centred, into a tile of the caller's. Synchronises
-  // afterwards; before, the caller must.
+  // Columns [d kDepth, ...) of the same rows, centred, into a tile of the caller. The caller must
+  // synchronise before; this synchronises afterwards.
   __device__ void load_part(const Rows<Storage>& rows, int64_t first, int d, Storage* tile,
                             int pitch) const {
     stage_rows(rows, first, d * S::kDepth, tile, pitch);
@@ -114,7 +114,7 @@ class Scores {
     __syncthreads();
   }
 
-  // Waits for the copies that the pass staged itself, and lets the whole block see them.
+  // Waits for the copies that the pass itself started, and makes them visible to the whole block.
   __device__ void arrive() const {
     if constexpr (resident || kStages == 1) {
       wait_for_copies<0>();
@@ -124,7 +124,7 @@ class Scores {
     __syncthreads();
   }
 
-  // Calls visit(accumulator, log2 of the axis' factor of w_ij) for each accumulator and axis.
+  // Calls visit(accumulator, log2 of w_ij's factor for the axis) for each accumulator and axis.
   template <class Visit>
   __device__ __forceinline__ void for_each_axis(int64_t tile, int chunk,
                                                 Accumulators<Storage>& accumulators,
@@ -174,7 +174,7 @@ class Scores {
     return head_.numbers() + head_.layout.reference_norms() + set * S::kRows;
   }
 
-  // Waits for depth tile d of (tile, chunk), and starts copying what comes after it.
+  // Waits for depth tile d of (tile, chunk), and starts to copy the next one.
   __device__ void fetch(int64_t tile, int chunk, int d, int64_t next_tile, int next_chunk) {
     if constexpr (kStages == 1) {
       stage(tile, chunk, d, 0);
@@ -231,7 +231,7 @@ class Scores {
     }
   }
 
-  // From the products k.y to the scores; norms are -|k|^2 and -|y|^2 times distance_scale.
+  // Turns the products k.y into scores; norms are -|k|^2 and -|y|^2 times distance_scale.
   __device__ __forceinline__ void transform(int64_t tile, int chunk, const T* key_norms,
                                             const T* reference_norms,
                                             Accumulators<Storage>& scores) const {
@@ -257,9 +257,9 @@ class Scores {
 
   const ForwardParams& p_;
   const Head<Storage>& head_;
-  // Where references are one tile, they are staged and finished once.
+  // If the references are one tile, they are staged and finished only once.
   bool staged_references_ = false, finished_references_ = false;
-  bool fetched_ = false;  // the call before has started what this one needs
+  bool fetched_ = false;  // the last call has started the copies that this one needs
   int slot_ = 0, parity_ = 0, held_ = 0;
 };
 

@@ -22,18 +22,20 @@ struct Shape {
   static constexpr int kPerVector = 16 / int(sizeof(Storage));
   static constexpr int kLanesPerRow = kDepth / kPerVector;  // 8, or 16 for float64
   static constexpr int kRowsAtOnce = kThreads / kLanesPerRow;
-  // Depth tiles of values that a block accumulates at once: as many as make a product square.
+  // Depth tiles of values that a block accumulates at once: together as wide as kRows.
   static constexpr int kGroup = kRows / kDepth;
-  // Plans are at most 1 and stored times this: float16 then has exponents for 2^-38.
+  // Plans, at most 1, are stored times this: float16 can then hold entries down to 2^-38.
   static constexpr T kPlanScale = std::is_same_v<Storage, __half> ? T(16384) : T(1);
-  // Pitches of tiles of the accumulate type, or of pairs of halves in the same room: without bank
-  // conflicts where fragments are stored as pairs, and where rows 2 apart are read as vectors.
+  // Pitches of tiles of the accumulate type, or of high and low halves in the same room. They give
+  // no bank conflicts when fragments are stored as pairs, nor when rows 2 apart are read as
+  // vectors.
   static constexpr int kWidePitch = kRows + 8;
   static constexpr int kDeepPitch = kDepth + (kIsHalf<Storage> ? 8 : kPerVector);
 };
 
-// A pointer to device memory that is kept in shared memory. What is loaded from there could point
-// anywhere, and accesses through it would be generic ones: this tells the compiler where it points.
+// A pointer to device memory that is kept in shared memory. For the compiler such a pointer could
+// point anywhere, and accesses would be generic: this tells it that the pointer is to global
+// memory.
 template <class T>
 class Global {
  public:
@@ -139,8 +141,8 @@ __device__ __forceinline__ int padded_depth(int depth, int first_column) {
   return left >= Shape<Storage>::kDepth ? Shape<Storage>::kDepth : (left + 15) / 16 * 16;
 }
 
-// Calls visit(row, column) for the 16-byte pieces of a tile that belong to this thread: always the
-// same, so that a thread may finish what it copied itself before the block synchronises.
+// Calls visit(row, column) for the 16-byte pieces of a tile that belong to this thread. These are
+// always the same, so a thread may process what it copied itself before the block synchronises.
 template <class Storage, class Visit>
 __device__ __forceinline__ void for_each_own_piece(Visit visit) {
   using S = Shape<Storage>;
@@ -185,12 +187,12 @@ struct alignas(16) Piece {
   Element elements[kCount];
 };
 
-// To the pieces that this thread has staged, once they arrived: subtracts `center` [depth] (float32
-// and float64, optional) and leaves in norms [kRows] (optional) the square norm of each row times
-// `factor`, added up over the columns of a row that does not fit one tile. |k|^2 + |y|^2 - 2 k.y
-// cancels where the data lies far from the origin; for half types that error stays below what
-// rounding k itself does to the distance, for it is 2^-24 |k|^2 against 2^-11 |k| |k - y| (float16)
-// and |k - y| >= 2^-11 |k|.
+// Processes the pieces that this thread has staged, after they arrived. Subtracts `center` [depth]
+// (optional; float32 and float64 only), and stores in norms [kRows] (optional) the square norm of
+// each row times `factor`; if a row takes several tiles, their shares are added up. |k|^2 + |y|^2 -
+// 2 k.y cancels for data far from the origin. In half types this error, 2^-24 |k|^2, is below the
+// error that rounding k itself causes in the distance, 2^-11 |k| |k - y| (float16), because |k - y|
+// is at least 2^-11 |k|.
 template <class Storage, class T>
 __device__ void finish_rows(const Rows<Storage>& rows, int64_t first, int first_column,
                             Storage* tile, int pitch, const T* center, T* norms, T factor) {

@@ -1,8 +1,8 @@
 // What the passes of forward and backward share: marginals, potentials, sums over tokens.
 //
-// What is kept is kept as base-2 logarithms, so any epsilon and any similarity give finite results.
-// With rows^t and columns^t as in problem.cuh, f^t = log a - rows^{t-1} and g^t = log b - columns^t
-// up to a constant, and
+// Everything that is kept between passes is a base-2 logarithm, so any epsilon and any similarity
+// give finite results. With rows^t and columns^t as in problem.cuh, f^t = log a - rows^{t-1} and
+// g^t = log b - columns^t up to a constant, and
 //
 //   distribution of step t   R^t_ij = 2^(s_ij + g^t_j - rows^t_i)                 its rows sum to 1
 //   collection of step t     C^t_ij = a_i 2^(s_ij - rows^{t-1}_i - columns^t_j)   its columns do
@@ -11,12 +11,12 @@
 // cancels in both plans, hence in every output and gradient. A head without mass has columns =
 // -inf; its plans C are 0 and its R are those of g = 0.
 //
-// An entry of a plan is an exponential. Where scores lie in [0, 46.2] (Head::factored) it can be a
-// product instead, of 2^s_ij, a factor of the token and one of the reference, so that one
-// exponential serves a pair in all steps and both directions of sums. With g taken relative to its
+// An entry of a plan is an exponential. If scores lie in [0, 46.2] (Head::factored) it is instead
+// the product of 2^s_ij, a factor of the token and a factor of the reference: then one 2^s_ij
+// serves all steps, and the sums over rows as well as over columns. With g taken relative to its
 // largest, rows^t - max g lies in [0, 46.2 + log2 M]; with columns taken relative to their least,
-// log a - rows - min columns is at most 0. Factors and products stay within float32's exponents,
-// and an entry is lost only below 2^-80, that is where masses differ by as much.
+// log a - rows - min columns is at most 0. Factors and products stay within float32's range, and
+// only entries below 2^-80 are lost, which need masses that differ by as much.
 #pragma once
 
 #include "similarity.cuh"
@@ -34,7 +34,7 @@ __device__ __forceinline__ T log_reference_mass(const ForwardParams& p, int64_t 
   return x > T(0) ? log_two(x) : T(NAN);
 }
 
-// g^t_j log2(e), relative to g^t_0: else it would drift by log2(M / N) a step.
+// g^t_j log2(e), relative to g^t_0; otherwise it would drift by log2(M / N) a step.
 template <class Storage>
 __device__ __forceinline__ Accumulate<Storage> potential(const ForwardParams& p,
                                                          const Head<Storage>& head, int64_t t,
@@ -90,7 +90,7 @@ __device__ Accumulate<Storage> largest_term(const ForwardParams& p,
   return top == -infinity<T>() ? T(0) : top;
 }
 
-// Turns them into the factors 2^(value - top). Synchronises.
+// Turns values of fill_terms into the factors 2^(value - top). Synchronises.
 template <class Storage>
 __device__ void to_factors(const ForwardParams& p, Accumulate<Storage>* values,
                            Accumulate<Storage> top) {
@@ -124,8 +124,8 @@ struct OwnRows {
   }
 };
 
-// Sums down the columns of a tile, over all tiles a block sees: each thread adds its own rows, and
-// the rows meet once at the end, in a fixed order.
+// Sums over the rows of all tiles of a block, for each column: each thread adds its own rows; at
+// the end the threads' sums are added once, in a fixed order.
 template <class Storage>
 class ColumnSums {
   using S = Shape<Storage>;
@@ -136,7 +136,7 @@ class ColumnSums {
 #pragma unroll
     for (int n = 0; n < S::kRows / 8; ++n) sums_[n][0] = sums_[n][1] = T(0);
   }
-  // The visit of for_each that adds `value(half, column, accumulator)`.
+  // Adds `value(half, column, accumulator)` for each of the thread's accumulators.
   template <class Value>
   __device__ __forceinline__ void add(Accumulators<Storage>& accumulators, Value value) {
     const Lane lane;
@@ -199,8 +199,8 @@ class ColumnLogSums {
       }
     }
   }
-  // The same of factors 2^s: an entry's exponent is s and its row's offset, so the largest offset
-  // serves all columns. Not to be mixed with add.
+  // The same for factors 2^s. The exponent of an entry is s plus its row's offset, so the largest
+  // offset can be the maximum of all columns. Do not mix with add.
   __device__ __forceinline__ void add_factors(Accumulators<Storage>& factors,
                                               const T (&offsets)[2]) {
     const T before = states_[0][0].largest;
@@ -270,9 +270,10 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
   return x;
 }
 
-// A tile of values that the kernels formed, [references of chunk, columns of one depth tile], from
-// `from` [references, width] of the accumulate type, times `factors` [references] (optional).
-// Returns what products with it must be multiplied by. The caller synchronises before and after.
+// Loads a tile of values that kernels computed, [references of chunk, columns of one depth tile],
+// from `from` [references, width] of the accumulate type, times `factors` [references] (optional).
+// Returns the number by which products with it must be multiplied. The caller synchronises before
+// and after.
 template <class Storage>
 __device__ Accumulate<Storage> load_operand(const Formed<Storage>& tile,
                                             const Accumulate<Storage>* from, int64_t first,
@@ -303,8 +304,8 @@ __device__ Accumulate<Storage> load_operand(const Formed<Storage>& tile,
   return T(1) / scale;
 }
 
-// A warp's 16 rows of accumulators, columns [first_column, ...), to a tensor of the user's: through
-// `stage` [kRows, kDepth] in shared memory, so that whole 16-byte pieces are written.
+// Stores a warp's 16 rows of accumulators to columns [first_column, ...) of a tensor of the user,
+// through `stage` [kRows, kDepth] in shared memory, so that whole 16-byte pieces are written.
 template <class Storage, int blocks>
 __device__ void store_rows(const Rows<Storage>& rows, int64_t tile, int first_column,
                            Accumulate<Storage> (&accumulators)[blocks][4], Storage* stage) {

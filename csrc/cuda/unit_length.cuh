@@ -1,6 +1,6 @@
-// Scaling to unit length around the kernels: queries, keys and references into the workspace before
-// them, and after them from the gradients by what was scaled to those by what was given. A warp per
-// row.
+// Scaling to unit length. Before the other kernels queries, keys and references are scaled into the
+// workspace; after them gradients by the scaled rows are turned into gradients by the rows as
+// given. A warp per row.
 #pragma once
 
 #include "launch.cuh"
@@ -77,12 +77,13 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 inline int64_t blocks_of_rows(int64_t rows) { return divide_up(rows, kMergeThreads / 32); }
 
-// Learned references are the same for all samples.
+// 1 for learned references, which are the same for all samples.
 inline int64_t batch_of_references(const ForwardParams& p) {
   return p.reference.stride[0] == 0 && p.batch > 0 ? 1 : p.batch;
 }
 
-// Where the scaled rows go, from `total` numbers of the accumulate type on, which grows by them.
+// Where the scaled rows go in the workspace: after `total` numbers of the accumulate type. Adds
+// their size to `total`.
 template <class Storage>
 UnitLengthWorkspace unit_length_workspace(const ForwardParams& p, int64_t& total) {
   UnitLengthWorkspace parts;
@@ -120,7 +121,7 @@ Params scaled(const Params& given, const UnitLengthWorkspace& parts, Accumulate<
   return p;
 }
 
-// From the gradients by scaled rows to those by the rows that were given.
+// Turns gradients by scaled rows into gradients by the rows that were given.
 template <class Storage>
 void finish_gradients(const BackwardParams& p, Stream& stream) {
   const auto finish = [&](auto kind, const Tensor& rows, const Tensor& mask, int64_t count,

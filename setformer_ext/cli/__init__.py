@@ -1,7 +1,7 @@
 """The command ``setformer``; each subcommand is a module with ``add_arguments`` and ``run``.
 
-What ``run`` returns, if anything, is the exit status; a :class:`UserError` that it raises is told
-on stderr and makes it 1.
+The exit status is what ``run`` returns, if anything. It is 1 if ``run`` raises a
+:class:`UserError`, whose message is printed on stderr.
 """
 
 import argparse
@@ -24,7 +24,7 @@ COMMANDS = {
     "profile": "run one shape in a loop, for Nsight Systems and Nsight Compute to look at",
     "selftest": "check every result on this machine and measure its speed: report for bug reports",
 }
-# What commands need that need more than torch.
+# The extras of the commands that need more than torch.
 EXTRAS = {
     "demo": "demo",
     "train": "train",
@@ -69,7 +69,7 @@ def _run(command: str, arguments: list[str]) -> int:
             module = importlib.import_module(f"{__package__}.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    # Options may stand between files; argparse cannot have that where a task follows.
+    # Options may stand between files; argparse does not support that if a task follows.
     if command in COMMANDS and command != "train":
         options = subparsers.choices[command].parse_intermixed_args(arguments[1:])
     else:

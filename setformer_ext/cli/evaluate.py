@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate; the main one of several processes prints the metrics and writes them."""
+    """Evaluate; of several processes the main one prints and writes the metrics."""
     from accelerate.utils import gather_object
     from torch.utils.data import DataLoader
     from tqdm import tqdm

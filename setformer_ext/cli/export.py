@@ -53,11 +53,11 @@ def _export(network: Network) -> Any:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, about themselves
+            warnings.simplefilter("ignore")  # warnings of the exporters about themselves
             model = network.to_onnx()
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # torch.export and torch.onnx raise what they like
+    except Exception as error:  # torch.export and torch.onnx raise errors of any class
         raise UserError(f"torch cannot export this model: {first_line(error)}") from error
     from onnx.helper import set_model_props
 
@@ -66,7 +66,7 @@ def _export(network: Network) -> Any:
 
 
 def _check(network: Network, model: Any) -> str:
-    """Compare onnxruntime's answers with torch's at all sizes; returns what came out.
+    """Compare onnxruntime's answers with torch's at all sizes; returns the result in words.
 
     Raises:
         UserError: if they differ, or onnxruntime does not take a size.

@@ -1,4 +1,4 @@
-"""Which files and folders of a folder are the user's, for all that reads data."""
+"""Which files and folders in a folder belong to the user's data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# What systems, file servers and archives leave behind, in small letters.
+# Names that systems, file servers and archives leave behind, in small letters.
 SYSTEM_NAMES = {
     "$recycle.bin",
     "#recycle",
@@ -26,7 +26,7 @@ SYSTEM_NAMES = {
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a name is that of a hidden file or folder, or of one that systems leave behind."""
+    """Whether a file or folder of this name is hidden, or left behind by a system."""
     name = path.name.lower()
     return name in SYSTEM_NAMES or (name.startswith(".") and name != "..")
 
@@ -34,17 +34,17 @@ def is_hidden(path: Path) -> bool:
 def visible(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the files in a folder that are not hidden, by name; links are followed."""
     with os.scandir(folder) as entries:
-        kinds = {Path(entry.path): entry.is_dir() for entry in entries}  # without a look at each
+        kinds = {Path(entry.path): entry.is_dir() for entry in entries}  # mostly without a stat
     paths = [path for path in sorted(kinds) if not is_hidden(path)]
     return [path for path in paths if kinds[path]], [path for path in paths if not kinds[path]]
 
 
 def files_under(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """The files that are not hidden in a folder and in its folders, in an order of their names.
+    """The files in a folder and in its folders that are not hidden, ordered by name.
 
     Args:
-        folder: itself may have any name.
-        above: the folders that it was reached through; a link back to one is not followed.
+        folder: where to look; its own name does not matter.
+        above: the folders that led to it; a link back to one of them is not followed.
     """
     above = (*above, folder.resolve())
     folders, files = visible(folder)

@@ -24,9 +24,9 @@ LINE = 1.3  # distance of lines / size of the font
 
 
 def families(texts: Iterable[str]) -> list[str]:
-    """matplotlib's own font families, and installed ones for the characters that those lack.
+    """matplotlib's own font families, and installed families for characters that those lack.
 
-    Where no font has them it is said once, on stderr; matplotlib draws boxes.
+    If no font has a character, that is said once, on stderr; matplotlib draws a box.
     """
     chosen = list(rcParams["font.family"])
     missing = {c for text in texts for c in text if c.isprintable() and not c.isspace()}
@@ -51,9 +51,9 @@ def _installed() -> dict[str, str]:
     for path in set(findSystemFonts()) - known:  # installed after matplotlib made its list
         try:
             fontManager.addfont(path)
-        except Exception:  # a broken font, for which FreeType raises what it likes
+        except Exception:  # a broken font; FreeType raises errors of any class
             continue
-    # Of a family the upright file of usual weight counts, which matplotlib will take: the last one.
+    # The upright file of usual weight stands for its family; of several the last, as in matplotlib.
     entries = sorted(
         fontManager.ttflist,
         key=lambda entry: (
@@ -85,19 +85,19 @@ def _tell_of_boxes() -> None:
 
 
 def width(text: str, size: float) -> float:
-    """Inches of the longest line in a font of that size in points."""
+    """The width in inches of the longest line, in a font of `size` points."""
     renderer, font = RendererAgg(1, 1, POINTS), FontProperties(size=size)
     lines = text.split("\n")
     return max(renderer.get_text_width_height_descent(x, font, False)[0] for x in lines) / POINTS
 
 
 def _drawable(text: str) -> str:
-    """Without bytes that are no text, which names of files may hold, and matplotlib refuses."""
+    """The text without invalid bytes, which file names may hold and matplotlib refuses."""
     return text.encode(errors="replace").decode()
 
 
 def wrapped(text: str, size: float, inches: float) -> str:
-    """In lines of at most that width; words are broken only where they are longer."""
+    """The text in lines of at most that width; only longer words are broken."""
     lines = text = _drawable(text)
     columns = max(map(len, text.split("\n")))
     while columns > 1 and width(lines, size) > inches:
@@ -107,7 +107,7 @@ def wrapped(text: str, size: float, inches: float) -> str:
 
 
 def shortened(text: str, size: float, inches: float) -> str:
-    """The beginning of a text that has at most that width, with a sign if that is not all."""
+    """The beginning of a text, of at most that width, with "…" if the text goes on."""
     short = text = _drawable(text)
     while short and width(short, size) > inches:
         short = short.removesuffix("…")[:-1].rstrip() + "…" * (len(short) > 1)
@@ -115,7 +115,7 @@ def shortened(text: str, size: float, inches: float) -> str:
 
 
 def add_title(figure: Figure, title: str, size: float, remark: str = "") -> None:
-    """A title over the whole figure and a remark below, for whose lines the figure grows."""
+    """Add a title over the whole figure and a remark below; the figure grows by their lines."""
     room = figure.get_figwidth() - 0.3
     title, remark = wrapped(title, size, room), wrapped(remark, REMARK, room)
     figure.suptitle(title, fontsize=size)

@@ -18,7 +18,7 @@ class ImageFolder:
 
     Args:
         name: where they are, for messages.
-        classes: the files of each class, by name; also of those without any.
+        classes: the files of each class, by the class's name; classes without files too.
         others: files that are no images, and images that are in no class's folder.
     """
 
@@ -31,7 +31,8 @@ class ImageFolder:
         return [(path, name) for name, paths in self.classes.items() for path in paths]
 
     def split(self, share: float, seed: int) -> tuple[ImageFolder, ImageFolder]:
-        """Those that stay, and the share of every class that is :func:`held_out`."""
+        """Two folders: the samples that stay, and the share of every class that is
+        :func:`held_out`."""
         samples = self.samples()
         chosen = held_out([name for _, name in samples], share, seed)
         parts = [dict[str, list[Path]]({name: [] for name in self.classes}) for _ in range(2)]
@@ -57,9 +58,9 @@ def find_images(root: Path) -> ImageFolder:
 
 
 def held_out(labels: Sequence[object], share: float, seed: int) -> list[bool]:
-    """Which samples a seed holds out: the share of those of every label, one at least.
+    """The samples to hold out, drawn by a seed: a share of those of every label, at least one.
 
-    The only sample of a label stays.
+    If a label has only one sample, that one stays.
     """
     generator = torch.Generator().manual_seed(seed)
     members: dict[object, list[int]] = {}

@@ -16,12 +16,12 @@ from ..errors import first_line
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS = 178_956_970  # where Pillow refuses, too
+MAX_PIXELS = 178_956_970  # Pillow's own limit
 LARGEST_RATIO = 100  # of the sides of an image that is classified
-ORIENTATION = 0x0112  # EXIF's number of it
-QUARTER_TURNS = (5, 6, 7, 8)  # its values that swap width and height
+ORIENTATION = 0x0112  # EXIF's tag of the orientation
+QUARTER_TURNS = (5, 6, 7, 8)  # orientations that swap width and height
 # Endings of images that Pillow reads under another name, with a plugin, or not at all: such a file
-# is an image that cannot be read, rather than none.
+# counts as an image that cannot be read.
 OTHER_SUFFIXES = {
     *(".mpo", ".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr"),
     *(".dng", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".raf", ".rw2"),
@@ -41,7 +41,7 @@ def add_max_pixels(parser: argparse._ActionsContainer) -> None:
 
 
 def add_annotated(parser: argparse._ActionsContainer) -> None:
-    """Declare ``--annotated``, for all whose labels have places in their images."""
+    """Declare ``--annotated``, for tasks whose labels refer to places in images."""
     parser.add_argument(
         "--annotated",
         choices=("upright", "stored"),
@@ -51,7 +51,7 @@ def add_annotated(parser: argparse._ActionsContainer) -> None:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's ending is that of an image, also of one that cannot be read."""
+    """Whether a file's ending is that of an image, even of one that cannot be read."""
     from PIL import Image
 
     suffix = path.suffix.lower()
@@ -61,21 +61,21 @@ def is_image(path: Path) -> bool:
 
 @contextmanager
 def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """An image to look into, of which only the head is read yet.
+    """An opened image; only its head has been read.
 
     Raises:
-        OSError: for all that Pillow raises at opening or meanwhile, and for images of more than
+        OSError: for all errors of Pillow, at opening or later, and for images of more than
             ``max_pixels`` pixels; the message names the file.
     """
     from PIL import Image, UnidentifiedImageError
 
-    if Image.MAX_IMAGE_PIXELS is not None:  # from which on Pillow warns; it refuses twice as many
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow warns above this, and refuses above twice this
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
-        # Not by its name: Pillow 13 maps uncompressed TIFFs into memory and confuses the rows of
-        # those that are to be turned.
+        # Opened as a file, not by name: Pillow 13 maps uncompressed TIFFs into memory, and mixes up
+        # the rows of those that must be turned.
         with path.open("rb") as file:
-            with warnings.catch_warnings():  # of large images, which max_pixels refuses
+            with warnings.catch_warnings():  # about large images; max_pixels refuses those
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 image = Image.open(file)
             with image:
@@ -93,7 +93,7 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
             f"{path}: more than {max_pixels} pixels ({first_line(error)}); if the file can be "
             "trusted, allow more by --max-pixels"
         ) from error
-    except Exception as error:  # decoders raise what they like
+    except Exception as error:  # decoders raise errors of any class
         raise OSError(f"{path}: a broken image ({first_line(error)})") from error
 
 
@@ -105,7 +105,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS, upright: bool = True) -
     Args:
         path: the file.
         max_pixels: width times height that it may have.
-        upright: turn it as its EXIF data says; else the pixels are as they are stored.
+        upright: turn it as its EXIF data says; otherwise return the pixels as stored.
 
     Raises:
         OSError: if there is no such file, or it cannot be decoded; the message names it.
@@ -126,10 +126,10 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS, upright: bool = True) -
 
 
 def middle(image: Image.Image) -> Image.Image:
-    """An image whose longer side is at most ``LARGEST_RATIO`` times the shorter: the middle of it.
+    """The middle of an image: its longer side is at most ``LARGEST_RATIO`` times the shorter.
 
-    Classifiers see the middle of what they resize by the shorter side; of a line of pixels they
-    would resize all of it first, to gigabytes.
+    Classifiers resize an image by its shorter side, then take the middle. An image of one line of
+    pixels would be resized to gigabytes first.
     """
     width, height = (min(side, LARGEST_RATIO * min(image.size)) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -142,20 +142,20 @@ def annotated_size(
     annotated: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[tuple[int, int], bool]:
-    """Which pixels of an image that its EXIF data may turn its labels or boxes are of.
+    """Decide whether labels or boxes belong to an image as stored, or as turned by its EXIF data.
 
     Args:
-        path: the image; only its head is read, but for PNGs, and for TIFFs that are turned.
-        size: width and height of what the labels are of.
-        annotated: "upright" or "stored" where the size fits both, None to refuse.
+        path: the image; only its head is read, except for PNGs, and for TIFFs that are turned.
+        size: width and height of the image that the labels belong to.
+        annotated: "upright" or "stored", for sizes that fit both; None to refuse those.
         max_pixels: see :func:`read_image`.
 
     Returns:
-        width and height of the image, and the ``upright`` for :func:`read_image` to read it so;
-        upright if ``size`` fits neither.
+        width and height of that image, and ``upright`` for :func:`read_image`. If ``size`` fits
+        neither, those of the upright image.
 
     Raises:
-        OSError: if the image cannot be read, or the size fits both and nothing is said.
+        OSError: if the image cannot be read, or the size fits both and ``annotated`` is None.
     """
     from PIL import ImageOps
 
@@ -179,7 +179,7 @@ def annotated_size(
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's number of how the stored pixels are to be turned, 1 for not at all."""
+    """EXIF's number that says how to turn the stored pixels; 1 for not at all."""
     turn = image.getexif().get(ORIENTATION, 1)
     return turn if turn in range(1, 9) else 1
 

@@ -69,7 +69,7 @@ def _torch_version() -> str:
 
 
 def processor_field(name: str) -> str | None:
-    """What Linux says of the first processor under this name in /proc/cpuinfo."""
+    """The first entry of this name in Linux's /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -79,12 +79,12 @@ def processor_field(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The model as the system names it; Linux on ARM names none."""
+    """The processor's model, as the system names it; Linux on ARM does not."""
     return processor_field("model name") or platform.processor() or platform.machine()
 
 
 def _instruction_set() -> str:
-    """The one in use, or what is wrong with the variable that chooses it."""
+    """The instruction set in use, or what is wrong with the variable that chooses it."""
     try:
         return cpu_isa()
     except ValueError as error:
@@ -101,7 +101,7 @@ def _openmp_libraries() -> str:
 
 
 def _environment() -> str:
-    """The variables that change what runs where."""
+    """The environment variables that change what runs, and where."""
     prefixes = ("OMP_", "GOMP_", "SETFORMER_", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING")
     settings = [
         f"{name}={value}" for name, value in os.environ.items() if name.startswith(prefixes)

@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def chosen_shape(options: argparse.Namespace) -> Shape:
-    """The named shape with the sizes given; a depth given alone is that of the values too."""
+    """The named shape with the given sizes; value_depth is the given depth if not given itself."""
     given = {field.name: getattr(options, field.name) for field in fields(Shape)}
     if given["value_depth"] is None:
         given["value_depth"] = given["depth"]
@@ -106,7 +106,7 @@ def chosen_shape(options: argparse.Namespace) -> Shape:
 
 
 def _profiled(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Milliseconds of each call, in the range that a profiler was told to capture."""
+    """Milliseconds of each call, in the range that profilers capture."""
     if device.type != "cuda":
         return milliseconds(call, device, repeats)
     torch.cuda.synchronize()

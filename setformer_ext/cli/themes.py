@@ -1,4 +1,4 @@
-"""What the package's pictures share: themes, and which head and references are worth drawing."""
+"""What the package's pictures share: themes, and the choice of the head and references to draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Bright on black, and told apart also by people who see no red or no green.
+# Bright on black; people who see no red or no green can tell them apart too.
 COLOURS = ["#56b4e9", "#e69f00", "#2ee6a0", "#f0e442", "#ff6ec7", "#d55e00", "#9d8cff", "#ffffff"]
 
 
@@ -23,7 +23,7 @@ class Theme:
     background: str
     text: str
     frame: str
-    rest: str  # what has no colour of its own
+    rest: str  # the colour of all that has none of its own
     colours: list[str]
 
 
@@ -55,7 +55,7 @@ def style(background: str, texts: Iterable[str]) -> Iterator[Theme]:
 
     Args:
         background: the name of the theme.
-        texts: what the picture will say, in any script. It is taken as it is, not for formulas.
+        texts: what the picture will say, in any script, never as formulas.
     """
     from matplotlib import rc_context
 
@@ -74,7 +74,7 @@ def style(background: str, texts: Iterable[str]) -> Iterator[Theme]:
         "font.family": families(texts),
     }
     with rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # families has told
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # families() has said it
         yield theme
 
 
@@ -87,9 +87,9 @@ def resized(picture: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def mutual_information(plans: Tensor) -> Tensor:  # [..., N, M] -> [...]
-    """How much a token says about the reference: sum_ij P_ij log(P_ij / (a_i b_j)), in nats.
+    """How much a token tells about the reference: sum_ij P_ij log(P_ij / (a_i b_j)), in nats.
 
-    It is 0 where every reference draws alike, which leaves nothing to see.
+    It is 0 if all references draw in the same way: then there is nothing to see.
     """
     independent = plans.sum(-1, keepdim=True) * plans.sum(-2, keepdim=True)
     return plans.xlogy(plans / independent.clamp_min(1e-30)).sum((-1, -2))
@@ -98,9 +98,9 @@ def mutual_information(plans: Tensor) -> Tensor:  # [..., N, M] -> [...]
 def covering_references(plan: Tensor, count: int) -> list[int]:  # [N, M] -> count indices or M
     """References that cover the tokens together; those of largest mass may all draw from one.
 
-    The first is the one of largest mass. Each next one draws the largest part of its mass from
-    where those before it draw less: the largest sum_i max(0, C_ij - max_k C_ik) over the k chosen,
-    for the columns C of the plan, each divided by its sum. (The greedy algorithm for facility
+    The first is the one of largest mass. Each next one is the j with the largest sum_i max(0, C_ij
+    - max_k C_ik) over the k chosen before, where C are the columns of the plan, each divided by its
+    sum: it draws most from where those before draw less. (The greedy algorithm for facility
     location, within 1 - 1/e of the best choice.)
     """
     mass = plan.sum(0)

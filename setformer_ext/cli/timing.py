@@ -1,4 +1,4 @@
-"""What ``profile``, ``selftest`` and the benchmarks run: device, shapes, inputs, milliseconds."""
+"""What ``profile``, ``selftest`` and the benchmarks share: device, shapes, inputs, milliseconds."""
 
 import ctypes
 import itertools
@@ -49,7 +49,7 @@ DTYPES = {
 
 
 def why_no_cuda() -> str | None:
-    """What keeps this build and this torch from a GPU; None if nothing does."""
+    """Why this build and this torch cannot use a GPU; None if they can."""
     build = build_info()
     if not build["cuda_runtime"]:
         return f"setformer_ext holds no CUDA kernels ({build['cuda']}); install it where nvcc is"
@@ -89,8 +89,8 @@ def find_device(name: str | None) -> torch.device:
 
 
 def keep_memory() -> None:
-    """Have the C library keep what is freed: to give it back to the operating system and fetch it
-    again, page by page, takes long, and whether it happens depends on what was allocated before."""
+    """Make the C library keep freed memory. Giving it back to the operating system and getting it
+    again, page by page, takes long, and happens or not depending on earlier allocations."""
     mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
@@ -113,7 +113,8 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Key [B, H, N, D] and references [H, M, D] of unit length, value [B, H, N, Dv].
 
-    Made on the device itself, for large ones take a CPU seconds: a GPU has other numbers than it.
+    Made on the device itself, because a CPU takes seconds for large ones. A GPU therefore gets
+        other numbers.
     """
     rng = torch.Generator(device).manual_seed(0)
 
@@ -132,7 +133,7 @@ def inputs(
 def step(
     attention: Callable[..., Tensor], tensors: tuple[Tensor, ...], gradient: bool
 ) -> Callable[[], object]:
-    """One forward of attention(*tensors), or one forward and backward for what it uses of them."""
+    """One forward of attention(*tensors); with backward, for the tensors that it uses."""
     if not gradient:
 
         def forward() -> Tensor:
@@ -146,7 +147,7 @@ def step(
 
 
 def by_the_clock(call: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each of `repeats` calls in a row until it returns, on whatever device."""
+    """Milliseconds until each of `repeats` calls in a row returns, on any device."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -159,7 +160,7 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int)
     """The time of each of `repeats` calls in a row.
 
     On a GPU that is the time between two events in the stream, so that nothing waits between the
-    calls; where launching takes longer than the work, it is the time of launching.
+    calls. If launching takes longer than the work, it is the time of launching.
     """
     if device.type != "cuda":
         return by_the_clock(call, repeats)

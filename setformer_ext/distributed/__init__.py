@@ -1,7 +1,7 @@
 """SeT attention over sequences that several processes hold together (sequence parallelism).
 
-Of its tokens a rank sends nothing: per Sinkhorn step M sums for each head, M Dv more where values
-are collected, and as much in backward.
+A rank sends none of its tokens. It sends M sums per head for each Sinkhorn step, M Dv more where
+values are collected, and as much in backward.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def set_attention(
     together they are those of one call with the tokens of all ranks side by side, to rounding, and
     bitwise the same from run to run. Ranks may have different numbers of tokens, also none.
 
-    The gradient is exact. Of its own tokens each rank gets the gradient of the sum of all ranks'
-    losses; of what all ranks have alike (reference, reference_mass, bandwidth, epsilon) its share,
-    and the shares of all ranks add up to that gradient. So it is with every other weight of a model
-    that each rank applies to its own tokens, and what sums or averages those (DDP, FSDP, an
-    all-reduce) does so here.
+    The gradient is exact, for the sum of the losses of all ranks. Each rank gets the whole gradient
+    of its own tokens. Of arguments that are the same on all ranks (reference, reference_mass,
+    bandwidth, epsilon) it gets a share; the shares of all ranks add up to the gradient. The same
+    holds for every other weight of a model that each rank applies to its own tokens, so whatever
+    sums or averages their gradients (DDP, FSDP, an all-reduce) also works here.
 
     Each rank sends ``2 (R - 1) / R`` times the numbers it shares, of four bytes (eight for
     float64): for self attention with S = max(T, 1) ``B H (S M + M Dv + 3)`` forward and
@@ -71,10 +71,11 @@ def set_attention(
             add up in float32 (float64 for float64).
         group: a process group, a one-dimensional device mesh, or None for all processes, with a
             backend for the tensors' device (gloo for the CPU, nccl for CUDA).
-        check: compare on all ranks what must be the same, ``check`` included, and whether backward
-            is of the same call, at the cost of 160 and 16 bytes more to every other rank, a look at
-            all references and, on CUDA, of waiting for the device. Without it ranks that disagree
-            may wait for each other until the group's timeout, or give wrong results.
+        check: compare on all ranks the arguments that must be the same, ``check`` included, and in
+            backward whether all ranks are at the same call. This sends 160 bytes (16 in backward)
+            to every other rank, reads all references and, on CUDA, waits for the device. Without it
+            ranks that disagree may wait for each other until the group's timeout, or give wrong
+            results.
 
     Tensors may be DTensors, then all of them: key, value, query and token_mass sharded on the
     tokens (dimension 2), masks and positions likewise, the rest replicated over that dimension of
@@ -84,18 +85,18 @@ def set_attention(
         [B, H, Nq, Dv] of this rank's queries, of the key's type; a DTensor for DTensors.
 
     Backward too must run on every rank of the group: a loss that leaves out a rank's output must
-    still depend on it, if only by ``0 * output.sum()``. (The compiler of torch 2.9 leaves out a
-    forward call too whose output a rank has no use for.) And all ranks must make their calls in the
-    same order. Inductor may change that of two calls of which neither needs the other's result:
-    that raises (with ``check``), and ``torch._inductor.config.reorder_for_peak_memory = False``
-    prevents it. There are no second derivatives, and no transforms of torch.func.
+    still depend on it, if only by ``0 * output.sum()``. (The compiler of torch 2.9 also leaves out
+    a forward call whose output a rank does not use.) All ranks must make their calls in the same
+    order. Inductor may exchange two calls if neither needs the other's result: that raises (with
+    ``check``), and ``torch._inductor.config.reorder_for_peak_memory = False`` prevents it. Second
+    derivatives and transforms of torch.func are not supported.
 
     Raises:
         ValueError, TypeError: as ``setformer_ext.set_attention``, and on all ranks where they do
             not agree.
-        RuntimeError: another rank refused its arguments or is gone; after the latter the group is
-            of no more use. While torch.compile traces, a rank that refuses its arguments cannot
-            tell the others, which wait for it until its process ends or the group's timeout.
+        RuntimeError: another rank refused its arguments, or is gone; if it is gone, the group
+            cannot be used any more. While torch.compile traces, a rank that refuses its arguments
+            cannot tell the others: they wait for it until its process ends or the group's timeout.
         NotImplementedError: within a transform of torch.func, or by a second derivative.
     """
     if torch._C._are_functorch_transforms_active():

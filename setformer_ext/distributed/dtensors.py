@@ -49,7 +49,7 @@ def call(
 
 
 def _local(name: str, x: Any, key: DTensor, over_tokens: int) -> Any:
-    """This rank's part; the gradient of what several ranks have alike is a part of a sum."""
+    """This rank's part; its gradient is one term of a sum if several ranks have the same part."""
     if not isinstance(x, Tensor):
         return x
     if not isinstance(x, DTensor):

@@ -1,6 +1,6 @@
 """torch.ops.setformer_ext.distributed_set_attention: the kernels, with the ranks of a group.
 
-What `ops.py` and `autograd.py` are for one process: the operations, their shapes and the first
+The counterpart of `ops.py` and `autograd.py`: the operations, their shapes and the first
 derivative. The group travels by its name, as in torch's own functional collectives.
 """
 
@@ -37,7 +37,7 @@ def _set_attention(*arguments: Any) -> Solution:
     ranks = _ranks(group)
     if not check:
         return ops.solve(problem, ranks.merge)
-    try:  # before all agree to go on, for memory may have run out
+    try:  # before the ranks agree to go on: memory may run out here
         solution = ops.empty_solution(problem)
     except RuntimeError:
         ranks.refuse(problem.key)
@@ -55,7 +55,7 @@ def _set_attention_backward(*arguments: Any) -> Gradients:
     gradients = ops.differentiate(given, ranks.merge)
     if given.problem.reference_mass is None:
         return gradients
-    # Each rank has found the whole: equal shares add up to it.
+    # Each rank has the whole gradient; divided by their number, the shares add up to it.
     return gradients._replace(reference_mass=gradients.reference_mass / ranks.count)
 
 
@@ -76,7 +76,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
     solution, problem = autograd.saved_solved(ctx)
-    if grad_output is None:  # the other ranks go on all the same
+    if grad_output is None:  # the other ranks still need this one's backward
         grad_output = torch.zeros_like(solution.output)
     given = Backward(grad_output, None, solution, problem)
     gradients = torch.ops.setformer_ext.distributed_set_attention_backward(
@@ -108,7 +108,7 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
     return transforms.set_attention_backward_flops(*shapes[:-2])
 
 
-# All ranks make the same calls: a compiler may not drop the one whose result a rank has no use for.
+# All ranks must make the same calls: a compiler must not drop one whose result a rank does not use.
 for _operation in (
     torch.ops.setformer_ext.distributed_set_attention,
     torch.ops.setformer_ext.distributed_set_attention_backward,

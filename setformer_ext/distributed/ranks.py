@@ -1,10 +1,10 @@
-"""The ranks of a process group that hold each sequence together: what they send each other.
+"""What the ranks of a process group that together hold each sequence send to each other.
 
-Whatever R ranks merge goes the same way: each rank receives one R-th of every rank's numbers,
-merges that in the order of the ranks, and sends the result to all. A rank so sends 2 (R - 1) / R
-times the numbers, as few as any all-reduce; the order of the sums depends on nothing but R, so that
-results are bitwise the same from run to run and on all ranks; and every rank waits for every other,
-so that a rank that is gone is missed by all.
+R ranks merge all numbers in the same way: each rank receives one R-th of every rank's numbers,
+merges that part in the order of the ranks, and sends the result to all. So a rank sends 2 (R - 1) /
+R times the numbers, as few as any all-reduce. The order of the sums depends only on R, so results
+are bitwise the same from run to run and on all ranks. And every rank waits for every other, so all
+notice a rank that is gone.
 """
 
 import struct
@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 from ..problem import KERNELS, STORAGE_TYPES, TENSORS, Problem, Solution
 
 FUNCTION = "distributed.set_attention"
-# What has no rows of tokens, all ranks have alike.
+# Tensors without rows of tokens: they must be the same on all ranks.
 REPLICAS = tuple(
     name for name, about in TENSORS.items() if not {"N", "Nq", "S+1"} & set(about.letters)
 )
@@ -28,7 +28,7 @@ GIVEN = ("query", "reference_positions", "reference_mass")
 Show = Callable[[int], object]
 
 
-# What ranks must have alike, each as an integer, and how it reads.
+# What must be the same on all ranks: its name, and a function that turns its integer into words.
 ARGUMENTS: Sequence[tuple[str, Show]] = (
     ("batch B", int),
     ("heads H", int),
@@ -59,7 +59,7 @@ class Ranks:
         self.count = group.size()
 
     def exchange(self, numbers: Tensor) -> Tensor:  # [R, n] -> [R, n]
-        """Row r goes to rank r; what comes back in its place is what that rank had for this one."""
+        """Send row r to rank r; row r of the result is the row that rank r has sent to this one."""
         received = torch.empty_like(numbers)
         dist.all_to_all_single(received, numbers, group=self.group)
         Ranks.bytes_sent += numbers.nbytes - numbers.nbytes // self.count
@@ -70,7 +70,8 @@ class Ranks:
         return self.exchange(numbers.expand(self.count, -1).contiguous())
 
     def merge(self, arrays: list[Any], how: str) -> None:
-        """What the compiled module calls: the arrays take the numbers of all ranks, merged."""
+        """Called by the compiled module: replace the arrays' numbers by the merged ones of all
+        ranks."""
         if self.count == 1:
             return
         own = [from_dlpack(array) for array in arrays]
@@ -86,7 +87,7 @@ class Ranks:
             array.copy_(part.view_as(array))
 
     def agree(self, problem: Problem, differentiated: bool) -> None:
-        """Raises, on every rank, where the ranks' problems do not fit together."""
+        """Raise an error on every rank if the ranks' problems do not fit together."""
         batch, heads, _, depth = problem.key.shape
         numbers = (
             *(batch, heads, depth, problem.reference.shape[-2], problem.value.shape[-1]),
@@ -101,14 +102,15 @@ class Ranks:
         self._compare(ARGUMENTS, numbers, [getattr(problem, name) for name in REPLICAS])
 
     def agree_on_call(self, solution: Solution) -> None:
-        """Raises, on every rank, where they are at the backward of different calls: what a compiler
-        has put in another order. All ranks know a call by its columns, which they have merged."""
+        """Raise an error on every rank if the ranks are in the backward of different calls, whose
+        order a compiler may have changed. A call is known by its columns, which are merged and so
+        the same on all ranks."""
         self._compare(CALL, (), [solution.columns])
 
     def refuse(self, key: object) -> None:
-        """This rank's part of `agree` where it cannot go on: all others raise."""
+        """This rank's part of `agree` if it cannot go on: all others raise an error."""
         if torch.compiler.is_compiling():
-            return  # a graph is traced, in which there is nothing to send
+            return  # a graph is only traced: nothing can be sent
         device = self._device(key.device if isinstance(key, Tensor) else None)
         self.gather(torch.ones(1 + len(ARGUMENTS), dtype=torch.int64, device=device))
 
@@ -137,7 +139,7 @@ class Ranks:
                     )
 
     def _device(self, key: torch.device | None) -> torch.device:
-        """Where ranks compare: on the CPU if the group can, which spares a GPU the sums."""
+        """The device to compare on: the CPU, if the group supports it, to save the GPU the work."""
         supported = [device.type for device in self.group._device_types]
         if "cpu" in supported or key is None or key.type not in supported:
             return torch.device("cpu" if "cpu" in supported else supported[0])
@@ -145,14 +147,14 @@ class Ranks:
 
 
 def log2_sum(x: Tensor) -> Tensor:  # [R, n] -> [n]
-    """log2 sum_r 2^x_r; -inf where all are."""
+    """log2 sum_r 2^x_r; -inf where all x_r are -inf."""
     top = x.amax(0)
     base = torch.where(top == -torch.inf, 0, top)
     return (x - base).exp2().sum(0).log2() + base
 
 
 def checksum(x: Tensor) -> Tensor:  # [...] -> [] int64
-    """Of the bits and their order: modulo 2^64, whatever one element changes to changes the sum."""
+    """A checksum of bits and their order. A change of any one element changes it."""
     words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
     bits = x.detach().contiguous().view(words).flatten().to(torch.int64)
     return (bits * torch.arange(1, 2 * bits.numel(), 2, device=x.device)).sum()

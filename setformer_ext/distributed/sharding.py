@@ -1,8 +1,8 @@
 """How the operations of one process work on DTensors: on shards of the batch or of the heads.
 
-Neither needs another's numbers. Tokens do: DTensors that are sharded on them are gathered first
-(`placed`); `setformer_ext.distributed.set_attention` leaves them where they are. Importing this
-registers it.
+Such shards need no numbers of each other. Shards of tokens do: DTensors that are sharded on the
+tokens are gathered first (`placed`), while `setformer_ext.distributed.set_attention` leaves them
+where they are. Importing this module registers how operations are cut.
 """
 
 import math
@@ -23,7 +23,7 @@ def where(name: str, x: Any, key: Placement) -> Placement | None:
 
     Args:
         name: of the argument, as in `Problem`.
-        x: the argument, or what tells its shape.
+        x: the argument, or an object that has its shape.
         key: the placement of the key.
     """
     if x is None or isinstance(x, (str, int, float, torch.SymInt)):
@@ -38,11 +38,12 @@ def where(name: str, x: Any, key: Placement) -> Placement | None:
 
 
 def placed(problem: Problem) -> Problem:
-    """The DTensors of a problem where the operations want them, so that those move none.
+    """The problem with its DTensors placed as the operations need them, so that those move none.
 
-    An operation lays its results out as the whole tensors lie in memory, and each process as its
-    part does. The two must not differ, or no view of the results works; but what is sent comes in
-    an order of its own. Plain tensors are the same in all processes.
+    An operation takes the memory layout of its results from the whole tensors, and each process
+    takes it from its own part. If the two differ, views of the results fail. Redistributing may
+    change the layout of a part; therefore `join` gives the whole tensor the layout of the parts.
+    Plain tensors count as the same in all processes.
     """
     key: Any = problem.key
     mesh = key.device_mesh
@@ -63,7 +64,7 @@ def placed(problem: Problem) -> Problem:
 
 
 def join(local: Tensor, like: DTensor, shape: torch.Size) -> DTensor:
-    """The whole tensor of these parts, placed as another, in memory laid out as the parts are."""
+    """The whole tensor of these parts, placed like another, with the memory layout of the parts."""
     strides, stride = [0] * len(shape), 1
     for dimension in sorted(range(len(shape)), key=lambda d: (local.stride(d), -d)):
         strides[dimension] = stride
@@ -72,8 +73,8 @@ def join(local: Tensor, like: DTensor, shape: torch.Size) -> DTensor:
     return DTensor.from_local(local, like.device_mesh, like.placements, **whole)
 
 
-# For every way that the key may lie: where results [B, H, ..] and arguments do. Results that a
-# problem lacks are empty.
+# For each placement of the key: the placements of the results [B, H, ..] and of the arguments.
+# Results that a problem lacks are empty.
 KEYS: tuple[Placement, ...] = (Replicate(), Shard(0), Shard(1))
 
 

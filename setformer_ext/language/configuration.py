@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 from ..arguments import is_integer, is_number
 from ..controls import ATTENTIONS
 
-# Widths and depths of BERT-mini and BERT-base, whose 110 million parameters base about has.
+# mini and base have the widths and depths of BERT-mini and BERT-base, and base about as many
+# parameters as BERT-base, 110 million.
 SIZES: dict[str, dict[str, int]] = {
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
     "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
@@ -22,7 +23,7 @@ ATTENTION_OPTIONS: dict[str, Any] = {"adaptive_reference_mass": True, "query_pro
 
 
 class SetformerConfig(PreTrainedConfig):
-    """The configuration of a SeTformer encoder; names are BERT's where it has the same thing.
+    """The configuration of a SeTformer encoder; options that BERT also has keep BERT's names.
 
     Args:
         vocab_size: tokens known.
@@ -31,10 +32,10 @@ class SetformerConfig(PreTrainedConfig):
         num_attention_heads: heads H.
         intermediate_size: hidden width of the MLPs; by default 4 C.
         num_references: references M per head, of SeT attention.
-        attention: "set", or for comparison the same encoder with dot-product attention, "softmax",
-            O(N^2), with the "mean" of all tokens in its place, or with "none".
+        attention: "set"; or for comparison, in the same encoder, "softmax" (dot-product attention,
+            O(N^2)), "mean" (of all tokens) or "none".
         attention_options: options of :class:`setformer_ext.SetAttention` that differ from
-            ``ATTENTION_OPTIONS``; none with others.
+            ``ATTENTION_OPTIONS``; None for other attentions.
         conv_kernel_size: width of the depthwise convolution over neighbouring tokens that tells
             the order of words, odd; 0 for none.
         max_position_embeddings: learned embeddings of so many absolute positions, which is then
@@ -123,7 +124,7 @@ class SetformerConfig(PreTrainedConfig):
 
 
 def _for_json(value: Any) -> Any:
-    """Numbers of NumPy as those of Python, for a configuration is saved as JSON."""
+    """NumPy's numbers as Python's, because a configuration is saved as JSON."""
     if isinstance(value, dict):
         return {name: _for_json(each) for name, each in value.items()}
     return int(value) if is_integer(value) else float(value) if is_number(value) else value

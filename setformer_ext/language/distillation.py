@@ -16,10 +16,10 @@ from .references import References
 
 Batch = Mapping[str, Tensor]
 Seen = TypeVar("Seen")
-# Of a module's References, the arguments of their forward, and the outputs of softmax attention.
+# Called with a module's References, the arguments of their forward, and softmax attention's output.
 Observer = Callable[[References, tuple[Any, ...], Tensor], Seen]
 
-_QUERIES_PER_REFERENCE = 32  # that are clustered
+_QUERIES_PER_REFERENCE = 32  # number of queries to cluster
 _CLUSTERING_STEPS = 8
 
 
@@ -42,11 +42,11 @@ def distill_attention(
         model: a model of transformers with ``attn_implementation="set_attention"``, also one that
             peft or torch.compile has wrapped: the references that it calls are trained.
         batches: arguments of the model's forward, such as input_ids and attention_mask, on its
-            device. Gone through again until there were enough steps.
+            device. They are used again until there are enough steps.
         steps: of Adam, >= 1, one batch each.
         lr: its learning rate at the start, which falls to 0 along a cosine.
-        initialize: start from the centres of clusters of the first batches' queries, instead of
-            the references that there are.
+        initialize: start from cluster centres of the first batches' queries, not from the present
+            references.
 
     Returns:
         Of every step the error sum |O - softmax's O|^2 / sum |softmax's O|^2 over the batch's valid
@@ -63,14 +63,14 @@ def distill_attention(
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
-    for layer in layers:  # no checkpoint has what comes now
+    for layer in layers:  # no checkpoint has the values that follow
         layer.stored = False
     with _learning(model, parameters), torch.compiler.set_stance("force_eager"):
         if initialize:
             _start_from_queries(model, batches)
         for batch in islice(_endlessly(batches), steps):
             loss = _error(model, batch)
-            # Nothing but the references gets a gradient, and of them those that were called.
+            # Only references that were called get a gradient, and nothing else.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -94,7 +94,7 @@ def _error(model: nn.Module, batch: Batch) -> Tensor:
 
 def _start_from_queries(model: nn.Module, batches: Iterable[Batch]) -> None:
     """References become centres of clusters: each stands for queries that are like it."""
-    queries: dict[References, list[Tensor]] = {}  # of those that are called
+    queries: dict[References, list[Tensor]] = {}  # only of references that are called
 
     def missing(references: References) -> int:
         wanted = _QUERIES_PER_REFERENCE * references.reference.shape[1]
@@ -140,7 +140,8 @@ def _centres(points: Tensor, count: int) -> Tensor:  # [H, P, D] -> [H, M, D]
 
 @torch.no_grad()
 def _softmax_calls(model: nn.Module, batch: Batch, observe: Observer[Seen]) -> list[Seen]:
-    """Run the model with softmax attention; returns what is seen in each of its modules' calls."""
+    """Run the model with softmax attention; returns what `observe` gives for each call of
+    References."""
     calls: list[Seen] = []
 
     def replace(references: References, arguments: tuple[Any, ...], _: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class SetformerEmbeddings(nn.Module):
 
 
 class TokenConvolution(nn.Module):
-    """A depthwise convolution over the sequence, which sees nothing of padding.
+    """A depthwise convolution over the sequence, for which padding is 0.
 
     Shape:
         x [B, N, C] to [B, N, C].
@@ -116,14 +116,15 @@ class SetformerPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "word_embeddings"  # of SetformerModel.embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TokenConvolution):  # added to its input, which should come through
+        if isinstance(module, TokenConvolution):  # small, so that its input comes through the sum
             initialization.normal_(module.conv.weight, std=self.config.initializer_range)
             if module.conv.bias is not None:
                 initialization.zeros_(module.conv.bias)
         elif isinstance(module, SetAttention | SoftmaxAttention | MeanAttention):
-            # transformers guards torch.nn.init while it initialises: what was loaded stays.
+            # While transformers initialises, its torch.nn.init leaves loaded parameters as they
+            # are.
             module.reset_parameters()
-            # Branches that start large drown the words for hundreds of steps.
+            # Branches that start large hide the words for hundreds of steps.
             for name in ("key", "query", "value", "query_key_value", "projection"):
                 linear = getattr(module, name, None)
                 if linear is not None:

@@ -20,8 +20,8 @@ from .configuration import SetformerConfig
 from .encoder import SetformerModel, SetformerPreTrainedModel
 from .masks import valid_tokens
 
-IGNORED = -100  # the label of what has no part in a loss, as all of transformers has it
-Answer = tuple[Tensor, Tensor | None]  # logits, and given labels the loss
+IGNORED = -100  # the label of tokens that do not count in a loss, as in all of transformers
+Answer = tuple[Tensor, Tensor | None]  # logits, and the loss if labels are given
 
 
 class _WithHead(SetformerPreTrainedModel):
@@ -44,8 +44,8 @@ class _WithHead(SetformerPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | SequenceClassifierOutput | TokenClassifierOutput:
-        """Logits, and given labels the loss, as the class describes both; the other arguments are
-        those of :class:`SetformerModel`."""
+        """Logits, and if labels are given the loss, as described by the class; the other arguments
+        are those of :class:`SetformerModel`."""
         encoded = self.setformer(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
@@ -177,7 +177,7 @@ def _classifier_dropout(config: SetformerConfig) -> nn.Dropout:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labelled places; of none 0, where torch's mean would be NaN."""
+    """Mean over the labelled places; 0 if there are none (torch's mean would be NaN)."""
     labels = labels.flatten()
     total = F.cross_entropy(
         logits.float().flatten(0, -2), labels, ignore_index=IGNORED, reduction="sum"

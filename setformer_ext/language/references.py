@@ -13,7 +13,7 @@ from ..arguments import is_integer, is_number
 from ..functional import set_attention, transport_plan
 from ..modules import _softmax
 
-# What ``config.set_attention`` may hold; the arguments of References say what it is.
+# The options in ``config.set_attention``; they are arguments of References.
 DEFAULT_OPTIONS: dict[str, Any] = {
     "num_references": 64,
     "epsilon": None,
@@ -33,16 +33,17 @@ class References(nn.Module):
 
     With the potentials f of the keys and g of the queries both sides are transport plans, as
     :func:`setformer_ext.set_attention` defines them. Their marginals are learned: b_j, and
-    a_i in proportion to sum_r exp(<k_i, u_r> / epsilon), for a few points u_r. With T = 0, an
-    option, there is no transport but two softmaxes, f = g = 0: with epsilon = 1 / scaling A_j then
-    is the softmax attention of y_j, a query that stands for many, and a token mixes the answers of
-    the references that are like its own query, the more sharply the larger c.
+    a_i in proportion to sum_r exp(<k_i, u_r> / epsilon), for a few points u_r. The option T = 0
+    gives two softmaxes without transport, f = g = 0. With epsilon = 1 / scaling A_j is then the
+    softmax attention of y_j, a query that stands for many, and a token mixes the answers of the
+    references that are similar to its own query. A larger c favours the most similar references.
 
     All of this is our reading; the paper (Shamsolmoali et al., SeTformer, AAAI 2024) trains models
-    from the start. Distilled for 60 steps on film sentences (M = 64), the layers of MiniLM keep a
-    relative squared error of 0.108 with T = 1 and of 0.098 with T = 0, which costs less. Layers 1
-    and 2, the hardest, keep 0.18 and 0.14 with T = 1; 0.18 and 0.16 with one point u; 0.27 and 0.24
-    with uniform marginals; 0.16 and 0.12 with T = 0. T = 2 is as T = 1.
+    from the start. Distilled for 60 steps on film sentences (M = 64,
+    benchmarks/language/minilm.py), the layers of MiniLM keep a relative squared error of 0.108 with
+    T = 1 and of 0.098 with T = 0, which costs less; T = 2 is like T = 1. Of the layers' errors,
+    before their mean is taken, those of layers 1 and 2 are the largest: 0.18 and 0.14 with T = 1;
+    0.18 and 0.16 with one point u; 0.27 and 0.24 with uniform marginals; 0.16 and 0.12 with T = 0.
 
     Args:
         num_heads: heads H of the queries.
@@ -84,14 +85,14 @@ class References(nn.Module):
         )
         self.epsilon = None if epsilon is None else float(epsilon)
         self.iterations = int(iterations)
-        self.stored = False  # whether the checkpoint that the model was loaded from has the values
+        self.stored = False  # whether the values come from the checkpoint of the loaded model
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.reference = parameter(num_heads, num_references, head_dim)
         self.query_log_scale = parameter(num_heads)  # log c
-        # Without a Sinkhorn step masses of references change nothing, and of tokens gained nothing.
+        # Without a Sinkhorn step reference masses have no effect, and token masses brought no gain.
         transport = iterations > 0
         points = min(_MASS_POINTS, num_references)
         self.mass_point = parameter(num_heads, points, head_dim) if transport else None  # u
@@ -100,7 +101,7 @@ class References(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What ``config.set_attention`` says of them, as JSON can have it."""
+        """Their options for ``config.set_attention``, in types of JSON."""
         return {
             "num_references": self.reference.shape[1],
             "epsilon": self.epsilon,
@@ -108,16 +109,16 @@ class References(nn.Module):
         }
 
     def reset_parameters(self) -> None:
-        """Draw the references anew, and the points u; b starts uniform, and c at 1."""
+        """Draw the references and the points u again; b starts uniform, and c at 1."""
         for points in (self.reference, self.mass_point):
             if points is not None:
-                nn.init.normal_(points)  # as 1 / sqrt(D), the usual scaling, expects of queries
+                nn.init.normal_(points)  # like queries: 1 / sqrt(D), the usual scaling, assumes it
         for parameter in (self.query_log_scale, self.reference_log_mass):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that live on a scale of their own, where 0 means nothing."""
+        """Names of the parameters that should not decay: for them 0 has no special meaning."""
         return {"reference", "query_log_scale", "mass_point", "reference_log_mass"}
 
     def forward(
@@ -147,13 +148,13 @@ class References(nn.Module):
     ) -> Tensor:  # [B, H, N, M]
         """Which keys each reference draws its mass from, for the arguments of ``forward``.
 
-        Entry [i, j] is the mass that goes from token i to reference j. Of the arguments only keys,
-        mask and scaling matter to it: the queries have a plan of their own.
+        Entry [i, j] is the mass that goes from token i to reference j. It depends only on keys,
+        mask and scaling: the queries have a plan of their own.
         """
         return transport_plan(**self._transport(key, mask, scaling))
 
     def _transport(self, key: Tensor, mask: Tensor | None, scaling: float) -> dict[str, Any]:
-        """The arguments of transport_plan, which set_attention has as well."""
+        """The arguments of transport_plan; set_attention takes them too."""
         epsilon = 1 / scaling if self.epsilon is None else self.epsilon
         logits, reference_mass = self.reference_log_mass, None
         if logits is not None:
@@ -171,7 +172,8 @@ class References(nn.Module):
         }
 
     def _warn_where_lost(self) -> None:
-        """peft freezes what it does not train, and saves nothing of it."""
+        """Warn if the references would be lost: peft freezes what it does not train, and does not
+        save it."""
         trained = [p.requires_grad for p in self.parameters()]
         frozen = trained and not any(trained)
         if frozen and self.training and not self.stored and not torch.compiler.is_compiling():

@@ -14,14 +14,15 @@ from ..errors import first_line
 
 
 class SavedError(Exception):
-    """A folder that holds not what was expected; the message names it."""
+    """A folder does not hold what was expected; the message names it."""
 
 
 def load_saved(load: Callable[..., Any], folder: Path, **more: object) -> Any:
-    """What a ``from_pretrained`` makes of a folder, without asking a network or running its code.
+    """Load a folder by a ``from_pretrained``, without a network and without running the folder's
+    code.
 
     Raises:
-        SavedError: if there is no such folder, or not that in it.
+        SavedError: if there is no such folder, or it cannot be loaded.
     """
     if not folder.is_dir():
         raise SavedError(
@@ -38,7 +39,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder.
 
     Raises:
-        SavedError: also where transformers makes up one that knows no words.
+        SavedError: also if transformers only gives a made-up tokenizer that knows no words.
     """
     tokenizer = load_saved(AutoTokenizer.from_pretrained, folder)
     if not {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}:
@@ -66,7 +67,7 @@ def load_model(load: Callable[..., Any], folder: Path, head: str, **more: object
     Args:
         load: a model's ``from_pretrained``.
         folder: where it is.
-        head: what the names of the head's weights have in them.
+        head: a text that the names of the head's weights contain.
         more: keyword arguments of ``load``.
 
     Raises:

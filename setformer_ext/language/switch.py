@@ -24,7 +24,7 @@ from .references import DEFAULT_OPTIONS, References
 
 NAME = "set_attention"
 
-# What changes the result of other attentions, and has no counterpart here.
+# Options that change the result of other attentions, and have no counterpart here.
 _REFUSED = (
     "is_causal",
     "output_attentions",
@@ -76,7 +76,7 @@ def register() -> None:
 
 
 def _extend(name: str, extended: Callable) -> None:
-    """Put in place of every model's method one that gets the known method before its arguments."""
+    """Replace a method of all models: ``extended`` gets the known method, then its arguments."""
     known = getattr(PreTrainedModel, name)
 
     @functools.wraps(known)
@@ -113,9 +113,9 @@ def attention_forward(
 
     Raises:
         RuntimeError: the module has no references.
-        ValueError: attention that is not of all tokens to all valid tokens.
+        ValueError: any attention other than of all tokens to all valid tokens.
     """
-    references = getattr(module, NAME, None)  # or what peft, torch.compile, ... wrapped them in
+    references = getattr(module, NAME, None)  # perhaps wrapped by peft, torch.compile, ...
     if not isinstance(references, nn.Module):
         raise RuntimeError(
             f"set_attention: {type(module).__name__} must have references, got none; call "
@@ -156,7 +156,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,  # [B, N] bool
     **_: Any,
 ) -> Tensor | None:  # [B, N] bool
-    """What transformers calls to prepare the mask: that of the padding as it is.
+    """What transformers calls to prepare the mask: returns the mask of padding unchanged.
 
     Raises:
         ValueError: for anything but attention of all tokens to all valid tokens.
@@ -173,7 +173,7 @@ def padding_mask(
 
 
 def _attach_first(post_init: Callable, model: PreTrainedModel) -> None:
-    """References exist before weights are initialised or, by from_pretrained, loaded."""
+    """Make references before weights are initialised, or loaded by from_pretrained."""
     _attach(model)
     post_init(model)
 
@@ -185,7 +185,7 @@ def _switch(
     *args: Any,
     **more: Any,
 ) -> None:
-    """A model that is switched gets references where it has none yet; a refused one stays."""
+    """Give a switched model references where it has none; a refused model is left as it was."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     before = [(module.config, module.config._attn_implementation) for module in models]
     set_attn_implementation(model, attn_implementation, *args, **more)
@@ -202,11 +202,11 @@ def _switch(
 def _initialize_references(
     initialize_weights: Callable, model: PreTrainedModel, module: nn.Module, *args: Any, **more: Any
 ) -> None:
-    """Models know how to initialise their own modules only."""
+    """Initialise references, which models do not know."""
     done = getattr(module, "_is_hf_initialized", False)
     initialize_weights(model, module, *args, **more)
     if isinstance(module, References) and not done:
-        # transformers guards torch.nn.init while it initialises: what was loaded stays.
+        # While transformers initialises, its torch.nn.init leaves loaded parameters as they are.
         module.reset_parameters()
         loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters())
         module.stored = all(loaded)
@@ -215,12 +215,12 @@ def _initialize_references(
 def _save_own_options(
     save_pretrained: Callable, model: PreTrainedModel, *args: Any, **more: Any
 ) -> Any:
-    """A checkpoint says of its references what they are, or it could not be loaded."""
+    """Save the options of the references with a checkpoint: without them it could not be loaded."""
     for module in filter(_is_attention, model.modules()):
         config: Any = module.config
         for references in _own_references(module):
             own, said = references.options, getattr(config, NAME, None)
-            if said != own:  # an error would lose what was trained
+            if said != own:  # only a warning: an error would lose the training
                 warnings.warn(
                     f"config.set_attention: saved as {own}, which the references have, "
                     f"not as {said}",
@@ -250,16 +250,16 @@ def _attach(model: PreTrainedModel) -> None:
             f"set_attention: {type(model).__name__} must be switched before it gets adapters, for "
             "they do not save what comes later; call set_attn_implementation first, then peft"
         )
-    for module, references in made:  # all or, where one is refused, none
+    for module, references in made:  # only after all are made: one may be refused
         module.set_attention = references
-        # Defaults may change, but not those of a model that was trained with them.
+        # Saved, so that later defaults do not change a model that was trained with these.
         module.config.set_attention = references.options
     if modules:
         _read_masks(model)
 
 
 def _read_masks(model: PreTrainedModel) -> None:
-    """Have the model, and the models inside it, understand additive masks of padding."""
+    """Make the model, and the models inside it, understand additive masks of padding."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not hasattr(module, "_mask_place"):
             names = list(inspect.signature(module.forward).parameters)
@@ -271,7 +271,7 @@ def _read_masks(model: PreTrainedModel) -> None:
 def _read_mask(
     model: PreTrainedModel, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """transformers takes what is not 0 for valid, which would turn an additive mask around."""
+    """Turn an additive mask into 0 and 1: transformers takes nonzero for valid, its opposite."""
     place: int = model._mask_place  # type: ignore[assignment]
     given = len(arguments) > place
     mask = arguments[place] if given else options.get("attention_mask")
@@ -291,7 +291,7 @@ def _read_mask(
 
 def _is_attention(module: nn.Module) -> bool:
     """Whether a module calls the attention interface, as far as its attributes tell."""
-    # Its own configuration, which a wrapper would only pass on.
+    # It must have a configuration of its own; a wrapper only passes one on.
     own = isinstance(vars(module).get("config"), PreTrainedConfig)
     return own and (hasattr(module, "is_causal") or hasattr(module, "scaling"))
 
@@ -306,7 +306,8 @@ def _require_bidirectional(name: str, module: nn.Module) -> None:
 
 
 def _require_own_options(name: str, module: nn.Module) -> None:
-    """References have the shapes of the options that they were made with, and learn with them."""
+    """Refuse changed options: the references have the shapes of their options, and were trained
+    with them."""
     options = _options(module)
     for references in _own_references(module):
         for option, own in references.options.items():
@@ -319,12 +320,12 @@ def _require_own_options(name: str, module: nn.Module) -> None:
 
 
 def _own_references(module: nn.Module) -> list[References]:
-    """Those that an attention module has, also where something wraps them."""
+    """The references of an attention module, even if something wraps them."""
     return [part for part in module.modules() if isinstance(part, References)]
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
-    """What an attention module's configuration says of references, with the defaults."""
+    """The options of an attention module's references: the configuration's, else defaults."""
     given = getattr(module.config, NAME, None) or {}
     if not isinstance(given, dict):
         raise ValueError(f"config.set_attention must be a dict of options, got {given!r}")
@@ -338,18 +339,18 @@ def _options(module: nn.Module) -> dict[str, Any]:
 
 
 def _references(name: str, module: nn.Module) -> References:
-    """With the module's heads, device and dtype, and its configuration's options."""
+    """New references with the module's heads, device and dtype, and its configuration's options."""
     heads = _size(name, module, "num_attention_heads", "num_heads")
     depth = _size(name, module, "head_dim", "attention_head_size")
     like = _floating(module)
     references = References(heads, depth, **_options(module), device=like.device, dtype=like.dtype)
-    # What has been drawn is not drawn again when the model becomes part of another one.
+    # Marked as initialised: not drawn again when the model becomes part of another one.
     references._is_hf_initialized = like.device.type != "meta"  # type: ignore[assignment]
     return references
 
 
 def _floating(module: nn.Module) -> Tensor:
-    """A tensor of the module's to be like; where it is quantised, in the usual dtype."""
+    """A tensor of the module's device and dtype (of torch's default dtype if it is quantised)."""
     tensors = [*module.parameters(), *module.buffers()]
     wide = (x for x in tensors if x.is_floating_point() and x.element_size() > 1)
     device = tensors[0].device if tensors else None

@@ -11,9 +11,9 @@ from ..weight_decay import undecayed
 
 
 def respect_no_weight_decay() -> None:
-    """Have every Trainer leave out of weight decay what modules exempt by ``no_weight_decay()``.
+    """Make every Trainer exempt from weight decay what modules name in ``no_weight_decay()``.
 
-    By itself it goes by names and types of layers, and has no hook for anything else.
+    By itself it decides by names and types of layers, and has no hook for more.
     """
     known = Trainer.get_decay_parameter_names
 

@@ -23,7 +23,7 @@ from .blocks import EPSILON, Block, Stage, TokenEmbedding
 HEAD_DIM = 32
 STRIDES = (4, 8, 16, 32)
 
-# See docs/evidence.md for what they are worth.
+# docs/evidence.md has measurements of these options.
 ATTENTION_OPTIONS: dict[str, Any] = {
     "adaptive_reference_mass": True,
     "position_bandwidth": 1.0,
@@ -51,10 +51,10 @@ class Setformer(nn.Module):
         depths: blocks of the stages.
         num_references: references M per head, in each stage, of SeT attention.
         mlp_ratio: hidden width of the MLPs / width.
-        attention: "set", or for comparison the same network with dot-product attention, "softmax",
-            O(N^2), with the "mean" of all tokens in its place, or with "none".
+        attention: "set"; or for comparison, in the same network, "softmax" (dot-product attention,
+            O(N^2)), "mean" (of all tokens) or "none".
         attention_options: options of :class:`setformer_ext.SetAttention` that differ from
-            ``ATTENTION_OPTIONS``; None with others.
+            ``ATTENTION_OPTIONS``; None for other attentions.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         layer_scale: initial scale of each branch's channels, None for no scale.
@@ -236,7 +236,7 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear | nn.Conv2d):
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        else:  # a depthwise one too: added to its input, which should come through at the start
+        else:  # small, for depthwise ones too: these are added to their input
             trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

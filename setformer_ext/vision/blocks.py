@@ -96,7 +96,7 @@ class Stage(nn.Module):
     """Downsampling, in all stages but the first, and then the blocks at that stride.
 
     Args:
-        in_dim: width of the incoming tokens, which the downsampling norms and halves the grid of;
+        in_dim: width of the incoming tokens; the downsampling norms them and halves their grid.
             None for no downsampling.
         dim: width C of this stage.
         blocks: of images of tokens [B, H, W, C], made after the downsampling.

@@ -30,8 +30,8 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 class Pyramid(nn.Module):
     """A backbone's stages, each normed, with a feature pyramid on top.
 
-    Stages of pre-norm blocks end in sums that nothing has normed yet; without a norm of their own
-    they would reach the pyramid on scales that differ between stages and grow with depth.
+    Stages of pre-norm blocks end in sums without a norm: their scales differ between stages and
+    grow with depth. So each stage gets a norm before the pyramid.
 
     Args:
         body: timm's model with ``features_only``, or any module with its ``feature_info``.
@@ -107,8 +107,8 @@ def mask_rcnn(
             16, 32 and 64; each comes with aspect ratios 0.5, 1 and 2.
         pyramid_channels: width of the pyramid's levels, and so of the heads' convolutions.
         group_norm: norm the convolutions of pyramid and heads in groups of channels, and give the
-            box head four convolutions: for training from nothing, where these parts have no
-            pretrained backbone to lean on (He et al., Rethinking ImageNet Pre-training, 2019).
+            box head four convolutions: for training from scratch, without a pretrained backbone (He
+            et al., Rethinking ImageNet Pre-training, 2019).
         backbone_options: for ``timm.create_model``.
         options: of torchvision's MaskRCNN, such as min_size, max_size, box_detections_per_img;
             image_mean and image_std are by default the backbone's.
@@ -213,7 +213,7 @@ def _rcnn(
     _require_known(kind, options)
     norm_layer = _group_norm if group_norm else None
     if group_norm:
-        # As in torchvision's second version, but for the kind of norm and as wide as the pyramid.
+        # As in torchvision's second version, but with another norm, and as wide as the pyramid.
         width = pyramid_channels
         head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer)
         options = {"box_head": head, **options}
@@ -231,13 +231,13 @@ def _rcnn(
 
 
 class Resizing(GeneralizedRCNNTransform):
-    """torchvision's, but that no side of an image shrinks to nothing: a thin one is thickened."""
+    """torchvision's resizing, but no side shrinks to 0 pixels: a thin image is thickened first."""
 
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:  # image [3, H, W]
         size = image.shape[-2:]
-        least = max(size) // self.max_size + 1  # pixels, of which resizing leaves one or more
+        least = max(size) // self.max_size + 1  # pixels; resizing leaves at least one of them
         if min(size) < least:
             thicker = [max(side, least) for side in size]
             image = F.interpolate(image[None], thicker)[0]
@@ -253,18 +253,18 @@ def _resizing(known: Any) -> Resizing:
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """In groups of 8 channels, as 32 groups of 256 are."""
+    """A norm of groups of 8 channels, as in 32 groups of 256 channels."""
     return nn.GroupNorm(channels // math.gcd(channels, 8), channels)
 
 
 def _require_known(kind: type[Any], options: Mapping[str, Any]) -> None:
-    """torchvision's constructors take any keyword and ignore those they do not know."""
+    """Refuse unknown options: torchvision's constructors ignore keywords that they do not know."""
     for name in options.keys() - inspect.signature(kind).parameters.keys():
         raise TypeError(f"{kind.__name__}: unexpected keyword argument {name!r}")
 
 
 def _anchors(anchor_sizes: Sequence[int], per_octave: int = 1) -> AnchorGenerator:
-    """Of so many sizes in the octave that starts with a level's own."""
+    """Anchors of ``per_octave`` sizes for each level, from its own to less than twice its own."""
     if len(anchor_sizes) != 5:
         raise ValueError(
             f"anchor_sizes: expected five, one for each level of the pyramid, got {anchor_sizes}"
@@ -275,13 +275,13 @@ def _anchors(anchor_sizes: Sequence[int], per_octave: int = 1) -> AnchorGenerato
 
 
 def _normalisation(body: nn.Module) -> dict[str, Any]:
-    """What the backbone's pretrained configuration says of its images' mean and deviation."""
+    """The mean and deviation of images in the backbone's pretrained configuration."""
     config = getattr(getattr(body, "model", body), "pretrained_cfg", {})
     return {f"image_{key}": config[key] for key in ("mean", "std") if key in config}
 
 
 def _without_background(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
-    """A forward hook: no object is of class 0, also where a model has not learned so yet."""
+    """A forward hook: no object gets class 0, even if a model has not learned that yet."""
     if not module.training:
         logits = logits.clone()
         logits[..., 0] = -math.inf

@@ -10,7 +10,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from .backbone import Setformer
 
 # Our reading. Base has the parameters and FLOPs that the paper's abstract gives for Mask R-CNN and
-# UPerNet on it; small is of the size of Swin-T, tiny and mini have half of that and a quarter.
+# UPerNet on it; small has about the parameters of Swin-T, tiny about half and mini about a quarter
+# of them.
 SIZES: dict[str, dict[str, Any]] = {
     "setformer_mini": {"dims": (32, 96, 192, 288), "depths": (2, 2, 8, 2)},
     "setformer_tiny": {"dims": (64, 128, 256, 512), "depths": (2, 3, 8, 3)},

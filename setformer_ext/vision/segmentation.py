@@ -19,7 +19,7 @@ DECODERS: dict[str, Callable[..., Any]] = {
 }
 LONGEST = 16_384  # pixels of a side, up to which images are enlarged
 STRIDE = 32  # of the last feature maps
-GROUPS = 32  # of channels that are normed together, fewer where there would not be two in each
+GROUPS = 32  # groups of channels that are normed together; fewer if a group had only one channel
 
 
 class Segmenter(nn.Module):
@@ -59,7 +59,8 @@ class Segmenter(nn.Module):
         )
         self.encoder, self.decoder = model.encoder, model.decoder
         self.head = model.segmentation_head
-        # Stages of pre-norm blocks end in sums that nothing has normed; only UPerNet norms them.
+        # Stages of pre-norm blocks end in sums without a norm; of the decoders only UPerNet norms
+        # them.
         self.norms = nn.ModuleList(
             LayerNorm2d(channels) if channels and decoder != "upernet" else nn.Identity()
             for channels in self.encoder.out_channels[1:]
@@ -68,8 +69,8 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        # The decoders double the maps' sizes, so those have to be exact. Repeated borders, since
-        # constants would make an edge that the images do not have.
+        # The decoders double the sizes of maps, so sizes must be multiples of the strides. Padded
+        # with repeated borders: a constant would add an edge that the image does not have.
         x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
         image, *features = self.encoder(x)
         features = [norm(map_) for norm, map_ in zip(self.norms, features, strict=True)]
@@ -99,8 +100,8 @@ def from_card(card: Mapping[str, Any]) -> Segmenter:
 def enlargement(size: Sequence[int], short_side: int) -> float:
     """The factor that brings the shorter side to a length, 1 where that is 0.
 
-    Only as far as the longer side does not grow beyond ``LONGEST``, as that of a line of pixels
-    would, to gigabytes.
+    Limited so that the longer side stays within ``LONGEST``: an image of one line of pixels would
+    else grow to gigabytes.
     """
     if not short_side:
         return 1.0
@@ -150,7 +151,7 @@ def _over_windows(model: nn.Module, x: Tensor, window: int) -> Tensor:  # [1, 3,
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Where windows begin that cover the length and overlap by a third of themselves or more."""
+    """The starts of windows that cover the length and overlap by at least a third of a window."""
     steps = -(-max(length - window, 0) // max(1, 2 * window // 3))
     return [round(i * (length - window) / steps) for i in range(steps + 1)] if steps else [0]
 
@@ -158,8 +159,8 @@ def _starts(length: int, window: int) -> list[int]:
 def _norm_each_image_alone(module: nn.Module) -> None:
     """Put GroupNorm in place of BatchNorm, and of GroupNorm with a single channel in each group.
 
-    The few images that fit in memory make poor statistics, none at all of one image pooled to a
-    single pixel, and others in each number of processes.
+    Statistics over the few images that fit in memory are poor, do not exist for one image pooled to
+    a single pixel, and depend on the number of processes.
     """
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm2d, nn.GroupNorm)):

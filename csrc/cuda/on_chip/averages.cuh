@@ -1,10 +1,11 @@
 // The two averages of a head whose entries are in registers: A_j = sum_i C_ij V_i and O_i =
 // sum_j R_ij A_j, on the tensor cores.
 //
-// C_ij = u_i K_ij / c_j and R_ij = v_j K_ij / r_i. Entries that were scores have become the plans
-// themselves, with factors 1. A plan's entries enter the products rounded to the storage type, as
-// do those of A. bfloat16 has enough exponents to multiply u K and K alone: the factors of
-// references are put into A, those of tokens into the output. float16 takes plans times kPlanScale.
+// C_ij = u_i K_ij / c_j and R_ij = v_j K_ij / r_i. In the log domain entries are the plans
+// themselves, with factors 1. Entries of plans and of A are rounded to the storage type before they
+// are multiplied. bfloat16 has a range large enough to multiply u K and K: the factors of
+// references are multiplied into A, those of tokens into the output. float16 multiplies plans times
+// kPlanScale.
 #pragma once
 
 #include "solve.cuh"
@@ -17,7 +18,7 @@ inline constexpr int kPlanShift = 14;
 template <class Storage>
 inline constexpr float kPlanScale = kFewExponents<Storage> ? float(1 << kPlanShift) : 1.0f;
 
-// Columns of the output from the warp's room, from `first_column` on.
+// Stores columns of the output, from `first_column` on, that are in the warp's room.
 template <class S>
 __device__ __forceinline__ void store_outputs(const Params& p, const Place& at,
                                               const Tokens<S>& tokens, int first_column) {
@@ -27,14 +28,14 @@ __device__ __forceinline__ void store_outputs(const Params& p, const Place& at,
              p.sizes.rows + at.warp * p.sizes.room * p.sizes.pitch * kElement);
 }
 
-// What sums of products are multiplied by, in the warp's own rooms: pairs of references.
+// Factors of the sums of products, in the warp's own rooms, as pairs of references.
 struct Weights {
   const float2* pooled;   // for A
-  const float2* operand;  // and then for the operand of distribute
+  const float2* operand;  // further factors for the operand of distribute
 };
 
-// A lane's part of a tile of A^T, 16 columns by 8 references: to the pooled output, and in the same
-// lanes to where it is the operand of distribute.
+// Stores a lane's part of a tile of A^T, 16 columns by 8 references: in the pooled output, and in
+// the operand of distribute, where the same lane will need it.
 template <class S>
 __device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weights, int band,
                                             int block, int lane, const float4& sum) {
@@ -60,7 +61,8 @@ __device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weig
 
 using Tiles = float[kGroup][kBands][4];
 
-// A^T = V^T C of kGroup blocks of references and kBands bands of columns: over the warp's tokens.
+// The warp's share of A^T = V^T C for kGroup blocks of references and kBands bands of columns: the
+// sum over its own tokens.
 template <class S>
 __device__ __forceinline__ void pool_tiles(const Params& p, const Place& at,
                                            const Tokens<S>& tokens, int band, int block,
@@ -100,8 +102,8 @@ __device__ __forceinline__ void pool_tiles(const Params& p, const Place& at,
   }
 }
 
-// From the tiles of each warp to A, in the order of the warps. `parity` changes from call to call,
-// so that no warp writes what another still reads.
+// Adds the tiles of all warps, in the order of the warps, to get A. `parity` alternates between
+// calls, so that no warp overwrites what another still reads.
 template <class S>
 __device__ __forceinline__ void add_tiles(const Params& p, const Place& at, const Weights& weights,
                                           int band, int block, int parity, const Tiles& tiles) {
@@ -137,7 +139,7 @@ __device__ __forceinline__ void add_tiles(const Params& p, const Place& at, cons
   }
 }
 
-// A, from entries whose sums over the tokens are 1 / weights. What it leaves for distribute is
+// A, from entries whose sums over the tokens are 1 / weights. The operand of distribute is also
 // multiplied by `of_operand`.
 template <class S>
 __device__ __forceinline__ void collect(const Params& p, const Place& at, const Tokens<S>& tokens,
@@ -174,7 +176,7 @@ __device__ __forceinline__ void collect(const Params& p, const Place& at, const 
   }
 }
 
-// O = R A, from entries that are multiplied by `scales` to become R: 0 for hidden tokens.
+// O = R A. R is the entries times `scales`, which are 0 for hidden tokens.
 template <class S>
 __device__ __forceinline__ void distribute(const Params& p, const Place& at,
                                            const Tokens<S>& tokens, const Entries<S>& entries,

@@ -4,12 +4,12 @@
 //
 //   R^t_ij = U^t_i K_ij G^t_j        C^t_ij = a_i U^{t-1}_i K_ij W^t_j
 //
-// so that steps need sums of K times one number for each token or reference, and their share of ds
-// is K times a matrix of rank 2 T. a is relative to its largest, and W is multiplied by that. Their
-// ranges are those of v, u and 1 / c in solve.cuh, times how far the reference masses are from the
-// first one, 2^30 at most.
+// so that steps need only sums of K times one number for each token or reference, and their share
+// of ds is K times a matrix of rank 2 T. a is divided by its largest entry, and W multiplied by it.
+// The ranges of G, U and W are those of v, u and 1 / c in solve.cuh, times the ratio of the
+// reference masses to the first one, 2^30 at most.
 //
-// Sweeps over the tokens, each of which forms K anew:
+// Sweeps over the tokens; each computes K again:
 //
 //   of distribution   delta, dA
 //   of step t = T..2  fhat^t, in step T dv, and gbar^{t-1}
@@ -61,7 +61,7 @@ __device__ __forceinline__ void side_backward(const StripParams& p, const Place&
   finish_reference_gradient<S>(p, at, p.cross && gradients.collects, partial);
 }
 
-// Of cross attention the queries' side first, for it gives dA.
+// In cross attention the side of the queries comes first, because it gives dA.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
     attention_backward_on_chip_kernel(const int64_t first, const StripParams p) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
   using Storage = typename S::Storage;
   const Place at = place();
   Scales scales{1, 1};
-  // else it is attention_backward_resident_kernel's
+  // otherwise attention_backward_resident_kernel handles the head
   if (!is_for_chip<Storage>(p, first + blockIdx.x, S::kThreads)) return;
 #pragma unroll 1
   for (int pass = 0; pass <= int(p.cross); ++pass) {
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
 #endif
 }
 
-// Calls launch(shape, sizes) with the least shape that holds the references of a head, if there is
-// one and the device has room for it; returns whether.
+// Calls launch(shape, sizes) with the smallest shape that holds the references of a head. Returns
+// false if there is none, or if the device has no room for it.
 template <class Storage, class Launch>
 bool visit_strip_shape(const BackwardParams& p, int64_t block_bytes, Launch launch) {
   const auto fits = [&](auto shape) {
@@ -125,7 +125,7 @@ bool OnChipBackward<Storage>::run(const BackwardParams& p, const BackwardWorkspa
       p, stream.block_bytes, [&](auto shape, const on_chip::StripSizes& sizes) {
         using S = decltype(shape);
         constexpr auto kKernel = on_chip::attention_backward_on_chip_kernel<S>;
-        // compute_75's PTX, which newer devices can run too, has the kernel without its body
+        // newer devices can also run compute_75's PTX, in which this kernel has no body
         launched = ptx_version<kKernel>(stream) >= 80;
         if (!launched) return;
         launch<kKernel>(stream, "attention_backward_on_chip_kernel", p.batch * p.heads, S::kThreads,

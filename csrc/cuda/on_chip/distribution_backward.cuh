@@ -5,7 +5,8 @@
 
 namespace setformer::cuda::on_chip {
 
-// delta_i = dO_i.O_i, whose rows are in a slot and in the next; 0 for hidden tokens, as these are.
+// delta_i = dO_i.O_i. The rows dO are in `slot`, the rows O in the slot after it; both, and so
+// delta, are 0 for hidden tokens.
 template <class S>
 __device__ __forceinline__ void output_products(const StripParams& p, const Place& at, int slot,
                                                 float (&deltas)[2]) {
@@ -29,7 +30,8 @@ __device__ __forceinline__ void output_products(const StripParams& p, const Plac
   }
 }
 
-// R of a strip, times kPlanScale, to the warp's plan; adds sum_i R_ij delta_i of the same numbers.
+// Stores R of a strip, times kPlanScale, as the warp's plan; adds sum_i R_ij delta_i, from the same
+// rounded numbers, to `columns`.
 template <class S>
 __device__ __forceinline__ void distribute_strip(const StripParams& p, const Place& at,
                                                  const OwnTokens<S>& tokens, int slot,
@@ -51,7 +53,7 @@ __device__ __forceinline__ void distribute_strip(const StripParams& p, const Pla
   PackedStrip<S> plan;
   pack_strip<S>(entries, plan);
   store_plan<S>(p, at, plan);
-  // gbar^T is a difference of both sums, in which only what is rounded alike cancels
+  // gbar^T is the difference of two sums; rounding errors of R cancel in it if both use the same R
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
 #pragma unroll
@@ -63,7 +65,7 @@ __device__ __forceinline__ void distribute_strip(const StripParams& p, const Pla
   }
 }
 
-// delta, and sum_i R_ij dO_i in the workspace and kPlanScale sum_i R_ij delta_i in totals.
+// Computes delta and sum_i R_ij dO_i in the workspace, and kPlanScale sum_i R_ij delta_i in totals.
 template <class S>
 __device__ __forceinline__ void distribute_backward(const StripParams& p, const Place& at) {
   const auto& gradients = shared_gradients<S>();
@@ -86,7 +88,7 @@ __device__ __forceinline__ void distribute_backward(const StripParams& p, const 
   meet<S>();
 }
 
-// x rounded, and what that left of it.
+// Stores x rounded, and the remainder.
 template <class Storage>
 __device__ __forceinline__ void store_parts(Storage* to, int rest, float x) {
   const Storage rounded = narrow<Storage>(x);
@@ -94,7 +96,8 @@ __device__ __forceinline__ void store_parts(Storage* to, int rest, float x) {
   to[rest] = narrow<Storage>(x - widen(rounded));
 }
 
-// Of reference j, by one warp: A and dA as operands, eta and gbar^T; the largest of dA.
+// Stores A and dA of reference j as operands, eta and gbar^T, by one warp; returns the lane's
+// largest |dA|.
 template <class S>
 __device__ __forceinline__ float finish_pooled_row(const StripParams& p, const Place& at, int j) {
   using Storage = typename S::Storage;
@@ -130,11 +133,11 @@ __device__ __forceinline__ float finish_pooled_row(const StripParams& p, const P
     distributed -= totals[j] * (1.0f / kPlanScale<Storage>);
   }
   gradients.key_column_adjoints[p.iterations * p.references + j] = 0.0f;
-  gradients.column_adjoint(p.iterations, j) = distributed;  // over that where this side is the keys
+  gradients.column_adjoint(p.iterations, j) = distributed;  // replaces that 0 on the keys' side
   return largest;
 }
 
-// The same of all references; returns what the operand of dA is multiplied by to be dA.
+// The same for all references; returns the factor that turns the operand of dA into dA.
 template <class S>
 __device__ __forceinline__ float finish_pooled_gradient(const StripParams& p, const Place& at) {
   using Storage = typename S::Storage;

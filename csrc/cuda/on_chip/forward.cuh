@@ -8,7 +8,7 @@
 namespace setformer::cuda {
 namespace on_chip {
 
-// 1 / sum_i C_ij, which backward multiplies the collection with, from the warp that is the first.
+// The first warp stores 1 / sum_i C_ij, by which backward multiplies the collection.
 template <class S>
 __device__ __forceinline__ void keep_scales(const Params& p, const Place& at,
                                             const Spread<S>& scales) {
@@ -19,7 +19,8 @@ __device__ __forceinline__ void keep_scales(const Params& p, const Place& at,
   });
 }
 
-// From scores to C, and 1 / its sums over the tokens, which takes the rounding of exponents out.
+// Turns scores into C, and computes 1 / its sums over the tokens, to correct for the rounding of
+// exponents.
 template <class S>
 __device__ __forceinline__ void form_collection(const Params& p, const Place& at,
                                                 Entries<S>& entries, Solution<S>& solution,
@@ -28,11 +29,11 @@ __device__ __forceinline__ void form_collection(const Params& p, const Place& at
   to_fragments<S>(at, solution.columns, columns);
   for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
     const float column = columns[n][e];
-    // a head without mass has no plan at all
+    // the plan of a head without mass is 0
     x = power_of_two(column == -infinity<float>() ? column : x + solution.tokens[s][half] - column);
   });
   for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = 1.0f; });
-  meet<S>();  // the sums below lie where others may still read those of the last step
+  meet<S>();  // the sums below overwrite those of the last step, which others may still read
   Two<float> sums[S::kLanePairs];
   sum_columns<S>(
       at, 0,
@@ -49,7 +50,7 @@ __device__ __forceinline__ void form_collection(const Params& p, const Place& at
   keep_scales<S>(p, at, weights);
 }
 
-// A, from the entries and the solution of the keys' side.
+// Computes A from the entries and the solution of the keys' side.
 template <class S>
 __device__ __forceinline__ void collect_side(const Params& p, const Place& at,
                                              const Tokens<S>& tokens, Entries<S>& entries,
@@ -72,7 +73,7 @@ __device__ __forceinline__ void collect_side(const Params& p, const Place& at,
   collect<S>(p, at, tokens, entries, solution.tokens, weights, of_operand);
 }
 
-// The output, and rows^T, from the entries and the solution of the receivers' side.
+// Computes the output and rows^T from the entries and the solution of the receivers' side.
 template <class S>
 __device__ __forceinline__ void distribute_side(const Params& p, const Place& at,
                                                 const Tokens<S>& tokens, float log_first,
@@ -112,8 +113,9 @@ __device__ __forceinline__ void distribute_side(const Params& p, const Place& at
   distribute<S>(p, at, tokens, entries, scales);
 }
 
-// One pass serves both averages where queries are keys and entries are factors. Scores become the
-// plan of collection, so that they are formed again to distribute; and queries have their own.
+// If queries are keys and entries are factors, one pass over the tokens gives both averages.
+// Otherwise distributing takes a second pass, which forms entries again: the plan of collection has
+// overwritten the scores, or the queries have entries of their own.
 template <class S>
 __device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t index) {
   const Similarity<float>& similarity = shared_head<S>().similarity;
@@ -132,7 +134,7 @@ __device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t
     meet<S>();
     Entries<S> entries;
     form_entries<S>(p, at, tokens, entries);
-    if (pass == 0) {  // on their way while steps are made
+    if (pass == 0) {  // values are copied while the steps are computed
       __syncwarp();
       stage<S>(p, at, tokens, shared_head<S>().values, 0);
     }
@@ -166,8 +168,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
 #endif
 }
 
-// Calls launch(shape, sizes) with the least shape that holds the tokens and references of a head,
-// if there is one and the device has room for it; returns whether.
+// Calls launch(shape, sizes) with the smallest shape that holds the tokens and references of a
+// head. Returns false if there is none, or if the device has no room for it.
 template <class Storage, int blocks, int strips, class Launch>
 bool visit_warps(const ForwardParams& p, int64_t block_bytes, Launch launch) {
   const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
@@ -179,7 +181,7 @@ bool visit_warps(const ForwardParams& p, int64_t block_bytes, Launch launch) {
     launch(shape, sizes);
     return true;
   };
-  if constexpr (blocks == 7) {  // windows of 7 x 7: a warp each needs no barrier
+  if constexpr (blocks == 7) {  // windows of 7 x 7: with one warp a head needs no barrier
     if (fits(Shape<Storage, blocks, 4, 1>{})) return true;
   }
   return fits(Shape<Storage, blocks, strips, 2>{}) || fits(Shape<Storage, blocks, strips, 8>{});
@@ -204,7 +206,7 @@ bool OnChipForward<Storage>::run(const ForwardParams& p, Stream& stream) {
       p, stream.block_bytes, [&](auto shape, const on_chip::Sizes& sizes) {
         using S = decltype(shape);
         constexpr auto kKernel = on_chip::attention_forward_on_chip_kernel<S>;
-        // compute_75's PTX, which newer devices can run too, has the kernel without its body
+        // newer devices can also run compute_75's PTX, in which this kernel has no body
         launched = ptx_version<kKernel>(stream) >= 80;
         if (!launched) return;
         launch<kKernel>(stream, "attention_forward_on_chip_kernel", p.batch * p.heads, S::kThreads,

@@ -1,11 +1,12 @@
-// The instructions of sm_80 that CUDA C++ has no names for, as the on-chip kernels use them.
+// Instructions of sm_80 that CUDA C++ has no functions for, in the form that the on-chip kernels
+// use.
 #pragma once
 
 #include "../product.cuh"
 
 namespace setformer::cuda::on_chip {
 
-// The least and the largest of both, NaN where one is.
+// The smaller and the larger of two numbers; NaN if one is NaN.
 __device__ __forceinline__ float least(float x, float y) {
   float least;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
@@ -23,18 +24,18 @@ __device__ __forceinline__ float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Of a number that is not subnormal.
+// log2 x, for x that is not subnormal.
 __device__ __forceinline__ float logarithm(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 0 for 0: of a sum of nothing.
+// 1 / x; 0 for x = 0, the sum of nothing.
 __device__ __forceinline__ float reciprocal_or_zero(float x) {
   return x == 0.0f ? 0.0f : reciprocal(x);
 }
 
-// Two halves in a register, x in the lower one.
+// Two half numbers in one register; x is the lower one.
 template <class Storage>
 __device__ __forceinline__ uint32_t pack(float x, float y) {
   uint32_t pair;
@@ -46,7 +47,7 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {
   return pair;
 }
 
-// The transpose of an 8 x 8 matrix of halves, a row of which four lanes hold.
+// Transposes an 8 x 8 matrix of half numbers; four lanes hold a row.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   uint32_t y;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));

@@ -1,12 +1,12 @@
-// The entries of a head: scores s_ij log2(e), or the factors 2^(s_ij - scale) <= 1 of these.
+// The entries of a head: scores s_ij log2(e), or factors 2^(s_ij - scale) <= 1 made of them.
 #pragma once
 
 #include "shape.cuh"
 
 namespace setformer::cuda::on_chip {
 
-// References into shared memory from `room` on, where all warps find them; the caller lets these
-// meet.
+// Copies the references into shared memory, from `room` on, for all warps; the caller must call
+// meet() before they are read.
 template <class S>
 __device__ __forceinline__ void stage_references(const ForwardParams& p, const Place& at, int room,
                                                  int pitch) {
@@ -15,7 +15,7 @@ __device__ __forceinline__ void stage_references(const ForwardParams& p, const P
   Rows<Storage> rows;
   rows.select(p.reference, head.b, head.h, p.references, p.depth);
   Storage* to = shared_at<Storage>(room);
-  // Eight lanes that write at once take a piece of eight rows, which begin in different banks.
+  // Eight lanes write at once, each a piece of another row; the rows begin in different banks.
 #pragma unroll 1
   for (int j = 8 * at.warp + at.lane % 8; j < S::kReferences; j += S::kThreads / 4) {
     float square = 0;
@@ -48,8 +48,8 @@ __device__ __forceinline__ void stage_references(const ForwardParams& p, const P
   }
 }
 
-// k.y of `together` strips against all references, and |k|^2 from the diagonal of k k^T: kBands
-// bands of the depth, added to those before.
+// Adds the share of kBands bands of the depth to k.y, for `together` strips against all references,
+// and to |k|^2, from the diagonal of k k^T.
 template <class S, int together>
 __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at, int from,
                                                 int band, Entries<S>& entries,
@@ -69,7 +69,7 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
     for (int b = 0; b < kBands; ++b) {
       const uint32_t (&k)[4] = keys[i][b];
       load_matrices<false>(keys[i][b], rows + kStep * (s * room_pitch + b));
-      // as the other operand k has the same matrices, of tokens 0 to 7 and of 8 to 15
+      // k as the second operand consists of the same matrices, for tokens 0 to 7 and 8 to 15
       multiply_block<Storage>(upper, k, k[0], k[2]);
       multiply_block<Storage>(lower, k, k[1], k[3]);
     }
@@ -92,8 +92,8 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
   }
 }
 
-// What w_ij, the penalty of positions, makes of a strip: of exponents where the kernel is gaussian,
-// else of similarities.
+// Applies w_ij, the penalty of positions, to a strip: to exponents if the kernel is gaussian, else
+// to similarities.
 template <class S>
 __device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const Place& at,
                                                    int first, float (&strip)[S::kBlocks][4]) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const
   }
 }
 
-// visit(number), of a strip's
+// Calls visit(number) for each number of a strip.
 template <int blocks, class Visit>
 __device__ __forceinline__ void for_each_of_strip(float (&strip)[blocks][4], Visit visit) {
 #pragma unroll
@@ -134,14 +134,15 @@ __device__ __forceinline__ void for_each_of_strip(float (&strip)[blocks][4], Vis
   }
 }
 
-// From products to similarities, of one strip whose tokens have the square norms `squares`.
+// Turns products into similarities, for one strip whose tokens have the square norms `squares`.
 template <class S>
 __device__ __forceinline__ void similarities_of_strip(const ForwardParams& p, const Place& at,
                                                       int first, const float (&squares)[2],
                                                       float (&strip)[S::kBlocks][4]) {
   const auto& head = shared_head<S>();
   const Similarity<float>& similarity = head.similarity;
-  // What a strip reads it reads anew: kept from strip to strip, it would take entries' registers.
+  // Each strip loads its data again: kept from strip to strip, it would take registers of the
+  // entries.
   asm volatile("" ::: "memory");
   if (similarity.gaussian) {
     const float of_tokens[2] = {head.exponent(squares[0]), head.exponent(squares[1])};
@@ -163,7 +164,7 @@ __device__ __forceinline__ void similarities_of_strip(const ForwardParams& p, co
   if (similarity.gaussian) for_each_of_strip(strip, [](float& x) { x = power_of_two(x); });
 }
 
-// And to entries.
+// Turns similarities into entries.
 template <class S>
 __device__ __forceinline__ void entries_of_strip(float (&strip)[S::kBlocks][4]) {
   const Similarity<float>& similarity = shared_head<S>().similarity;
@@ -175,8 +176,8 @@ __device__ __forceinline__ void entries_of_strip(float (&strip)[S::kBlocks][4]) 
   }
 }
 
-// All entries of the warp's tokens, whose first columns are on their way into the warp's room;
-// strips that the warp does not have are 0.
+// Computes all entries of the warp's tokens. Copies of the tokens' first columns into the warp's
+// room must have been started. Strips that the warp does not have are 0.
 template <class S>
 __device__ __forceinline__ void form_entries(const Params& p, const Place& at,
                                              const Tokens<S>& tokens, Entries<S>& entries) {

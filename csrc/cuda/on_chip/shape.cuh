@@ -1,10 +1,10 @@
 // How one head lies on a block: which warp holds which tokens, and what is in shared memory.
 //
-// A warp owns up to kStrips strips of 16 tokens and, of these, the entries against all references,
-// in registers: as accumulators of mma.m16n8k16, lane 4 g + c holds tokens g and g + 8 of a strip
-// and references 8 n + 2 c and 8 n + 2 c + 1 of block n. Numbers of references are stored in two
-// ways: in fragments, as above, or spread over the warp, each lane holding those of 64 h + 2 lane
-// and 64 h + 2 lane + 1.
+// A warp owns up to kStrips strips of 16 tokens, and keeps their entries against all references in
+// registers. These are accumulators of mma.m16n8k16: lane 4 g + c holds tokens g and g + 8 of a
+// strip, and references 8 n + 2 c and 8 n + 2 c + 1 of each block n. Numbers that belong to
+// references are stored in one of two ways: as fragments, like the accumulators, or spread over the
+// warp, where each lane holds those of references 64 h + 2 lane and 64 h + 2 lane + 1.
 #pragma once
 
 #include "../problem.cuh"
@@ -20,16 +20,16 @@ struct Shape {
   static constexpr int kWarps = warps;
   static constexpr int kThreads = 32 * warps;
   static constexpr int kReferences = 8 * blocks;
-  static constexpr int kLanePairs = (blocks + 7) / 8;  // of references, of what is spread
+  static constexpr int kLanePairs = (blocks + 7) / 8;  // pairs of references in a lane's Spread
   static constexpr int kWarpTokens = 16 * strips;
   static constexpr int kTokens = warps * kWarpTokens;
   static constexpr int kPairs = (blocks + 1) / 2;  // of blocks: a product's depth of 16
-  // Blocks that a multiprocessor should hold: their registers, 255 a thread at most, are 65536.
+  // Blocks that a multiprocessor should hold: it has 65536 registers, a thread at most 255.
   static constexpr int kBlocksAtOnce = warps == 1 ? 12 : 8 / warps;
 };
 
-inline constexpr int kMostBands = 4;  // of 16 columns, that a warp's room has of its rows
-inline constexpr int kBands = 2;      // of these, that products take at once
+inline constexpr int kMostBands = 4;  // bands of 16 columns that a warp's room holds of its rows
+inline constexpr int kBands = 2;      // bands that products take at once
 inline constexpr int kGroup = 2;      // blocks of references that collect takes at once
 
 template <class S>
@@ -44,19 +44,19 @@ using Spread = float2[S::kLanePairs];
 // Room for a Head at the start of shared memory.
 inline constexpr int kHeadBytes = 320;
 
-// What a block works on: in shared memory, for as variables these would take the registers that the
-// entries need.
+// The head that a block works on. It is in shared memory, because as variables it would take
+// registers that the entries need.
 template <class Storage>
 struct Head : HeadTensors<Storage> {
   Similarity<float> similarity;
   Global<float> pooled;
 
-  // What a vector of that square norm adds to the exponent.
+  // What a vector adds to the exponent; `square` is its square norm.
   __device__ __forceinline__ float exponent(float square) const {
     return similarity.gaussian ? -similarity.distance_scale * square : 0.0f;
   }
 
-  // By one thread.
+  // To be called by one thread.
   __device__ void select(const ForwardParams& p, int64_t head, bool of_queries) {
     const Side side = of_queries ? queries_of(p) : keys_of(p);
     this->select_tensors(p, side, head);
@@ -65,8 +65,9 @@ struct Head : HeadTensors<Storage> {
   }
 };
 
-// What shared memory depends on beside the shape. It is found on the host: what a kernel is given
-// is at hand in all instructions, what it computes itself takes registers or is computed again.
+// The layout of shared memory, as far as the shape does not fix it. Computed on the host:
+// instructions read a kernel's arguments directly, while values that a kernel computes take
+// registers or are computed again.
 struct Sizes {
   int bands, value_bands;  // of keys and values
   int pitch, depth_pitch;  // elements from row to row of rooms and of references, so that rows
@@ -79,8 +80,7 @@ struct Params : ForwardParams {
   Sizes sizes;
 };
 
-// A block's shared memory, in bytes from its start; columns and sums are not there where a block is
-// one warp.
+// A block's shared memory, in bytes from its start. A block of one warp has no columns and no sums.
 //
 //   the Head
 //   terms       [kReferences]                    float: what references add to exponents
@@ -96,7 +96,7 @@ struct Params : ForwardParams {
 //   rows        [kWarps, room, pitch]            storage, a warp's own: keys, values, outputs
 template <class S>
 struct Memory {
-  static constexpr int kAcross = S::kWarps > 1;  // what warps exchange
+  static constexpr int kAcross = S::kWarps > 1;  // whether warps exchange sums
   static constexpr int kTerms = kHeadBytes;
   static_assert(sizeof(Head<typename S::Storage>) <= kHeadBytes);
   static constexpr int kPositions = kTerms + S::kReferences * 4;
@@ -123,7 +123,7 @@ struct Memory {
     sizes.total = sizes.rows + S::kWarps * sizes.room * sizes.pitch * 2;
     return sizes;
   }
-  // Bands of so many columns, in whole steps of what products take.
+  // The number of bands of so many columns, rounded up to a multiple of kBands.
   static int bands_of(int64_t columns) {
     return (int(columns) + 16 * kBands - 1) / (16 * kBands) * kBands;
   }
@@ -131,7 +131,7 @@ struct Memory {
 
 inline constexpr int kElement = 2;  // bytes of a storage type
 
-// As ldmatrix and cp.async want it.
+// An address in the form that ldmatrix and cp.async need.
 __device__ __forceinline__ uint32_t shared_address(int offset) {
   return uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
 }
@@ -151,13 +151,13 @@ __device__ __forceinline__ Place place() {
   Place at;
   at.thread = int(threadIdx.x);
   at.lane = at.thread % 32;
-  at.warp = __shfl_sync(kFullWarp, at.thread / 32, 0);  // so that the compiler knows it uniform
+  at.warp = __shfl_sync(kFullWarp, at.thread / 32, 0);  // the compiler then knows it is uniform
   at.g = at.lane / 4;
   at.c = at.lane % 4;
   return at;
 }
 
-// The tokens of one side that are a warp's.
+// The tokens of one side that belong to a warp.
 template <class S>
 struct Tokens {
   int first, strips;
@@ -165,7 +165,7 @@ struct Tokens {
 
   __device__ __forceinline__ explicit Tokens(const Place& at) {
     const auto& rows = shared_head<S>().tokens;
-    // as many strips a warp as another, but for one
+    // the numbers of strips of two warps differ by one at most
     const int all = (int(rows.count) + 15) / 16, begin = all * at.warp / S::kWarps;
     first = 16 * begin;
     strips = all * (at.warp + 1) / S::kWarps - begin;
@@ -185,7 +185,7 @@ struct Tokens {
   }
 };
 
-// Eight elements of a row from `column` on, of which `left` are there; the others are 0.
+// Eight elements of a row; those after the first `left` are 0.
 template <class Storage>
 __device__ __forceinline__ uint4 gather_piece(const Storage* from, int64_t stride, int left) {
   uint32_t words[4] = {};
@@ -198,7 +198,7 @@ __device__ __forceinline__ uint4 gather_piece(const Storage* from, int64_t strid
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Both numbers of a register's halves.
+// The two numbers that a register holds as halves.
 template <class Storage>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
   if constexpr (std::is_same_v<Storage, __half>) {
@@ -210,8 +210,8 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
 
 inline constexpr int kShortPitch = 16 * kBands + 8;  // of rows of 4 pieces; others have 8
 
-// The piece of 8 columns that a lane copies, of one of each `at_once` rows. Eight lanes copy
-// without bank conflicts: a piece of eight short rows, or a long row.
+// The piece of 8 columns that a lane copies, in one of every `at_once` rows. Eight lanes copy a
+// piece of each of eight short rows, or one long row, without bank conflicts.
 struct Piece {
   int row, column, at_once, bytes;  // bytes from the first row
   __device__ __forceinline__ Piece(bool is_short, int pitch, const Place& at) {
@@ -222,8 +222,8 @@ struct Piece {
   }
 };
 
-// Starts copying columns of the warp's tokens into its room, from `first_column` on, 0 for hidden
-// tokens and beyond the end.
+// Starts copying columns of the warp's tokens, from `first_column` on, into its room; hidden tokens
+// and what is beyond the end become 0.
 template <class S, bool is_short>
 __device__ __forceinline__ void stage_pieces(const Params& p, const Place& at,
                                              const Tokens<S>& tokens,
@@ -274,8 +274,8 @@ __device__ __forceinline__ void stage(const Params& p, const Place& at, const To
   commit_copies();
 }
 
-// `count` rows of shared memory, by the warp, to rows from `first` on and columns from
-// `first_column`.
+// The warp stores `count` rows of shared memory to rows from `first` on, columns from
+// `first_column` on.
 template <class Storage>
 __device__ __forceinline__ void store_rows(const Place& at, const Rows<Storage>& rows, int first,
                                            int count, int first_column, int pitch, int from) {
@@ -303,8 +303,9 @@ __device__ __forceinline__ void store_rows(const Place& at, const Rows<Storage>&
   }
 }
 
-// Where a lane's ldmatrix reads in the room: its matrices are rows 0 to 7 and 8 to 15 of a strip,
-// of columns 0 to 7, and then both of columns 8 to 15; `transposed` ones the other way round.
+// The address that a lane gives to ldmatrix in the room. The four matrices are rows 0 to 7 and 8 to
+// 15 of a strip at columns 0 to 7, then both at columns 8 to 15; with `transposed` first both
+// column ranges of rows 0 to 7, then those of rows 8 to 15.
 template <class S>
 __device__ __forceinline__ uint32_t strip_matrices(const Params& p, const Place& at,
                                                    bool transposed) {
@@ -315,7 +316,7 @@ __device__ __forceinline__ uint32_t strip_matrices(const Params& p, const Place&
          kElement * ((at.warp * p.sizes.room + 8 * down + line) * p.sizes.pitch + 8 * right);
 }
 
-// visit(entry, strip, half, block, parity of the reference)
+// Calls visit(entry, strip, half, block, parity of the reference) for each entry of the lane.
 template <class S, class Visit>
 __device__ __forceinline__ void for_each_entry(Entries<S>& entries, Visit visit) {
 #pragma unroll
@@ -328,7 +329,7 @@ __device__ __forceinline__ void for_each_entry(Entries<S>& entries, Visit visit)
   }
 }
 
-// visit(strip, half)
+// Calls visit(strip, half) for each token of the lane.
 template <class S, class Visit>
 __device__ __forceinline__ void for_each_token(Visit visit) {
 #pragma unroll
@@ -338,7 +339,7 @@ __device__ __forceinline__ void for_each_token(Visit visit) {
   }
 }
 
-// visit(reference, number), of numbers that are spread
+// Calls visit(reference, number) for the lane's numbers of a Spread.
 template <class Visit, class Pairs>
 __device__ __forceinline__ void for_each_own(const Place& at, Pairs& pairs, Visit visit) {
 #pragma unroll
@@ -348,7 +349,7 @@ __device__ __forceinline__ void for_each_own(const Place& at, Pairs& pairs, Visi
   }
 }
 
-// What is spread over the warp, in one of the warp's own rooms: pairs of references in their order.
+// Copies a Spread into one of the warp's own rooms (`which`), as pairs in the order of references.
 template <class S>
 __device__ __forceinline__ const float2* in_room(const Place& at, const Spread<S>& own,
                                                  int which = 0) {
@@ -373,7 +374,7 @@ __device__ __forceinline__ void to_fragments(const Place& at, const Spread<S>& o
   }
 }
 
-// Lets the warps of a head meet.
+// A barrier for all warps of a head.
 template <class S>
 __device__ __forceinline__ void meet() {
   if constexpr (S::kWarps == 1) {

@@ -5,7 +5,7 @@
 
 namespace setformer::cuda::on_chip {
 
-// The distribution's share of ds / K, from G = dO A^T, whose rows dO are in a slot.
+// The distribution's share of ds / K, from G = dO A^T; the rows dO are in a slot.
 template <class S>
 __device__ __forceinline__ void differentiate_distribution(const StripParams& p, const Place& at,
                                                            const OwnTokens<S>& tokens, int slot,
@@ -25,8 +25,8 @@ __device__ __forceinline__ void differentiate_distribution(const StripParams& p,
                 });
 }
 
-// The share of all steps, whose last to be undone left `last_flows`, and of the collection: eta's
-// and, from W_j H_ij, that of dA.
+// Adds to ds / K the shares of all steps and of the collection, from eta and from W_j H_ij
+// (`weighed`). `last_flows` are those of step 1 (step 0 if T = 0), which backward reaches last.
 template <class S>
 __device__ __forceinline__ void differentiate_steps(const StripParams& p, const Place& at,
                                                     const OwnTokens<S>& tokens,
@@ -61,9 +61,9 @@ __device__ __forceinline__ void differentiate_steps(const StripParams& p, const 
   }
 }
 
-// E = ds S of a strip, in place of its entries, as the first operand of products and as the warp's
-// plan; adds sum_ij E_ij. Returns what it was divided by. What lies beyond the last reference is 0,
-// for all that is known of these is.
+// E = ds S of a strip: in place of its entries, as the first operand of products, and as the warp's
+// plan. Adds sum_ij E_ij to `total`. Returns the factor that turns the stored numbers into E.
+// Beyond the last reference E is 0, because all numbers of such references are.
 template <class S>
 __device__ __forceinline__ float form_exchange(const StripParams& p, const Place& at,
                                                const Strip<S>& similarities, const Strip<S>& ds,
@@ -92,8 +92,8 @@ __device__ __forceinline__ float form_exchange(const StripParams& p, const Place
   return unit;
 }
 
-// dk_i = unit sum_j E_ij (y_j - k_i) of a strip, into the slot after its keys and to where it
-// belongs; returns the lane's share of sum_i k_i.dk_i.
+// dk_i = unit sum_j E_ij (y_j - k_i) of a strip, by way of the slot after its keys, to the tensor;
+// returns the lane's share of sum_i k_i.dk_i.
 template <class S>
 __device__ __forceinline__ float store_token_gradient(const StripParams& p, const Place& at,
                                                       int first, int slot,
@@ -131,15 +131,15 @@ __device__ __forceinline__ float store_token_gradient(const StripParams& p, cons
   return products;
 }
 
-// 1 / (epsilon bandwidth^2): ds S times this is what keys and references exchange.
+// 1 / (epsilon bandwidth^2), the factor of E = ds S in dk and dy.
 template <class S>
 __device__ __forceinline__ float of_similarity() {
   const Similarity<float>& similarity = shared_head<S>().similarity;
   return quotient(1.0f, similarity.epsilon * similarity.bandwidth * similarity.bandwidth);
 }
 
-// All of a strip that is left to do: the last step to be undone, then ds and dk; E is in the warp's
-// plan.
+// The last sweep for one strip: backward through step 1 (step 0 if T = 0), then ds and dk. Leaves E
+// in the warp's plan.
 template <class S>
 __device__ __forceinline__ void differentiate_strip(const StripParams& p, const Place& at,
                                                     const OwnTokens<S>& tokens, int slot,
@@ -166,7 +166,8 @@ __device__ __forceinline__ void differentiate_strip(const StripParams& p, const 
       store_token_gradient<S>(p, at, tokens.own - at.g, slot, plan, unit * of_similarity<S>());
 }
 
-// What dy is made of, to `partial` [M, D + 1], and sum_ij ds_ij s_ij and sum_i k_i.dk_i.
+// The last sweep. Stores the sums for dy in `partial` [M, D + 1], and sum_ij ds_ij s_ij and sum_i
+// k_i.dk_i in scalars.
 template <class S>
 __device__ __forceinline__ void sweep_of_gradients(const StripParams& p, const Place& at,
                                                    const Scales& scales, float* partial) {
@@ -198,8 +199,8 @@ __device__ __forceinline__ void sweep_of_gradients(const StripParams& p, const P
   }
 }
 
-// dy from its sums; that of the keys is added to that of the queries. Leaves y_j.dy_j for the
-// derivative by the bandwidth.
+// dy from its sums; the keys' dy is added to the queries'. Leaves y_j.dy_j for the derivative by
+// the bandwidth.
 template <class S>
 __device__ __forceinline__ void finish_reference_gradient(const StripParams& p, const Place& at,
                                                           bool accumulate, const float* partial) {

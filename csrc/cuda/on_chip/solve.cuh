@@ -4,33 +4,34 @@
 //
 //   u_i = a_i / sum_j K_ij v_j,   c_j = sum_i u_i K_ij,   v_j = b_j c_0 / c_j
 //
-// with a and b relative to their largest. K is at least 2^-46.2, so v lies within 2^-46 and 2^46,
-// sums over references within 2^-92 and M 2^46 and all else within float32's exponents, too,
-// wherever masses differ by less than 2^34. Else entries are scores, and steps are log-sum-exps.
+// with a and b divided by their largest entries. K is at least 2^-46.2, so v lies between 2^-46 and
+// 2^46 and sums over references between 2^-92 and M 2^46. If masses differ by less than 2^34, all
+// other numbers stay within float32's range too. Without factors, entries are scores and steps are
+// log-sum-exps.
 //
-// What is kept for backward is kept as in problem.cuh: potentials g relative to g_0, hence v_0 is
-// taken out of the rows.
+// Rows and columns are kept for backward as in problem.cuh, where potentials g are relative to g_0:
+// therefore v_0 is taken out of the rows.
 #pragma once
 
 #include "scores.cuh"
 
 namespace setformer::cuda::on_chip {
 
-// What a solve leaves. Where entries are factors: u_i, c_j and v_j; else their base-2 logarithms.
+// The result of a solve: u_i, c_j and v_j if entries are factors, else their base-2 logarithms.
 template <class S>
 struct Solution {
   OfTokens<S> tokens;
   Spread<S> columns;
   Spread<S> references;
-  float log_first;  // of v_0, of factors
+  float log_first;  // log2 v_0, if entries are factors
 };
 
 // The marginals: masses a_i in the warp's own shared memory, b_j spread over the warp.
 template <class S>
 struct Marginals {
-  Spread<S> references;  // b_j / the largest, or log2 b_j; 0, or -inf, beyond the last
-  float log_first;       // of b_0, in the same unit
-  float log_largest;     // what log2 of a_i is short of
+  Spread<S> references;  // b_j / the largest b, or log2 b_j; 0, or -inf, beyond the last
+  float log_first;       // log2 b_0, relative to the same number
+  float log_largest;     // log2 of the largest mass, to be added to log2 a_i
 };
 
 // b_j up to a constant; a mass that is not positive makes the head NaN.
@@ -43,7 +44,7 @@ __device__ __forceinline__ float reference_mass(const ForwardParams& p, int64_t 
   return x > 0.0f ? x : NAN;
 }
 
-// a_i up to a constant, likewise for a negative mass; 0 for a hidden token.
+// a_i up to a constant; 0 for a hidden token. A negative mass makes the head NaN.
 template <class S>
 __device__ __forceinline__ float token_mass(const Tokens<S>& tokens, int i, bool valid) {
   if (!valid) return 0.0f;
@@ -108,7 +109,7 @@ __device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Pl
   return marginals;
 }
 
-// Sums over the columns of entries: numbers, or log-sum-exps.
+// For sums over columns of entries, of numbers or of log-sum-exps.
 __device__ __forceinline__ float combined(float x, float y) { return x + y; }
 __device__ __forceinline__ LogSum<float> combined(LogSum<float> x, const LogSum<float>& y) {
   x.merge(y);
@@ -124,8 +125,8 @@ struct alignas(2 * sizeof(Sum)) Two {
   Sum x, y;
 };
 
-// From sums [8][2] of a lane's own rows to those of all rows, spread over the warp: halves of what
-// is left to add up change hands three times.
+// Turns sums [8][2] over a lane's own rows into sums over all rows, spread over the warp. Three
+// times each lane gives half of its sums to another lane and adds the half that it receives.
 template <class Sum>
 __device__ __forceinline__ Two<Sum> fold(const Place& at, Sum (&sums)[8][2]) {
 #pragma unroll
@@ -144,8 +145,8 @@ __device__ __forceinline__ Two<Sum> fold(const Place& at, Sum (&sums)[8][2]) {
   return {sums[0][0], sums[0][1]};
 }
 
-// The sums of all warps, in their order; `parity` changes from call to call, so that no warp
-// writes what another still reads.
+// Adds the sums of all warps, in the order of the warps. `parity` alternates between calls, so that
+// no warp overwrites what another still reads.
 template <class S, class Sum>
 __device__ __forceinline__ void add_warps(const Place& at, int parity,
                                           Two<Sum> (&sums)[S::kLanePairs]) {
@@ -166,8 +167,8 @@ __device__ __forceinline__ void add_warps(const Place& at, int parity,
   }
 }
 
-// The sums over all tokens of the head, spread over the warp; of(n, e) is a lane's own part of the
-// column e of its two in block n.
+// The sums over all tokens of the head, spread over the warp. of(n, e) is the lane's own part of
+// the sum for its column e (0 or 1) in block n.
 template <class S, class Sum, class Of>
 __device__ __forceinline__ void sum_columns(const Place& at, int parity, Of of,
                                             Two<Sum> (&totals)[S::kLanePairs]) {
@@ -184,7 +185,7 @@ __device__ __forceinline__ void sum_columns(const Place& at, int parity, Of of,
   add_warps<S>(at, parity, totals);
 }
 
-// sum_j K_ij v_j; 1 of a strip that is left out.
+// sum_j K_ij v_j; 1 for strips that the warp does not have.
 template <class S>
 __device__ __forceinline__ void sum_rows(const Tokens<S>& tokens, const Entries<S>& entries,
                                          const OfReferences<S>& factors, OfTokens<S>& sums) {
@@ -238,7 +239,7 @@ __device__ __forceinline__ void log_sum_rows(const Tokens<S>& tokens, const Entr
   }
 }
 
-// rows^t of the warp's tokens, for backward.
+// Stores rows^t of the warp's tokens for backward.
 template <class S>
 __device__ __forceinline__ void keep_rows(const Place& at, const Tokens<S>& tokens, int t,
                                           const OfTokens<S>& logarithms) {
@@ -256,7 +257,7 @@ __device__ __forceinline__ void keep_rows(const Place& at, const Tokens<S>& toke
   }
 }
 
-// columns^t, from the warp that is the first.
+// The first warp stores columns^t.
 template <class S>
 __device__ __forceinline__ void keep_columns(const Params& p, const Place& at, int t,
                                              const Spread<S>& logarithms) {
@@ -267,7 +268,7 @@ __device__ __forceinline__ void keep_columns(const Params& p, const Place& at, i
   });
 }
 
-// Before the first step: of references `value`, and `beyond` the last.
+// The state before the first step: `value` for each reference, `beyond` for those after the last.
 template <class S>
 __device__ __forceinline__ void begin(const Params& p, const Place& at, float value, float beyond,
                                       const float* masses, Solution<S>& solution) {
@@ -285,7 +286,7 @@ __device__ __forceinline__ void solve_by_factors(const Params& p, const Place& a
   const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
   begin<S>(p, at, 1.0f, 0.0f, masses, solution);
   const float scale = shared_head<S>().similarity.scale;
-  float& log_first = solution.log_first;  // in a step that of the step before
+  float& log_first = solution.log_first;  // during a step, the value of the step before
 #pragma unroll 1
   for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
     if (t > 0) {

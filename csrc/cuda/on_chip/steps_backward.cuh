@@ -16,7 +16,8 @@ __device__ __forceinline__ float potential(const StripParams& p, int64_t t, int 
          (log_two(reference_mass(p, head.b, head.h, 0)) - columns[0]);
 }
 
-// What step t knows of the references: gbar^t W^t, in the step that collects with eta; and G^{t-1}.
+// Stores the references' numbers for step t: gbar^t W^t (in the step that collects, (gbar^t + eta)
+// W^t) and G^{t-1}.
 template <class S>
 __device__ __forceinline__ void prepare_step(const StripParams& p, const Place& at, int64_t t,
                                              const Scales& scales) {
@@ -41,7 +42,7 @@ __device__ __forceinline__ void prepare_step(const StripParams& p, const Place& 
   }
 }
 
-// W_j H_ij of the side that collects: H = v dA^T from the values in a slot.
+// W_j H_ij of the side that collects; H = v dA^T, from the values in a slot.
 template <class S>
 __device__ __forceinline__ void weigh_values(const StripParams& p, const Place& at, int slot,
                                              const Scales& scales, Strip<S>& weighed) {
@@ -52,7 +53,8 @@ __device__ __forceinline__ void weigh_values(const StripParams& p, const Place& 
       });
 }
 
-// C / a, each row times a power of its own that `units` takes out again, as the operand of dA.
+// C / a as the first operand of the product with dA. For float16 each row is multiplied by a scale
+// of its own, which `units` corrects.
 template <class S>
 __device__ __forceinline__ void pack_collection(const Place& at, const Strip<S>& entries,
                                                 PackedStrip<S>& plan, float (&units)[2]) {
@@ -78,8 +80,8 @@ __device__ __forceinline__ void pack_collection(const Place& at, const Strip<S>&
   pack_strip<S>(weighed, plan);
 }
 
-// dv of a strip, from a U of the tokens, into the slot of its values and to where it belongs. Of dA
-// the rounded part alone: dv is rounded once more.
+// dv of a strip, from a U of the tokens, by way of the slot of its values, to the tensor. Uses only
+// the rounded part of dA, because dv is rounded anyway.
 template <class S>
 __device__ __forceinline__ void store_value_gradient(const StripParams& p, const Place& at,
                                                      int first, int slot, const Strip<S>& entries,
@@ -114,19 +116,21 @@ __device__ __forceinline__ void store_value_gradient(const StripParams& p, const
   __syncwarp();
 }
 
-// Only C / a of a token of little or no mass can be beyond any bound, and what follows from that.
+// Limits C / a of tokens of little or no mass, which can be arbitrarily large, and the numbers that
+// follow from it.
 __device__ __forceinline__ float bounded(float x) {
   constexpr float kMost = 1e30f;
   return x > kMost ? kMost : x < -kMost ? -kMost : x;
 }
 
-// What a step leaves of a lane's two tokens.
+// The results of a step for a lane's two tokens.
 struct Flows {
   float drawn[2];     // a U^{t-1}
   float adjoints[2];  // a U^{t-1} fhat^t
 };
 
-// fhat^t of a strip, from sums that lack U^{t-1}, to what follows from it.
+// The flows of step t of a strip, kept for t > 1, and fhat^t, added to the gradient of masses.
+// `sums` still lack the factor U^{t-1}.
 template <class S>
 __device__ __forceinline__ void keep_flows(const Place& at, int64_t t, int64_t last,
                                            const OwnTokens<S>& tokens, float largest,
@@ -149,8 +153,8 @@ __device__ __forceinline__ void keep_flows(const Place& at, int64_t t, int64_t l
   }
 }
 
-// Step t of a strip, from which gbar^{t-1} follows; the one that collects takes W_j H_ij, too, and
-// writes dv in place of the values in the slot.
+// Step t of a strip, from which gbar^{t-1} follows. The step that collects also uses W_j H_ij, and
+// writes dv over the values in the slot.
 template <class S>
 __device__ __forceinline__ void step_backward(const StripParams& p, const Place& at, int64_t t,
                                               const OwnTokens<S>& tokens, int slot,
@@ -176,7 +180,7 @@ __device__ __forceinline__ void step_backward(const StripParams& p, const Place&
   keep_flows<S>(at, t, p.iterations, tokens, scales.largest, factors, sums, flows);
 }
 
-// A step that is not the last to be undone: its flows, and gbar^{t-1}.
+// A sweep for step t > 1: its flows, and gbar^{t-1}.
 template <class S>
 __device__ __forceinline__ void sweep_of_step(const StripParams& p, const Place& at, int64_t t,
                                               const Scales& scales) {

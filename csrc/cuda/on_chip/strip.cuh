@@ -1,12 +1,12 @@
-// A strip of 16 tokens at a time, against all references: what backward is made of.
+// Backward works on a strip of 16 tokens at a time, against all references.
 //
-// In a round each warp of a block takes a strip of its own. Rows of tokens come into the warp's
-// slots while those of the round before are worked on. Entries against the references are formed
-// anew in each sweep over the tokens, as accumulators (shape.cuh). Sums over the tokens are made by
-// products, in which a warp owns some of the references: it reads the strips of all warps.
+// In a round each warp of a block takes a strip of its own. Rows of the next round's tokens are
+// copied into the warp's slots meanwhile. Entries against the references are computed again in each
+// sweep over the tokens, as accumulators (shape.cuh). Sums over the tokens are products, in which
+// each warp owns some of the references and reads the strips of all warps.
 #pragma once
 
-#include "../gradients.cuh"
+#include "../gradient_tensors.cuh"
 #include "averages.cuh"
 
 namespace setformer::cuda::on_chip {
@@ -19,18 +19,18 @@ using Strip = float[S::kBlocks][4];
 template <class S>
 using PackedStrip = uint32_t[S::kPairs][4];  // as the first operand of products
 
-inline constexpr int kSlots = 3;              // of a round: keys and two more
-inline constexpr int kColumns = 16 * kBands;  // of a group, that products take at once
+inline constexpr int kSlots = 3;              // slots of a round: keys and two other tensors
+inline constexpr int kColumns = 16 * kBands;  // columns of a group, which products take at once
 inline constexpr int kMostGroups = 2;
-inline constexpr int kMostSteps = 256;  // of which shared memory has numbers of the references
-// Sums that a warp keeps of its references: 16 of them by kColumns each.
+inline constexpr int kMostSteps = 256;  // the largest T: shared memory has numbers of each step
+// Tiles of sums that a warp keeps: each 16 references by kColumns columns.
 template <class S>
 inline constexpr int kUnits = S::kWarps == 1 ? 4 : 2;
 
 struct StripSizes {
   int groups, value_groups;  // of kColumns columns
-  int pitch;                 // elements from row to row: they start in different banks
-  int units;                 // of sums over the tokens, of references by columns of either kind
+  int pitch;                 // elements from row to row, so that rows start in different banks
+  int units;                 // tiles of sums over the tokens, as kUnits counts them
   int references, pooled, pooled_gradient, plan, rows, steps;  // where these begin, in bytes
   int total;
 };
@@ -40,7 +40,8 @@ struct StripParams : BackwardParams {
   StripSizes sizes;
 };
 
-// A block's shared memory: after Memory's up to the columns, in bytes from its start,
+// A block's shared memory, in bytes from its start: the first parts of Memory, up to the columns,
+// then
 //
 //   gradients        GradientTensors
 //   eta              [kReferences]                  float
@@ -94,11 +95,11 @@ template <class S>
 __device__ __forceinline__ GradientTensors<typename S::Storage>& shared_gradients() {
   return *shared_at<GradientTensors<typename S::Storage>>(StripMemory<S>::kGradients);
 }
-// Numbers of the references that a lane has in its accumulators: pair 4 n + c is of block n.
+// The numbers of the references in a lane's accumulators: pair 4 n + c belongs to block n.
 __device__ __forceinline__ const float2* pairs_at(int offset, const Place& at) {
   return shared_at<float2>(offset) + at.c;
 }
-// What step t knows of the references: `which` 0 goes with C^t, 1 with R^{t-1}.
+// Where the references' numbers of step t begin: `which` = 0 for C^t, 1 for R^{t-1}.
 template <class S>
 __device__ __forceinline__ int step_offset(const StripParams& p, int64_t t, int which) {
   const int step = int(t > 0 ? t - 1 : 0);
@@ -114,7 +115,7 @@ __device__ __forceinline__ int slot_offset(const StripParams& p, int warp, int r
   return p.sizes.rows + ((warp * 2 + round % 2) * kSlots + slot) * slot_bytes(p);
 }
 
-// Starts copying 16 rows from `first` on into a slot, 0 where a row's bit is not set.
+// Starts copying 16 rows, from `first` on, into a slot; rows whose bit in `valid` is 0 become 0.
 template <class Storage>
 __device__ __forceinline__ void stage_strip(const StripParams& p, const Place& at,
                                             const Rows<Storage>& rows, int first, uint32_t valid,
@@ -147,7 +148,7 @@ __device__ __forceinline__ void stage_strip(const StripParams& p, const Place& a
   }
 }
 
-// The rows of a slot to where they belong.
+// Stores the rows of a slot in their tensor.
 template <class Storage>
 __device__ __forceinline__ void store_strip(const StripParams& p, const Place& at,
                                             const Rows<Storage>& rows, int first, int slot) {

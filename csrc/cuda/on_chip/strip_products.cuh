@@ -6,8 +6,9 @@
 
 namespace setformer::cuda::on_chip {
 
-// Where a lane's ldmatrix reads a 16 x 16 tile of rows: matrices are rows 0 to 7 and 8 to 15 of
-// columns 0 to 7 and then of 8 to 15; `by_columns` ones the other way round.
+// The address that a lane gives to ldmatrix for a 16 x 16 tile of rows. The four matrices are rows
+// 0 to 7 and 8 to 15 at columns 0 to 7, then both at columns 8 to 15; with `by_columns` first both
+// column ranges of rows 0 to 7, then those of rows 8 to 15.
 __device__ __forceinline__ uint32_t tile_matrices(const Place& at, int offset, int pitch,
                                                   bool by_columns) {
   const int matrix = at.lane / 8, line = at.lane % 8;
@@ -16,7 +17,8 @@ __device__ __forceinline__ uint32_t tile_matrices(const Place& at, int offset, i
   return shared_address(offset) + kElement * ((8 * down + line) * pitch + 8 * right);
 }
 
-// visit(entry, number of its reference, which of the two tokens); numbers as pairs_at gives them.
+// Calls visit(entry, number of its reference, which of the two tokens); `numbers` come from
+// pairs_at.
 template <int blocks, class Number, class Visit>
 __device__ __forceinline__ void for_each_with(Number (&strip)[blocks][4], const float2* numbers,
                                               Visit visit) {
@@ -28,8 +30,8 @@ __device__ __forceinline__ void for_each_with(Number (&strip)[blocks][4], const 
   }
 }
 
-// x_i.z_j of a slot's rows x and the rows z of an operand, [16 kPairs] of each of its parts, whose
-// sum z is; with `squares` also |x_i|^2 from the diagonal of x x^T.
+// x_i.z_j of a slot's rows x and an operand's rows z. z is the sum of the operand's parts, of 16
+// kPairs rows each. With `squares` also |x_i|^2, from the diagonal of x x^T.
 template <class S, int parts>
 __device__ __forceinline__ void multiply_by_rows(const StripParams& p, const Place& at, int slot,
                                                  int operand, int groups, Strip<S>& products,
@@ -48,7 +50,7 @@ __device__ __forceinline__ void multiply_by_rows(const StripParams& p, const Pla
     for (int b = 0; b < kBands; ++b) {
       load_matrices<false>(x[b], rows + 16 * kElement * b);
       if (squares == nullptr) continue;
-      // as the other operand x has the same matrices, of tokens 0 to 7 and of 8 to 15
+      // x as the second operand consists of the same matrices, for tokens 0 to 7 and 8 to 15
       multiply_block<Storage>(upper, x[b], x[b][0], x[b][2]);
       multiply_block<Storage>(lower, x[b], x[b][1], x[b][3]);
     }
@@ -71,7 +73,7 @@ __device__ __forceinline__ void multiply_by_rows(const StripParams& p, const Pla
   (*squares)[1] = __shfl_sync(kFullWarp, at.g % 2 ? lower[3] : lower[2], source);
 }
 
-// Sums [16, kColumns] of tokens: plan_ij z_j, of a packed strip and an operand's rows z.
+// sum_j plan_ij z_j [16, kColumns] for the tokens of a packed strip and an operand's rows z.
 template <class S>
 __device__ __forceinline__ void multiply_by_references(const StripParams& p, const Place& at,
                                                        const PackedStrip<S>& plan, int operand,
@@ -91,7 +93,7 @@ __device__ __forceinline__ void multiply_by_references(const StripParams& p, con
   }
 }
 
-// Rounded to the storage type; no numbers beyond the last block.
+// Rounds a strip to the storage type; 0 beyond the last block.
 template <class S>
 __device__ __forceinline__ void pack_strip(const Strip<S>& strip, PackedStrip<S>& packed) {
   using Storage = typename S::Storage;
@@ -106,7 +108,7 @@ __device__ __forceinline__ void pack_strip(const Strip<S>& strip, PackedStrip<S>
   }
 }
 
-// To the warp's own plan.
+// Stores a packed strip as the warp's own plan.
 template <class S>
 __device__ __forceinline__ void store_plan(const StripParams& p, const Place& at,
                                            const PackedStrip<S>& packed) {
@@ -122,15 +124,15 @@ __device__ __forceinline__ void store_plan(const StripParams& p, const Place& at
   }
 }
 
-// Sums over the tokens, [units of the warp][tiles of 16 references by 8 columns], and of the plan
-// alone, in all columns of a tile.
+// Sums over the tokens, [units of the warp][tiles of 16 references by 8 columns], and `ones`, the
+// sums of the plan itself, the same in all columns of a tile.
 template <class S>
 struct OfUnits {
   float sums[kUnits<S>][2 * kBands][4] = {};
   float ones[kUnits<S>][4] = {};
 };
 
-// The units of a warp: visit(its number in OfUnits, first reference, first column).
+// Calls visit(number in OfUnits, first reference, first column) for each unit of a warp.
 template <class S, class Visit>
 __device__ __forceinline__ void for_each_unit(const Place& at, int groups, Visit visit) {
 #pragma unroll
@@ -140,8 +142,8 @@ __device__ __forceinline__ void for_each_unit(const Place& at, int groups, Visit
   }
 }
 
-// Adds sum_i plan_ij x_i over the strips of all warps, whose rows x are in a slot of theirs.
-// Between two barriers.
+// Adds sum_i plan_ij x_i over the strips of all warps; each warp has the rows x of its strip in
+// `slot`. The caller puts a barrier before and after.
 template <class S, bool with_ones>
 __device__ __forceinline__ void sum_over_tokens(const StripParams& p, const Place& at, int round,
                                                 int slot, int groups, OfUnits<S>& of) {
@@ -182,7 +184,7 @@ __device__ __forceinline__ void sum_over_tokens(const StripParams& p, const Plac
   });
 }
 
-// visit(reference, column, sum) of those of a warp's sums that are a lane's.
+// Calls visit(reference, column, sum) for the sums that a lane holds.
 template <class S, class Visit>
 __device__ __forceinline__ void for_each_sum(const StripParams& p, const Place& at, int groups,
                                              const OfUnits<S>& of, Visit visit) {
@@ -197,7 +199,7 @@ __device__ __forceinline__ void for_each_sum(const StripParams& p, const Place& 
     }
   });
 }
-// visit(reference, sum), of the plan alone.
+// Calls visit(reference, sum) for the sums of the plan itself.
 template <class S, class Visit>
 __device__ __forceinline__ void for_each_one(const StripParams& p, const Place& at, int groups,
                                              const OfUnits<S>& of, Visit visit) {
@@ -210,7 +212,7 @@ __device__ __forceinline__ void for_each_one(const StripParams& p, const Place& 
   });
 }
 
-// Similarities with all references of the strip in a slot.
+// The similarities of the strip in a slot with all references.
 template <class S>
 __device__ __forceinline__ void form_strip(const StripParams& p, const Place& at, int first,
                                            int slot, Strip<S>& similarities) {

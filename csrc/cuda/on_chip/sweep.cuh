@@ -1,21 +1,21 @@
-// A sweep over the tokens of one side: what each strip is worked on with, and sums of all strips.
+// A sweep over the tokens of one side: the data of each strip, and sums over all strips.
 #pragma once
 
 #include "strip_products.cuh"
 
 namespace setformer::cuda::on_chip {
 
-// What all tokens share.
+// Numbers that all tokens share.
 struct Scales {
-  float unit;     // dA divided by its operand: a power of two
-  float largest;  // of the masses
+  float unit;     // dA is its operand times this power of two
+  float largest;  // the largest mass
 };
 
-// What a sweep knows of a lane's two tokens of a strip.
+// A lane's two tokens of a strip.
 template <class S>
 struct OwnTokens {
   int own;        // token g of the strip; g + 8 is the other
-  uint32_t bits;  // of the strip's tokens, which are valid, from token g on
+  uint32_t bits;  // a bit for each of the strip's tokens from g on: is it valid?
 
   __device__ __forceinline__ OwnTokens(const Place& at, int first, uint32_t valid)
       : own(first + at.g), bits(valid >> at.g) {}
@@ -32,7 +32,7 @@ struct OwnTokens {
       factors[half] = valid(half) ? power_of_two(head.similarity.scale - row) : 0.0f;
     }
   }
-  // a U^t, with a relative to the largest.
+  // a U^t, with a divided by the largest mass.
   __device__ __forceinline__ void drawn(const float (&factors)[2], float largest,
                                         float (&drawn)[2]) const {
     const auto& head = shared_head<S>();
@@ -50,7 +50,7 @@ struct OwnTokens {
   }
 };
 
-// The largest over the block, or the sum, of a number of each thread's.
+// Combines a number of each thread over the block, to the largest or the sum.
 template <class S, class Combine>
 __device__ __forceinline__ float of_block(const Place& at, float x, Combine combine) {
   x = across_lanes<32>(x, combine);
@@ -84,8 +84,9 @@ __device__ __forceinline__ uint32_t valid_tokens(const Place& at, int first) {
   return __ballot_sync(kFullWarp, at.lane < 16 && shared_head<S>().tokens.valid(first + at.lane));
 }
 
-// Calls visit(round, tokens, offset of slot 0, similarities) with a strip a warp; what lies beyond
-// the last token is 0. Keys are in slot 0, rows `first` and `second`, where given, in the others.
+// Calls visit(round, tokens, offset of slot 0, similarities), for a strip per warp in each round;
+// rows beyond the last token are 0. Slot 0 holds the keys; slots 1 and 2 the rows `first` and
+// `second`, if given.
 template <class S, class Visit>
 __device__ __forceinline__ void sweep(const StripParams& p, const Place& at,
                                       const Rows<typename S::Storage>* first,
@@ -136,8 +137,8 @@ __device__ __forceinline__ void add_to_columns(const Strip<S>& entries, const fl
   }
 }
 
-// A lane's share of sums over the tokens to the sums in `totals`; the caller lets the warps meet,
-// so that these sums have one room.
+// Adds up the lanes' shares of sums over the tokens, into `totals`. The caller must call meet()
+// before they are read, and before the next such call, which uses the same memory.
 template <class S>
 __device__ __forceinline__ void add_columns(const Place& at, const OfReferences<S>& columns) {
   Two<float> totals[S::kLanePairs];

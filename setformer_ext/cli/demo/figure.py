@@ -49,7 +49,7 @@ def draw_curves(
             xticklabels=[f"{length:,}" for length in LENGTHS],
         )
         time_axes.minorticks_off()
-        # Names of classes may hold dollar signs, so no text is read as mathematics: 100, not 10^2.
+        # Ticks say 100, not 10^2: no text is read as mathematics, because class names may hold "$".
         time_axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         time_axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         for (name, history), colour in zip(histories.items(), CURVE_COLOURS, strict=False):
@@ -147,7 +147,7 @@ def _most_telling_head(model: Classifier, pictures: Tensor) -> tuple[int, int, T
 
 
 def _glow(grey: Tensor, strength: Tensor, colour: Tensor) -> Tensor:  # [S, S, 1], [N], [N, 3]
-    """A dim grey image under coloured light, of one strength and colour per token."""
+    """A dim grey image under coloured light, with a strength and a colour for each token."""
     light = (strength / strength.max()).unsqueeze(-1) * colour
     return 0.35 * grey + 0.9 * resized(light.mT.unflatten(1, GRID), SHOWN_SIZE, "nearest")
 
@@ -158,7 +158,7 @@ def _show(axes: Axes, picture: Tensor) -> None:  # [S, S, 3]
 
 
 def _smooth(values: list[float]) -> np.ndarray:
-    """Running mean over a twentieth of the training; at the start, over what there is."""
+    """Running mean over a twentieth of the training; at the start, over the steps so far."""
     window = max(1, len(values) // 20)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     last = np.arange(1, len(values) + 1)

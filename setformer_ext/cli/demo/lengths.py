@@ -1,4 +1,4 @@
-"""What the method is for: the time of attention alone, forward and backward, as sequences grow."""
+"""The time of attention alone, forward and backward, as sequences grow."""
 
 from __future__ import annotations
 

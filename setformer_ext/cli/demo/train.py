@@ -30,7 +30,7 @@ class History:
 
     losses: list[float] = field(default_factory=list)  # one per step
     tested_at: list[int] = field(default_factory=list)  # steps
-    accuracies: list[float] = field(default_factory=list)  # on the test set, then
+    accuracies: list[float] = field(default_factory=list)  # on the test set, at those steps
     seconds: list[float] = field(default_factory=list)  # one per step
 
     @property

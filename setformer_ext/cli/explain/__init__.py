@@ -61,12 +61,12 @@ def run(options: argparse.Namespace) -> None:
     """Draw the references of the chosen layer."""
     from .picture import SUFFIXES
 
-    if options.text is None and options.image is None:  # the only file given was taken for RUN
+    if options.text is None and options.image is None:  # the one file given was read as RUN
         options.training, options.image = None, options.training
         if options.image is None or options.image.is_dir():
             raise UserError("expected an IMAGE after RUN, or --text for a language encoder")
     if options.training is None and options.checkpoint is None and options.model is not None:
-        folder = Path(options.model)  # --model may name a folder, which then is the RUN
+        folder = Path(options.model)  # --model may name a folder, then used as RUN
         if folder.is_dir():
             options.training, options.model = folder, None
     if options.output.suffix[1:] not in SUFFIXES:
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _explain_image(options: argparse.Namespace) -> str:
-    """Draw them over an image; returns what was drawn."""
+    """Draw the references over an image; returns what was drawn, in words."""
     from ..images import read_image
     from .picture import draw_references
     from .plans import choose_head
@@ -99,12 +99,12 @@ def _explain_image(options: argparse.Namespace) -> str:
 
 
 def _look(options: argparse.Namespace, image: Image.Image) -> tuple[Layer, str]:
-    """What a layer of the network that sees an image does, and what to call it."""
+    """What a layer of a network does with an image, and the layer's name."""
     from .plans import find_attention, observe
 
     run = options.training
     saved = run is not None and (run / "config.json").is_file()
-    if saved and not (run / "card.json").is_file():  # by transformers, and no training of images
+    if saved and not (run / "card.json").is_file():  # saved by transformers, not by a training
         from .encoders import observe_image
 
         if options.stage is not None or options.block is not None:
@@ -136,7 +136,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
 
 
 def _explain_text(options: argparse.Namespace) -> str:
-    """Draw them over the words of a text; returns what was drawn."""
+    """Draw the references over the words of a text; returns what was drawn, in words."""
     from .sentence import explain_sentence
 
     if options.training is None and options.checkpoint is None and options.model is not None:

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def load_encoder(folder: Path) -> PreTrainedModel:
-    """A saved model without its head, in eval mode; SeT attention where it was saved with that.
+    """A saved model without its head, in eval mode; with SeT attention if it was saved with that.
 
     Raises:
         UserError: if there is none, or its references were not saved with it.
     """
-    logging.set_verbosity_error()  # of the heads that the encoder is taken from
+    logging.set_verbosity_error()  # no warnings about the head that is left out
     logging.disable_progress_bar()
     language.register()
     try:
@@ -58,7 +58,7 @@ def load_encoder(folder: Path) -> PreTrainedModel:
 def find_layer(
     model: PreTrainedModel, layer: int, folder: Path
 ) -> tuple[SetAttention | References, str]:
-    """The attention of a layer, from 1 or from -1 for the last, and what to call it.
+    """The attention of a layer (from 1, or -1 for the last), and the layer's name.
 
     Raises:
         UserError: if there is no such layer, or none has references.
@@ -75,7 +75,7 @@ def find_layer(
 
 
 def require_input(model: PreTrainedModel, name: str, other: str) -> None:
-    """Raises UserError for a model that reads something else than the input of that name."""
+    """Raises UserError for a model whose main input has another name."""
     if model.main_input_name != name:
         raise UserError(
             f"{type(model).__name__} reads {model.main_input_name}, not {name}; expected {other}"
@@ -83,10 +83,10 @@ def require_input(model: PreTrainedModel, name: str, other: str) -> None:
 
 
 def observe_image(folder: Path, layer: int, image: Image.Image) -> tuple[Layer, str]:
-    """What a layer of a vision encoder does with the patches of an image, and what to call it.
+    """What a layer of a vision encoder does with the patches of an image, and the layer's name.
 
     Raises:
-        UserError: if there is no such encoder or layer, or it does not split images in patches.
+        UserError: if there is no such encoder or layer, or it does not split images into patches.
     """
     model = load_encoder(folder)
     require_input(model, "pixel_values", "a --text")
@@ -105,7 +105,7 @@ def observe_image(folder: Path, layer: int, image: Image.Image) -> tuple[Layer, 
             f"{folder}: expected a model with a token for each patch of an image, got "
             f"{plans.shape[1]} tokens for {patches} patches"
         )
-    # Tokens without a place, as [CLS], come first.
+    # Tokens without a place, such as [CLS], come first.
     plans = normalised(plans[:, plans.shape[1] - patches :])
     covered = (grid[0] * sides[0], grid[1] * sides[1])
     return Layer(plans, grid, seen, covered), name
@@ -135,6 +135,6 @@ def _prepare(folder: Path, config: Any, image: Image.Image) -> tuple[Tensor, Ten
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width, which configurations give as one number where they are the same."""
+    """Height and width; configurations may give one number for both."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width

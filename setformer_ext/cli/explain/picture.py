@@ -35,7 +35,7 @@ def draw_references(
 ) -> None:
     """References that cover the image, each over the tokens that it draws from.
 
-    The panel before them shows every token in the colour of the reference that it gives most to.
+    The first panel shows every token in the colour of the reference to which it gives most.
 
     Args:
         image: what the network saw.
@@ -53,7 +53,7 @@ def draw_references(
     mass = plan.sum(0) / plan.sum()  # [M]
     with style(background, [layer]) as theme:
         shown = covering_references(plan, len(theme.colours))
-        # Light on black; on white the same with black and white exchanged, ink instead of light.
+        # Light on black; on white, ink: the same with black and white exchanged.
         flip = (lambda x: 1 - x) if background == "light" else (lambda x: x)
         colours = dict(zip(shown, (flip(_rgb(name)) for name in theme.colours), strict=False))
         image = resized(image, size, "bicubic")
@@ -83,7 +83,7 @@ def draw_references(
 
 
 def _light(drawn: Tensor) -> Tensor:  # [N] -> [N]
-    """In [0, 1]; a few tokens that give many times what others do shall not leave those dark."""
+    """Brightness in [0, 1], limited so that a few tokens with much mass leave the rest visible."""
     brightest = torch.maximum(drawn.quantile(0.99), drawn.max() / 4)
     return (drawn / brightest).clamp(max=1)
 

@@ -31,7 +31,7 @@ class Layer:
     covered: tuple[float, float]  # height and width of the tokens, in pixels of what was seen
 
     def without_padding(self, height: int, width: int) -> Layer:
-        """The upper left part of so many pixels, and the tokens that show some of it."""
+        """The upper left part, height x width pixels, and the tokens that cover some of it."""
         token = [side / count for side, count in zip(self.covered, self.grid, strict=True)]
         rows, columns = math.ceil(height / token[0]), math.ceil(width / token[1])
         plans = self.plans.unflatten(1, self.grid)[:, :rows, :columns].flatten(1, 2)
@@ -41,12 +41,12 @@ class Layer:
 
 
 def normalised(plans: Tensor) -> Tensor:  # [H, N, M]
-    """Plans of some of the tokens as plans of their own: of mass 1."""
+    """Plans of some of the tokens, scaled to mass 1."""
     return plans / plans.sum((1, 2), keepdim=True).clamp_min(1e-30)
 
 
 def find_attention(model: nn.Module, stage: int, block: int) -> tuple[SetAttention, str]:
-    """The attention of a block and what to call it, wherever in the model its backbone is.
+    """The attention of a block and its name, wherever in the model the backbone is.
 
     Args:
         model: the backbone, or anything around it: a detector, a segmenter, a timm feature list.
@@ -73,11 +73,11 @@ def find_attention(model: nn.Module, stage: int, block: int) -> tuple[SetAttenti
 
 
 def choose_head(plans: Tensor, head: int | None, layer: str) -> tuple[Tensor, str]:  # [H, N, M]
-    """The plan [N, M] of the head that was asked for, from 1, or else of the one whose plan tells
-    most; and what to call that head of a layer of that name.
+    """The plan [N, M] of a head: of the given one (from 1), or of the one whose plan tells most;
+    and the name of that head of the layer.
 
     Raises:
-        UserError: for a head that there is not.
+        UserError: if there is no such head.
     """
     if head is not None and not 1 <= head <= len(plans):
         raise UserError(f"--head must be from 1 to {len(plans)} in this layer, got {head}")
@@ -86,10 +86,10 @@ def choose_head(plans: Tensor, head: int | None, layer: str) -> tuple[Tensor, st
 
 
 def choose_block(option: str, number: int, count: int, where: str = "") -> int:
-    """One of so many blocks or layers, from 0; given from 1, or from -1 for the last.
+    """The index (from 0) of the block or layer that an option names (from 1, or -1 for the last).
 
     Raises:
-        UserError: for one that there is not; it names the option.
+        UserError: if there is none of that number; names the option.
     """
     if not 1 <= abs(number) <= count:
         raise UserError(
@@ -101,10 +101,10 @@ def choose_block(option: str, number: int, count: int, where: str = "") -> int:
 
 @torch.no_grad()
 def first_calls(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[Call]:
-    """What each of the modules is first called with while ``forward`` runs.
+    """The arguments of the first call of each module while ``forward`` runs.
 
     Raises:
-        UserError: if ``forward`` leaves one out.
+        UserError: if ``forward`` does not call one of them.
     """
     calls: dict[nn.Module, Call] = {}
 
@@ -124,16 +124,16 @@ def first_calls(modules: Sequence[nn.Module], forward: Callable[[], object]) -> 
 
 @torch.no_grad()
 def plans_of(attention: SetAttention | References, call: Call) -> Tensor:  # [H, N, M]
-    """The plans of an attention for the first sequence that it was called with."""
+    """The plans of an attention for the first sequence of a call."""
     arguments, options = call
     return attention.transport_plan(*arguments, **options)[0].float().cpu()
 
 
 def observe(model: nn.Module, attention: SetAttention, forward: Callable[[], object]) -> Layer:
-    """Run ``forward``, which calls ``model`` on one image, and take what ``attention`` did.
+    """Run ``forward``, which calls ``model`` on one image, and return what ``attention`` did.
 
     Raises:
-        UserError: if ``forward`` does not come by.
+        UserError: if ``forward`` does not call the attention.
     """
     stem = next(module for module in model.modules() if isinstance(module, TokenEmbedding))
     image, tokens = first_calls([stem, attention], forward)

@@ -72,7 +72,7 @@ def explain_sentence(
 
 
 def _words(text: str, encoding: Any) -> tuple[list[str], Tensor]:
-    """The words and special tokens, and of which of them each token is a part, [N]."""
+    """The words and special tokens, and for each token the word that it is a part of, [N]."""
     words: list[str] = []
     of_word: list[int] = []
     before: int | None = None

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answer about all that is given and can be read."""
+    """Answer about everything that is given and can be read."""
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold must be from 0 to 1, got {options.threshold}")
     if sum(bool(given) for given in (options.images, options.text, options.data)) != 1:
@@ -94,5 +94,5 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    # File names that are not UTF-8 stay what they are.
+    # File names that are not UTF-8 are written as they are.
     path.write_text(text, encoding="utf-8", errors="surrogateescape")

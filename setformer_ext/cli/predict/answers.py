@@ -38,9 +38,9 @@ class ImageAnswer(Answer):
     classes: list[str]
 
     def mask(self) -> Image.Image | None:
-        """What is said of each pixel, as a grey image of the image's size; None for nothing.
+        """What is said about each pixel, as a grey image of the image's size; None if nothing is.
 
-        Values are of 8 bits, of 16 where there are more than 255.
+        Values have 8 bits, or 16 if there are values above 255.
         """
         return None
 
@@ -50,7 +50,7 @@ class Classification(ImageAnswer):
     """The most likely classes, the likeliest first."""
 
     classes: list[str]
-    probabilities: Tensor  # [K], falling
+    probabilities: Tensor  # [K], descending
 
     def text(self) -> str:
         return _shares(self.classes, self.probabilities.tolist())
@@ -67,7 +67,7 @@ class Detection(ImageAnswer):
     classes: list[str]  # all that the model knows
     boxes: Tensor  # [K, 4], x0, y0, x1, y1 in pixels
     labels: Tensor  # [K] int64, indices into classes
-    scores: Tensor  # [K], falling
+    scores: Tensor  # [K], descending
     masks: Tensor | None  # [K, H, W] bool
     best: tuple[str, float] | None = None  # the surest class and its score, if there are no objects
 
@@ -80,7 +80,7 @@ class Detection(ImageAnswer):
         return found or self.nothing()
 
     def nothing(self) -> str:
-        """That there are no objects, and what came next to one."""
+        """Says that nothing was found, and which class had the best score."""
         if self.best is None:
             return "nothing found"
         name, score = self.best
@@ -103,7 +103,8 @@ class Detection(ImageAnswer):
         return {"objects": objects, "best": {"name": name, "score": score}}
 
     def mask(self) -> Image.Image | None:
-        """The number of the object, 1 for the first and surest, which covers the others; or 0."""
+        """The number of the object at each pixel: 1 for the first and surest, which covers others;
+        0 for none."""
         if self.masks is None:
             return None
         numbers = np.zeros(self.masks.shape[1:], dtype=np.int64)
@@ -151,7 +152,7 @@ class Segmentation(ImageAnswer):
 
 @dataclass
 class Number(Answer):
-    """How similar two texts are, say."""
+    """A number, such as how similar two texts are."""
 
     value: float
 
@@ -166,9 +167,9 @@ class Number(Answer):
 class Filling(Answer):
     """The most likely words in place of each mask, the likeliest first."""
 
-    filled: str  # the text with the likeliest
+    filled: str  # the text with the likeliest words
     words: list[list[str]]  # [masks][K]
-    probabilities: Tensor  # [masks, K], falling
+    probabilities: Tensor  # [masks, K], descending
 
     def text(self) -> str:
         return "\n  ".join([self.filled, *map(_shares, self.words, self.probabilities.tolist())])
@@ -186,7 +187,7 @@ class Filling(Answer):
 def as_csv(answers: list[dict[str, Any]]) -> str:
     """A table of answers in JSON's types, a row for each class, object or word, one at least.
 
-    What is said of the whole is repeated before each of its parts; coordinates come one by one.
+    Columns about the whole are repeated for each of its parts; each coordinate has a column.
     """
     rows: list[dict[str, Any]] = []
     for answer in answers:

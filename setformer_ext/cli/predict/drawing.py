@@ -1,5 +1,5 @@
-"""The pictures of what a model says about an image, with themes, legends and names in any script,
-which torchvision.utils, that draws into pixels, has not."""
+"""Pictures of a model's answer about an image, with themes, legends and names in any script, which
+torchvision.utils does not have, because it draws into pixels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PANEL = 7.0  # inches of the image's longer side
 BARS = 6.0  # inches of the bars beside it
 DPI = 120
 TITLE = 14  # points
-LARGEST = 1680  # pixels of its longer side, which is all that a picture can show
+LARGEST = 1680  # pixels of its longer side; a picture cannot show more
 Colour = tuple[float, float, float]
 BRIGHT = [to_rgb(colour) for colour in COLOURS]
 PALETTE = [*BRIGHT, *((red / 2, green / 2, blue / 2) for red, green, blue in BRIGHT)]
-REST = to_rgb("#777777")  # of the classes beyond the palette
-FRAME = "#777777"  # seen on black and on white
+REST = to_rgb("#777777")  # for classes beyond the palette
+FRAME = "#777777"  # visible on black and on white
 NAME_WIDTH = 3.2  # inches
 
 
@@ -84,7 +84,7 @@ def _draw_detection(answer: Detection, image: Image.Image, name: str) -> Figure:
         )
         text = f"{_short(answer.classes[label])} {score:.0%}"
         needed = 1.1 * width(text, 8) / scale  # pixels
-        if needed > min(2 * (x1 - x0), image.width):  # it would hide the neighbours
+        if needed > min(2 * (x1 - x0), image.width):  # the name would hide the neighbours
             continue
         at_the_top = scale * y0 < 0.2
         axes.text(
@@ -129,15 +129,15 @@ def _panels(image: Image.Image, count: int) -> tuple[Figure, np.ndarray]:
 
 
 def _inches(image: Image.Image, longer: float) -> tuple[float, float]:
-    """Width and height in which the longer side has that length, and the other at least 1."""
+    """Width and height such that the longer side has that length, and the other is at least 1."""
     width, height = (max(longer * side / max(image.size), 1.0) for side in image.size)
     return width, height
 
 
 def _colours(classes: int, found: list[int]) -> dict[int, Colour]:
-    """A colour for each class found: always the same one if there are few enough classes.
+    """A colour for each class found. With few enough classes a class always has the same colour.
 
-    Else those found first have their own, and the others share one.
+    With more, the classes found first have colours of their own, and the others share one.
     """
     ranked = range(classes) if classes <= len(PALETTE) else dict.fromkeys(found)
     colours = dict(zip(ranked, PALETTE, strict=False))
@@ -145,7 +145,7 @@ def _colours(classes: int, found: list[int]) -> dict[int, Colour]:
 
 
 def _legend(figure: Figure, names: list[str], colours: list[Colour]) -> None:
-    """Below the images; classes without a colour of their own are counted only."""
+    """The legend below the images; it only counts classes without a colour of their own."""
     if not names:
         return
     own = [pair for pair in zip(names, colours, strict=True) if pair[1] != REST]
@@ -166,7 +166,7 @@ def _legend(figure: Figure, names: list[str], colours: list[Colour]) -> None:
 
 
 def _reduced(image: Image.Image) -> tuple[np.ndarray, int]:  # [H, W, 3] in [0, 1]
-    """An image of no more pixels than can be seen, and how many of its own make one of those."""
+    """An image with no more pixels than can be seen, and how many original pixels make one."""
     step = -(-max(image.size) // LARGEST)
     return np.asarray(image.reduce(step)) / 255.0, step
 

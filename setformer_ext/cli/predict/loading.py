@@ -1,4 +1,4 @@
-"""What a training left behind, as something to ask about images or texts."""
+"""Loads the output of a training, to ask the model about images or texts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_run(folder: Path) -> Predictor:
         for key, kind in COMMON_KEYS.items():
             if not isinstance(card[key], kind):
                 raise TypeError(f"expected a {kind.__name__} under {key!r}, got {card[key]!r}")
-        if not timm.is_model(card["model"]):  # timm would look for others in its hub
+        if not timm.is_model(card["model"]):  # timm would look for unknown names in its hub
             raise ValueError(f"timm knows no {card['model']!r}")
         predictor = PREDICTORS[card["task"]](card)
     load_weights(predictor.model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
@@ -48,7 +48,7 @@ def load_run(folder: Path) -> Predictor:
 
 
 def load_text_run(folder: Path) -> TextPredictor:
-    """The same of a training on texts, on a GPU if there is one.
+    """The same for a training on texts; the model is on a GPU if there is one.
 
     Raises:
         UserError: see :func:`load_run`.
@@ -66,7 +66,7 @@ def load_text_run(folder: Path) -> TextPredictor:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What a training says of the model in its output folder.
+    """The description of the model in a training's output folder.
 
     Raises:
         UserError: if there is no such training.
@@ -92,7 +92,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def cards_explained(folder: Path) -> Iterator[None]:
-    """While something is made of a card, what is wrong with it becomes a UserError."""
+    """Turn errors that a wrong card causes into a UserError."""
     try:
         yield
     except KeyError as error:
@@ -107,7 +107,7 @@ def cards_explained(folder: Path) -> Iterator[None]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a checkpoint as timm takes them, EMA's first.
+    """The tensors of a safetensors file, or of a checkpoint in timm's forms (EMA's weights first).
 
     Raises:
         UserError: if there is no such file, or it is neither.
@@ -116,12 +116,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file")
     try:
         return timm.models.load_state_dict(str(path))
-    except Exception as error:  # torch and safetensors raise what they like
+    except Exception as error:  # torch and safetensors raise errors of any class
         raise UserError(f"{path}: not a file of weights ({first_line(error)})") from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Put weights into a model that they must fit to the last one; ``path`` is where they are from.
+    """Put weights into a model; all must fit, and none be missing. ``path`` is their file.
 
     Raises:
         UserError: if some are missing, too many, or of another shape.
@@ -145,7 +145,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
 
 
 def load_checkpoint(name: str, path: Path) -> Predictor:
-    """A classifier from a file of weights alone, reading images as timm's default for the name.
+    """A classifier from a file of weights alone; it reads images by timm's default for the name.
 
     Raises:
         UserError: if the name is not one of the backbone's sizes, or the weights do not fit it.

@@ -1,4 +1,4 @@
-"""Trained models as functions of tensors alone, as ONNX has them."""
+"""Trained models as functions of tensors only, as ONNX needs them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ...onnx import export, export_traced
 from .loading import LANGUAGE, load_run, load_text_run, read_card
 
 IMAGES = ((2, 96, 128), (1, 160, 64), (3, 131, 77))  # batch, height and width to try
-TEXTS = ((2, 8), (1, 5))  # batch and tokens, beside the longest
+TEXTS = ((2, 8), (1, 5))  # batch and tokens to try, in addition to the longest
 TOLERANCE = 1e-4  # of the largest logit
-ROUNDING = 10  # times what torch's own float32 is off, where that is more
+ROUNDING = 10  # times the error of torch's own float32, if that is more
 
 
 class Network(ABC):
-    """A model in eval mode on the CPU, whose only result are logits if it is no detector.
+    """A model in eval mode on the CPU. Its only result are logits, unless it is a detector.
 
     Args:
         card: what ``Task.card()`` wrote.
     """
 
-    model: nn.Module  # of tensors
+    model: nn.Module  # takes and returns tensors
     inputs: list[str]  # names of its arguments
     outputs = ["logits"]  # and of its results
-    sizes: tuple[tuple[int, ...], ...]  # to try, the first to export with
+    sizes: tuple[tuple[int, ...], ...]  # sizes to try; the model is exported with the first
     preprocessing: str  # what is done to images or texts
-    unit = "of the largest logit"  # of what compare tells
+    unit = "of the largest logit"  # of the numbers that compare returns
 
     def __init__(self, card: dict[str, Any]) -> None:
         self.card = card
@@ -51,15 +51,15 @@ class Network(ABC):
 
     @abstractmethod
     def example(self, *size: int) -> tuple[Tensor, ...]:
-        """Inputs of one of the sizes, made up."""
+        """Made-up inputs of one of the sizes."""
 
     @abstractmethod
     def dynamic_shapes(self) -> Any:
-        """Which sizes may change, as the exporter takes them."""
+        """Which sizes may change, in the exporter's form."""
 
     def to_onnx(self) -> Any:
-        """The model as an ``onnx.ModelProto``, any sizes; it may have outputs behind its own, which
-        only ``compare`` asks for."""
+        """The model as an ``onnx.ModelProto``, for any sizes. It may have more outputs after its
+        own, which only ``compare`` needs."""
         return export(
             self.model,
             self.example(*self.sizes[0]),
@@ -71,17 +71,18 @@ class Network(ABC):
 
     @torch.no_grad()
     def compare(self, inputs: tuple[Tensor, ...], answers: list[Tensor]) -> tuple[float, float]:
-        """How far another runtime's answers are from torch's, and how far they may be."""
+        """The difference of another runtime's answers from torch's, and the allowed difference."""
         doubled = (x.double() if x.is_floating_point() else x for x in inputs)
         exact = deepcopy(self.model).double()(*doubled)
         return _difference(answers[0], self.model(*inputs), exact)
 
 
 def _difference(answer: Tensor, expected: Tensor, exact: Tensor) -> tuple[float, float]:
-    """How far an answer is from torch's, of one shape, and how far it may be, of the largest."""
+    """The difference of an answer from torch's, as a share of the largest entry, and the allowed
+    one; the shapes must be equal."""
     if answer.shape != expected.shape:
         return math.inf, 0.0
-    finite = expected.isfinite()  # but for logits of classes that are none
+    finite = expected.isfinite()  # logits of classes that do not exist are -inf
     if not torch.equal(answer[~finite], expected[~finite]):
         return math.inf, 0.0
     answer, expected, exact = answer[finite], expected[finite], exact[finite]
@@ -155,7 +156,7 @@ class Texts(Network):
 
 
 class _OfTexts(nn.Module):
-    """A model of transformers, of tensors by their places."""
+    """A model of transformers, called with tensors by position."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -169,9 +170,9 @@ class Objects(Network):
     """A detector of one image [3, H, W] at a time: boxes [K, 4], labels [K] from 1 on, scores [K],
     and masks [K, 1, H, W] if it has them, the surest first.
 
-    Which objects are left is no measure of another runtime: rounding chooses between near ties, of
-    which noise and a young model are full. So all heads' outputs are compared, of the boxes that
-    the other runtime has chosen until there.
+    Another runtime may keep other objects where scores are nearly equal, which is frequent for
+    noise and for models with little training. So objects are not compared, but the outputs of all
+    heads, on the boxes that the other runtime has chosen before each head.
     """
 
     inputs = ["image"]
@@ -207,7 +208,7 @@ class Objects(Network):
         )
         made = onnx.load_model_from_string(file.getvalue())
         for inside in made.graph.output[len(self.outputs) :]:
-            inside.type.tensor_type.ClearField("shape")  # which is that for the example alone
+            inside.type.tensor_type.ClearField("shape")  # it would only fit the example
         return made
 
     @torch.no_grad()
@@ -233,7 +234,7 @@ class Objects(Network):
         return next((pair for pair in pairs if not pair[0] <= pair[1]), max(pairs))
 
     def _count_others(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-        """Count the objects of torch and those that the other runtime has not."""
+        """Count torch's objects, and those of them that the other runtime does not have."""
         boxes, labels, scores, *_ = expected
         self.compared += len(boxes)
         same = (
@@ -247,8 +248,8 @@ class Objects(Network):
 
 
 class _WithInsides(nn.Module):
-    """A detector of torchvision, of one image: its results as a tuple, and then what :func:`_heads`
-    gives, of the boxes that the detector itself chooses."""
+    """A detector of torchvision for one image. Returns its results as a tuple, followed by what
+    :func:`_heads` gives for the boxes that the detector itself chooses."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -274,7 +275,7 @@ class _WithInsides(nn.Module):
 
 
 def _parts(detector: Any) -> tuple[nn.Module, list[tuple[nn.Module, ...]]]:
-    """The head of all places, and pool, head and predictor of those that look into boxes."""
+    """The head that looks at all places; and pool, head and predictor of each one for boxes."""
     if not hasattr(detector, "roi_heads"):
         return detector.head, []
     boxes = detector.roi_heads
@@ -284,10 +285,11 @@ def _parts(detector: Any) -> tuple[nn.Module, list[tuple[nn.Module, ...]]]:
 
 
 def _heads(detector: Any, image: Tensor, insides: Sequence[Tensor]) -> list[Tensor]:
-    """What the heads give for an image [3, H, W], in front of each that looks into boxes those.
+    """The outputs of all heads for an image [3, H, W]; before those of a head that looks into
+    boxes, the boxes.
 
     Args:
-        insides: the same of another runtime, where the boxes are taken from.
+        insides: the same from another runtime; the boxes are taken from it.
     """
     dense, parts = _parts(detector)
     images, _ = detector.transform([image])

@@ -21,7 +21,7 @@ def answer_images(options: argparse.Namespace) -> tuple[list[dict[str, Any]], st
     """Answer about every image that can be read.
 
     Returns:
-        The answers in JSON's types, and what could not be answered.
+        The answers in JSON's types, and the files that could not be answered.
 
     Raises:
         UserError: if the training cannot be used, or a folder has no images.
@@ -54,8 +54,8 @@ def answer_images(options: argparse.Namespace) -> tuple[list[dict[str, Any]], st
 
 
 def _files(given: Path) -> list[Path]:
-    """A file itself, or all images in a folder and in its folders."""
-    if is_hidden(given):  # a pattern of the shell finds them, too
+    """The file itself, or all images in a folder and in its folders."""
+    if is_hidden(given):  # a pattern of the shell finds hidden files too
         print(f"setformer predict: {given}: hidden or a system's, left out", file=sys.stderr)
         return []
     if not given.is_dir():
@@ -71,7 +71,8 @@ def _files(given: Path) -> list[Path]:
 
 
 def _free_names(folder: Path, stem: str, taken: set[Path]) -> tuple[Path, Path]:
-    """``stem.png`` and ``masks/stem.png``, or with a number where others or inputs are named so."""
+    """``stem.png`` and ``masks/stem.png``, with a number if inputs or other answers have the
+    name."""
     number, name = 2, f"{stem}.png"
     while taken & {(folder / name).resolve(), (folder / MASKS / name).resolve()}:
         number, name = number + 1, f"{stem}_{number}.png"

@@ -19,7 +19,7 @@ from .answers import Classification, Detection, ImageAnswer, Segmentation
 if TYPE_CHECKING:
     from PIL import Image
 
-TOP = 5  # classes that a classification tells
+TOP = 5  # classes in the answer of a classification
 
 
 class Predictor(ABC):
@@ -41,14 +41,14 @@ class Predictor(ABC):
 
     @abstractmethod
     def __call__(self, image: Image.Image, threshold: float = 0.5) -> ImageAnswer:
-        """The answer about an RGB image; only detection has a use for the threshold."""
+        """The answer about an RGB image; only detection uses the threshold."""
 
     def look(self, image: Image.Image) -> None:
-        """Run the backbone once over the whole of an RGB image, for its layers to be looked at."""
+        """Run the backbone once over a whole RGB image, so that its layers can be observed."""
         self(image)
 
     def size_seen(self, image: Image.Image) -> tuple[int, int] | None:
-        """Height and width of the image in what the backbone sees, where the rest is padding."""
+        """Height and width of the image within the backbone's input, without the padding."""
         return None
 
     def as_seen(self, pixels: Tensor) -> Tensor:  # [1 or 3, H, W], normalised -> [3, H, W]
@@ -102,8 +102,8 @@ class Detector(Predictor):
         self._find(to_tensor(image), 0.5, self.most)
 
     def _find(self, pixels: Tensor, threshold: float, most: int) -> dict[str, Tensor]:
-        """The surest objects, so many at most."""
-        # Before the non-maximum suppression, to which boxes of lower scores make no difference.
+        """The surest objects, at most `most`."""
+        # Applied before the non-maximum suppression, in which boxes of lower scores change nothing.
         self.heads.score_thresh, self.heads.detections_per_img = threshold, most
         return self.model([pixels])[0]
 
@@ -120,7 +120,7 @@ class Segmenter(Predictor):
         super().__init__(card)
         self.model = segmentation.from_card(card)
         self.short_side, self.window = card["short_side"], card["window"]
-        # Cards of earlier trainings lack it; 0 was and is its default.
+        # Older cards lack it; its default is 0.
         self.labels = Labels(tuple(self.classes), card.get("ignore_label", 0))
 
     def __call__(self, image: Image.Image, threshold: float = 0.5) -> Segmentation:

@@ -18,8 +18,9 @@ from .loading import CARD, cards_explained, load_text_run, read_card
 from .texts import TextClassifier, Texts
 
 BATCH = 64
-INDICES = ("index", "id")  # what the files call the number of a row
-# Of MNLI: its two, and the diagnostic, which is for models of MNLI and not in every download.
+INDICES = ("index", "id")  # names of the column with a row's number
+# MNLI's two files, and the diagnostic one, which is also for models of MNLI and not in every
+# download.
 MNLI = {
     "MNLI/test_matched.tsv": "MNLI-m.tsv",
     "MNLI/test_mismatched.tsv": "MNLI-mm.tsv",
@@ -44,7 +45,7 @@ def answer_glue(training: Path, data: Path, output: Path) -> None:
     runs = [training]
     if not (training / CARD).exists():
         runs = sorted(path.parent for path in training.glob(f"*/{CARD}")) or runs
-    # All files, before hours of answering some.
+    # All files are read before answering, which may take hours.
     questions = {run: _read_files(_task(run), data) for run in runs}
     for run, of_files in questions.items():
         predictor: Any = load_text_run(run)
@@ -70,8 +71,8 @@ def _task(run: Path) -> GlueTask:
 
 
 def _read_files(task: GlueTask, data: Path) -> dict[tuple[Path, str], list[Question] | None]:
-    """The rows of a task's test files, each with what the answers to it are called; None for one
-    that may be missing, and is."""
+    """The rows of a task's test files, with the name of the answers to each file; None for a file
+    that may be missing and is."""
     files = {f"{task.folder}/test.tsv": f"{task.folder}.tsv"}
     if task is TASKS["mnli"]:
         files = MNLI
@@ -86,7 +87,7 @@ def _read_files(task: GlueTask, data: Path) -> dict[tuple[Path, str], list[Quest
 
 
 def _labels(predictor: TextClassifier, questions: list[Question], name: str) -> Iterator[str]:
-    """The name of the class that is the likeliest for each, or the number, from 0 to 5."""
+    """For each row the name of the likeliest class, or the number, limited to 0 to 5."""
     for first in tqdm(range(0, len(questions), BATCH), desc=name, leave=False, disable=None):
         logits = predictor.logits([texts for _, texts in questions[first : first + BATCH]])
         if predictor.classes:
@@ -98,10 +99,11 @@ def _labels(predictor: TextClassifier, questions: list[Question], name: str) -> 
 def read_questions(path: Path, task: GlueTask) -> list[Question]:
     """The rows of one of a task's test files, which all have a header.
 
-    Texts may be empty, as some are in QQP's: the server wants an answer to every row.
+    Texts may be empty, as some of QQP's are: the server wants an answer to every row.
 
     Raises:
-        DataError: for a file that cannot be read or is none of the task's, and for malformed rows.
+        DataError: for a file that cannot be read or does not belong to the task, and for malformed
+            rows.
     """
     if not path.is_file():
         raise DataError(f"--data: there is no {path}; expected GLUE's own download")

@@ -42,7 +42,7 @@ class TextPredictor(ABC):
     def __init__(self, folder: Path, card: dict[str, Any]) -> None:
         self.card = card
         language.register()
-        logging.set_verbosity_error()  # weights that do not fit are named here
+        logging.set_verbosity_error()  # weights that do not fit are reported here instead
         logging.disable_progress_bar()
         implementation = card.get("attention_implementation")
         try:
@@ -69,7 +69,7 @@ class TextPredictor(ABC):
 
     @abstractmethod
     def check(self, texts: Texts) -> str:
-        """What should be said about them before they are answered, such as that they are cut.
+        """Remarks about texts before they are answered, such as that they are cut.
 
         Raises:
             UserError: if they cannot be answered.
@@ -164,7 +164,7 @@ def answer_texts(training: Path, given: list[list[str]]) -> list[dict[str, Any]]
         given: texts, in lists of one, or of two for a task about pairs.
 
     Raises:
-        UserError: if the training is none of texts, or one of the texts cannot be answered.
+        UserError: if the training was not on texts, or one of the texts cannot be answered.
     """
     predictor = load_text_run(training)
     remarks = [predictor.check(tuple(texts)) for texts in given]

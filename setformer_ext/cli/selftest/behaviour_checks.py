@@ -1,4 +1,4 @@
-"""What holds beside the values: layouts, determinism, edge cases, extremes, errors."""
+"""Checks other than of values: layouts, determinism, edge cases, extremes, errors."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {"masked": True, "token_mass": True, "reference_mass":
 
 
 def tasks(quick: bool) -> list[Task]:
-    """One task a behaviour, or a behaviour and type."""
+    """One task for each behaviour, or for each behaviour and type."""
     dtypes = (torch.float32, torch.bfloat16) if quick else DTYPES
     by_type = {"any layout": layouts, "two runs alike": two_runs, "extreme similarities": extremes}
     return [
@@ -46,12 +46,12 @@ def tasks(quick: bool) -> list[Task]:
 
 
 def count(name: str, wrong: Tensor, note: str) -> Comparison:
-    """No entry may be wrong."""
+    """A comparison that fails if any entry is wrong."""
     return Comparison(name, wrong.sum().item(), 0, note)
 
 
 def identical(name: str, x: Tensor, y: Tensor) -> Comparison:
-    """Bit by bit but for the sign of 0; what is not a number must be so on both sides."""
+    """Bitwise equality, except for the sign of 0; NaNs must be at the same places."""
     return count(name, (x != y) & ~(x.isnan() & y.isnan()), "entries that differ")
 
 
@@ -72,7 +72,7 @@ def layouts(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[C
     def strided(x: Tensor) -> Tensor:
         larger = x.new_zeros([2 * size + 1 for size in x.shape])
         if larger.is_floating_point():
-            larger.fill_(torch.nan)  # what is between must not be read
+            larger.fill_(torch.nan)  # elements in between must not be read
         return larger[tuple(slice(1, None, 2) for _ in x.shape)].copy_(x)
 
     def misaligned(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def layouts(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[C
     def heads_last(x: Tensor) -> Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x
 
-    # rows of D = 8 and 32 entries are whole 16-byte pieces in every type, those of 7 are not
+    # rows of D = 8 or 32 entries are whole 16-byte pieces in every type, rows of 7 are not
     for depth in (8,) if quick else (7, 8, 32):
         sizes = SIZES | {"D": depth, "Dv": depth}
         arguments = random_problem(3, **sizes, **OPTIONS, dtype=dtype, device=device)
@@ -102,7 +102,7 @@ def layouts(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[C
 
 
 def two_runs(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    """Bit by bit the same, whatever the memory that results are written to held before."""
+    """Runs are bitwise the same, whatever the memory of the results held before."""
     for tokens in (37,) if quick else (37, 300, 3137):
         sizes = SIZES | {"N": tokens, "M": 17}
         arguments = random_problem(4, **sizes, **OPTIONS, dtype=dtype, device=device)
@@ -121,7 +121,7 @@ EXTREMES: dict[str, dict[str, Any]] = {
 
 
 def extremes(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    """Finite outputs and gradients, and outputs that are averages of the values, always."""
+    """Extreme problems give finite outputs and gradients; outputs are averages of the values."""
     for name, options in EXTREMES.items():
         for iterations in (1,) if quick else (0, 1, 5, 20):
             arguments = _extreme_problem(iterations, **options)
@@ -130,7 +130,8 @@ def extremes(quick: bool, dtype: torch.dtype, device: torch.device) -> Iterator[
                 label = f"{name}, T={iterations}, {function.__name__}"
                 results = forward_and_backward(arguments, function)
                 for each, x in results.items():
-                    # a half gradient may be beyond the type's range, which is no fault of ours
+                    # a float16 gradient may be beyond the type's range, which is no fault of the
+                    # kernels
                     in_range = dtype != torch.float16 or each == "output"
                     bad = ~x.isfinite() if in_range else x.isnan()
                     yield count(f"{label}, {each}", bad, "entries not finite")
@@ -189,7 +190,7 @@ def finite_differences(quick: bool, device: torch.device) -> Iterator[Comparison
     options = OPTIONS | {"bandwidth": "learned", "P": 0, "epsilon": "learned"}
     sizes = SIZES | {"B": 1, "N": 4, "M": 3, "D": 2, "Dv": 1}
     arguments = random_problem(4, **sizes, **options, device=device)
-    arguments["token_mass"] = arguments["token_mass"] + 0.1  # differences step below 0
+    arguments["token_mass"] = arguments["token_mass"] + 0.1  # finite differences may go below 0
 
     def of_tensors(function: Callable[..., Tensor], names: list[str], *tensors: Tensor) -> Tensor:
         return call(function, arguments | dict(zip(names, tensors, strict=True)))
@@ -198,7 +199,7 @@ def finite_differences(quick: bool, device: torch.device) -> Iterator[Comparison
         names = [name for name in differentiable(arguments) if used(function, name)]
         tensors = [arguments[name].requires_grad_() for name in names]
         checked = partial(of_tensors, function, names)
-        # they raise, with both Jacobians, where they fail; second derivatives are torch's own
+        # they raise with both Jacobians if they fail; second derivatives are computed by torch
         first = torch.autograd.gradcheck(checked, tensors, fast_mode=quick)
         second = torch.autograd.gradgradcheck(checked, tensors, fast_mode=True, nondet_tol=1e-12)
         yield Comparison(f"{function.__name__}, first derivative", float(not first), 0)

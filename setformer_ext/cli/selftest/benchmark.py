@@ -1,4 +1,4 @@
-"""Times beside those of the definition in plain torch and of softmax attention."""
+"""Times, compared with those of the definition in plain torch and of softmax attention."""
 
 import statistics
 from collections.abc import Callable
@@ -26,7 +26,7 @@ COMPETITORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def tasks(device: torch.device, quick: bool) -> list[Task]:
-    """One measurement a shape, type and direction."""
+    """One measurement for each shape, type and direction."""
     dtypes = ("float32",) if quick or device.type == "cpu" else ("float32", "bfloat16")
     shapes = QUICK if quick else SHAPES
     if device.type == "cpu":
@@ -53,7 +53,7 @@ def _measure(shape: Shape, dtype: str, gradient: bool, device: torch.device) -> 
         try:
             call = step(attention, tensors, gradient)
             milliseconds(call, device, 1)
-        except RuntimeError:  # of memory, most likely
+        except RuntimeError:  # mostly for lack of memory
             if name == "setformer_ext":
                 raise
         else:

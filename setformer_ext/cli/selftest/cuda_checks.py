@@ -1,4 +1,4 @@
-"""What holds on a GPU alone: streams, graphs, several devices, memory."""
+"""Checks that need a GPU: streams, graphs, several devices, memory."""
 
 import os
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from .tolerance import Comparison, compare_with_definition
 FEW: dict[str, Any] = {"N": 100, "M": 17, "D": 16, "Dv": 16}
 MANY: dict[str, Any] = {"N": 5000, "M": 49, "D": 32, "Dv": 32}
 NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"
-CYCLES = 200_000_000  # for which a stream is kept busy: about a tenth of a second
+CYCLES = 200_000_000  # to keep a stream busy, about a tenth of a second
 
 
 def tasks() -> list[Task]:
-    """The checks; each skips itself where the machine lacks what it needs."""
+    """The checks; each skips itself if the machine lacks what it needs."""
     checks: dict[str, Check] = {
         "work is put on the current stream": current_stream,
         "calls return before their work is done": no_waiting,
@@ -38,8 +38,8 @@ def tasks() -> list[Task]:
 
 
 def _need_caching() -> None:
-    """Without it, as tools that check memory want it, torch waits for the device at every
-    free, refuses to capture graphs and counts no memory."""
+    """Skip without torch's caching of memory, which tools that check memory switch off: torch then
+    waits for the device at every free, refuses to capture graphs and counts no memory."""
     if NO_CACHING in os.environ:
         raise SkippedError(f"needs torch's caching of memory: {NO_CACHING} is set")
 
@@ -124,7 +124,7 @@ def graph(device: torch.device) -> Iterator[Comparison]:
 
 
 def second_device(device: torch.device) -> Iterator[Comparison]:
-    """Tensors on another GPU than the current one are worked on where they are."""
+    """Tensors on another GPU than the current one are computed with on that GPU."""
     if torch.cuda.device_count() < 2:
         raise SkippedError("torch finds one GPU")
     other = torch.device("cuda", (device.index + 1) % torch.cuda.device_count())
@@ -156,7 +156,7 @@ def memory(device: torch.device) -> Iterator[Comparison]:
 
 
 def invalid_epsilon(device: torch.device) -> Iterator[Comparison]:
-    """No look at values that are on the device: the head is NaN, the others are right."""
+    """Values on a device are not checked: a head with a bad epsilon is NaN, others are right."""
     arguments, _ = _problem(device, FEW, H=3, epsilon=0.5)
     expected = call(set_attention, arguments | {"epsilon": torch.full((3,), 0.5, device=device)})
     epsilon = torch.tensor([0.5, -1.0, 0.5], device=device)

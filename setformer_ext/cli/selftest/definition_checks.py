@@ -1,6 +1,6 @@
 """Outputs and all gradients against the definition in float64, over sizes, options and types.
 
-First, in seconds, one small problem for each kernel family, type and direction.
+Before that, within seconds, one small problem for each kernel family, type and direction.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,10 @@ from .tolerance import Comparison, compare_with_definition
 FUNCTIONS = ("set_attention", "set_pooling", "transport_plan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# A problem that the kernels, not those of another family, are for on every GPU (but that forward of
-# half types streams before sm_80): 49 tokens of 32 dimensions fit one block on all of them, and the
-# keys of 1100 tokens alone, 64 dimensions of 2 bytes in tiles of 64 tokens, on none.
+# One problem per kernel family, which every GPU solves with kernels of this family only.
+# (Exception: before sm_80 forward of half types always streams.) 49 tokens of 32 dimensions fit one
+# block on every GPU; the keys alone of 1100 tokens, 64 dimensions of 2 bytes in tiles of 64 tokens,
+# fit one on none.
 FAMILIES: dict[str, dict[str, Any]] = {
     "resident": {"B": 2, "H": 2, "N": 49, "M": 17, "D": 32, "Dv": 32},
     "streaming": {"B": 1, "H": 1, "N": 1100, "M": 17, "D": 64, "Dv": 9},
@@ -79,9 +80,9 @@ SMALL_EPSILON = {"N": 129, "M": 17, "epsilon": 0.01, "token_mass": True, "masked
 
 
 def smoke_kernels() -> list[Kernels]:
-    """What there is, the forward of all first; float64 has no resident kernels.
+    """All kernels to check, forward of all first; float64 has no resident kernels.
 
-    Neighbours differ in type and family: the first few tell whether anything works at all.
+    Neighbours differ in type and family: so the first few show whether anything works at all.
     """
     families = list(FAMILIES)
     return [

@@ -46,10 +46,10 @@ class Task:
     name: str
     function: Check
     section: str = CHECKS
-    smoke: Kernels | None = None  # what it alone runs, if it is a smoke check
-    needs: tuple[torch.dtype, ...] = ()  # it calls set_attention in these types,
-    backward: bool = True  # in both directions,
-    forward_only: Check | None = None  # where it cannot do with this
+    smoke: Kernels | None = None  # the only kernels that it runs, if it is a smoke check
+    needs: tuple[torch.dtype, ...] = ()  # types of set_attention that it needs
+    backward: bool = True  # it needs backward too
+    forward_only: Check | None = None  # what to run instead if backward does not work
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Outcome:
     section: str = CHECKS
     not_run: str = ""  # why: what it needs has failed before
     note: str = ""  # what was left out of it, and why
-    lost: bool = False  # the process can do nothing more on the device, or is gone
+    lost: bool = False  # the process is gone, or can no longer use the device
 
     @property
     def status(self) -> str:
@@ -90,14 +90,14 @@ class Outcome:
 
 
 def short(dtype: torch.dtype) -> str:
-    """Its name without that of torch."""
+    """The dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def execute(task: Task, device: torch.device, backward: bool = True) -> Outcome:
-    """Run the task, or what of it is forward only.
+    """Run the task, or its forward only part.
 
-    What it raises becomes part of the outcome, beside what it had found before. Waits for the
+    An error becomes part of the outcome, beside what the task had found before it. Waits for the
     device, so that no later task is blamed for this one's kernels.
     """
     start = time.perf_counter()
@@ -125,7 +125,7 @@ def execute(task: Task, device: torch.device, backward: bool = True) -> Outcome:
 
 
 def works(device: torch.device) -> bool:
-    """After some errors of a kernel every call fails until the process ends."""
+    """Whether the device still works: after some kernel errors all calls of the process fail."""
     try:
         return torch.ones(2, device=device).sum().item() == 2
     except RuntimeError:

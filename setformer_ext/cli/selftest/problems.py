@@ -8,9 +8,9 @@ from torch import Tensor
 
 Arguments = dict[str, Any]  # by parameter name, what set_attention takes
 
-# Not normalize: lengths, and outliers among them, are to matter.
+# normalize=False, so that the lengths of vectors, and outliers, make a difference.
 DEFAULTS = {"kernel": "gaussian", "iterations": 5, "normalize": False}
-# What set_pooling and transport_plan have no use for.
+# Arguments that set_pooling and transport_plan do not take.
 QUERY_SIDE = {"query", "query_mask", "query_positions"}
 
 
@@ -37,7 +37,7 @@ def random_problem(
     P: int = 0,  # dimensions of the positions; 0: none
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
-    **options: Any,  # as set_attention takes them; T is 5 and vectors stay as they are by default
+    **options: Any,  # of set_attention, in place of DEFAULTS
 ) -> Arguments:
     """Points of length about 1, a few coordinates ten times as large, masks with holes."""
     rng = generator(seed)
@@ -52,7 +52,7 @@ def random_problem(
         return (low + (high - low) * x).to(dtype)
 
     def holes(*shape: int) -> Tensor:
-        """In each row of two or more, one at least is there and one is not."""
+        """A mask that keeps and drops at least one entry of each row of two or more."""
         there = torch.rand(shape, generator=rng) < 0.7
         there[..., :1] |= ~there.any(-1, keepdim=True)
         if shape[-1] > 1:
@@ -118,14 +118,14 @@ def differentiable(arguments: Arguments) -> list[str]:
 
 
 def used(function: Callable[..., Tensor], name: str) -> bool:
-    """Whether set_attention, set_pooling or transport_plan takes this of a problem."""
+    """Whether set_attention, set_pooling or transport_plan takes this argument of a problem."""
     if function.__name__ == "set_attention":
         return True
     return name not in QUERY_SIDE and (function.__name__ == "set_pooling" or name != "value")
 
 
 def call(function: Callable[..., Tensor], arguments: Arguments) -> Tensor:
-    """Hand the function what it takes of a problem."""
+    """Call the function with those arguments of a problem that it takes."""
     return function(**{name: x for name, x in arguments.items() if used(function, name)})
 
 

@@ -1,6 +1,6 @@
-"""Other processes, none of which is waited for without a bound.
+"""Other processes; each wait for them has a limit.
 
-A process that is killed while it waits for a GPU may stay until the GPU lets it go: for ever.
+A process that is killed while it waits for a GPU may never end.
 """
 
 import contextlib
@@ -14,17 +14,18 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-SECONDS_TO_END = 5  # of a process that has closed its channel
-SECONDS_TO_DIE = 1  # of one that was killed
-SECONDS_TO_TELL = 2  # where it hangs: see faulthandler in worker.py
+SECONDS_TO_END = 5  # for a process that has closed its channel
+SECONDS_TO_DIE = 1  # for a process that was killed
+SECONDS_TO_TELL = 2  # for a process to write where it hangs (faulthandler in worker.py)
 MOST_WRITTEN = 4000  # characters, the last ones
 
 
 class Process:
-    """Another Python, which tells and is told through a channel, and what it writes.
+    """Another Python process, a channel to and from it, and what it writes.
 
-    It has this one's path: a source folder that it happens to be in is not this package. Its code
-    finds the channel, a `multiprocessing.connection.Connection`, under that name.
+    It gets this process's sys.path, so that it does not import a source folder that it is started
+    in. Its code finds the channel, a `multiprocessing.connection.Connection`, under the name
+    `channel`.
     """
 
     def __init__(self, code: str, *arguments: str, folder: Path | None = None) -> None:
@@ -45,19 +46,20 @@ class Process:
             )
 
     def hear(self, seconds: float) -> Any:
-        """The next that it tells.
+        """The next message of the process.
 
-        Raises: TimeoutError if there is nothing in time, EOFError after the last.
+        Raises: TimeoutError if there is none in time, EOFError after the last.
         """
         try:
             if self.channel.poll(max(seconds, 0)):
                 return self.channel.recv()
-        except OSError:  # it has left within a message, or without having read all
+        except OSError:  # it ended within a message, or before it had read all
             raise EOFError from None
         raise TimeoutError
 
     def status(self, seconds: float | None = None) -> int | None:
-        """What it ended with; None if it still runs after so many seconds (SECONDS_TO_END)."""
+        """Its exit status; None if it still runs after these seconds (by default
+        SECONDS_TO_END)."""
         try:
             return self.process.wait(SECONDS_TO_END if seconds is None else seconds)
         except subprocess.TimeoutExpired:
@@ -69,7 +71,7 @@ class Process:
         return self._written.read()[-MOST_WRITTEN:].strip()
 
     def stack(self) -> str:
-        """written() of a process that hangs, with where it does, if it can still tell."""
+        """written() of a process that hangs, with its stack if it can still write that."""
         before = self.written()
         self.process.send_signal(signal.SIGUSR1)
         end = time.monotonic() + SECONDS_TO_TELL
@@ -79,7 +81,7 @@ class Process:
         return self.written()
 
     def close(self) -> None:
-        """Kill it; one that does not go is left behind."""
+        """Kill the process; if it does not end, it is left behind."""
         self.process.kill()
         self.status(SECONDS_TO_DIE)
         self.channel.close()

@@ -26,7 +26,7 @@ STATUSES = ("ok", "FAILED", "skipped", "not run")
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """What `setformer info` says, and the device of this run."""
+    """The facts of `setformer info`, and the device of this run."""
     try:
         found = info.collect()
     except Exception as error:
@@ -56,14 +56,14 @@ def _driver() -> str:
 
 
 def heading(section: str) -> str:
-    """Above the lines."""
+    """The line above those of a section."""
     return COLUMNS.format("", section, "error / allowed", "s", "of")
 
 
 def line(outcome: Outcome) -> str:
-    """The check and the one of its comparisons that is nearest to its tolerance, or beyond it.
+    """The line of a check: its comparison that is nearest to the tolerance, or furthest beyond it.
 
-    The error is told as a share of the tolerance: what is small differs from check to check.
+    The error is given as a share of the tolerance, because checks differ in what is a small error.
     """
     tightest = outcome.tightest
     error, of = "", outcome.skipped or outcome.not_run
@@ -92,7 +92,7 @@ def failures(outcomes: Sequence[Outcome]) -> str:
 
 
 def times(outcomes: Sequence[Outcome]) -> str:
-    """Medians, ours in milliseconds and the others as multiples of ours."""
+    """Medians: ours in milliseconds, the others as multiples of ours."""
     timings = [timing for outcome in outcomes for timing in outcome.timings]
     if not timings:
         return ""
@@ -121,9 +121,9 @@ def verdict(outcomes: Sequence[Outcome], suite: Suite | None, seconds: float) ->
 
 
 def path_beside(text: Path) -> Path:
-    """report.json for report.txt.
+    """The path of the JSON: report.json for report.txt.
 
-    Raises: ValueError where the text itself has that name.
+    Raises: ValueError if the text itself has that name.
     """
     path = text.with_suffix(".json")
     if path == text:
@@ -135,7 +135,7 @@ def path_beside(text: Path) -> Path:
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """All of it, and whether it and each of its comparisons passed."""
+    """All fields of an outcome, and whether it and each of its comparisons passed."""
     fields = asdict(outcome) | {"status": outcome.status}
     for comparison, x in zip(fields["comparisons"], outcome.comparisons, strict=True):
         comparison["passed"] = x.passed
@@ -143,7 +143,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Under another name first: whoever reads finds all of it.
+    """Written under another name first: a reader always finds a whole file.
 
     Numbers that JSON has no word for are the strings nan, inf and -inf.
     """

@@ -12,22 +12,23 @@ from .outcome import SECTIONS, SMOKE, Kernels, Outcome, Task, execute, short
 from .tasks import SECONDS, all_tasks, deadline
 from .worker import LostError, Worker
 
-# Given up is what is left when so many seconds went into processes that were lost; and when one was
-# lost and nothing has passed in so many seconds since the first task began, or, where another task
-# has begun before, in so many of both. With the limits of processes.py, worker.py and report.py
-# that is within 60 s where every kernel hangs: a test adds them up.
+# The remaining tasks are given up when lost processes have cost MOST_LOST_SECONDS in all, or when
+# one process was lost and nothing has passed within MOST_SECONDS_WITHOUT_SUCCESS of the start of
+# the first task. (A task that has already begun then gets SECONDS_OF_LAST_CHANCE more.) If every
+# kernel hangs, these limits and those of processes.py, worker.py and report.py add up to less than
+# 60 s, which a test checks.
 MOST_LOST_SECONDS = 180
 MOST_SECONDS_WITHOUT_SUCCESS = 15
 SECONDS_OF_LAST_CHANCE = 5
 
-# A task in both directions or forward only, and the seconds there are for it.
+# Runs a task, with backward or forward only, within a number of seconds.
 Do = Callable[[Task, bool, float], Outcome]
 
 
 def run_here(
     device: torch.device, quick: bool, sections: Collection[str] = SECTIONS
 ) -> Iterator[Outcome]:
-    """In this process, which can do no more once it has lost the GPU."""
+    """Run the tasks in this process, which can do nothing more once it has lost the GPU."""
     lost = False
 
     def do(task: Task, backward: bool, most: float) -> Outcome:
@@ -44,13 +45,13 @@ def run_here(
 def run_apart(
     device: torch.device, quick: bool, sections: Collection[str] = SECTIONS
 ) -> Iterator[Outcome]:
-    """In a process that is replaced when it crashes, hangs or has lost the GPU."""
+    """Run the tasks in a process that is replaced when it crashes, hangs or has lost the GPU."""
     with closing(Workers(device, quick)) as workers:
         yield from run_tasks(all_tasks(device, quick, sections), workers.do)
 
 
 def run_tasks(tasks: list[Task], do: Do) -> Iterator[Outcome]:
-    """The outcome of each task; of what cannot but fail, that and why it was not run."""
+    """The outcome of each task; for a task that can only fail, why it was not run."""
     experience = Experience()
     for task in tasks:
         reason, note = experience.why_not(task), ""
@@ -66,16 +67,16 @@ def run_tasks(tasks: list[Task], do: Do) -> Iterator[Outcome]:
 
 
 class Experience:
-    """What the outcomes so far tell of the tasks to come."""
+    """What the outcomes so far say about the remaining tasks."""
 
     def __init__(self) -> None:
-        self._began: float | None = None  # the first task, without the start of its process
-        self._raised: dict[Kernels, bool] = {}  # rather than returned numbers, right or wrong
+        self._began: float | None = None  # when the first task began, after its process had started
+        self._raised: dict[Kernels, bool] = {}  # False: returned numbers, right or wrong
         self._lost, self._lost_seconds, self._any_passed = 0, 0.0, False
         self._gave_up = ""
 
     def learn(self, task: Task, outcome: Outcome) -> None:
-        """Of one outcome."""
+        """Take in one outcome."""
         now = time.monotonic()
         if self._began is None:
             self._began = now - outcome.seconds
@@ -93,14 +94,14 @@ class Experience:
             self._gave_up = f"{self._lost} processes and {self._lost_seconds:.0f} s were lost"
 
     def seconds_left(self) -> float:
-        """Until all is given up."""
+        """Seconds until the remaining tasks are given up."""
         if self._began is None or not self._lost or self._any_passed:
             return math.inf
         end = self._began + MOST_SECONDS_WITHOUT_SUCCESS + SECONDS_OF_LAST_CHANCE
         return end - time.monotonic()
 
     def why_not(self, task: Task) -> str:
-        """Why the task cannot but fail; empty where it may pass."""
+        """Why the task can only fail; empty if it may pass."""
         if self._gave_up:
             return self._gave_up
         if task.smoke is not None and task.smoke.direction == "backward":
@@ -112,7 +113,7 @@ class Experience:
         return reason
 
     def broken(self, task: Task, direction: str) -> str:
-        """That set_attention failed all smoke checks in this direction and a type of the task."""
+        """Says that all smoke checks in this direction failed for a type that the task needs."""
         for dtype in task.needs:
             raised = [x for kernels, x in self._raised.items() if kernels[1:] == (dtype, direction)]
             if raised and all(raised):
@@ -121,23 +122,23 @@ class Experience:
 
 
 class Workers:
-    """Does tasks in another process, and has the next one, should that be lost, come up."""
+    """Runs tasks in another process, and has a second one start up, in case the first is lost."""
 
     def __init__(self, device: torch.device, quick: bool) -> None:
         self._device, self._quick = device, quick
         self._current: Worker | None = None
         self._next: Worker | None = None
         self._blocking = False
-        self._slowness = 0.0  # of the first process: others are begun in advance
+        self._slowness = 0.0  # of the first process; later ones are started in advance
         self._why_none = ""
 
     def do(self, task: Task, backward: bool, most: float) -> Outcome:
-        """The outcome, whatever happens to the process."""
+        """Run a task; there is an outcome whatever happens to the process."""
         if self._why_none:
             return Outcome(task.name, not_run=self._why_none)
         limit = deadline(task.section, self._device)
         if limit > SECONDS[task.section]:
-            most = math.inf  # kernels are compiled first, or this is a CPU
+            most = math.inf  # kernels must be compiled first, or this is a CPU
         end = time.monotonic() + most
         blocking = self._device.type == "cuda" and task.section == SMOKE
         if self._current is not None and blocking != self._blocking:

@@ -17,11 +17,11 @@ from .processes import SECONDS_TO_DIE, SECONDS_TO_END, Process
 from .tasks import deadline
 
 MOST_SECONDS = 1800.0
-# A process that is lost at the end, another that is begun and ended, the verdict.
+# For a process that is lost at the end, for starting and ending another, and for the verdict.
 SECONDS_TO_FINISH = SECONDS_TO_END + 2 * SECONDS_TO_DIE + 1
 MOST_LOST_PROCESSES = 5
 LOST = 90  # the status of a process whose GPU fails every call
-SECONDS_BETWEEN_LINES = 30  # that tell how far it is
+SECONDS_BETWEEN_LINES = 30  # of progress
 SECONDS_BETWEEN_RECORDS = 1
 
 
@@ -43,15 +43,15 @@ class Suite:
     collected: int = 0
     tests: dict[str, Test] = field(default_factory=dict)
     skipped: str = ""  # why
-    error: str = ""  # why it did not come to its end
-    running: str = ""  # a test
+    error: str = ""  # why the suite did not run to its end
+    running: str = ""  # the test that runs now
 
     def count(self, outcome: str) -> int:
         return sum(test.outcome == outcome for test in self.tests.values())
 
     @property
     def passed(self) -> bool:
-        """A suite that was asked for and not run has not."""
+        """False also for a suite that was asked for and not run."""
         return not self.error and self.count("passed") > 0 and self.count("failed") == 0
 
     @property
@@ -69,19 +69,19 @@ class Suite:
         return f"{name} {word}: {self.progress}{error}"
 
     def take(self, event: dict[str, Any]) -> str:
-        """Something that pytest has told; returns the report of a test that failed."""
+        """Take in a message of pytest; returns the report of a test that failed."""
         self.collected = max(self.collected, event.get("collected", 0))
         self.running = event.get("running", self.running)
         name = event.pop("test", "")
         if not name:
             return ""
         before = self.tests.get(name)
-        if before is None or before.outcome == "passed":  # a later phase of it may fail
+        if before is None or before.outcome == "passed":  # a later phase of the test may fail
             self.tests[name] = Test(**event)
         return _failure(name, event["why"]) if event["outcome"] == "failed" else ""
 
     def fail(self, why: str) -> str:
-        """The test that runs is lost; returns the report."""
+        """Note that the running test is lost; returns the report."""
         self.tests[self.running] = Test("failed", 0.0, why)
         return _failure(self.running, why)
 
@@ -93,9 +93,9 @@ class Suite:
 
 
 def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
-    """Lines that tell how far it is and of each test that failed; `suite` has it all.
+    """Run a suite; yields lines of progress and of failed tests. `suite` holds all results.
 
-    Ends within these seconds; at least every second there is a line, of which some are empty.
+    Ends within these seconds; yields at least one line a second, perhaps an empty one.
     """
     if importlib.util.find_spec("pytest") is None:
         suite.skipped = "needs pytest, which is not installed"
@@ -124,7 +124,7 @@ def run_suite(suite: Suite, seconds: float = MOST_SECONDS) -> Iterator[str]:
 
 
 def _pytest(suite: Suite, done: str) -> Process:
-    # the plugin by its folder: its package needs all of torch
+    # the plugin is found by its folder, because its package would import torch
     code = (
         "import os; os.environ.pop('PYTEST_ADDOPTS', None); "
         f"sys.path.append({str(Path(__file__).parent)!r}); "
@@ -142,7 +142,7 @@ def _pytest(suite: Suite, done: str) -> Process:
 def _follow(
     suite: Suite, process: Process, end: float, seconds: float
 ) -> Generator[str, None, bool]:
-    """Whether the process was lost over a test, rather than came to its end."""
+    """Follow a process of pytest; returns whether it was lost during a test, rather than ended."""
     suite.running = ""
     heard = told = recorded = time.monotonic()
     while True:
@@ -162,7 +162,7 @@ def _follow(
             yield suite.progress
         wait = min(heard + limit, end, recorded + SECONDS_BETWEEN_RECORDS) - now
         try:
-            event = process.hear(wait)  # at once what it has told meanwhile
+            event = process.hear(wait)  # returns at once if there is a message
         except TimeoutError:
             if time.monotonic() < heard + limit:
                 continue

@@ -1,7 +1,7 @@
-"""What pytest loads (-p) to run the tests of one device and to tell of each as it goes.
+"""A plugin of pytest (-p) that runs the tests of one device and reports each of them at once.
 
-It tells through the channel of `processes.Process`, whose code is the main module. Imports nothing
-of this package: what cannot be imported is for the tests to tell.
+It reports through the channel of `processes.Process`, whose code is the main module. It imports
+nothing of this package: if something cannot be imported, the tests must show that.
 """
 
 import faulthandler
@@ -13,7 +13,7 @@ import pytest
 
 from __main__ import channel
 
-_stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")  # whatever pytest captures
+_stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")  # a copy that pytest does not capture
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +27,7 @@ def pytest_configure() -> None:
 
 
 def _is_for(item: pytest.Item, device: str) -> bool:
-    """On a GPU those whose backend it is, on the CPU all that are not about GPUs."""
+    """On a GPU the tests with the backend cuda, on the CPU all that are not about GPUs."""
     if device == "cpu":
         return "cuda" not in item.nodeid.rpartition("/")[2]  # nor cuda-emulated
     parameters = getattr(item, "callspec", None)
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """Files that cannot be imported, or leave themselves out."""
+    """Report files that cannot be imported, or skip themselves."""
     if report.outcome != "passed":
         _tell(report, report.outcome, 0.0)
 
@@ -58,13 +58,13 @@ def pytest_runtest_logfinish() -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     outcome = report.outcome
     if hasattr(report, "wasxfail") and outcome == "skipped":
-        outcome = "passed"  # it fails as it is expected to
+        outcome = "passed"  # an expected failure
     if report.when == "call" or outcome != "passed":
         _tell(report, outcome, report.duration)
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Nothing can be told of tests that run after the GPU is lost."""
+    """Stop if the GPU is lost: the results of later tests would mean nothing."""
     options = item.config.option
     if options.selftest_device != "cpu" and not works(options.selftest_device):
         pytest.exit("the GPU is lost", returncode=options.selftest_lost)
@@ -80,7 +80,7 @@ def works(device: str) -> bool:
 
 
 def _tell(report: pytest.CollectReport | pytest.TestReport, outcome: str, seconds: float) -> None:
-    """And why it was skipped, or the end of how it failed."""
+    """Send the outcome, with why the test was skipped or the end of how it failed."""
     why = report.longreprtext[-3000:]
     if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
         why = str(report.longrepr[2]).removeprefix("Skipped: ")

@@ -8,10 +8,10 @@ from ..._C import build_info
 from . import behaviour_checks, benchmark, cuda_checks, definition_checks
 from .outcome import CHECKS, SECTIONS, SMOKE, SPEED, Task
 
-# On a GPU whose code is in the build. What takes longest is the definition on the CPU.
+# For a GPU whose code is in the build. The definition, on the CPU, takes longest.
 SECONDS = {SMOKE: 8, SPEED: 60, CHECKS: 120}
-# A GPU whose code is not: its driver compiles a type's kernels at their first call. And a CPU,
-# where kernels do not hang, but measuring may take minutes.
+# For a GPU whose code is not in the build: the driver compiles the kernels of a type at their first
+# call. And for a CPU, where kernels do not hang, but measuring may take minutes.
 SECONDS_TO_COMPILE = SECONDS_ON_CPU = 600
 
 
@@ -42,7 +42,7 @@ def deadline(section: str, device: torch.device) -> float:
 def has_code(architectures: str, capability: tuple[int, int]) -> bool:
     """Is there machine code for the capability among CMake's architectures, as "80-real;90;90a"?
 
-    A GPU runs that of its own major version up to its minor one; of 90a, for itself alone.
+    A GPU runs code of its own major version, up to its minor one; code for 90a runs on 9.0 only.
     """
     for architecture in filter(None, architectures.split(";")):
         number, _, form = architecture.partition("-")

@@ -1,4 +1,4 @@
-"""The tolerance results are judged by: the error of the definition in the backend's own type."""
+"""The tolerance of results, from the error of the definition in the backend's own type."""
 
 import math
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from ... import reference as definition
 from ...problem import accumulate_dtype
 from .problems import Arguments, move, output_gradient, run
 
-# The derivative by a mass of 0 is the exponential of a difference that nothing bounds: beyond this
-# it is only held to be a number.
+# The derivative by a mass of 0 is the exponential of an unbounded difference: above this it only
+# must not be NaN.
 UNBOUNDED = 1e25
 
 
@@ -53,11 +53,11 @@ def compare_with_definition(
 ) -> list[Comparison]:
     """max|out - exact| <= 2 max|low - exact| + atol for the output and every gradient.
 
-    exact is the definition in float64, low is the definition in the type that the backend
-    accumulates in, rounded to the storage type: it calibrates itself to shape, options and
-    type. atol is for where low is exact by luck; see `rounding`, to which `more_noise` adds.
-    Both are computed on the CPU, wherever the problem is. `approximate` says whether the backend's
-    float32 functions err as a GPU's do; None: where the problem is on one.
+    exact is the definition in float64. low is the definition in the type that the backend
+    accumulates in, rounded to the storage type: so the tolerance adapts to shape, options and type.
+    atol covers cases where low is exact by luck; it is that of `rounding` plus `more_noise`. exact
+    and low are computed on the CPU, wherever the problem is. `approximate` says whether the
+    backend's float32 functions have the errors of a GPU's; None: if the problem is on a GPU.
     """
     dtype = arguments["key"].dtype
     if approximate is None:
@@ -95,7 +95,7 @@ def compare_with_definition(
         calibration = largest(low[name].double() - expected) * narrow
         atol = noise[name] + (more_noise or {}).get(name, 0.0)
         allowed = 2 * calibration + atol
-        # written so that a definition that is not finite allows nothing
+        # if the definition is not finite, no error is allowed
         allowed = allowed if math.isfinite(allowed) else 0.0
         note = f"2 * {calibration:.3g} + {atol:.3g}, largest entry {largest(expected):.3g}"
         comparisons.append(Comparison(name, error, allowed, note))
@@ -109,18 +109,20 @@ def rounding(
     grad_output: Tensor | None,
     approximate: bool,
 ) -> dict[str, float]:
-    """What rounding alone may change, by name: atol of the calibrated comparison.
+    """The error that rounding alone may cause, by name: atol of the calibrated comparison.
 
-    Storing a result costs a unit of the storage type at its largest entry, and at least the
-    distance of its smallest numbers. Inside, s is off by eps (1 + |s|) and by that of the terms
-    it is formed of, and so are the logarithms of the weights of the averages. The gradient of s
-    is a difference of terms dO.v, so it is off by that times such a term; terms that are summed
-    add like random signs, of which the largest of many sums is some three standard deviations.
+    1. Storing a result costs one unit of the storage type at its largest entry, and at least the
+       distance of the type's smallest numbers.
+    2. A score s is off by eps (1 + |s|), plus the error of the terms that it is formed of. So are
+       the logarithms of the weights of the averages.
+    3. The gradient of s is a difference of terms dO.v, so it is off by the error of 2 times such a
+       term. Errors of terms that are summed add up like random signs; the largest of many such
+       sums is about three standard deviations.
 
-    Where float32's functions are approximate, an exponential and a quotient err by 2 units each and
-    a logarithm by 2^-22, which is 1.4 units of e^x. A weight is the quotient of an exponential (4
-    units), whose exponent has two logarithms (3) and s three times: itself and in the sums that
-    these are of. s is an exponential over epsilon (4 |s|).
+    If float32's functions are approximate, an exponential and a quotient are off by 2 units each,
+    and a logarithm by 2^-22, which is 1.4 units of e^x. A weight is the quotient of an exponential
+    (4 units); its exponent contains two logarithms (3 units), and s three times: itself, and in
+    the sums under both logarithms. And s is an exponential divided by epsilon (4 |s|).
     """
     dtype = arguments["key"].dtype
     wide = move(arguments, dtype=torch.float64, device="cpu")
@@ -139,7 +141,7 @@ def rounding(
     approximate = approximate and accumulate_dtype(dtype) == torch.float32
 
     def errors(s: float) -> float:
-        """Of a weight, of whose exponent s is a part."""
+        """The relative error of a weight whose exponent contains s."""
         units = 1 + s + (7 + 12 * s if approximate else 0)
         return torch.finfo(accumulate_dtype(dtype)).eps * units
 
@@ -153,11 +155,11 @@ def rounding(
     term = 3 * typical(grad_output.double().cpu())
     if function.__name__ != "transport_plan":
         term *= typical(value) * value.shape[-1] ** 0.5
-    # the difference may be taken with the stored output, and every iteration forms s again
+    # the difference may use the stored, rounded output, and every iteration computes s again
     iterations = (1 + wide["iterations"]) ** 0.5
     term *= storage + errors(typical(s)) * iterations
     by_tokens, by_references = tokens.shape[-2] ** 0.5, reference.shape[-2] ** 0.5
-    # The derivative of s, times what its terms add up to; masses are at least 0.1.
+    # Times the growth of the sum of terms; masses are at least 0.1.
     derivative_of_s = {"epsilon": typical(s) / epsilon * by_tokens}
     derivative_of_s |= dict.fromkeys(("query", "key"), slope / epsilon * by_references)
     derivative_of_s |= dict.fromkeys(("reference", "bandwidth"), slope / epsilon * by_tokens)

@@ -1,4 +1,4 @@
-"""A process that does tasks for this one, and what runs in it."""
+"""A process that runs tasks for this one, and the code that runs in it."""
 
 import contextlib
 import faulthandler
@@ -18,13 +18,13 @@ from .processes import Process
 from .tasks import all_tasks
 
 SECONDS_TO_IMPORT = 120  # Python and torch, from a slow disk
-SECONDS_TO_GET_DEVICE = 15  # the context of a GPU, which a killed process may still block
-USUAL_SECONDS_TO_IMPORT = 10  # deadlines are for a machine that needs no more,
-MOST_SLOWNESS = 2  # and at most twice as long elsewhere: the first import may have met a cold disk
+SECONDS_TO_GET_DEVICE = 15  # to get a GPU's context, which a killed process may still block
+USUAL_SECONDS_TO_IMPORT = 10  # deadlines assume that importing takes at most this;
+MOST_SLOWNESS = 2  # they grow with a slower import, up to twice: it may only be a cold disk
 
 
 class LostError(Exception):
-    """A process was lost: its status, or that it hung and where, and the end of what it wrote."""
+    """A process was lost; says its status, or where it hung, and the end of what it wrote."""
 
 
 class Worker(Process):
@@ -33,10 +33,10 @@ class Worker(Process):
     def __init__(self, device: torch.device, quick: bool) -> None:
         super().__init__(code(device, quick))
         self._started = time.monotonic()
-        self.slowness = 1.0  # how many times as long as usual its start took
+        self.slowness = 1.0  # the time of its start, in multiples of the usual
 
     def take_device(self, blocking: bool, most: float) -> None:
-        """Wait until the process has come up and can use the device.
+        """Wait until the process has started and can use the device.
 
         blocking: every launch waits for its kernel, so that an error names the kernel.
 
@@ -53,7 +53,7 @@ class Worker(Process):
 
         Raises: LostError.
         """
-        with contextlib.suppress(OSError):  # of one that has gone, as the answer will tell
+        with contextlib.suppress(OSError):  # if the process is gone, _answer reports it
             self.channel.send(request)
         return self._answer(seconds)
 
@@ -91,13 +91,14 @@ def work(channel: Any, name: str, quick: bool) -> None:
 
 
 def _import_what_torch_puts_off() -> None:
-    """Seconds that the first backward takes else, at the expense of its deadline."""
+    """Run once, on no device, what torch imports at the first backward: it takes seconds, which
+    would count against a task's deadline."""
     arguments = random_problem(dtype=torch.float32, device="meta")  # without memory or kernels
     run(set_attention, arguments, output_gradient(set_attention, arguments))
 
 
 def _read_requests(channel: Any, requests: "queue.Queue[Any]") -> None:
-    """Ends this process with the other, even while a kernel hangs."""
+    """Read requests; end this process when the other one ends, even while a kernel hangs."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             requests.put(channel.recv())

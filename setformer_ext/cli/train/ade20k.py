@@ -21,9 +21,9 @@ from .lines import numbered_lines
 from .sampling import transformed
 from .task import NO_IMAGES, DataError, blaming, listed, named
 
-IGNORED = -1  # the class of pixels that count neither in losses nor in metrics
+IGNORED = -1  # the class of pixels that do not count, neither in losses nor in metrics
 UNKNOWN = -2
-LABEL_MODES = ("L", "I", "I;16", "I;16B")  # Pillow's names of grey of 8 and of more bits
+LABEL_MODES = ("L", "I", "I;16", "I;16B")  # Pillow's names for grey of 8 bits and of more
 LARGEST_LABEL = 65535
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change what they store
 LISTED = 5  # labels or classes that a message names
@@ -51,7 +51,7 @@ class Labels:
         """Classes 0, 1, ... and IGNORED.
 
         Raises:
-            DataError: for a label of no class.
+            DataError: for a label without a class.
         """
         last = self.first + len(self.names) - 1
         table = np.full(LARGEST_LABEL + 1, UNKNOWN)
@@ -97,7 +97,7 @@ class Ade20k(Dataset[Any]):
         self.notes = named([*others, *more], NO_IMAGES)
         if not images:
             raise DataError(f"--data: no images in {root / 'images' / split}")
-        # What lacks its other half stays, so that reading it names it.
+        # Files without a partner are kept, so that reading them raises an error that names them.
         self.samples = [
             (
                 images.get(stem, root / "images" / split / f"{stem}.jpg"),
@@ -122,9 +122,9 @@ class Ade20k(Dataset[Any]):
         )
 
     def find_labels(self) -> list[tuple[list[int], str]]:
-        """Which labels are in each sample, and what is wrong with it.
+        """The labels in each sample, and what is wrong with the sample.
 
-        JPEGs are not decoded, so it takes a small part of the time of an epoch.
+        JPEGs are not decoded, so this takes a small part of the time of an epoch.
         """
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
             return list(pool.map(self._find_labels, self.samples))
@@ -141,7 +141,7 @@ class Ade20k(Dataset[Any]):
         """Check that both files exist and are of the same size.
 
         Returns:
-            whether the labels are of the image turned upright, rather than as it is stored.
+            whether the labels belong to the image turned upright, rather than as it is stored.
 
         Raises:
             DataError, OSError: naming the file.
@@ -165,13 +165,13 @@ class Ade20k(Dataset[Any]):
 def look_over(
     root: Path, train: Ade20k, validation: Ade20k, ignored: int | None
 ) -> tuple[Labels, list[str]]:
-    """Find out which classes there are, and check all samples.
+    """Find the classes that occur, and check all samples.
 
     Returns:
-        the labels, and what is wrong.
+        the labels, and a list of what is wrong.
 
     Raises:
-        DataError: if there are no two classes, or their names cannot be read.
+        DataError: if there are fewer than two classes, or their names cannot be read.
     """
     found = {data: data.find_labels() for data in (train, validation)}
     used = {
@@ -209,7 +209,7 @@ def read_labels(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:  # [H, 
     """The labels of a grey image.
 
     Raises:
-        DataError: for one of colours, of a palette, or compressed at a loss.
+        DataError: for an image with colours, a palette or lossy compression.
         OSError: if it cannot be decoded; the message names it.
     """
     with opened(path, max_pixels) as image:
@@ -261,7 +261,7 @@ def read_names(root: Path, first: int) -> list[str] | None:
 
 
 def _by_stem(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """The images by the names that they share with their labels, and files that are none."""
+    """The images, by the name that each shares with its labels; and files that are no images."""
     if not folder.is_dir():
         raise DataError(
             f"--data: there is no folder {folder}; expected images/training, images/validation, "

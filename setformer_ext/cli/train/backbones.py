@@ -13,7 +13,7 @@ from ... import vision  # noqa: F401 (registers the models)
 from .options import add_keys_and_values, add_option, fraction
 from .task import TrainingError, blaming, listed
 
-# What timm, torchvision and others raise where the options of a model do not fit.
+# Errors of timm, torchvision and others if the options of a model do not fit.
 MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError)
 
 
@@ -35,10 +35,10 @@ def add_flip(parser: argparse._ActionsContainer) -> None:
 
 
 def require_network(options: argparse.Namespace) -> None:
-    """Refuse a network or weights that are not there, before the data are read.
+    """Refuse an unknown network or missing weights, before the data are read.
 
     Raises:
-        TrainingError: for a name that timm does not know, or where there is no file of weights.
+        TrainingError: for a name that timm does not know, or if the file of weights does not exist.
     """
     path = options.pretrained
     if path is not None and not path.is_file():
@@ -51,10 +51,10 @@ def require_network(options: argparse.Namespace) -> None:
 
 
 def require_backbone(options: argparse.Namespace) -> None:
-    """Refuse what :func:`require_network` does, and a ``--scale-jitter`` of no factor.
+    """Refuse what :func:`require_network` refuses, and a ``--scale-jitter`` without any factor.
 
     Raises:
-        TrainingError: if its bounds are the wrong way round.
+        TrainingError: as there, or if the lower bound is above the upper one.
     """
     require_network(options)
     if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
@@ -63,7 +63,7 @@ def require_backbone(options: argparse.Namespace) -> None:
 
 
 def load_backbone(body: nn.Module, options: argparse.Namespace) -> None:
-    """Load the part of a classifier's weights that a backbone has, where any are given.
+    """Load the backbone's part of a classifier's weights, if weights are given.
 
     Raises:
         TrainingError: if the file cannot be read or is of another model.
@@ -77,7 +77,7 @@ def load_backbone(body: nn.Module, options: argparse.Namespace) -> None:
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:
-    """Load weights, but for a classifier of another number of classes.
+    """Load weights, except those of a classifier for another number of classes.
 
     Raises:
         TrainingError: if the file cannot be read or is of another model.

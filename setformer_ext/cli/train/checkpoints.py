@@ -17,8 +17,8 @@ from torch import Tensor
 from ...errors import first_line
 from .task import TrainingError
 
-KEPT = 2  # the newest, and the one before should that prove broken
-PARTIAL = ".partial"  # how the names end of files that are not yet whole
+KEPT = 2  # the newest, and the one before in case the newest is broken
+PARTIAL = ".partial"  # the end of the names of files that are not complete yet
 
 
 class CheckpointError(TrainingError):
@@ -26,7 +26,7 @@ class CheckpointError(TrainingError):
 
     @classmethod
     def of_writing(cls, path: Path, reason: BaseException) -> CheckpointError:
-        """Such as a full disk, which leaves what was written before."""
+        """The error of a failed write, such as on a full disk; what was there before is kept."""
         return cls(
             f"cannot write {path}: {first_line(reason)}; earlier checkpoints are untouched: "
             "make room, then go on with --resume"
@@ -34,7 +34,7 @@ class CheckpointError(TrainingError):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` fill a file that is there wholly or, whatever happens meanwhile, not at all.
+    """Have ``write`` fill a file that then exists completely or, whatever happens, not at all.
 
     Raises:
         CheckpointError: if the file cannot be written, as on a full disk; what was there stays.
@@ -49,12 +49,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # so that the new name outlives a power cut too
+            os.fsync(folder)  # so that the new name survives a power cut too
         finally:
             os.close(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason: BaseException = error
-        while reason.__context__ is not None:  # torch.save trips over what it left half written
+        while reason.__context__ is not None:  # torch.save raises again over its half-written file
             reason = reason.__context__
         raise CheckpointError.of_writing(path, reason) from error
     finally:
@@ -62,13 +62,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what killed processes left half written."""
+    """Remove files that killed processes left half written."""
     for path in folder.rglob(f".*{PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a state_dict as safetensors; of names that share a tensor, only the first."""
+    """Write a state_dict as safetensors; if names share a tensor, only under the first name."""
     kept: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in state.items():
         kept.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), name)
@@ -83,7 +83,7 @@ class Checkpoints:
         self.folder = folder
 
     def paths(self) -> list[Path]:
-        """From the newest to the oldest."""
+        """The files, from the newest to the oldest."""
         found = {
             int(match[1]): path
             for path in self.folder.glob("step-*.pt")
@@ -92,7 +92,7 @@ class Checkpoints:
         return [found[step] for step in sorted(found, reverse=True)]
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, and only then remove those that are too old."""
+        """Write a checkpoint, and only after that remove those that are too old."""
         write_atomically(self.folder / f"step-{step:08d}.pt", lambda file: torch.save(state, file))
         for path in self.paths()[KEPT:]:
             path.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ class Checkpoints:
         """The newest checkpoint that can be read, None if there is none at all.
 
         Args:
-            warn: told of each one that cannot be read.
+            warn: called with a message for each checkpoint that cannot be read.
 
         Raises:
             CheckpointError: if there are checkpoints but none can be read.
@@ -121,7 +121,7 @@ class Checkpoints:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             broken = archive.testzip()
         if broken is None:
             return torch.load(path, map_location="cpu", weights_only=True)

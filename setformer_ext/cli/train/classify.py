@@ -1,4 +1,4 @@
-"""Classification of images in one folder per class, as ImageNet has them."""
+"""Classification of images in one folder per class, as in ImageNet."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Accuracy(Metrics):
     def __init__(self, num_classes: int) -> None:
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
-        self.loss = MeanMetric(nan_strategy=math.inf)  # rather than leave NaN out
+        self.loss = MeanMetric(nan_strategy=math.inf)  # by default NaN would be left out
         self.num_classes = num_classes
 
     def update(self, model: nn.Module, batch: Batch) -> None:
@@ -141,7 +141,7 @@ class Classify(Task):
         self.eval.transform = create_transform(**common, crop_pct=self.config["crop_pct"])
 
     def _data_config(self) -> dict[str, Any]:
-        """What the model says of its images, at this size and with this many channels."""
+        """The model's data configuration, at this size and with this many channels."""
         pretrained = timm.get_pretrained_cfg(self.options.model).to_dict()
         config = resolve_data_config(pretrained_cfg=pretrained)
         channels = self.options.in_chans
@@ -170,7 +170,7 @@ class Classify(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, labels = batch  # [B, C, H, W], [B]
-        if self.mixup is not None and len(images) % 2 == 0:  # it pairs them
+        if self.mixup is not None and len(images) % 2 == 0:  # mixup pairs images
             images, labels = self.mixup(images, labels)  # labels: [B, classes]
             return {"cross_entropy": F.cross_entropy(model(images).float(), labels)}
         smoothing = self.options.label_smoothing
@@ -192,7 +192,7 @@ class Classify(Task):
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **more: Any) -> Image.Image:
-    """timm's, also where no bit is kept and all becomes black, which Pillow refuses from 13 on."""
+    """timm's, but it also allows 0 bits, which gives black, and which Pillow refuses from 13 on."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep, **more)

@@ -1,7 +1,7 @@
 """Images with boxes and masks in COCO's format, looked over before anything is trained on them.
 
-pycocotools and torchvision read such files as they are; here every record is looked over first, so
-that what is wrong is named with its file and record, or left out and counted, before hours of work.
+pycocotools and torchvision read such files without checks. Here every record is checked first:
+errors are reported with file and record, or left out and counted, before hours of work.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Coco(Dataset[Any]):
 
     A sample is an image, uint8 [3, H, W], and a dictionary: boxes [N, 4] (x0, y0, x1, y1 in pixels,
     inside the image), labels [N] int64 from 1 on, crowd [N] bool, and with ``masks`` masks
-    [N, H, W] uint8; the first two and the masks are torchvision's tv_tensors. What
-    ``transform(image, target)`` makes of it is returned.
+    [N, H, W] uint8; the first two and the masks are torchvision's tv_tensors. The sample that is
+    returned is that of ``transform(image, target)``.
 
     Args:
         images: folder of the files that the annotations name.
         annotations: COCO's JSON.
         masks: read segmentations too.
         crowds: keep annotations with iscrowd, which are areas of many objects.
-        classes: names whose labels are 1, 2, ...; by default the file's own categories, but for
+        classes: names whose labels are 1, 2, ...; by default the file's own categories, except
             parents of others that have no objects themselves.
         skip: leave out what is wrong and list it in ``problems``, rather than raise.
         annotated, max_pixels: see :func:`setformer_ext.cli.images.annotated_size`.
@@ -82,7 +82,7 @@ class Coco(Dataset[Any]):
         self.transform: Callable[[Any, Record], Any] | None = None
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self.counts: Counter[str] = Counter()  # of what becomes notes in the end
+        self.counts: Counter[str] = Counter()  # later turned into notes
         content = _read(images, annotations)
         about = content.get("info")
         self.tool = about.get("contributor") if isinstance(about, dict) else None
@@ -114,7 +114,7 @@ class Coco(Dataset[Any]):
     def _sound(
         self, records: list[Any], kind: str, read: Callable[[Record], Record]
     ) -> Iterator[Record]:
-        """What can be read, each with its id; notes what is wrong with the others."""
+        """The records that can be read, each with its id; notes what is wrong with the others."""
         seen: set[Key] = set()
         for place, record in enumerate(records):
             key = identifier(record.get("id")) if isinstance(record, dict) else None
@@ -138,7 +138,7 @@ class Coco(Dataset[Any]):
         path = find_file(self.folder, record.get("file_name"), last)
         size = read_size(record)
         if size is None:
-            # No image is of 0 x 0.
+            # No image is 0 x 0: this gives the own size of the upright image.
             size, _ = annotated_size(path, (0, 0), max_pixels=self.max_pixels)
             self.counts["sizes that it lacks, and so the images' own"] += 1
         return {"path": path, "width": size[0], "height": size[1]}
@@ -194,7 +194,7 @@ class Coco(Dataset[Any]):
         return [name for name in ids if name not in empty]
 
     def _check(self, skip: bool) -> None:
-        """Turn counts into notes, and raise what stands against a training."""
+        """Turn counts into notes, and raise an error if no training is possible."""
         self.notes += [f"{what}: {count}" for what, count in self.counts.items() if count]
         if self.problems and not skip:
             raise DataError(f"{listed(self.problems)} (--on-error skip: go on without)")
@@ -235,7 +235,7 @@ class Coco(Dataset[Any]):
         return transformed(record["path"], self.transform, image, target)
 
     def _read_pixels(self, record: Record) -> np.ndarray:  # [H, W, 3] uint8
-        """Those that the boxes are of: lying, if the boxes are of the image as it is stored."""
+        """The pixels that the boxes refer to: unturned if the boxes are of the stored image."""
         path, size = record["path"], (record["width"], record["height"])
         own, upright = annotated_size(path, size, self.annotated, self.max_pixels)
         if own != size:

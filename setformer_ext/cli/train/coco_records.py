@@ -1,7 +1,7 @@
-"""What the records of COCO's JSON say, in the many ways in which annotation tools write them.
+"""Reads the records of COCO's JSON, in the many forms that annotation tools write.
 
 Ids and numbers may be texts or floats; polygons may be nested more or less deeply than COCO nests
-them. What can be read in one way only is read; for all else a ValueError says what was expected.
+them. Values that can only mean one thing are read; for others a ValueError says what was expected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLAGS = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
 
 
 def identifier(value: Any) -> Key | None:
-    """An id, the same for 7, 7.0 and "7", but another one for "07"; None if it is none."""
+    """An id: the same for 7, 7.0 and "7", but another one for "07"; None if the value is no id."""
     if isinstance(value, str):
         return int(value) if re.fullmatch("0|[1-9][0-9]{0,17}", value) else value or None
     if isinstance(value, float):
@@ -32,7 +32,7 @@ def identifier(value: Any) -> Key | None:
 
 
 def read_category(record: Record) -> Record:
-    """Its name, and its parent's if it has one."""
+    """The name of a category, and its parent's if it has one."""
     name = record.get("name")
     if type(name) not in (int, str) or name == "":
         raise ValueError(f"name must be a text, got {short(name)}")
@@ -54,7 +54,7 @@ def read_size(record: Record) -> tuple[int, int] | None:
 
 
 def last_names(images: list[Any]) -> Counter[str]:
-    """How often each file name is there, without its folders."""
+    """How often each file name occurs, without its folders."""
     names = (image.get("file_name") for image in images if isinstance(image, dict))
     return Counter(PureWindowsPath(name).name for name in names if isinstance(name, str))
 
@@ -62,12 +62,12 @@ def last_names(images: list[Any]) -> Counter[str]:
 def find_file(folder: Path, name: Any, last: Mapping[str, int]) -> Path:
     """The image file that a record names.
 
-    Tools put folders of their own, or of another system, or an address before the file's name;
-    they are dropped where no other image of the annotations has the same name.
+    Tools put folders of their own or of another system, or an address, before the file's name.
+    These are dropped if no other image of the annotations has the same name.
     """
     if not (isinstance(name, str) and name):
         raise ValueError(f"file_name must be a name, got {name!r}")
-    parts = PureWindowsPath(name).parts  # which are divided by slashes of either kind
+    parts = PureWindowsPath(name).parts  # split at slashes of both kinds
     drops = len(parts) if last[PureWindowsPath(name).name] == 1 else min(len(parts), 1)
     for end in (name, *(os.path.join(*parts[drop:]) for drop in range(drops))):
         if os.path.isfile(folder / end):
@@ -76,7 +76,7 @@ def find_file(folder: Path, name: Any, last: Mapping[str, int]) -> Path:
 
 
 def read_crowd(value: Any) -> bool:
-    """What ``iscrowd`` says; None is no."""
+    """The value of ``iscrowd``; None means False."""
     key = value.lower() if isinstance(value, str) else value
     if key is None:
         return False
@@ -86,10 +86,10 @@ def read_crowd(value: Any) -> bool:
 
 
 def read_box(value: Any, width: int, height: int) -> tuple[tuple[float, ...], bool]:
-    """Corners x0, y0, x1, y1 no further out than the image, from x, y, width and height.
+    """Corners x0, y0, x1, y1, cut at the image's borders, from x, y, width and height.
 
     Returns:
-        the corners, and whether they were further out by more than rounding explains.
+        the corners, and whether the box was cut by more than rounding explains.
     """
     box = numbers(value)
     if box is None or box.shape != (4,) or box[2:].min() <= 0:
@@ -102,7 +102,7 @@ def read_box(value: Any, width: int, height: int) -> tuple[tuple[float, ...], bo
 
 
 def is_rotated(record: Record) -> bool:
-    """Whether CVAT says that a box is to be rotated by an angle."""
+    """Whether CVAT gives an angle by which to rotate a box."""
     attributes = record.get("attributes")
     return isinstance(attributes, dict) and bool(attributes.get("rotation"))
 
@@ -116,8 +116,8 @@ class Segmentation:
         height: of the image.
 
     Attributes:
-        points: polygons left out since they have fewer than three points, and so no area.
-        problems: what is wrong with polygons that were left out though others are good.
+        points: polygons left out because they have fewer than three points, and so no area.
+        problems: what is wrong with polygons that were left out, if others are good.
 
     Raises:
         ValueError: if nothing of it can be used.
@@ -142,7 +142,7 @@ class Segmentation:
     def _read_polygons(self, value: list[Any]) -> None:
         thin: list[Any] = []
         height, width = self.size
-        reach = max(self.size)  # beyond which rasterising runs out of memory
+        reach = max(self.size)  # further outside, rasterising would run out of memory
         for polygon in _polygons(value):
             points = numbers(polygon)
             if points is None or points.ndim != 1 or len(points) % 2:
@@ -181,7 +181,7 @@ class Segmentation:
         """The mask.
 
         Raises:
-            ValueError, TypeError, IndexError: for COCO's text that is none.
+            ValueError, TypeError, IndexError: for a text that is not in COCO's form.
         """
         return np.ascontiguousarray(run_lengths.decode(self._encoded()))
 
@@ -192,12 +192,12 @@ class Segmentation:
         shape = {"size": self.size, "counts": self.counts}
         if isinstance(self.counts, list):
             return run_lengths.frPyObjects(shape, height, width)
-        if _pixels(self.counts) != height * width:  # the decoder would read on
+        if _pixels(self.counts) != height * width:  # the decoder would read past the end
             raise ValueError("run lengths that do not add up to the image's pixels")
         return shape
 
     def box(self) -> list[float]:
-        """Left, top, width and height of what it covers."""
+        """Left, top, width and height of the area that the mask covers."""
         if self.counts is not None:
             return run_lengths.toBbox(self._encoded()).tolist()
         points = np.concatenate(self.polygons).reshape(-1, 2)
@@ -205,7 +205,7 @@ class Segmentation:
 
 
 def _polygons(value: Any) -> list[Any]:
-    """Polygons out of [x, y, ...], [[x, y], ...], or lists of such lists, however deep."""
+    """Polygons from [x, y, ...], [[x, y], ...], or lists of these, nested to any depth."""
     if not (isinstance(value, list) and value and isinstance(value[0], list)):
         return [value]
     if len(value) > 2 and all(isinstance(point, list) and len(point) == 2 for point in value):
@@ -218,8 +218,8 @@ def _no_polygon(value: Any) -> str:
 
 
 def _pixels(counts: str) -> int:
-    """How many pixels COCO's compressed run lengths cover: 5 bits a character, from the lowest on,
-    each length but the first three less the one two before."""
+    """How many pixels COCO's compressed run lengths cover. A character has 5 bits, the lowest
+    first; from the fourth length on, only the difference to the length two before is stored."""
     lengths: list[int] = []
     value = shift = 0
     for character in counts.encode():
@@ -235,7 +235,7 @@ def _pixels(counts: str) -> int:
 
 
 def numbers(value: Any) -> np.ndarray | None:
-    """A number, or lists of numbers, also those written as texts, in float64; None if it is not."""
+    """A number or lists of numbers, perhaps written as texts, in float64; None for all else."""
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -244,6 +244,6 @@ def numbers(value: Any) -> np.ndarray | None:
 
 
 def short(value: Any) -> str:
-    """As Python writes it, in a few words."""
+    """The value as Python writes it, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

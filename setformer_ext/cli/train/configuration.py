@@ -13,8 +13,8 @@ from .task import TrainingError
 def read_configuration(path: Path) -> dict[str, Any]:
     """The file's entries: words, lists and mappings of them, and None for what is not given.
 
-    Words stay as they are written: `precision: no` is not False. Only null, ~ and nothing, without
-    quotes, mean that something is not given; inside of lists and mappings it is then left out.
+    Words stay as they are written: `precision: no` is not False. Only null, ~ and an empty value,
+    without quotes, mean that something is not given; such items of lists and mappings are left out.
 
     Raises:
         TrainingError: for a file that cannot be read or is no mapping.
@@ -22,7 +22,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.BaseLoader):
-        """All scalars are strings, but for those without quotes that mean nothing."""
+        """All scalars are strings, except null, ~ and empty values without quotes."""
 
     null = "tag:yaml.org,2002:null"
     Loader.add_implicit_resolver(null, re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -40,7 +40,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
 
 
 def _given(value: Any) -> Any:
-    """What is left without what is None, at any depth; None if that was all."""
+    """Remove None from a value, at any depth; None if nothing is left."""
     left: Any
     if isinstance(value, dict):
         left = {key: kept for key, part in value.items() if (kept := _given(part)) is not None}
@@ -52,7 +52,7 @@ def _given(value: Any) -> Any:
 
 
 def with_numbers(part: Any) -> Any:
-    """A list or mapping with the numbers in it as numbers; words alone stay as they are written."""
+    """A list or mapping with its numbers as numbers; a single word stays as it is written."""
 
     def literal(value: Any) -> Any:
         if isinstance(value, dict):

@@ -23,7 +23,8 @@ from .task import Batch, DataError, Metrics, Task, TrainingError, blaming, in_li
 
 
 class AveragePrecision(Metrics):
-    """COCO's average precision of boxes, and of masks: mean over IoU 0.5 to 0.95, at 0.5, 0.75."""
+    """COCO's average precision of boxes and of masks: the mean over IoU 0.5 to 0.95, at 0.5, at
+    0.75."""
 
     def __init__(self, masks: bool) -> None:
         self.masks = masks
@@ -35,8 +36,8 @@ class AveragePrecision(Metrics):
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         images, targets = batch
-        # One by one: in a batch they are padded to one size, and attention is over all of it, so
-        # that answers would depend on the other images.
+        # Images go one by one: in a batch they are padded to one size, and attention sees the
+        # padding, so that answers would depend on the other images.
         answers = [model([image])[0] for image in images]
         known = [
             {"boxes": t["boxes"], "labels": t["labels"], "iscrowd": t["crowd"].long()}
@@ -50,7 +51,8 @@ class AveragePrecision(Metrics):
         self.metric.update(*send_to_device((answers, known), "cpu"))
 
     def compute(self) -> dict[str, float]:
-        # torchmetrics gathers image by image, and fails where processes have not equally many.
+        # torchmetrics gathers image by image, and fails if processes have different numbers of
+        # images.
         for name, images in self.metric.metric_state.items():
             setattr(self.metric, name, gather_object(images))
         result = self.metric.compute()
@@ -63,7 +65,7 @@ class AveragePrecision(Metrics):
 
 
 class ScaleJitter(v2.ScaleJitter):
-    """torchvision's, but that no side shrinks to nothing."""
+    """torchvision's, but no side shrinks to 0 pixels."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {"size": tuple(max(side, 1) for side in super().make_params(flat_inputs)["size"])}
@@ -245,6 +247,6 @@ def plain() -> v2.Transform:
 
 
 def _labels(sample: Any) -> tuple[Tensor, Tensor]:
-    """What SanitizeBoundingBoxes cuts to the boxes that it keeps."""
+    """The parts of a target that SanitizeBoundingBoxes reduces to the boxes that it keeps."""
     target = sample[1]
     return target["labels"], target["crowd"]

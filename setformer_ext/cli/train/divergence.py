@@ -1,4 +1,4 @@
-"""What to say of a training whose numbers have become infinite, or no numbers at all."""
+"""The message about a training whose numbers have become infinite or NaN."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .task import TrainingError
 
 
 def diverged(what: str, step: int) -> TrainingError:
-    """The error that ends such a training; ``what`` is said of its loss."""
+    """The error that ends such a training; ``what`` says what is wrong with the loss."""
     return TrainingError(
         f"the loss {what} by step {step}; try a lower --lr, more --warmup or another --precision"
     )
 
 
 def require_finite(losses: dict[str, Tensor], model: nn.Module, step: int) -> None:
-    """Look at losses, scalars on any device, and at this process's part of the weights.
+    """Check losses, scalars on any device, and this process's part of the weights.
 
     Raises:
         TrainingError: if one of them is not finite.
@@ -32,7 +32,7 @@ def require_finite(losses: dict[str, Tensor], model: nn.Module, step: int) -> No
             raise diverged(f"{name} is {value.item()}", step)
     names, weights = zip(*model.named_parameters(), strict=True)
     finite = [(w.to_local() if isinstance(w, DTensor) else w).isfinite().all() for w in weights]
-    if not torch.stack(finite).all():  # the device is waited for once
+    if not torch.stack(finite).all():  # waits for the device only once
         raise diverged(f"is lost: the weights {names[finite.index(False)]} are not finite", step)
 
 
@@ -40,12 +40,12 @@ def require_finite(losses: dict[str, Tensor], model: nn.Module, step: int) -> No
 def explained(
     losses: dict[str, Tensor], model: nn.Module, step: int, again: Callable[[], object] | None
 ) -> Iterator[None]:
-    """Where a model fails because its numbers are not finite, say that instead of what it raised.
+    """If a model fails because its numbers are not finite, raise that error instead of its own.
 
     Args:
         losses, model, step: as in :func:`require_finite`.
-        again: the same call of the model, where it can be repeated, for a look inside it: a layer
-            may refuse what finite weights have made of the batch.
+        again: repeats the call of the model, if that is possible, to look inside it: weights may be
+            finite, but not what a layer got from the layer before.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def _first_layer_not_finite(call: Callable[[], object]) -> str | None:
 
     hook = register_module_forward_hook(look)
     try:
-        with suppress(Exception), torch.no_grad():  # it fails as it did before
+        with suppress(Exception), torch.no_grad():  # it fails again
             call()
     finally:
         hook.remove()

@@ -1,4 +1,4 @@
-"""What a model's answers to evaluation data are measured as, while training and after it."""
+"""Measures a model on evaluation data, during a training and after it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def measure(
     """The figures of all batches of all processes, by name.
 
     Args:
-        model: whole in each process, in eval mode, on its device.
-        metrics: what is measured.
-        batches: what Collate gives: a batch or none, and what could not be read of it.
+        model: complete in each process, in eval mode, on its device.
+        metrics: compute the figures.
+        batches: the results of Collate: a batch or None, and the samples that could not be read.
         accelerator: the processes and their precision.
-        note: takes what could not be read.
-        guard: makes of what measures a batch the context that it runs in.
+        note: called with the samples that could not be read.
+        guard: is given the function that measures a batch, and makes the context in which it runs.
 
     Raises:
         DataError: if there is no batch at all.

@@ -1,4 +1,4 @@
-"""Trained models and the data to measure them on, for each task, without that of its training."""
+"""For each task, a trained model and the data to measure it on, without the training data."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Examination(NamedTuple):
     collate: Callable[[list[Any]], Batch]
     metrics: Metrics
     problems: list[str]  # records that were left out
-    notes: list[str]  # what else a training says of such data
-    seed: int = 0  # of what is drawn
+    notes: list[str]  # what else a training reports about such data
+    seed: int = 0  # of random draws
 
 
 def prepare(options: argparse.Namespace) -> Examination:
@@ -45,7 +45,7 @@ def prepare(options: argparse.Namespace) -> Examination:
 
     Raises:
         UserError: if the training's output cannot be used.
-        TrainingError: for data that cannot.
+        TrainingError: for data that cannot be used.
     """
     card = read_card(options.training)
     task = card["task"]

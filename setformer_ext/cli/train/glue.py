@@ -128,7 +128,7 @@ class Glue(Task):
         if len(chosen) == 1:
             return [argparse.Namespace(**own | {"glue_task": chosen[0]})]
         _tokenizer_and_configuration(options, TASKS[chosen[0]])
-        _require_readable(options, chosen)  # before hours of training on the first
+        _require_readable(options, chosen)  # before hours of training on the first task
         return [
             argparse.Namespace(**own | {"glue_task": name, "output": options.output / name})
             for name in chosen
@@ -156,16 +156,16 @@ class Glue(Task):
         return text
 
     def make_model(self) -> nn.Module:
-        logging.disable_progress_bar()  # of weights that are read in no time
+        logging.disable_progress_bar()  # for weights, which are read in no time
         with blaming("--model", SavedError):
             model = load_model(
                 AutoModelForSequenceClassification.from_pretrained,
                 Path(self.options.model),
-                "classifier",  # of another task
+                "classifier",  # perhaps that of another task
                 config=self.config,
                 attn_implementation=self.options.attention_implementation,
             )
-        self.config = model.config  # with the options of references, where it has them
+        self.config = model.config  # with the options of references, if it has them
         self.config.architectures = [type(model).__name__]
         return model
 
@@ -213,7 +213,7 @@ def encode(
 def _tokenizer_and_configuration(
     options: argparse.Namespace, glue: GlueTask
 ) -> tuple[PreTrainedTokenizerFast, PreTrainedConfig]:
-    """Those of ``--model``, with ``--model-options``, for a task's classes."""
+    """Tokenizer and configuration of ``--model``, with its options, for a task's classes."""
     language.register()
     folder, given = Path(options.model), dict(options.model_options)
     references = given.pop("set_attention", {})  # no configuration's class knows these options
@@ -248,7 +248,7 @@ def _tokenizer_and_configuration(
 
 
 def _require_readable(options: argparse.Namespace, chosen: list[str]) -> None:
-    """Read all files of these tasks, and say of all that cannot be used what is wrong."""
+    """Read all files of these tasks, and report everything that cannot be used."""
     wrong = []
     for name in chosen:
         try:

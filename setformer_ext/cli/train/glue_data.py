@@ -1,7 +1,7 @@
 """The nine tasks of GLUE and the tab-separated files of its download.
 
-Wang et al., GLUE, ICLR 2019. Every task has a folder of its own, with quotes that mean nothing and
-the texts and labels in columns that differ between the tasks.
+Wang et al., GLUE, ICLR 2019. Every task has a folder of its own. Quotes in its files have no
+meaning, and the columns of texts and labels differ between tasks.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ COLA_COLUMNS = ("source", "label", "star", "sentence")  # its files have no head
 
 @dataclass(frozen=True)
 class GlueTask:
-    """What a task's files hold, and what is measured.
+    """The contents of a task's files, and its metrics.
 
     Args:
         folder: its name in the download.
         texts: columns of the sentence, or of the two.
         label: column of the label.
-        classes: what the label may be; none for a number, from 0 to 5.
+        classes: the possible labels; empty if the label is a number, from 0 to 5.
         metrics: names in ``glue.METRICS``; the task's score is their mean.
         columns: of files without a header.
-        dev: files to evaluate on, by what sets them apart.
+        dev: files to evaluate on, by the part of the name that tells them apart.
     """
 
     folder: str
@@ -65,7 +65,7 @@ TASKS: dict[str, GlueTask] = {
 
 
 class Example(NamedTuple):
-    """A sentence or two, with the class or the number, and which file it is of."""
+    """A sentence or two, with the class or number, and the part that it belongs to."""
 
     texts: tuple[str, ...]
     label: float
@@ -75,7 +75,7 @@ class Example(NamedTuple):
 def read_task(
     data: Path, task: GlueTask, problems: list[str] | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """A task's rows to train and to evaluate on; arguments and errors are read_examples'.
+    """A task's rows to train and to evaluate on; arguments and errors as in read_examples.
 
     Args:
         data: the download.
@@ -85,7 +85,7 @@ def read_task(
 
 
 def read_dev(data: Path, task: GlueTask, problems: list[str] | None = None) -> list[Example]:
-    """A task's rows to evaluate on; arguments and errors are read_task's."""
+    """A task's rows to evaluate on; arguments and errors as in read_task."""
     folder = data / task.folder
     parts = (read_examples(folder / name, task, part, problems) for part, name in task.dev.items())
     return [example for part in parts for example in part]
@@ -98,13 +98,13 @@ def read_examples(
 
     Args:
         path: the file.
-        task: says what is in it.
+        task: describes the contents.
         part: kept with every example.
-        problems: takes what is wrong with the rows that are left out; None to raise it.
+        problems: collects what is wrong with rows that are left out; None to raise it instead.
 
     Raises:
-        DataError: for a file that cannot be read or is none of the task's, and for malformed rows,
-            with file, line, what was expected and what came.
+        DataError: for a file that cannot be read or does not belong to the task, and for malformed
+            rows, with file, line, what was expected and what was found.
     """
     if not path.is_file():
         raise DataError(
@@ -134,7 +134,7 @@ def read_examples(
 
 
 def _read_row(cells: list[str], columns: Sequence[str], task: GlueTask, part: str) -> Example:
-    """The example of a row; a ValueError says what is wrong with it."""
+    """The example of a row; raises a ValueError that says what is wrong with a bad row."""
     if len(cells) != len(columns):
         raise ValueError(f"expected {len(columns)} tab-separated columns, got {len(cells)}")
     texts = tuple(cells[columns.index(name)] for name in task.texts)

@@ -1,4 +1,4 @@
-"""What a training tells: progress, TensorBoard's logs and the final table."""
+"""The output of a training: progress, TensorBoard's logs and the final table."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from .checkpoints import CheckpointError, write_atomically
 from .task import Task
 
 LOSS_EVERY = 10  # steps between looks at the loss, each of which waits for the device
-LONG = 5.0  # seconds without a look after which one does no harm
+LONG = 5.0  # seconds after which a look at the loss costs little in comparison
 LINE_EVERY = 60.0  # seconds between the lines of a log
 T = TypeVar("T")
-LISTED = 20  # broken samples named on the screen; metrics.json has them all
+LISTED = 20  # broken samples named on the screen; metrics.json names all
 
 
 def make_bar(**settings: Any) -> tqdm:
     """A bar of steps or batches, which goes away when it is closed."""
     layout = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    # Terminals may say that they are of 0 x 0 letters; tqdm would show nothing there.
+    # Some terminals report a size of 0 x 0 letters, for which tqdm would show nothing.
     size = shutil.get_terminal_size()
     settings |= {"ncols": size.columns, "nrows": size.lines}
     return tqdm(bar_format=layout, leave=False, **settings)
 
 
 class Journal:
-    """Tells what happens; only the main process speaks.
+    """Reports what happens; only the main process prints.
 
-    On a terminal a bar shows how far the training is; elsewhere, as in a log, a line now and then.
+    On a terminal a bar shows how far the training is; elsewhere, as in a log, occasional lines do.
 
     Args:
         output: the training's folder; TensorBoard's logs go to ``logs`` in it.
         speaks: whether this is the main process.
-        step: steps taken before; what was logged after them is forgotten.
+        step: steps taken before; anything logged after that step is dropped.
         steps: of the whole training.
-        samples: of a step, in all processes.
+        samples: the number in a step, of all processes.
     """
 
     def __init__(self, output: Path, speaks: bool, step: int, steps: int, samples: int) -> None:
         self.output, self.speaks = output, speaks
         self.first, self.steps, self.samples = step, steps, samples
-        # The time left is by the mean of all steps, evaluations included.
+        # The time left follows from the mean time of all steps, evaluations included.
         disable = None if speaks else True
         self.bar = make_bar(total=steps, initial=step, smoothing=0, disable=disable)
         self.began = time.monotonic()
@@ -66,7 +66,7 @@ class Journal:
                 print(text, flush=True)
 
     def step(self, step: int, losses: dict[str, Tensor], lr: float, began: float) -> None:
-        """A step was taken; now and then wait for the device and tell its figures.
+        """Note that a step was taken; from time to time wait for the device and print its figures.
 
         Args:
             step: its number, from 1 on.
@@ -98,8 +98,9 @@ class Journal:
             self._log({"step/loss": loss, "step/lr": lr}, step)
 
     def evaluating(self, batches: DataLoader[T]) -> Iterator[T]:
-        """The batches of an evaluation, telling how many of them are done."""
-        # Most evaluations take less. Not next_line: those that come often would silence the steps.
+        """The batches of an evaluation, with a bar or lines that show how many are done."""
+        # Most evaluations end before the first line is due. They do not share the time of the next
+        # line with the steps, whose lines frequent evaluations would suppress.
         next_line = time.monotonic() + LINE_EVERY
         bar = make_bar(iterable=batches, desc="evaluation", disable=self.bar.disable)
         for number, batch in enumerate(bar, start=1):
@@ -110,7 +111,8 @@ class Journal:
         """Print and log an evaluation: its step, mean losses and metrics."""
         figures = {name: value for name, value in entry.items() if name != "step"}
         step = int(entry["step"])
-        # Figures of single classes, "IoU/sky", may be hundreds: they go to the table at the end.
+        # There may be hundreds of figures for single classes ("IoU/sky"): only the final table has
+        # them.
         short = (f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
         self.say(f"step {step}/{self.steps}  " + "  ".join(short))
         self._log({f"evaluation/{name}": value for name, value in figures.items()}, step)
@@ -120,7 +122,7 @@ class Journal:
         self.bar.close()
 
     def _line(self, text: str, due: float) -> float:
-        """In place of the bar, where there is none, a line if it is due; when the next one is."""
+        """Print `text` if there is no bar and a line is due; returns when the next one is due."""
         if not self.bar.disable or time.monotonic() < due:
             return due
         self.say(text)
@@ -136,7 +138,7 @@ class Journal:
         try:
             for name, value in figures.items():
                 self.writer.add_scalar(name, value, step)
-            self.writer.flush()  # so that what cannot be written is known here
+            self.writer.flush()  # so that an error of writing appears here
         except OSError as error:
             raise CheckpointError.of_writing(self.logs, error) from error
 

@@ -1,4 +1,4 @@
-"""Images in one folder per class, looked over before anything is trained on them."""
+"""Images in one folder per class, checked before any training on them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .task import DataError, listed, named
 
 
 class LabelledImages(Dataset[Any]):
-    """What ``transform`` makes of an image, and the index of its class.
+    """A dataset of transformed images, each with the index of its class.
 
     Args:
         folder: the files.
-        classes: names, whose places are the indices.
-        mode: Pillow's, of the images: L or RGB.
+        classes: names, in the order of their indices.
+        mode: Pillow's mode of the images: L or RGB.
         max_pixels: see :func:`setformer_ext.cli.images.read_image`.
     """
 
@@ -30,7 +30,7 @@ class LabelledImages(Dataset[Any]):
         self, folder: ImageFolder, classes: Sequence[str], mode: str, max_pixels: int
     ) -> None:
         index = {name: place for place, name in enumerate(classes)}
-        # As strings: of a million files, paths would be large in every worker.
+        # As strings: a million Path objects would be large in every worker.
         self.samples = [(str(path), index[name]) for path, name in folder.samples()]
         self.mode, self.max_pixels = mode, max_pixels
         self.transform: Callable[..., Any] = lambda image: image
@@ -48,7 +48,7 @@ def find_data(options: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     """The images to train and to evaluate on: --data's train and val, or a --val-share of it.
 
     Raises:
-        DataError: if there are no images of two classes, or classes of which none is trained on.
+        DataError: for fewer than two classes with images, or a class without training images.
     """
     data: Path = options.data
     if options.val_share is None:
@@ -73,7 +73,7 @@ def find_data(options: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
 
 
 def classes_without_images(classes: Sequence[str], *folders: ImageFolder) -> list[str]:
-    """Says which classes each of them lacks."""
+    """Says which classes each of the two folders lacks."""
     return [
         f"{folder.name} has no images of these classes: {', '.join(empty)}"
         for folder in folders
@@ -90,7 +90,7 @@ def find_classes(folder: Path, layout: str) -> ImageFolder:
     """The images of a folder of classes.
 
     Raises:
-        DataError: if there are none; tells the layout that was expected.
+        DataError: if there are none; names the expected layout.
     """
     if not folder.is_dir():
         raise DataError(f"--data: there is no folder {folder}; expected {layout}")

@@ -1,4 +1,4 @@
-"""The weights of a training and what changes them, in one of its processes."""
+"""The weights of a training and the objects that change them, in one of its processes."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ class Learner:
         elif accelerator.num_processes > 1:
             self.parallel = parallel.replicate(self.model, accelerator.device)
         self.optimizer = make_optimizer(self.model, options)
-        self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales losses of fp16
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales the losses in fp16
         self.schedule = make_schedule(self.optimizer, options, steps)
 
     def backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
-        """Add the gradients of a pass, of which ``last`` makes a step; returns the losses."""
+        """Add the gradients of a pass, ``last`` for the last of a step; returns the losses."""
         with nullcontext() if last else self.accelerator.no_sync(self.parallel):
             losses = self._losses(self.parallel, batch)
             self.accelerator.backward(sum(losses.values()) / self.options.accumulate)
         return {name: loss.detach() for name, loss in losses.items()}
 
     def again(self, batch: Batch) -> Callable[[], object] | None:
-        """Repeats the losses in this process alone; sharded weights need the others."""
+        """A function that repeats the losses in this process alone; None for sharded weights."""
         return None if self.options.shard else partial(self._losses, self.model, batch)
 
     def _losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -95,13 +95,13 @@ class Learner:
             self.ema.update(self.model, number + 1)
 
     def evaluated(self) -> nn.Module:
-        """The model to evaluate, averaged if there is an average, whole in each process."""
+        """The model to evaluate: the average if there is one, complete in each process."""
         if self.whole is not self.averaged:
             self.whole.load_state_dict(get_model_state_dict(self.averaged, options=parallel.WHOLE))
         return self.whole.eval()
 
     def state(self) -> dict[str, Any]:
-        """All of it, whole, for :meth:`load_state`; all processes have to ask."""
+        """The complete state, for :meth:`load_state`; all processes must call this."""
         whole, scaler = parallel.WHOLE, self.accelerator.scaler
         ema = None if self.ema is None else get_model_state_dict(self.averaged, options=whole)
         return {
@@ -112,7 +112,7 @@ class Learner:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from where :meth:`state` was asked."""
+        """Go on from the point where :meth:`state` was called."""
         set_model_state_dict(self.model, state["model"], options=parallel.WHOLE)
         if self.ema is not None:
             set_model_state_dict(self.averaged, state["ema"], options=parallel.WHOLE)
@@ -149,7 +149,7 @@ def make_accelerator(precision: str) -> Accelerator:
 
 def _checkpoint_gradients(model: nn.Module) -> None:
     for module in model.modules():
-        # timm's and transformers'
+        # options of timm and of transformers
         for switch in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
             if hasattr(module, switch):
                 getattr(module, switch)()

@@ -10,17 +10,16 @@ from .task import DataError
 
 
 def numbered_lines(path: Path, problems: list[str] | None) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, from 1 on, without their ends and a mark in front of the first.
+    """The lines of a UTF-8 file, numbered from 1, without line ends and without a byte order mark.
 
     Only \\n and \\r\\n end a line; texts have other characters in them that Python would split at.
 
     Args:
         path: the file.
-        problems: takes what is wrong with a line that is then left out; None to raise it.
+        problems: collects what is wrong with lines that are left out; None to raise it instead.
 
     Raises:
-        DataError: for a file that cannot be read or is no text in UTF-8 at all, and for lines that
-            are not.
+        DataError: for a file that cannot be read or is not UTF-8 at all, and for such lines.
     """
     for number, line in enumerate(_content(path).split(b"\n"), start=1):
         try:
@@ -54,7 +53,7 @@ def refuse(problem: str, problems: list[str] | None) -> None:
     """Note what is wrong with a line, or raise it.
 
     Raises:
-        DataError: where nothing takes notes.
+        DataError: if ``problems`` is None.
     """
     if problems is None:
         raise DataError(f"{problem} (--on-error skip: leave such lines out)")

@@ -44,15 +44,15 @@ class Progress:
     best: float | None = None  # the monitored figure of the best evaluation
     history: list[dict[str, float]] = field(default_factory=list)  # one entry an evaluation
     losses: dict[str, float] = field(default_factory=dict)  # sums since the last evaluation
-    passes: int = 0  # that those sums are of
+    passes: int = 0  # the number of terms of those sums
     skipped: list[str] = field(default_factory=list)
 
 
 def train(kind: type[Task], options: argparse.Namespace) -> Progress:
-    """Train as the options say, from the start or from a checkpoint, and print what came out.
+    """Train as the options say, from the start or from a checkpoint, and print the results.
 
     Raises:
-        TrainingError: for all that the user can put right.
+        TrainingError: for everything that the user can correct.
     """
     training = Training(kind(options), options)
     with closing(training.journal):
@@ -75,7 +75,7 @@ class Training:
                 f"{self.eval_data.size} evaluation samples for {self.processes} processes; "
                 "expected one each at least"
             )
-        self.shared = {  # what has to be as it was when a training goes on
+        self.shared = {  # what must not change when a training is resumed
             **comparable(options),
             "processes": self.processes,
             "training samples": self.train_data.size,
@@ -94,7 +94,7 @@ class Training:
         self.learner = Learner(task, options, self.accelerator, self.steps)
         self.progress = Progress()
         self.sums: dict[str, Tensor] = {}  # this process's part of progress.losses
-        self.extended = ""  # what to say of a training that goes on beyond its end
+        self.extended = ""  # the message about a training that is made longer
         if checkpoint is not None:
             self._restore(checkpoint)
         self.journal = Journal(
@@ -106,7 +106,7 @@ class Training:
         )
 
     def run(self) -> Progress:
-        """Train from where the progress is to the end."""
+        """Train from the current progress to the end."""
         progress, save_every = self.progress, self.options.save_every
         self.journal.say(self.task.describe())
         self.journal.say(
@@ -222,14 +222,14 @@ class Training:
                 f", of {self.steps} steps instead of {planned}: "
                 f"the learning rate goes {rates} now, and down the cosine of {self.steps} steps"
             )
-        share = float(self.rank == 0)  # the sums were those of all processes
+        share = float(self.rank == 0)  # the saved sums are those of all processes
         self.sums = {
             name: torch.tensor(share * value, dtype=torch.float64, device=self.accelerator.device)
             for name, value in self.progress.losses.items()
         }
 
     def _train_loader(self) -> DataLoader:
-        """From the first sample that has not been trained on."""
+        """The training batches, from the first sample that has not been trained on."""
         accumulate = self.options.accumulate
         stream = Stream(
             self.train_data.size,
@@ -252,7 +252,7 @@ class Training:
         )
 
     def _all_sums(self) -> dict[str, float]:
-        """The losses' sums over all processes, asked for in the same order in each."""
+        """The sums of the losses over all processes, in the same order in each."""
         return {
             name: self.accelerator.reduce(self.sums[name], "sum").item()
             for name in sorted(self.sums)

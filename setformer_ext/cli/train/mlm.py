@@ -1,4 +1,4 @@
-"""Pretraining of a language encoder: words that were masked are predicted from the others."""
+"""Pretraining of a language encoder: masked words are predicted from the others."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from .parallel import from_main_process
 from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, blaming, listed
 from .texts import read_documents, text_files, train_tokenizer, wrap_tokenizer
 
-CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # BERT's shares: of the words; of those, the rest stay
-MANY_UNKNOWN = 0.01  # share of the words that is worth a warning
+CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # BERT's: of all words; of the chosen; the rest stays
+MANY_UNKNOWN = 0.01  # the share of unknown words above which there is a warning
 VOCAB_SIZE = 30522  # of BERT
 
 
@@ -44,8 +44,8 @@ class Packed(Dataset[tuple[Tensor, Tensor]]):
         chosen: share of the words that have to be predicted.
 
     A sample is the sequence [L] int64 with words masked, and what has to be predicted [L] int64,
-    -100 elsewhere; drawn from torch's global generator. (The collator of transformers draws special
-    tokens too where a word is to be replaced by any other.)
+    -100 elsewhere; drawn from torch's global generator. (transformers' collator also draws special
+    tokens as random replacements of words.)
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Packed(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Prediction(Metrics):
-    """The loss, the share of masked words that are the likeliest, and their perplexity."""
+    """The loss, the share of masked words with the highest probability, and their perplexity."""
 
     def __init__(self) -> None:
         self.right = MeanMetric()
@@ -103,7 +103,7 @@ class Prediction(Metrics):
         return {
             EVAL_LOSS: loss,
             "accuracy": self.right.compute().item(),
-            "perplexity": math.exp(min(loss, 700.0)),  # what a float holds
+            "perplexity": math.exp(min(loss, 700.0)),  # a float holds no more
         }
 
 
@@ -154,8 +154,8 @@ class Mlm(Task):
 
     @staticmethod
     def split(options: argparse.Namespace) -> list[argparse.Namespace]:
-        """With the defaults of what no --pretrained or --tokenizer gives."""
-        known: dict[str, str] = {}  # options that another one stands for
+        """Fill in defaults for what neither --pretrained nor --tokenizer gives."""
+        known: dict[str, str] = {}  # options whose values another option already gives
         if options.tokenizer is not None:
             known |= dict.fromkeys(("vocab_size", "alphabet", "cased"), "tokenizer")
         if options.pretrained is not None:
@@ -197,7 +197,7 @@ class Mlm(Task):
             words = 1 + max(self.tokenizer.get_vocab().values())
             start: dict[str, Any] = {**SIZES[options.model], "vocab_size": words}
         else:
-            names = SetformerConfig.__annotations__  # without those of every configuration
+            names = SetformerConfig.__annotations__  # without those of all configurations
             start = {n: value for n, value in self.pretrained.to_dict().items() if n in names}
         self.model_options = {
             **start,
@@ -212,7 +212,7 @@ class Mlm(Task):
             )
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """That of a training which is resumed, or else one that is given; None to train one."""
+        """The tokenizer of a resumed training, or else the given one; None to train one."""
         options, option, folder = self.options, "resume", self.options.output
         if not options.resume or not (folder / "tokenizer.json").exists():
             option = "pretrained" if options.tokenizer is None else "tokenizer"
@@ -230,7 +230,7 @@ class Mlm(Task):
         return tokenizer
 
     def _train_tokenizer(self, documents: list[str]) -> PreTrainedTokenizerFast:
-        """One for these documents, the same in all processes."""
+        """A tokenizer trained on these documents, the same in all processes."""
         options = self.options
         how = (options.vocab_size, not options.cased, options.alphabet)
         return wrap_tokenizer(from_main_process(lambda: train_tokenizer(documents, *how)))
@@ -252,7 +252,7 @@ class Mlm(Task):
         return text
 
     def _unknown_share(self) -> float:
-        """How many of the words to train on the tokenizer does not know."""
+        """The share of the training words that the tokenizer does not know."""
         tokenizer, tokens = self.tokenizer, self.train.tokens
         inside = [i for token, i in tokenizer.get_vocab().items() if token.startswith("##")]
         words = ~np.isin(tokens, [*inside, tokenizer.sep_token_id])
@@ -285,7 +285,7 @@ class Mlm(Task):
         return {
             "task": self.name,
             "model_options": self.model_options,
-            # What the words are masked by that are evaluated on.
+            # These determine the masked words of the evaluation.
             "sequence_length": options.sequence_length,
             "mask_share": options.mask_share,
             "seed": options.seed,
@@ -295,14 +295,14 @@ class Mlm(Task):
 def pack(
     documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int, chosen: float
 ) -> Packed:
-    """Documents as sequences of tokens; arguments as of :class:`Packed`."""
+    """Documents as sequences of tokens; arguments as for :class:`Packed`."""
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     tokens = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
     return Packed(tokens, length, tokenizer, chosen)
 
 
 def _encoder_configuration(folder: Path | None) -> SetformerConfig | None:
-    """What ``--pretrained`` holds."""
+    """The configuration of the encoder in ``--pretrained``."""
     if folder is None:
         return None
     with blaming("--pretrained", SavedError):

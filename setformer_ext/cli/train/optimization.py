@@ -1,4 +1,4 @@
-"""What each parameter's learning rate and weight decay are."""
+"""The learning rate and weight decay of each parameter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_schedule(
     optimizer: torch.optim.Optimizer, options: argparse.Namespace, steps: int
 ) -> CosineLRScheduler:
     """Half a cosine down to 0 over all steps, after a linear rise over ``--warmup`` of them."""
-    # Which takes a single step for none.
+    # For a training of one step timm warns that the schedule has no effect.
     logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)
     return CosineLRScheduler(
         optimizer,
@@ -40,16 +40,16 @@ def make_schedule(
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer; what is one-dimensional does not decay, nor what modules exempt.
+    """Groups for an optimizer; one-dimensional and exempted parameters do not decay.
 
     With a layer decay below 1, ``lr_scale`` falls from the backbone's last layer to its first. The
-    backbone is the outermost module with timm's ``group_matcher``: all of a classifier, a part of
-    a detector, the rest of which learns at the full rate.
+    backbone is the outermost module with timm's ``group_matcher``: the whole of a classifier, or a
+    part of a detector, whose other parts learn at the full rate.
 
     Raises:
         TrainingError: for a layer decay if there is no such module.
     """
-    scales: dict[int, float] = {}  # of a parameter's id
+    scales: dict[int, float] = {}  # by the id of a parameter
     if layer_decay < 1:
         backbone = next((m for m in model.modules() if hasattr(m, "group_matcher")), None)
         if backbone is None:

@@ -17,8 +17,8 @@ from .configuration import read_configuration, with_numbers
 from .task import Task, TrainingError
 
 MOST_WORKERS = 4
-LENGTH = {"epochs", "steps"}  # more of them go on with a training that is at its end
-# Options that may be others when a training is resumed; they do not change its numbers.
+LENGTH = {"epochs", "steps"}  # may grow, to make a finished training longer
+# Options that may change when a training is resumed; they do not change its numbers.
 MAY_DIFFER = {
     *("command", "config", "max_pixels", "on_error", "output", "resume", "run", "save_every"),
     "workers",
@@ -26,7 +26,7 @@ MAY_DIFFER = {
 
 
 def comparable(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that make a training's numbers; files may have moved."""
+    """The options that determine a training's numbers, but no paths: files may have moved."""
     return {
         name: json.loads(json.dumps(value))
         for name, value in vars(options).items()
@@ -36,7 +36,7 @@ def comparable(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of a training is not as it was, but for its length; of :func:`comparable`, and more."""
+    """What differs between two runs (:func:`comparable`, and more), except their length."""
     names = {*before, *now} - LENGTH - MAY_DIFFER
     return [
         f"{name} was {before.get(name)}, is {now.get(name)}"
@@ -46,23 +46,23 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def total_steps(shared: dict[str, Any]) -> int:
-    """The steps of a training, by :func:`comparable`, "processes" and "training samples"."""
+    """The steps of a training, from :func:`comparable`, "processes" and "training samples"."""
     per_step = shared["batch_size"] * shared["processes"] * shared["accumulate"]
     return shared["steps"] or -(-shared["epochs"] * shared["training samples"] // per_step)
 
 
 def task_class(name: str) -> type[Task]:
-    """The class that a task's module is for: ``Classify`` of ``classify``."""
+    """The class of a task's module: ``Classify`` in ``classify``."""
     return getattr(importlib.import_module(f"{__package__}.{name}"), name.capitalize())
 
 
 class TaskParser(argparse.ArgumentParser):
-    """The parser of one task, which declares its options when it is asked to parse.
+    """The parser of one task, which declares the task's options only when it must parse.
 
     So only the chosen task's module is imported. ``--config FILE.yaml`` is read first, as if its
-    entries stood at the start of the command line: they are checked alike, and what really stands
-    there wins. (Libraries that read both, such as jsonargparse, take YAML's `no` for False, and
-    their errors are pages, not a line with the file and the option.)
+    entries were at the start of the command line: they are checked in the same way, and options on
+    the command line win. (Libraries that read both, such as jsonargparse, take YAML's `no` for
+    False, and their errors are pages, not a line with the file and the option.)
     """
 
     task = ""
@@ -87,11 +87,11 @@ class TaskParser(argparse.ArgumentParser):
         return parsed, unknown
 
     def error(self, message: str) -> Any:
-        """One line; a usage of fifty options would bury it."""
+        """Print one line only: a usage of fifty options would hide it."""
         self.exit(2, f"{self.prog}: {message}\n")
 
     def _entries(self, path: Path) -> list[str]:
-        """A configuration file as arguments of the command line."""
+        """The entries of a configuration file as arguments of the command line."""
         try:
             content = read_configuration(path)
         except TrainingError as error:
@@ -176,7 +176,7 @@ def key_and_value(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
     try:
         literal = ast.literal_eval(value)
-        json.dumps(literal)  # as the card will hold it
+        json.dumps(literal)  # raises if the card could not hold it
     except (ValueError, SyntaxError, TypeError):
         return key, value
     return key, literal
@@ -194,11 +194,12 @@ def add_option(
 
     Args:
         parser: what to declare it to.
-        name: such as ``--mixup ALPHA``, with what help calls its value; of several, it takes all.
-        kind: makes a value of a text.
-        default: a list where there are several values.
+        name: such as ``--mixup ALPHA``, where ALPHA is the name of the value in the help; with
+            several names the option takes as many values.
+        kind: turns a text into a value.
+        default: a list if there are several values.
         help: what the option is for.
-        more: what else ``add_argument`` takes.
+        more: other arguments of ``add_argument``.
     """
     option, *values = name.split()
     if values:
@@ -219,16 +220,17 @@ def add_keys_and_values(parser: argparse._ActionsContainer, name: str, purpose: 
 
 
 def default_workers() -> int:
-    """As many as this process may use cores beside the one that it computes on, 4 at most."""
+    """The number of cores that this process may use, less the one that it computes on; at most
+    4."""
     here = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, by torchrun
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, from torchrun
     return max(0, min(MOST_WORKERS, len(here) // processes - 1))
 
 
 def add_workers(parser: argparse._ActionsContainer) -> None:
-    """Declare ``--workers``, of all that loads samples."""
+    """Declare ``--workers``, for all commands that load samples."""
     parser.add_argument(
         "--workers",
         type=number(int, 0),
@@ -239,7 +241,7 @@ def add_workers(parser: argparse._ActionsContainer) -> None:
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what every training has: length, optimizer, processes, precision, checkpoints."""
+    """Declare every training's options: length, optimizer, processes, precision, checkpoints."""
     add = partial(add_option, parser.add_argument_group("training"))
     add("--epochs", positive, 100)
     add("--steps", positive, help="so many steps, instead of epochs")

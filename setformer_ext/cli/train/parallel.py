@@ -1,4 +1,4 @@
-"""One model over several processes: DDP, or FSDP2, and its whole state from either."""
+"""One model in several processes, by DDP or FSDP2, and the model's complete state from either."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .task import TrainingError
 
-SHARD_PARAMETERS = 1_000_000  # what is gathered at once should be worth a message
-WHOLE = StateDictOptions(full_state_dict=True)  # states that are not split among processes
+SHARD_PARAMETERS = 1_000_000  # gathered at once at least, so that a message is worth it
+WHOLE = StateDictOptions(full_state_dict=True)  # for states that are not split among processes
 T = TypeVar("T")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # mostly without a forward of their own
 
 
 def from_main_process(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the main process, or its TrainingError, in all of them."""
+    """The result of ``make`` in the main process, or its TrainingError, given to all processes."""
     made: list[Any] = [None, None]
     if PartialState(cpu=not torch.cuda.is_available()).is_main_process:
         try:
@@ -39,16 +39,19 @@ def from_main_process(make: Callable[[], T]) -> T:
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DDP."""
-    # Gradients of channels-last convolutions; copying those of a 3 x 3 filter costs nothing.
+    # DDP warns about gradients of channels-last convolutions; copying those of 3 x 3 filters is
+    # cheap.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def shard(model: nn.Module) -> None:
-    """Split the parameters among all processes, gathered for a few blocks at a time (FSDP2).
+    """Split the parameters among all processes; they are gathered for a few blocks at a time
+    (FSDP2).
 
-    The smallest modules of at least SHARD_PARAMETERS are gathered as one, the rest with the root,
-    and what several modules share as well: it has to be there for all of them.
+    The smallest modules of at least SHARD_PARAMETERS are each gathered at once. All other
+    parameters are gathered with the root, and so are those that several modules share, because all
+    of these modules need them.
     """
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     _shard_inside(model, {parameter for parameter, count in owners.items() if count > 1})
@@ -60,7 +63,7 @@ def _shard_inside(module: nn.Module, common: set[int]) -> int:
     left = sum(p.numel() for p in module.parameters(recurse=False))
     for child in module.children():
         rest = _shard_inside(child, common)
-        # timm's feature getters call another method of a backbone than the one that gathers it.
+        # FSDP2 gathers in forward, but timm's feature getters call another method of the backbone.
         called = not isinstance(child, CONTAINERS) and not hasattr(child, "forward_intermediates")
         apart = called and not any(id(p) in common for p in child.parameters())
         if rest >= SHARD_PARAMETERS and apart:
@@ -73,7 +76,7 @@ def _shard_inside(module: nn.Module, common: set[int]) -> int:
 def load_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Put back what torch's ``get_optimizer_state_dict`` gave of :data:`WHOLE`."""
+    """Load what torch's ``get_optimizer_state_dict`` gave with :data:`WHOLE`."""
     options = StateDictOptions(full_state_dict=True, strict=False)  # some may have no gradient yet
     set_optimizer_state_dict(model, optimizer, state, options=options)
     for name, parameter in model.named_parameters():

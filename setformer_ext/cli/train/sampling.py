@@ -1,6 +1,6 @@
-"""Which sample is when, with which random numbers, and what to do if it cannot be read.
+"""The order of samples, their random numbers, and what happens if one cannot be read.
 
-All randomness of a training is a function of the seed and of a place: the step, or the sample's
+All random numbers of a training depend only on the seed and a place: the step, or the sample's
 position in the stream of samples. So the number of workers does not matter, and a checkpoint needs
 no state of a generator.
 """
@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, Dataset, Sampler
 from ...errors import first_line
 from .task import DataError, Samples
 
-INITIALISATION, ORDER, SAMPLE, STEP, EVALUATION = range(5)  # what random numbers are drawn for
+INITIALISATION, ORDER, SAMPLE, STEP, EVALUATION = range(5)  # purposes of random numbers
 Place = tuple[int, int]  # position in the stream, index in the dataset
 
 
@@ -36,15 +36,15 @@ def seed_generators(seed: int, *place: int) -> None:
 class Stream(Sampler[list[Place]]):
     """Batches of an endless stream: one permutation of the dataset after the other.
 
-    Pass p of all processes together takes places [p * B * R, (p + 1) * B * R) for R processes and
-    B samples per batch, and each process its part of them. Batches may thus straddle epochs, none
-    is ever short, and a dataset may be smaller than a batch.
+    With R processes and B samples per batch, pass p takes places [p * B * R, (p + 1) * B * R) of
+    the stream, and each process its part of them. So batches may cross the border of two epochs, no
+    batch is short, and a dataset may be smaller than a batch.
 
     Args:
         size: samples of the dataset.
         batch_size: B.
         seed: of the permutations.
-        passes: first and one past the last pass.
+        passes: the first pass, and the one after the last.
         rank: this process.
         processes: R.
     """
@@ -79,7 +79,7 @@ class Stream(Sampler[list[Place]]):
 
 
 class Once(BatchSampler):
-    """Batches that hold each sample once, dealt out to the processes without any repeated."""
+    """Batches that hold each sample once, distributed over the processes without repeats."""
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, processes: int = 1) -> None:
         places: Any = [(index, index) for index in range(rank, size, processes)]
@@ -87,10 +87,10 @@ class Once(BatchSampler):
 
 
 def transformed(path: Path | str, transform: Callable[..., Any], *sample: Any) -> Any:
-    """What a dataset's transform makes of the sample that was read from a file.
+    """Apply a dataset's transform to a sample that was read from a file.
 
     Raises:
-        DataError: for all that the transform raises; names the file and the step that failed.
+        DataError: for any error of the transform; names the file and the step that failed.
     """
     try:
         return transform(*sample)
@@ -100,27 +100,27 @@ def transformed(path: Path | str, transform: Callable[..., Any], *sample: Any) -
 
 
 def _failed(error: Exception) -> str:
-    """The innermost transform that raised an error, or the function if there is none."""
+    """The innermost transform that raised an error, or the whole function if there is none."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     steps = [frame.f_locals["self"] for frame in frames if callable(frame.f_locals.get("self"))]
     return shorten(repr(steps[-1]) if steps else frames[-1].f_code.co_name, 100, placeholder="...")
 
 
 class Loaded(NamedTuple):
-    """A sample, or none, and what was wrong with those that could not be read."""
+    """A sample or None, and what was wrong with samples that could not be read."""
 
     sample: Any
     failures: list[str]
 
 
 class SeededDataset(Dataset[Loaded]):
-    """A dataset by place, whose samples draw the same random numbers wherever they are loaded.
+    """A dataset by place. A sample draws the same random numbers in whichever process it is loaded.
 
     Args:
         dataset: raises DataError or OSError for a sample that cannot be read.
         seed: the training's.
         purpose: SAMPLE or EVALUATION.
-        replace: give the next readable sample in place of a broken one, rather than none.
+        replace: give the next readable sample in place of a broken one, rather than None.
     """
 
     def __init__(self, dataset: Samples, seed: int, purpose: int, replace: bool) -> None:
@@ -135,12 +135,12 @@ class SeededDataset(Dataset[Loaded]):
             try:
                 return Loaded(self.dataset[(index + distance) % self.size], failures)
             except (DataError, OSError) as error:
-                # Given back, not raised: raised in a worker it would come with a traceback.
+                # Returned, not raised: an error raised in a worker comes with a traceback.
                 failures.append(first_line(error))
         return Loaded(None, failures)
 
     def __getitems__(self, places: list[Place]) -> list[Loaded]:
-        """A batch, on one thread, as in a worker: sums depend on how many threads share them."""
+        """A batch, on one thread as in a worker, because sums depend on the number of threads."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

@@ -25,13 +25,13 @@ from .backbones import MODEL_ERRORS, add_flip, add_network, load_backbone, requi
 from .options import add_keys_and_values, add_option, not_negative, number, positive
 from .task import Batch, DataError, Metrics, Task, TrainingError, blaming, in_lists, listed
 
-LISTED = 5  # of what is wrong with the data, in one message
+LISTED = 5  # problems of the data in one message
 
 
 class IntersectionOverUnion(Metrics):
-    """Mean IoU and pixel accuracy of all pixels, and the IoU of each class that the truth has.
+    """Mean IoU and pixel accuracy over all pixels, and the IoU of each class in the truth.
 
-    The mean is over classes that the truth or the answers have, whose IoU is defined.
+    The mean is over classes in the truth or in the answers: their IoU is defined.
 
     Args:
         classes: their names.
@@ -163,7 +163,7 @@ class Segment(Task):
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, classes = map(torch.stack, batch)  # [B, 3, H, W], [B, H, W]
         logits = model(images).float()  # [B, classes, H, W]
-        # The mean would be 0 / 0 in a batch of ignored pixels alone.
+        # The mean would be 0 / 0 in a batch that has only ignored pixels.
         sum_ = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="sum")
         losses = {"cross_entropy": sum_ / (classes != IGNORED).sum().clamp(min=1)}
         if self.options.dice:
@@ -201,7 +201,7 @@ def _augment(
 
 
 def plain(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    """Of an image and its mask: as they are, the image normalised."""
+    """An image and its mask without augmentation; the image is normalised."""
     scaled = v2.ToDtype(torch.float32, scale=True)  # masks stay integers
     return v2.Compose([scaled, v2.Normalize(mean, std), v2.ToPureTensor()])
 

@@ -1,4 +1,4 @@
-"""What a training has to know of what it trains: classification, detection or segmentation."""
+"""What the training loop must know about a task, such as classification or detection."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from ...errors import UserError, first_line
 
 NO_IMAGES = "no images by their endings"
-# Figures of an evaluation: the mean loss on its data, if the task measures that; else the mean sum
-# of the losses that were trained on since the evaluation before.
+# Figures of an evaluation: the mean loss on its data, if the task measures that, or else the mean
+# of the summed training losses since the last evaluation.
 EVAL_LOSS, TRAIN_LOSS = "eval_loss", "train_loss"
-Batch = Any  # whatever Task.collate gives; moved to the device by the loop
+Batch = Any  # the result of Task.collate; the loop moves it to the device
 
 
 class TrainingError(UserError):
-    """What the user can put right: an option, a file, a checkpoint; the message says what to do."""
+    """An error in an option, file or checkpoint that the user can correct; the message says how."""
 
 
 class DataError(TrainingError):
-    """Data that cannot be trained on; the message names the file, what was expected and got."""
+    """Data that cannot be trained on; the message names the file, what was expected and found."""
 
 
 @contextmanager
 def blaming(
     where: str, *errors: type[Exception], kind: type[TrainingError] = TrainingError
 ) -> Iterator[None]:
-    """Make of such errors a TrainingError, or one of its kinds, that says first where they are."""
+    """Turn these errors into a TrainingError (or a subclass) that begins with where they are."""
     try:
         yield
     except errors as error:
@@ -42,41 +42,41 @@ def blaming(
 
 
 def listed(things: Sequence[object], most: int = 3, separator: str = "; ") -> str:
-    """The first things, such as problems, and how many more there are."""
+    """The first `most` things, such as problems, and how many more there are."""
     rest = len(things) - most
     return separator.join([*map(str, things[:most]), *([f"and {rest} more"] if rest > 0 else [])])
 
 
 def named(files: Sequence[Path], what: str) -> list[str]:
-    """Says of files, if there are any, what they are; of ``listed`` names."""
+    """A list with a sentence that counts and names the files that are `what`, if there are any."""
     return [f"{len(files)} files are {what}: {listed(files)}"] if files else []
 
 
 class Metrics(ABC):
-    """What is measured on the evaluation data, over all processes."""
+    """The figures of an evaluation, over all processes."""
 
     @abstractmethod
     def update(self, model: nn.Module, batch: Batch) -> None:
-        """Take in the model's answers to a batch; it is in eval mode, without gradients."""
+        """Add the model's answers to a batch; it is in eval mode, without gradients."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """The figures of all batches, by name; asked for once."""
+        """The figures of all batches, by name; called once."""
 
     def to(self, device: torch.device) -> None:
-        """Move the state there; by default that of all metrics of torchmetrics among attributes."""
+        """Move the state to a device; by default that of all attributes of torchmetrics' kind."""
         for value in vars(self).values():
             if isinstance(value, nn.Module):
                 value.to(device)
 
 
 def in_lists(samples: list[Any]) -> list[list[Any]]:
-    """A batch of samples whose parts are of different sizes: a list of each part."""
+    """Collate samples whose parts have different sizes: a list for each part."""
     return [list(parts) for parts in zip(*samples, strict=True)]
 
 
 class Samples(Protocol):
-    """A list, or one of torch's datasets that know their length."""
+    """A list, or a dataset of torch that has a length."""
 
     def __len__(self) -> int: ...
 
@@ -86,19 +86,19 @@ class Samples(Protocol):
 class Task(ABC):
     """One kind of training: its data, model, losses and metrics.
 
-    The loop owns all else: processes, precision, optimizer, schedule, EMA, checkpoints, logs.
-    Randomness is the loop's as well: it seeds Python's, NumPy's and torch's generators before each
-    sample is loaded and before each step, so datasets and losses draw from the global ones. A
-    dataset raises DataError or OSError, naming the file, for a sample that cannot be read;
-    ``--on-error`` says what happens then.
+    Everything else belongs to the loop: processes, precision, optimizer, schedule, EMA,
+    checkpoints, logs. The loop also seeds the global generators of Python, NumPy and torch before
+    each sample is loaded and before each step; datasets and losses draw from these. A dataset
+    raises DataError or OSError, naming the file, for a sample that cannot be read; ``--on-error``
+    says what happens then.
     """
 
     name: str
     monitor: str  # the figure that decides which weights are the best
-    smaller_is_better = False  # of that figure
-    defaults: dict[str, Any] = {}  # of the loop's options, where this task's customs differ
-    train: Samples  # what __init__ finds to train on
-    eval: Samples  # and to evaluate on
+    smaller_is_better = False  # for that figure
+    defaults: dict[str, Any] = {}  # of the loop's options, if this task has others
+    train: Samples  # to train on; set by __init__
+    eval: Samples  # to evaluate on; set by __init__
     collate: Callable[[list[Any]], Batch]  # of samples, as by torch's default_collate or in_lists
 
     @staticmethod
@@ -108,7 +108,7 @@ class Task(ABC):
 
     @abstractmethod
     def __init__(self, options: argparse.Namespace) -> None:
-        """Look the data over; raises DataError for what cannot be trained on."""
+        """Check the data; raises DataError for data that cannot be trained on."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -125,9 +125,10 @@ class Task(ABC):
 
     @classmethod
     def best(cls, history: list[dict[str, float]]) -> dict[str, float]:
-        """The evaluation that monitors best; of several, as few samples give, that of least loss.
+        """The evaluation with the best monitored figure; of several equal ones, as few samples
+        give, the one with the least loss.
 
-        What is no number is the worst.
+        NaN counts as the worst.
         """
         sign = -1 if cls.smaller_is_better else 1
 
@@ -139,7 +140,8 @@ class Task(ABC):
         return max(history, key=merit)
 
     def prepare(self, output: Path) -> None:  # noqa: B027 (most have nothing to write)
-        """Write what the weights in ``output`` need beside the card; before the first step."""
+        """Write what the weights in ``output`` need in addition to the card; called before the
+        first step."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -150,7 +152,8 @@ class Task(ABC):
 
     @abstractmethod
     def card(self) -> dict[str, Any]:
-        """What ``setformer predict`` needs beside the weights to rebuild the model and read images.
+        """What ``setformer predict`` needs, in addition to the weights, to rebuild the model and
+        read images.
 
         Task name, model name and arguments, class names, input size, mean and std. JSON.
         """

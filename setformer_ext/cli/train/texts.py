@@ -15,11 +15,12 @@ from ..files import files_under
 from .lines import numbered_lines
 from .task import DataError, TrainingError
 
-# Characters that are known, if half of the vocabulary has room for them: so many of the commonest,
-# or more where it takes more to make up nearly all of the text. Words with others are [UNK].
+# The tokenizer knows this many of the commonest characters, or more if more are needed to cover
+# this share of the text, as long as they fit into half of the vocabulary. Words with others are
+# [UNK].
 ALPHABET, COVERED = 1000, 0.9999
 SPECIAL = {
-    "pad_token": "[PAD]",  # first, so that it is 0
+    "pad_token": "[PAD]",  # first, so that its id is 0
     "unk_token": "[UNK]",
     "cls_token": "[CLS]",
     "sep_token": "[SEP]",
@@ -28,10 +29,10 @@ SPECIAL = {
 
 
 def text_files(option: str, given: Iterable[Path]) -> list[Path]:
-    """The files, and those named *.txt in the folders, hidden ones aside, in order of names.
+    """The files, and those named *.txt in the folders that are not hidden, in the order of names.
 
     Raises:
-        DataError: for what is not there, and for folders without such files.
+        DataError: for paths that do not exist, and for folders without such files.
     """
     files: list[Path] = []
     for path in given:
@@ -50,7 +51,7 @@ def text_files(option: str, given: Iterable[Path]) -> list[Path]:
 
 
 def read_documents(files: Iterable[Path], problems: list[str] | None) -> list[str]:
-    """The documents of files that have one on each line; empty lines are none."""
+    """The documents of files with one document on each line; empty lines are left out."""
     lines = (line for path in files for _, line in numbered_lines(path, problems))
     return [line for line in lines if line.strip()]
 
@@ -74,8 +75,9 @@ def train_tokenizer(
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     letters = _common_letters(documents, normalizer, vocab_size, alphabet_size)
     alphabet = sorted(letters)
-    # The trainer numbers what it meets in the order of a hash table, and breaks ties by number:
-    # what is named as special is numbered before.
+    # The trainer numbers characters in the order of a hash table, and breaks ties by number.
+    # Special tokens are numbered first, in the order given: so all characters are passed as
+    # special.
     given = [*SPECIAL.values(), *alphabet, *(f"##{c}" for c in alphabet if letters[c] == 2)]
     learner = Tokenizer(WordPiece(unk_token=SPECIAL["unk_token"]))
     learner.normalizer = normalizer
@@ -106,7 +108,8 @@ def _common_letters(
     vocab_size: int,
     alphabet_size: int | None,
 ) -> dict[str, int]:
-    """The characters to know, and how many tokens each takes: at a word's start, and inside."""
+    """The characters to know, and the number of tokens of each: 2 (at a word's start, and inside),
+    or 1 for a Chinese character."""
     counts = Counter[str]()
     for document in documents:
         counts.update(normalizer.normalize_str(document))
@@ -128,7 +131,7 @@ def _common_letters(
 
 
 def wrap_tokenizer(json: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that :func:`train_tokenizer` made, as transformers has them."""
+    """The tokenizer of :func:`train_tokenizer` in transformers' form."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json),
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],

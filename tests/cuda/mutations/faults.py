@@ -286,7 +286,7 @@ BACKWARD = (
     ),
     Fault(
         "factor of the gradient of epsilon",
-        "gradients.cuh",
+        "gradient_tensors.cuh",
         "quotient(-by_scale * T(kLn2), epsilon);",
         "quotient(-by_scale, epsilon);",
         "float32 resident backward",
@@ -300,7 +300,7 @@ BACKWARD = (
     ),
     Fault(
         "gradient of the queries' steps in place of the keys'",
-        "gradients.cuh",
+        "gradient_tensors.cuh",
         "by_scale += scalars[(head * splits + split) * 2];",
         "by_scale = scalars[(head * splits + split) * 2];",
         "float32 resident backward",

@@ -1,4 +1,5 @@
-// What backward leaves of a head: where its gradients are, and those that a head has one of.
+// Where backward keeps the gradients of a head, and the last ones: d epsilon, d bandwidth and d
+// reference mass.
 #pragma once
 
 #include "kernels.h"
@@ -6,14 +7,14 @@
 
 namespace setformer::cuda {
 
-// The tensors of one head and side that backward has beside those of Base. (As a second base they
-// would be read by generic loads: the compiler no longer sees that they are in shared memory.)
+// Adds to Base the tensors of one head and side that only backward has. (They are no second base:
+// the compiler would no longer see that they are in shared memory, and read them by generic loads.)
 template <class Storage, class Base>
 struct WithGradients : Base {
   using T = Accumulate<Storage>;
 
   int64_t token_count, reference_count;
-  bool collects, distributes;      // does this side draw the values, does it receive the output?
+  bool collects, distributes;      // does this side hold the values, does it receive the output?
   Rows<Storage> output_gradients;  // [count, Dv]
   Rows<Storage> token_gradients;   // [count, D]
   Rows<Storage> value_gradients;   // [N, Dv]
@@ -30,7 +31,7 @@ struct WithGradients : Base {
   Global<T> reference_gradients;  // [M, D]
   Global<T> reference_products;   // [M] y_j.dy_j
 
-  // By one thread; `tensors` are those of the head and side.
+  // To be called by one thread; `tensors` are those of the head and side.
   __device__ void select_gradients(const BackwardParams& p, const BackwardWorkspace& parts,
                                    T* workspace, const HeadTensors<Storage>& tensors,
                                    int64_t splits, bool of_queries) {
@@ -87,9 +88,9 @@ struct NoOtherTensors {};
 template <class Storage>
 using GradientTensors = WithGradients<Storage, NoOtherTensors>;
 
-// Whether attention_backward_on_chip_kernel works on head b H + h: where its scores are worked on
-// as factors and no reference's mass is further than 2^30 from the first one's, to which potentials
-// are relative. By all threads of a block, `threads`.
+// Whether attention_backward_on_chip_kernel handles head b H + h: its scores must be factors, and
+// no reference mass may differ by more than a factor of 2^30 from the first one, to which
+// potentials are relative. To be called by all `threads` threads of a block.
 template <class Storage>
 __device__ __forceinline__ bool is_for_chip(const BackwardParams& p, int64_t index, int threads) {
   const int64_t b = index / p.heads, h = index % p.heads;
@@ -109,11 +110,11 @@ __device__ __forceinline__ bool is_for_chip(const BackwardParams& p, int64_t ind
   return !__syncthreads_or(far);
 }
 
-// d epsilon, d bandwidth and d reference mass of a head, by one warp, from what the passes over the
-// tokens of each side have left. With E = ds S / (epsilon bandwidth^2) the derivative by the
-// bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /
-// bandwidth. dmass_j = sum_t gbar^t_j / mass_j over the steps of both sides: masses enter only as
-// their logarithms, and a common factor changes nothing.
+// d epsilon, d bandwidth and d reference mass of a head, by one warp, from the sums that the passes
+// over the tokens of each side have left. With E = ds S / (epsilon bandwidth^2) the derivative by
+// the bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /
+// bandwidth. dmass_j = sum_t gbar^t_j / mass_j over the steps of both sides: only the logarithms of
+// masses are used, and a factor common to all masses changes nothing.
 template <class Storage>
 __device__ void finish_head(const BackwardParams& p, const BackwardWorkspace& parts,
                             const Accumulate<Storage>* workspace, int64_t b, int64_t h,
