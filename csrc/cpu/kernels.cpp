@@ -93,7 +93,7 @@ struct Workplace {
   }
 };
 
-// Each head goes through all its stages before the thread, or the team, takes the next one.
+// Each head goes through all its phases before the thread, or the team, takes the next one.
 template <class Head>
 Status run_alone(const typename Head::Params& p) {
   const bool packed = p.offsets != nullptr;
