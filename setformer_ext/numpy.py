@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._C import set_attention_forward
+from .errors import first_line
 from .foreign import answers_foreign_names
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _errors_of(function: str, options: Mapping[str, object]) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        message = str(error).removeprefix("set_attention_forward: ")
+        message = first_line(error).removeprefix("set_attention_forward: ")
         raise kind(f"{function}: {message}") from None
 
 
