@@ -1,6 +1,7 @@
 """Backends to run the numeric tests on, and the profile hypothesis runs under."""
 
 import contextlib
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     again = {item for item in emulated if "transport_plan" in item.name}
     config.hook.pytest_deselected(items=list(again))
     items[:] = [item for item in items if item not in again]
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look through all that is imported again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
