@@ -10,6 +10,7 @@ fault may write anywhere, but one that need not load torch again.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -232,6 +233,7 @@ def tell(library: str, name: str, *orders: str) -> None:
 def main() -> None:
     if sys.argv[1:]:
         return tell(*sys.argv[1:])
+    gc.freeze()  # no child's collections look through what is loaded
     for line in sys.stdin:
         child = os.fork()
         if not child:
