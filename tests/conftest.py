@@ -1,6 +1,7 @@
 """Backends to run the numeric tests on, and the profile hypothesis runs under."""
 
 import contextlib
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -36,11 +37,21 @@ with contextlib.suppress(ModuleNotFoundError):
     hypothesis.settings.load_profile("setformer")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs emulated kernels is slow, if only for loading them."""
-    for item in items:
-        if "cuda-emulated" in item.name:
-            item.add_marker(pytest.mark.slow)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What runs emulated kernels is slow, if only for loading them. A plan is plain torch's, whose
+    tensors are the CPU's there too: the same test again."""
+    emulated = [item for item in items if "cuda-emulated" in item.name]
+    for item in emulated:
+        item.add_marker(pytest.mark.slow)
+    again = {item for item in emulated if "transport_plan" in item.name}
+    config.hook.pytest_deselected(items=list(again))
+    items[:] = [item for item in items if item not in again]
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look through all that is imported again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

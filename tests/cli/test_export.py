@@ -2,6 +2,10 @@
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -102,17 +106,29 @@ def test_images_of_the_one_size_that_a_model_takes(
     assert "grey images" in metadata["preprocessing"]
 
 
+@pytest.fixture(scope="module")
+def exported_texts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """The folder of a training of a task, with its model.onnx, and what the command printed."""
+
+    @cache
+    def of_task(task: str) -> tuple[Path, str]:
+        run = write_text_run(tmp_path_factory.mktemp(task) / "run", task)
+        with redirect_stdout(StringIO()) as out:
+            assert cli.main(["export", str(run), str(run / "model.onnx")]) == 0
+        return run, out.getvalue()
+
+    return of_task
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["mlm", "sst2"])
-def test_texts_of_any_length(task: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run, file = write_text_run(tmp_path / "run", task), tmp_path / "model.onnx"
-    status, out, err = export(capsys, run, file)
-    assert status == 0, err
+def test_texts_of_any_length(task: str, exported_texts: Callable[[str], tuple[Path, str]]) -> None:
+    run, out = exported_texts(task)
     assert f"at 2 x 8, 1 x 5, 3 x {LENGTH}" in out
     predictor = load_text_run(run)
     texts = ["the film is superb .", "is it ?", "a plot so dull , and a cast so tired ! " * 3]
     inputs = dict(predictor.tokenizer(texts, padding=True, return_tensors="pt"))
-    logits, metadata = answer(file, **inputs)
+    logits, metadata = answer(run / "model.onnx", **inputs)
     with torch.no_grad():
         torch.testing.assert_close(logits, predictor.model(**inputs).logits, rtol=1e-3, atol=1e-4)
     assert "texts as the tokenizer of the training gives them" in metadata["preprocessing"]
@@ -182,17 +198,21 @@ def test_batches_of_other_sizes_than_the_examples_are_tried(
 
 @pytest.mark.slow
 def test_wrong_answers_are_not_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    exported_texts: Callable[[str], tuple[Path, str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, file = write_text_run(tmp_path / "run", "sst2"), tmp_path / "model.onnx"
+    (run, _), file = exported_texts("sst2"), tmp_path / "model.onnx"
     file.write_bytes(b"before")
-    made = setformer_ext.cli.export._export
+    import onnx
+
+    made = onnx.load(run / "model.onnx")
 
     def spoiled(network):
-        data = made(network)
         with torch.no_grad():
             network.model.model.classifier.bias.add_(1)
-        return data
+        return made
 
     monkeypatch.setattr(setformer_ext.cli.export, "_export", spoiled)
     status, _, err = export(capsys, run, file)

@@ -59,10 +59,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def timed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A training that nobody kills, and the seconds of its process."""
     output = tmp_path_factory.mktemp("whole")
+    launch(1, print)  # starts the server of all processes
+    start = time.monotonic()
     assert launch(1, run_command, arguments(data, output, *RANDOM, *LENGTH)) == [0]
-    return output
+    return output, time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(timed: tuple[Path, float]) -> Path:
+    return timed[0]
 
 
 def train_and_die(given: list[str], call: str, count: int) -> None:
@@ -123,12 +131,10 @@ def test_killed_again_and_again_it_ends_in_the_same_numbers(
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_numbers(
-    data: Path, uninterrupted: Path, tmp_path: Path
+    data: Path, timed: tuple[Path, float], tmp_path: Path
 ) -> None:
     """kill -9 from outside, anywhere between the start of a process and its end."""
-    start = time.monotonic()
-    assert launch(1, run_command, arguments(data, tmp_path / "timed", *RANDOM, *LENGTH)) == [0]
-    whole = time.monotonic() - start
+    uninterrupted, whole = timed
     output = tmp_path / "killed"
     given = arguments(data, output, *RANDOM, *LENGTH, "--resume")
     kills = 0

@@ -3,6 +3,7 @@ exact size, on sm_80 and on sm_75: devices before sm_80 have 64 KiB of shared me
 copies in the background and no tensor cores for bfloat16, hence another layout and product."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from emulator.build import SOURCES, emulated_library, find_nvcc
 from mutations.build import build_module
 from mutations.checks import PROBLEMS
-from mutations.run import check
+from mutations.run import Check, checker
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="the emulator needs nvcc")
 
@@ -21,16 +22,22 @@ BACKWARD = [name for name, problem in PROBLEMS.items() if problem.backward]
 ON_CHIP = ["float16 on-chip forward", "bfloat16 on-chip forward, in logarithms"]
 
 
+@pytest.fixture(scope="module")
+def check() -> Iterator[Check]:
+    with checker() as check:
+        yield check
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*BACKWARD, *ON_CHIP} - {*ON_SM_75}))
-def test_no_objection_on_sm_80(name: str) -> None:
+def test_no_objection_on_sm_80(name: str, check: Check) -> None:
     found, words = check(emulated_library(), name, ORDERS)
     assert not found, words
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_SM_75)
-def test_no_objection_on_sm_75(name: str, tmp_path: Path) -> None:
+def test_no_objection_on_sm_75(name: str, check: Check, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
     shutil.copytree(SOURCES, sources)
     problem = PROBLEMS[name]

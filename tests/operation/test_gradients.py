@@ -11,7 +11,7 @@ from conftest import Backend
 from setformer_ext import reference as definition
 from setformer_ext.cli.selftest.problems import call, differentiable, random_problem, used
 
-SMALL = {"B": 2, "H": 2, "N": 5, "M": 3, "D": 2, "Dv": 2, "epsilon": 0.5}
+SMALL = {"B": 2, "H": 2, "N": 5, "M": 3, "D": 2, "Dv": 2, "epsilon": 0.5, "iterations": 2}
 
 OPTIONS = [
     {},

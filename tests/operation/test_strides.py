@@ -47,6 +47,8 @@ LAYOUTS = [transposed, sliced, heads_last, offset]
 def problem(backend: Backend, **options: object) -> Arguments:
     return random_problem(
         3,
+        H=2,
+        iterations=2,
         masked=True,
         token_mass=True,
         bandwidth="learned",
@@ -93,18 +95,17 @@ def test_layout(
     assert_same(getattr(backend, function), arguments, strided)
 
 
-def test_expanded_inputs(backend: Backend) -> None:
-    """Stride 0 in every dimension that may have one."""
+@pytest.mark.parametrize("dimension", range(4))
+def test_expanded_inputs(backend: Backend, dimension: int) -> None:
+    """Stride 0 in every dimension that may have one, of all tensors at once: each has its own."""
     arguments = problem(backend, per_sample=True, reference_mass="per-sample", Nq=17)
-    for name in (*differentiable(arguments), "mask", "query_mask"):
-        x = arguments[name]
-        for dimension in range(x.ndim):
-            expanded = x.narrow(dimension, 0, 1).expand_as(x)
-            assert_same(
-                backend.set_attention,
-                arguments | {name: expanded.contiguous()},
-                arguments | {name: expanded},
-            )
+    expanded = {
+        name: arguments[name].narrow(dimension, 0, 1).expand_as(arguments[name])
+        for name in (*differentiable(arguments), "mask", "query_mask")
+        if dimension < arguments[name].ndim
+    }
+    contiguous = {name: x.contiguous() for name, x in expanded.items()}
+    assert_same(backend.set_attention, arguments | contiguous, arguments | expanded)
 
 
 def test_expanded_output_gradient(backend: Backend) -> None:

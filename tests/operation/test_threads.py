@@ -33,6 +33,7 @@ def results(backend: Backend, arguments: Arguments) -> dict[str, torch.Tensor]:
 
 # For one fiber at a time: too deep to be resident, more tokens than one block takes.
 SHORT = {
+    "many heads": {"B": 2, "H": 2},
     "one long head": {"N": 401, "D": 72},
     "three long heads": {"N": 301, "D": 72},
     "cross": {"N": 301, "Nq": 205},
@@ -64,7 +65,7 @@ def test_bitwise_the_same(backend: Backend, options: str, dtype: torch.dtype) ->
     if backend.emulated:
         if dtype in (torch.float64, torch.float16) and options != "cross":
             pytest.skip("one problem will do of what is float32's and bfloat16's code, emulated")
-        sizes = sizes | SHORT.get(options, {})
+        sizes = sizes | SHORT[options] | {"iterations": 2}  # a step after the first
     arguments = random_problem(1, dtype=dtype, device=backend.device, **sizes)
     torch.set_num_threads(1)
     expected = results(backend, arguments)
@@ -75,8 +76,8 @@ def test_bitwise_the_same(backend: Backend, options: str, dtype: torch.dtype) ->
 
 def test_calls_from_several_python_threads(backend: Backend) -> None:
     """They run at the same time (kernels release the GIL) and do not disturb one another."""
-    tokens = 65 if backend.emulated else 1025
-    problems = [random_problem(seed, N=tokens, device=backend.device) for seed in range(4)]
+    sizes = {"N": 65, "H": 2, "iterations": 2} if backend.emulated else {"N": 1025}
+    problems = [random_problem(seed, **sizes, device=backend.device) for seed in range(4)]
     torch.set_num_threads(2)
     expected = [results(backend, arguments) for arguments in problems]
     with ThreadPoolExecutor(8) as pool:

@@ -352,6 +352,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+@functools.cache
 def emulated_library(architecture: int = 80) -> Path:
     """build_extension(); of several processes that ask for it one builds.
 

@@ -3,20 +3,23 @@
     cd tests/cuda && python -m mutations.checks LIBRARY PROBLEM [ORDER ...]
 
 runs the threads in those orders (by default in all), then under the race detector, and prints each
-objection as a line of JSON, and null after the last: a process of its own, for a fault may write
-anywhere.
+objection as a line of JSON. Without arguments it reads them, as a list in JSON a line, and prints
+after a check's objections the exit status of the child that has run it: a process of its own, for a
+fault may write anywhere, but one that need not load torch again.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +30,8 @@ from emulator.device import Emulator, Mode, Order
 from setformer_ext import ops
 from setformer_ext.cli.selftest.problems import random_problem
 from setformer_ext.cli.selftest.tolerance import compare_with_definition
+
+LONGEST = 300  # seconds of a check
 
 # Which kernels a problem is for: forward of a half type is on chip or streams, never resident.
 Regime = Literal["on chip", "resident", "streaming"]
@@ -220,12 +225,23 @@ def _run_in_group(
     run(function, arrays, lambda numbers, how: None)
 
 
-def main() -> None:
-    library, name, *orders = sys.argv[1:]
-    orders = orders or [order for order, _ in MODES]
-    for objection in objections(Path(library), PROBLEMS[name], orders):
+def tell(library: str, name: str, *orders: str) -> None:
+    for objection in objections(Path(library), PROBLEMS[name], orders or get_args(Order)):
         print(json.dumps(asdict(objection)), flush=True)
-    print(json.dumps(None), flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        return tell(*sys.argv[1:])
+    gc.freeze()  # no child's collections look through what is loaded
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            signal.alarm(LONGEST)
+            return tell(*json.loads(line))
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from emulator import build
 
 from .build import build_module
-from .checks import PROBLEMS
+from .checks import LONGEST, PROBLEMS
 from .faults import Fault
 from .seeding import python_path
 
@@ -56,7 +60,8 @@ def run(fault: Fault | None, problem_name: str) -> Row:
         library = build_module(
             sources, problem.storage, problem.regime, problem.backward, problem.architecture
         )
-    found, words = check(library, problem_name)
+    with checker() as check:
+        found, words = check(library, problem_name)
     return Row(
         fault.name if fault else CLEAN,
         fault.file if fault else "",
@@ -83,27 +88,54 @@ def sanitizer() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0"}
 
 
-def check(library: Path, problem: str, orders: Sequence[str] = ()) -> tuple[str, str]:
-    """What kinds of objections there are, and the first one's words; `orders`: see checks.py."""
-    command = [sys.executable, "-m", "mutations.checks", str(library), problem, *orders]
-    environment = os.environ | sanitizer() | python_path(FOLDER)
-    try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=environment,
+Check = Callable[..., tuple[str, str]]
+
+
+@contextlib.contextmanager
+def checker() -> Iterator[Check]:
+    """check(library, problem, orders=()): what kinds of objections there are, and the first one's
+    words. `orders`: see checks.py, whose process takes one check after another."""
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "mutations.checks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | sanitizer() | python_path(FOLDER),
             cwd=FOLDER,
-            timeout=300,
             encoding="utf-8",
-        )
-        lines, error, status = result.stdout.splitlines(), result.stderr, result.returncode
-    except subprocess.TimeoutExpired:
-        return "no end", "the kernels did not end in 300 s"
+        ) as process,
+    ):
+        yield partial(_check, process, errors)
+
+
+def _check(
+    process: subprocess.Popen[str],
+    errors: TextIO,
+    library: Path,
+    problem: str,
+    orders: Sequence[str] = (),
+) -> tuple[str, str]:
+    assert process.stdin
+    assert process.stdout
+    seen = errors.seek(0, os.SEEK_END)
+    print(json.dumps([str(library), problem, *orders]), file=process.stdin, flush=True)
+    objections = []
+    status = None
+    for line in process.stdout:
+        said = json.loads(line)
+        if isinstance(said, int):
+            status = said
+            break
+        objections.append(said)
+    errors.seek(seen)
+    error = errors.read()
+    if status == -signal.SIGALRM:
+        return "no end", f"the kernels did not end in {LONGEST} s"
     ends_by_sanitizer = "ERROR: AddressSanitizer" in error  # of a copy's source, say
-    if status > 0 and not ends_by_sanitizer:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{error}")
-    objections = [json.loads(line) for line in lines if line != "null"]
+    if status is None or (status > 0 and not ends_by_sanitizer):
+        raise RuntimeError(f"the check of {problem!r} failed:\n{error}")
     kinds = dict.fromkeys(objection["by"] for objection in objections)
     if ends_by_sanitizer:
         kinds["address"] = None
