@@ -220,24 +220,25 @@ def test_the_loss_that_is_measured_is_that_of_all_samples() -> None:
 
 
 def training(rank: int = 0, **options: Any) -> loop.Training:
-    """That of one of two processes, without data and weights."""
-    self = loop.Training.__new__(loop.Training)
+    """That of one of two processes, without data and with a learner that only seems to learn."""
+    made = loop.Training.__new__(loop.Training)
+    made.rank, made.processes, made.steps = rank, 2, 9
+    made.shared = {"steps": 9, "batch_size": 1, "processes": 2, "accumulate": 1}
+    made.options = argparse.Namespace(seed=0, output=Path(), **options)
+    made.checkpoints, made.progress, made.sums = Checkpoints(Path()), loop.Progress(), {}
     device = torch.device("cpu")
-    self.accelerator = SimpleNamespace(device=device, is_main_process=False, reduce=lambda x, _: x)
-    self.rank, self.processes = rank, 2
-    self.options = argparse.Namespace(seed=0, output=Path(), **options)
-    self.checkpoints, self.progress, self.sums = Checkpoints(Path()), loop.Progress(), {}
-    self.shared = {"steps": 9, "batch_size": 1, "processes": 2, "accumulate": 1}
-    self.steps = 9
-    told = SimpleNamespace(step=lambda *_: None, evaluation=lambda *_: None, evaluating=list)
-    self.journal, self.eval_loader = told, []
-    self.learner = SimpleNamespace(
-        model=nn.Linear(1, 1),
-        **dict.fromkeys(("again", "step", "load_state"), lambda *_: None),
-        evaluated=nn.Identity,
-        lr=0.0,
+    made.accelerator = SimpleNamespace(device=device, is_main_process=False, reduce=lambda x, _: x)
+    made.eval_loader = []
+    made.journal = SimpleNamespace(
+        step=lambda *_: None, evaluation=lambda *_: None, evaluating=iter
     )
-    return self
+    made.learner = SimpleNamespace(
+        model=nn.Linear(1, 1),
+        lr=0.0,
+        evaluated=lambda: nn.Linear(1, 1),
+        **dict.fromkeys(("again", "step", "load_state"), lambda *_: None),
+    )
+    return made
 
 
 def test_each_pass_of_each_step_and_process_draws_its_own_numbers() -> None:

@@ -42,7 +42,7 @@ AREAS = {
     "vision": ("vision*", "detection", "segmentation", "stochastic", "train_segment"),
     "language": ("language*", "distillation", "stochastic", "train_language", "texts"),
     "train": ("train*", "data_absolute", "image*", "coco_exports", "texts", "demo", "evaluate"),
-    "predict": ("predict*", "evaluate", "pictures", "export", "vision_export"),
+    "predict": ("predict*", "evaluate", "pictures", "export", "vision_export", "data_absolute"),
     "explain": ("explain*",),
     "distributed": ("distributed*",),
 }
