@@ -1,58 +1,32 @@
 """What becomes of images, boxes, labels and texts on their way to a model, by hand: constants of
 the normalisation, high frequencies, borders, and documents that are held out."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
+from few_images import COLOUR, MEAN, STD, make_classify, write_boxes, write_classes, write_segments
 from setformer_ext.cli.demo.data import load_folder
+from setformer_ext.cli.predict.answers import Segmentation
+from setformer_ext.cli.predict.predictors import PREDICTORS
+from setformer_ext.cli.themes import resized
 from setformer_ext.cli.train.ade20k import IGNORED, Labels
-from setformer_ext.cli.train.classify import Classify
 from setformer_ext.cli.train.coco import Coco
 from setformer_ext.cli.train.coco_records import read_box
+from setformer_ext.cli.train.glue import Glue
 from setformer_ext.cli.train.mlm import Mlm
 from setformer_ext.cli.train.segment import Segment, plain
 from setformer_ext.cli.train.task import DataError
 from setformer_ext.vision.detection import mask_rcnn
 from setformer_ext.vision.segmentation import segment
+from text_runs import write_text_run
 from training import options_of
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, of which timm's models are
-COLOUR = (200, 100, 30)
 GREY = round(0.299 * 200 + 0.587 * 100 + 0.114 * 30)  # ITU-R 601, as Pillow has it
-
-
-def write_classes(root: Path, image: Image.Image) -> Path:
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for number in range(2):
-                image.save(root / split / name / f"{number}.png")
-    return root
-
-
-def write_segments(root: Path, image: Image.Image, labels: np.ndarray) -> Path:
-    for split in ("training", "validation"):
-        for folder, picture in (("images", image), ("annotations", Image.fromarray(labels))):
-            (root / folder / split).mkdir(parents=True)
-            picture.save(root / folder / split / "0.png")
-    return root
-
-
-def make_classify(root: Path, *more: str) -> Classify:
-    given = (
-        f"--data={root}",
-        "--input-size=32",
-        "--auto-augment=none",
-        *("--color-jitter=0", "--random-erasing=0", "--mixup=0", "--cutmix=0"),  # more may change
-    )
-    return Classify(options_of(Classify, *given, *more))
 
 
 def checkerboard(size: int) -> np.ndarray:
@@ -79,28 +53,6 @@ def test_images_of_a_classifier_are_normalised_by_its_constants(
     card = task.card()
     assert card["mean"] == pytest.approx(MEAN if channels == 3 else [sum(MEAN) / 3])
     assert card["std"] == pytest.approx(STD if channels == 3 else [sum(STD) / 3])
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_mixed_images_have_a_share_of_each_label_smoothed_as_asked_for(
-    smoothing: float, tmp_path: Path
-) -> None:
-    root = write_classes(tmp_path, Image.new("L", (40, 40)))
-    task = make_classify(root, "--mixup=0.8", f"--label-smoothing={smoothing}")
-    images, labels = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 4, 4), torch.tensor([0, 1] * 3)
-    weight = torch.randn(2)
-    seen: list[Tensor] = []
-
-    def model(mixed: Tensor) -> Tensor:  # [B, 1, H, W] -> [B, classes]
-        seen.append(mixed)
-        return mixed[:, 0, 0, :1] * weight
-
-    found = task.losses(model, (images.clone(), labels))["cross_entropy"]  # type: ignore[arg-type]
-    # Image i is mixed with its mirror 5 - i: x = s i + (1 - s)(5 - i).
-    share = (seen[0][0, 0, 0, 0] - 5) / (0 - 5)
-    one, other = (F.one_hot(each, 2) for each in (labels, labels.flip(0)))
-    truth = (share * one + (1 - share) * other) * (1 - smoothing) + smoothing / 2
-    torch.testing.assert_close(found, -(truth * model(seen[0]).log_softmax(-1)).sum(-1).mean())
 
 
 def test_images_of_a_segmenter_are_normalised_by_its_constants(tmp_path: Path) -> None:
@@ -133,10 +85,11 @@ def test_high_frequencies_do_not_alias_when_images_shrink(tmp_path: Path) -> Non
     root = write_classes(tmp_path / "classes", Image.fromarray(board))
     task = make_classify(root, "--in-chans=1", "--crop-scale=1")
     grey = (0.5 - sum(MEAN) / 3) / (sum(STD) / 3)
-    assert (task.eval[0][0] - grey).abs().max() < 0.1
+    for data in (task.train, task.eval):
+        assert (data[0][0] - grey).abs().max() < 0.1
 
-    data = load_folder(tmp_path / "classes" / "train", image_size=32, seed=0)
-    assert (data.train - 0.5).abs().max() < 0.05
+    loaded = load_folder(tmp_path / "classes" / "train", image_size=32, seed=0)
+    assert (loaded.train - 0.5).abs().max() < 0.05
 
     seen = []
 
@@ -148,6 +101,24 @@ def test_high_frequencies_do_not_alias_when_images_shrink(tmp_path: Path) -> Non
     assert segment(model, image, short_side=48).shape == (128, 128)
     assert seen[0].shape == (1, 3, 48, 48)
     assert (seen[0][..., 2:-2, 2:-2] - 0.5).abs().max() < 0.05
+    drawn = resized(image, (30, 50), "bicubic")  # a fourth would be the mean by symmetry
+    assert drawn.shape == (30, 50, 3)
+    assert (drawn - 0.5).abs().max() < 0.05
+
+
+def test_detectors_interpolate_between_pixels_without_antialiasing() -> None:
+    """torchvision's own resizing, which is part of its models. A fourth as large, it takes the two
+    pixels in the middle of each four, so that one white column of four can be seen or not."""
+    torch.manual_seed(0)
+    model = mask_rcnn("setformer_mini", num_classes=3, min_size=32, max_size=32)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    for place, level in enumerate((0.0, 0.5, 0.5, 0.0)):
+        image = torch.zeros(3, 128, 128)
+        image[..., place::4] = 1
+        found, _ = model.transform([image])
+        assert found.tensors.shape == (1, 3, 32, 32)
+        expected = torch.full((3, 32, 32), level)
+        torch.testing.assert_close(found.tensors[0] * std + mean, expected)
 
 
 def test_views_to_segment_shrink_without_aliases_and_labels_without_mixtures(
@@ -163,6 +134,30 @@ def test_views_to_segment_shrink_without_aliases_and_labels_without_mixtures(
         image, classes = task.train[0]
         assert ((image * std + mean) - 0.5).abs()[:, 2:-2, 2:-2].max() < 0.1
         assert {*classes.unique().tolist()} <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(("short_side", "size"), [(0, (40, 60)), (48, (48, 72))])
+def test_segmenters_see_images_of_the_size_that_is_asked_for(
+    short_side: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """In an evaluation, and for an answer."""
+    seen = []
+
+    class Recorder(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 2, H, W]
+            seen.append(x.shape)
+            return x[:, :2]
+
+    image = Image.new("RGB", (60, 40), COLOUR)
+    root = write_segments(tmp_path, image, np.tile(np.uint8([1, 2]), (40, 30)))
+    model = ("--model=setformer_mini", "--decoder=fpn")
+    task = Segment(options_of(Segment, f"--data={root}", *model, f"--short-side={short_side}"))
+    task.metrics().update(Recorder(), task.collate([task.eval[0]]))
+    predictor = PREDICTORS["segment"](task.card())
+    predictor.model = Recorder()
+    assert isinstance(answer := predictor(image), Segmentation)
+    assert answer.labels.shape == (40, 60)
+    assert seen == [(1, 3, *size)] * 2
 
 
 @pytest.mark.parametrize(
@@ -198,24 +193,9 @@ def test_boxes_that_only_touch_a_border_are_outside(given: list[float]) -> None:
 
 def test_boxes_at_the_borders_reach_the_model_as_they_are(tmp_path: Path) -> None:
     boxes = [[0, 0, 8, 6], [72, 54, 8, 6], [0, 54, 8, 6], [72, 0, 8, 6], [0, 0, 80, 60]]
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (80, 60)).save(tmp_path / "images" / "0.png")
-    content = {
-        "images": [{"id": 1, "file_name": "0.png", "width": 80, "height": 60}],
-        "categories": [{"id": 1, "name": "a"}],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": 1,
-                "category_id": 1,
-                "bbox": [x, y, w, h],
-                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
-            }
-            for number, (x, y, w, h) in enumerate(boxes)
-        ],
-    }
-    (tmp_path / "file.json").write_text(json.dumps(content), encoding="utf-8")
-    _, target = Coco(tmp_path / "images", tmp_path / "file.json", masks=True, crowds=False)[0]
+    write_boxes(tmp_path, Image.new("RGB", (80, 60)), boxes)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    _, target = Coco(tmp_path / "train2017", file, masks=True, crowds=False)[0]
     for mask, found, (x, y, w, h) in zip(target["masks"], target["boxes"], boxes, strict=True):
         assert found.tolist() == [x, y, x + w, y + h]
         expected = torch.zeros(60, 80, dtype=torch.uint8)
@@ -258,6 +238,40 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
 
     assert texts(task.eval.tokens) == {words[99], words[199]}
     assert texts(task.train.tokens) == {*words} - {words[99], words[199]}
+
+
+@pytest.mark.parametrize(("given", "words"), [((), {"ada", "bob"}), (("--cased",), {"Ada", "BOB"})])
+def test_capital_letters_are_kept_where_asked_for(
+    given: tuple[str, ...], words: set[str], tmp_path: Path
+) -> None:
+    """In sequences of the length that was asked for."""
+    file = tmp_path / "text.txt"
+    file.write_text("Ada BOB\n" * 400, encoding="utf-8")
+    sizes = ("--sequence-length=10", "--vocab-size=100")
+    (options,) = Mlm.split(options_of(Mlm, f"--data={file}", *sizes, *given))
+    task = Mlm(options)
+    assert {*task.tokenizer.decode(task.train.tokens.tolist()).split()} == {*words, "[SEP]"}
+    assert task.train[0][0].shape == task.eval[0][0].shape == (10,)
+
+
+@pytest.mark.parametrize("length", [8, 20])
+def test_texts_are_cut_to_the_length_that_is_asked_for(length: int, tmp_path: Path) -> None:
+    """To a beginning of them, between the first and the last special token."""
+    (tmp_path / "SST-2").mkdir()
+    for name in ("train", "dev"):
+        lines = ["sentence\tlabel", f"{'a plot so dull ' * 9}\t0", "is it ?\t1"]
+        (tmp_path / "SST-2" / f"{name}.tsv").write_text("\n".join(lines), encoding="utf-8")
+    model = write_text_run(tmp_path / "model", "mlm")
+    given = (f"--data={tmp_path}", f"--model={model}", f"--sequence-length={length}")
+    (options,) = Glue.split(options_of(Glue, "--task=sst2", *given))
+    task = Glue(options)
+    inputs, labels, _ = task.collate(task.train)
+    assert inputs["input_ids"].shape == (2, length)
+    assert labels.tolist() == [0, 1]
+    words = task.tokenizer.decode(inputs["input_ids"][0]).split()
+    assert words[0] == "[CLS]"
+    assert words[-1] == "[SEP]"
+    assert ("a plot so dull " * 9).startswith(" ".join(words[1:-1]))
 
 
 def test_plain_images_and_masks_are_as_they_were() -> None:

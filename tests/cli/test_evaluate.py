@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import test_train_segment as segmentation
 from setformer_ext import cli
 from setformer_ext.cli.evaluate import add_arguments
 from setformer_ext.cli.train import options
+from setformer_ext.cli.train.classify import Accuracy
 from text_runs import write_text_run
 from training import classify, launch, metrics, run_command, write_digits
 
@@ -77,6 +79,27 @@ def test_classes(
     assert 0 < figures["top1"] < figures["top5"] < 1
     given = ("--data", tmp_path / "data" / "val", "--split=.")
     assert_figures_are_the_trainings(capsys, classifier, *given)
+
+
+@pytest.mark.parametrize(("given", "low"), [((), False), (("--precision=bf16",), True)])
+def test_models_compute_in_the_precision_that_is_asked_for(
+    given: tuple[str, ...],
+    low: bool,
+    digits: Path,
+    classifier: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    update, device = Accuracy.update, "cuda" if torch.cuda.is_available() else "cpu"
+    seen: set[bool] = set()
+
+    def look(*parts: Any) -> None:
+        seen.add(torch.is_autocast_enabled(device))
+        update(*parts)
+
+    monkeypatch.setattr(Accuracy, "update", look)
+    assert evaluate(capsys, classifier, "--data", digits, "--workers=0", *given)[0] == 0
+    assert seen == {low}
 
 
 def test_workers_are_those_of_trainings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,18 +121,25 @@ def assert_close(result: dict, known: dict) -> None:
 
 def train_sharded(given: list[str], stop_after: int | None) -> None:
     """With blocks small enough that the tiny network has some; leaves off after a checkpoint."""
+    from torch.distributed.tensor import DTensor
+
     from setformer_ext.cli.train import parallel
     from setformer_ext.cli.train.checkpoints import Checkpoints
+    from setformer_ext.cli.train.learner import Learner
 
     parallel.SHARD_PARAMETERS = 5000
-    original = Checkpoints.save
+    original, original_step = Checkpoints.save, Learner.step
+
+    def step(self: Learner, number: int) -> None:
+        assert all(isinstance(p, DTensor) for p in self.model.parameters())
+        original_step(self, number)
 
     def save(self: Checkpoints, step: int, state: dict) -> None:
         original(self, step, state)
         if step == stop_after:
             os._exit(7)
 
-    Checkpoints.save = save
+    Checkpoints.save, Learner.step = save, step
     run_command(given)
 
 
@@ -470,11 +477,11 @@ def test_layer_decay_and_weight_decay() -> None:
     of = {id(p): group for group in groups for p in group["params"]}
     assert len(of) == len(list(model.parameters()))
     named = {name: of[id(p)] for name, p in model.named_parameters()}
-    assert named["head.fc.weight"]["lr_scale"] == 1
-    scales = [named[f"stages.{i}.blocks.0.mlp.0.weight"]["lr_scale"] for i in range(4)]
-    assert scales == sorted(scales)
-    assert len(set(scales)) == 4
-    assert named["stem.conv1.weight"]["lr_scale"] < scales[0]
+    layers = ["stem", *(f"stages.{i}.blocks.0" for i in range(4)), "head"]
+    for above, layer in enumerate(reversed(layers)):
+        scales = {named[name]["lr_scale"] for name in named if name.startswith(layer)}
+        assert scales == {0.5**above}, layer
+    assert named["norm.weight"]["lr_scale"] == 0.5  # timm's: as the last block
     assert named["head.fc.weight"]["weight_decay"] == 0.1
     assert named["head.fc.bias"]["weight_decay"] == 0
     assert named["stages.0.blocks.0.attention.reference"]["weight_decay"] == 0

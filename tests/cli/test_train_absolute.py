@@ -6,14 +6,17 @@ Two runs that are compared with one another share what is wrong with both.
 import argparse
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import setformer_ext.vision  # noqa: F401 (registers the models)
 from setformer_ext import SetAttention
 from setformer_ext.cli.train.learner import Learner
 
@@ -74,6 +77,71 @@ def test_a_step_is_taken_at_the_rate_of_its_number() -> None:
         moved = gradients[name] / (gradients[name].abs() + 1e-8)
         torch.testing.assert_close(parameter, shrunk - rate * moved)
         assert parameter.grad is None or (parameter.grad == 0).all()
+
+
+class Layered(nn.Sequential):
+    """Three layers, as timm is told of those of a backbone."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^0\.", "blocks": r"^(\d)\."}
+
+
+class OfLayers(Line):
+    def make_model(self) -> nn.Module:
+        return Layered()
+
+
+@pytest.mark.parametrize("layer_decay", [0.5, 1.0])
+def test_two_steps_are_adamws_each_layer_at_its_rate(layer_decay: float) -> None:
+    """With Kingma and Ba's means of gradients, of rates 0.9 and 0.999."""
+    learner = make_learner(OfLayers(), layer_decay=layer_decay)
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    scales = {
+        names[id(p)]: group["lr_scale"]
+        for group in learner.optimizer.param_groups
+        for p in group["params"]
+    }
+    expected = {name: p.detach().double() for name, p in learner.model.named_parameters()}
+    assert scales == {name: layer_decay ** (2 - int(name[0])) for name in expected}  # layers above
+    first, second = ({name: torch.zeros_like(p) for name, p in expected.items()} for _ in range(2))
+    for step, number in enumerate((20, 25), start=1):
+        learner.backward(batch(number), last=True)
+        rate = 0.02 * 0.5 * (1 + math.cos(math.pi * number / STEPS))
+        for name, parameter in learner.model.named_parameters():
+            gradient, own = parameter.grad.double(), rate * scales[name]
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            size = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
+            moved = first[name] / (1 - 0.9**step) / size
+            kept = expected[name] * (1 - own * 0.3 * name.endswith("weight"))
+            expected[name] = kept - own * moved
+        learner.step(number)
+        for name, parameter in learner.model.named_parameters():
+            torch.testing.assert_close(parameter, expected[name].float(), msg=f"{step}, {name}")
+
+
+class OfBlocks(Line):
+    depths = (1, 1, 2, 1)
+
+    def make_model(self) -> nn.Module:
+        sizes = {"dims": (32,) * 4, "depths": self.depths, "num_references": (4,) * 4}
+        return timm.create_model("setformer_mini", num_classes=2, **sizes)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_gradient_checkpointing_runs_each_block_anew_in_backward(again: bool) -> None:
+    learner = make_learner(OfBlocks(), gradient_checkpointing=again)
+    calls: list[str] = []
+    for name, module in learner.model.named_modules():
+        if re.fullmatch(r"stages\.\d\.blocks\.\d", name):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    learner.backward(torch.randn(1, 3, 32, 32), last=True)
+    for stage, depth in enumerate(OfBlocks.depths):
+        for block in range(depth):
+            assert calls.count(f"stages.{stage}.blocks.{block}") == 1 + again
 
 
 def test_averaged_weights_are_the_moving_average_of_each_step() -> None:

@@ -2,14 +2,17 @@
 
 import argparse
 import pty
+import random
 import sys
 import time
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from select import select
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -214,6 +217,72 @@ def test_the_loss_that_is_measured_is_that_of_all_samples() -> None:
     accuracy.update(lambda images: images, (logits * torch.nan, labels))
     accuracy.update(lambda images: images, (logits, labels))
     assert accuracy.compute()["eval_loss"] == torch.inf
+
+
+def training(rank: int = 0, **options: Any) -> loop.Training:
+    """That of one of two processes, without data and with a learner that only seems to learn."""
+    made = loop.Training.__new__(loop.Training)
+    made.rank, made.processes, made.steps = rank, 2, 9
+    made.shared = {"steps": 9, "batch_size": 1, "processes": 2, "accumulate": 1}
+    made.options = argparse.Namespace(seed=0, output=Path(), **options)
+    made.checkpoints, made.progress, made.sums = Checkpoints(Path()), loop.Progress(), {}
+    device = torch.device("cpu")
+    made.accelerator = SimpleNamespace(device=device, is_main_process=False, reduce=lambda x, _: x)
+    made.eval_loader = []
+    made.journal = SimpleNamespace(
+        step=lambda *_: None, evaluation=lambda *_: None, evaluating=iter
+    )
+    made.learner = SimpleNamespace(
+        model=nn.Linear(1, 1),
+        lr=0.0,
+        evaluated=lambda: nn.Linear(1, 1),
+        **dict.fromkeys(("again", "step", "load_state"), lambda *_: None),
+    )
+    return made
+
+
+def test_each_pass_of_each_step_and_process_draws_its_own_numbers() -> None:
+    drawn: list[tuple[float, ...]] = []
+
+    def backward(batch: torch.Tensor, last: bool) -> dict[str, torch.Tensor]:
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+        return {}
+
+    for rank in range(2):
+        process = training(rank, accumulate=2)
+        process.learner.backward = backward
+        for _ in range(3):
+            process._step(iter([(torch.zeros(1), [])] * 2))
+    assert [len({*numbers}) for numbers in zip(*drawn, strict=True)] == [3 * 2 * 2] * 3
+
+
+@pytest.mark.parametrize("measured", [{"mAP": 0.5}, {"eval_loss": 7.0, "top1": 0.5}])
+def test_an_evaluation_tells_the_mean_losses_and_where_none_is_measured_their_sum(
+    measured: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of three passes each, whose losses add up to 6 and 18 over both."""
+    monkeypatch.setattr(loop, "measure", lambda *_: measured)
+    process = training()
+    kind = Detect if "mAP" in measured else Classify
+    process.task = SimpleNamespace(metrics=dict, best=kind.best, monitor=kind.monitor)
+    process.sums = {name: torch.tensor(x).double() for name, x in (("a", 6.0), ("b", 18.0))}
+    process.progress = loop.Progress(step=9, passes=3)
+    process._evaluate()
+    means = {"a": 1.0, "b": 3.0} | ({} if "eval_loss" in measured else {"train_loss": 4.0})
+    assert process.progress.history == [{"step": 9, **means, **measured}]
+    assert process.sums == {}
+    assert process.progress.passes == 0
+
+
+def test_losses_from_before_a_resume_count_once_whatever_the_processes() -> None:
+    """A checkpoint between two evaluations has the sums of all processes."""
+    saved = loop.Progress(step=5, losses={"a": 6.0, "b": 18.0}, passes=2)
+    both = []
+    for rank in range(2):
+        process = training(rank)
+        process._restore({"shared": process.shared, "progress": asdict(saved)})
+        both.append(process._all_sums())
+    assert {name: both[0][name] + both[1][name] for name in ("a", "b")} == saved.losses
 
 
 def lrs(output: Path) -> dict[int, float]:

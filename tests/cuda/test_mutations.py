@@ -8,6 +8,7 @@ import os
 import pytest
 
 from emulator.build import SOURCES, find_nvcc
+from mutations import python
 from mutations.faults import FAULTS, Fault
 from mutations.python import AREAS, PACKAGE, files
 from mutations.python_faults import PYTHON_FAULTS
@@ -52,6 +53,21 @@ def test_python_faults_are_everywhere_and_have_tests() -> None:
     assert PYTHON_FAULTS.keys() == AREAS.keys()
     for area in AREAS:
         assert len(files(area)) >= len(AREAS[area])
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_faults_are_looked_for_only_by_tests_that_pass_without_them(
+    clean: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def find(area: str, fault: Seeded | None, quick: bool) -> python.Finding:
+        broken = area == "train" and not clean
+        return python.Finding(area, fault, ("a",) if fault or broken else (), 1.0)
+
+    monkeypatch.setattr(python, "find", find)
+    assert python.main(["--jobs=1", "cli/"]) == (0 if clean else 1)
+    out = capsys.readouterr().out
+    assert (" faults found" in out) == clean
+    assert ("train, without a fault: a\n" in out) != clean
 
 
 @needs_nvcc

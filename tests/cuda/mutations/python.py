@@ -1,5 +1,8 @@
 """Prints which test finds each fault that is seeded into a Python file. Fails if none does.
 
+First the tests run without a fault: one that fails even then would count as finding every fault, so
+this stops and names it.
+
     cd tests/cuda
     python -m mutations.python [--quick] [WORD ...]    # faults whose name, file or area has a word
 
@@ -39,7 +42,7 @@ AREAS = {
     "vision": ("vision*", "detection", "segmentation", "stochastic", "train_segment"),
     "language": ("language*", "distillation", "stochastic", "train_language", "texts"),
     "train": ("train*", "data_absolute", "image*", "coco_exports", "texts", "demo", "evaluate"),
-    "predict": ("predict*", "evaluate", "pictures", "export", "vision_export"),
+    "predict": ("predict*", "evaluate", "pictures", "export", "vision_export", "data_absolute"),
     "explain": ("explain*",),
     "distributed": ("distributed*",),
 }
@@ -49,13 +52,18 @@ COLUMNS = "{:<72} {:<30} {:<9} {}"
 
 @dataclass(frozen=True)
 class Finding:
-    fault: Seeded
-    tests: tuple[str, ...]  # that failed first; none if all passed
+    area: str
+    fault: Seeded | None
+    tests: tuple[str, ...]  # that failed, of a fault the first alone; none if all passed
     seconds: float
 
+    @property
+    def by(self) -> str:
+        return " ".join(name.removeprefix("test_") for name in self.tests)
 
-def find(area: str, fault: Seeded, quick: bool) -> Finding:
-    """Run the tests of an area until one fails.
+
+def find(area: str, fault: Seeded | None, quick: bool) -> Finding:
+    """Run the tests of an area, with a fault until one fails.
 
     Raises:
         RuntimeError: if the tests could not run.
@@ -64,14 +72,16 @@ def find(area: str, fault: Seeded, quick: bool) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "setformer_ext"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-        file = package / fault.file
-        file.write_text(fault.apply(file.read_text(encoding="utf-8")), encoding="utf-8")
+        if fault is not None:
+            file = package / fault.file
+            file.write_text(fault.apply(file.read_text(encoding="utf-8")), encoding="utf-8")
         # What an emulated device computes is the kernels' matter, whose faults have a table too.
         chosen = ["-k", "not emulated", *(["-m", "not slow"] if quick else [])]
-        command = [sys.executable, "-m", "pytest", "--exitfirst", "--quiet", "-rfE", *chosen]
+        chosen += [] if fault is None else ["--exitfirst"]
+        command = [sys.executable, "-m", "pytest", "--quiet", "-rfE", *chosen]
         try:
             result = subprocess.run(
-                [*command, "-p", "no:cacheprovider", *files(area, fault.file)],
+                [*command, "-p", "no:cacheprovider", *files(area, fault.file if fault else "")],
                 capture_output=True,
                 text=True,
                 env=os.environ | python_path(folder),
@@ -80,11 +90,12 @@ def find(area: str, fault: Seeded, quick: bool) -> Finding:
                 encoding="utf-8",
             )
         except subprocess.TimeoutExpired:
-            return Finding(fault, ("no end",), time.perf_counter() - start)
+            return Finding(area, fault, ("no end",), time.perf_counter() - start)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
     if result.returncode not in (0, 1):
-        raise RuntimeError(f"{fault.name}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
-    return Finding(fault, tuple(failed), time.perf_counter() - start)
+        name = fault.name if fault else area
+        raise RuntimeError(f"{name}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
+    return Finding(area, fault, tuple(failed), time.perf_counter() - start)
 
 
 def files(area: str, file: str = "") -> list[str]:
@@ -112,13 +123,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fault in of_area
         if fault.is_meant(options.words, area)
     ]
-    print(COLUMNS.format("fault", "file", "time", "found by"))
-    missed = 0
+    areas = dict.fromkeys(area for area, _ in faults)
     with ThreadPoolExecutor(options.jobs) as pool:
+        clean = [*pool.map(lambda area: find(area, None, options.quick), areas)]
+        if any(found.tests for found in clean):
+            for found in clean:
+                print(f"{found.area}, without a fault: {found.by or 'all tests pass'}")
+            return 1
+        print(COLUMNS.format("fault", "file", "time", "found by"))
+        missed = 0
         for found in pool.map(lambda chosen: find(*chosen, options.quick), faults):
-            by = " ".join(name.removeprefix("test_") for name in found.tests) or "NOTHING"
-            columns = (found.fault.name, found.fault.file, f"{found.seconds:.0f} s", by)
-            print(COLUMNS.format(*columns), flush=True)
+            columns = (found.fault.name, found.fault.file, f"{found.seconds:.0f} s")
+            print(COLUMNS.format(*columns, found.by or "NOTHING"), flush=True)
             missed += not found.tests
     print(f"{len(faults) - missed} of {len(faults)} faults found")
     return 1 if missed else 0

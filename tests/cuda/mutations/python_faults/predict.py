@@ -89,4 +89,22 @@ PREDICT = (
         "return next((pair for pair in pairs if not pair[0] <= pair[1]), max(pairs))",
         "return max(pairs)",
     ),
+    Fault(
+        "evaluation ignores the precision",
+        "cli/evaluate.py",
+        "make_accelerator(options.precision)",
+        'make_accelerator("no")',
+    ),
+    Fault(
+        "images to predict segments of keep their size",
+        "cli/predict/predictors.py",
+        'self.short_side, self.window = card["short_side"], card["window"]',
+        'self.short_side, self.window = 0, card["window"]',
+    ),
+    Fault(
+        "pictures that are drawn smaller alias",
+        "cli/themes.py",
+        'antialias=mode == "bicubic"',
+        "antialias=False",
+    ),
 )
