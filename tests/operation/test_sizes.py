@@ -53,9 +53,9 @@ TILES: dict[str, dict[str, Any]] = {
     "many more queries than tokens": MASKED | {"B": 1, "H": 1, "N": 3, "Nq": 301, "M": 9},
     "many more tokens than queries": MASKED | {"B": 1, "H": 1, "N": 301, "Nq": 2, "M": 9},
 }
-# With half types a head stays on the chip, in a shape of (blocks of 8 references, strips of 16 tokens
-# a warp, warps) that holds its sizes; beyond the largest, forward or backward goes another way. The
-# smallest sizes of each shape, and what the emulated device launches forward and backward.
+# A head of a half type stays on the chip, in the first shape that has room for it: (blocks of 8
+# references, strips of 16 tokens for a warp, warps). Here are the smallest sizes of shapes forward
+# and backward; None where no shape has room and other kernels run.
 Shape = tuple[int, int, int] | None
 ON_CHIP: dict[str, tuple[dict[str, int], Shape, Shape]] = {
     "many tokens, 7 blocks": ({"M": 33, "N": 225}, (7, 7, 8), (7, 1, 4)),
