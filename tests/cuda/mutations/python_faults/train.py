@@ -188,4 +188,16 @@ TRAIN = (
         "(time.monotonic() - self.began) / (step - self.first)",
         "(time.monotonic() - self.began) / step",
     ),
+    Fault(
+        "--annotated is ignored in evaluation",
+        "cli/train/examinations.py",
+        "Ade20k(data, options.split, transform, options.annotated, options.max_pixels)",
+        "Ade20k(data, options.split, transform, None, options.max_pixels)",
+    ),
+    Fault(
+        "--max-pixels is ignored in evaluation of segmentation",
+        "cli/train/examinations.py",
+        "transform, options.annotated, options.max_pixels)",
+        "transform, options.annotated)",
+    ),
 )
