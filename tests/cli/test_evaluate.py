@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import test_train_language as language
 import test_train_segment as segmentation
 from setformer_ext import cli
 from setformer_ext.cli.evaluate import add_arguments
-from setformer_ext.cli.train import options
+from setformer_ext.cli.train import examinations, options
+from setformer_ext.cli.train.ade20k import Labels
 from setformer_ext.cli.train.classify import Accuracy
 from text_runs import write_text_run
 from training import classify, launch, metrics, run_command, write_digits
@@ -228,6 +230,40 @@ def test_pixels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (data / "classes.txt").write_text("red\nblue\ngreen\n")
     status, _, err = evaluate(capsys, run, "--data", data)
     assert (status, "has the classes red, blue, green; the training has" in err) == (1, True)
+
+
+def test_pixels_are_read_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photograph from a camera held upside down, whose labels fit the pixels either way."""
+    classes = ("red", "green")
+    trained = SimpleNamespace(classes=classes, labels=Labels(classes, ignored=0), model=None)
+    monkeypatch.setattr(examinations, "load_run", lambda _: trained)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
+    card = {"task": "segment", "mean": mean, "std": std, "short_side": 0, "window": 0}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    (tmp_path / "model.safetensors").touch()
+    segmentation.write_shapes(tmp_path, train=0, val=1, classes=2)
+    path = tmp_path / "images" / "validation" / "0.png"
+    pixels = np.array(Image.open(path))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turn by half
+    Image.fromarray(pixels).save(path, exif=exif)
+
+    def read(*given: str) -> torch.Tensor:  # [H, W, 3] in [0, 1]
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        parsed = parser.parse_args([str(tmp_path), f"--data={tmp_path}", *given])
+        image, _ = examinations.prepare(parsed).samples[0]
+        return image.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)
+
+    with pytest.raises(OSError, match="say by --annotated upright or --annotated stored"):
+        read()
+    as_shown = {"upright": pixels[::-1, ::-1], "stored": pixels}
+    for annotated, expected in as_shown.items():
+        found = read(f"--annotated={annotated}")
+        torch.testing.assert_close(found, torch.tensor(expected / np.float32(255)))
+    few = pixels[..., 0].size - 1
+    with pytest.raises(OSError, match=f"more than {few} pixels .*by --max-pixels"):
+        read("--annotated=stored", f"--max-pixels={few}")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from setformer_ext import cli
 from setformer_ext.cli.explain import picture
 from setformer_ext.cli.explain.plans import Layer, find_attention, observe
 from setformer_ext.cli.predict.predictors import PREDICTORS
-from setformer_ext.cli.themes import COLOURS, mutual_information
+from setformer_ext.cli.themes import COLOURS, THEMES, mutual_information
 from setformer_ext.errors import UserError
 from setformer_ext.vision import Setformer
 from test_predict import DETECT
@@ -119,25 +119,34 @@ def test_mutual_information_is_that_of_known_plans() -> None:
     torch.testing.assert_close(mutual_information(torch.stack([own, alike, halves])), expected)
 
 
+@pytest.mark.parametrize("background", THEMES)
 def test_picture_shows_who_draws_from_where(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    background: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twelve tokens: three quarters give to reference 3, the rest to 1, none most to 2."""
+    """Twelve tokens: three quarters give to reference 3, the rest to 1, none most to 2.
+
+    The light picture of a black image is the dark one of a white image with all colours inverted:
+    those of the references too, which so come out as the theme has them.
+    """
     shown: list[tuple[Tensor, str]] = []
     show = picture._show
     monkeypatch.setattr(
         picture, "_show", lambda axes, *given: (shown.append(given[:2]), show(axes, *given))
     )
     plan = torch.tensor([[0.1, 0.1, 0.8]] * 9 + [[0.59, 0.31, 0.1]] * 3)
-    image = torch.ones(3, 30, 40)
-    picture.draw_references(image, plan, (3, 4), "layer", tmp_path / "p.png")
+    light = background == "light"
+    image = torch.full((3, 30, 40), 0.0 if light else 1.0)
+    path = tmp_path / "p.png"
+    picture.draw_references(image, plan, (3, 4), "layer", path, background=background)
     titles = [title for _, title in shown]
     assert titles[1] == "where each token gives most"
     assert [title.split(":")[0] for title in titles[2:]] == [f"reference {j}" for j in (3, 1, 2)]
     assert [title.split(": ")[1].split("%")[0] for title in titles[2:]] == ["62", "22", "15"]
-    first, second = torch.tensor(to_rgb(COLOURS[0])), torch.tensor(to_rgb(COLOURS[1]))
     assert shown[0][0].shape == (360, 480, 3)
-    tint, of_third, of_first = (panel for panel, _ in shown[1:4])
+    torch.testing.assert_close(shown[0][0], image[0, 0, 0].expand(360, 480, 3))
+    colours = (torch.tensor(to_rgb(colour)) for colour in THEMES[background].colours[:2])
+    first, second = (1 - x if light else x for x in colours)
+    tint, of_third, of_first = (1 - panel if light else panel for panel, _ in shown[1:4])
 
     def at(panel: Tensor, row: float, column: float) -> Tensor:
         return panel[int(row * 360), int(column * 480)]
@@ -149,7 +158,15 @@ def test_picture_shows_who_draws_from_where(
     torch.testing.assert_close(at(of_third, 0.1, 0.1), (0.25 + 0.85 * first))
     torch.testing.assert_close(at(of_third, 0.9, 0.9), (0.25 + 0.85 * first / 8))
     torch.testing.assert_close(at(of_first, 0.9, 0.9), (0.25 + 0.85 * second))
-    assert is_png(tmp_path / "p.png")
+    assert is_png(path)
+
+
+def test_panels_are_as_high_as_the_image_but_not_without_end() -> None:
+    """Two rows of panels 2.4 inches wide, each with 0.4 for its title, under a header of 0.5."""
+    for aspect, height in ((0.25, 0.6), (1.0, 2.4), (9.0, 3.2)):
+        figure, panels = picture._panels(7, aspect)
+        assert len(panels) == 10
+        assert figure.get_size_inches() == pytest.approx((5 * 2.4, 2 * (height + 0.4) + 0.5))
 
 
 def test_tokens_may_reach_over_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +218,12 @@ def test_command_keeps_tokens_over_their_pixels(
     monkeypatch.setattr(
         picture,
         "draw_references",
-        lambda *given, covered, background: drawn.append((*given, covered)),
+        lambda *given, covered, background: drawn.append((*given, covered, background)),
     )
     given = ["explain", str(run), str(photo), "--stage=1", f"--output={tmp_path / 'p.png'}"]
-    assert cli.main(given) == 0
-    ((image, plan, grid, _, _, covered),) = drawn
+    assert cli.main([*given, "--background=light"]) == 0
+    ((image, plan, grid, _, _, covered, background),) = drawn
+    assert background == "light"
     assert tuple(image.shape) == (3, 57, 96)
     assert (len(plan), grid, covered) == (15 * 24, (15, 24), (60, 96))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -66,21 +66,30 @@ def test_the_picture_has_a_bright_place_for_each_reference(encoder: Path, tmp_pa
         assert (pixels == known).all(-1).sum() > 500
     output = tmp_path / "out" / "words.png"
     given = ["explain", str(encoder), "--text", TEXT, "--output", str(output)]
-    assert cli.main(given) == 0
-    assert Image.open(output).width > 500
+    for more, level in (([], 0), (["--background=light"], 255)):
+        assert cli.main([*given, *more]) == 0
+        drawn = Image.open(output)
+        assert drawn.width > 500
+        assert drawn.convert("L").getpixel((0, 0)) == level
 
 
 def test_a_row_shows_where_its_reference_draws_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each row by itself, with its share of the mass of all; the heavier is the first."""
-    rows, labels = [], []
-    monkeypatch.setattr(Axes, "imshow", lambda _, row, **__: rows.append(row.tolist()))
-    monkeypatch.setattr(Axes, "set_yticks", lambda _, __, label: labels.extend(label))
+    """Each row by itself, brightest where it draws most, with its share of the mass of all; the
+    heavier is the first. Each column has its word below."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     plan = torch.tensor([[0.25, 0.0625], [0.25, 0.1875], [0.25, 0.0]])
     sentence.draw_words(["one", "two", "three"], plan, "layer 1", tmp_path / "rows.png")
-    assert rows == [[[pytest.approx(1 / 3)] * 3], [[0.25, 0.75, 0.0]]]
-    assert labels == ["1: 75%", "2: 25%"]
+    first, second = figures[0].axes
+    for axes, label, row in ((first, "1: 75%", [1 / 3] * 3), (second, "2: 25%", [0.25, 0.75, 0])):
+        (image,) = axes.images
+        assert image.get_array().tolist() == [pytest.approx(row)]
+        assert image.get_clim() == (0, pytest.approx(max(row)))
+        assert [text.get_text() for text in axes.get_yticklabels()] == [label]
+    assert list(second.get_xticks()) == [0, 1, 2]
+    assert [text.get_text() for text in second.get_xticklabels()] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import setformer_ext.cli.export
 from setformer_ext import cli
 from setformer_ext.cli.export import _check, _export
 from setformer_ext.cli.predict.loading import load_run, load_text_run
-from setformer_ext.cli.predict.networks import Texts, load_network
+from setformer_ext.cli.predict.networks import Texts, _difference, load_network
 from setformer_ext.errors import UserError
 from setformer_ext.onnx import _adaptive_average
 from setformer_ext.onnx import export as export_onnx
@@ -235,6 +235,20 @@ def test_detectors_with_a_wrong_head_are_not_written(tmp_path: Path) -> None:
             _check(network, data)
         weight.div_(1.01)
     _check(network, data)
+
+
+@pytest.mark.parametrize(("rounding", "allowed"), [(0, 1e-4), (2**-14, 10 * 2**-14)])
+def test_answers_may_differ_by_little_or_ten_times_the_rounding(
+    rounding: float, allowed: float
+) -> None:
+    """Shares of the largest logit, which is 2 here. Logits of no classes must agree."""
+    expected = torch.tensor([[1.0, -2.0, -torch.inf]])
+    exact = expected.double() + torch.tensor([2 * rounding, 0.0, 0.0])
+    for share in (0.0, 0.9 * allowed, 1.1 * allowed):
+        answer = expected + torch.tensor([0.0, 2 * share, 0.0])
+        difference, most = _difference(answer, expected, exact)
+        assert (difference, most) == (pytest.approx(share, abs=2**-23), pytest.approx(allowed))
+    assert _difference(expected.clamp(min=-9), expected, exact) == (torch.inf, 0.0)
 
 
 def test_pooling_into_bins_is_torchs() -> None:

@@ -107,6 +107,7 @@ def test_every_command_that_reads_images_has_the_limit(
     classify(data, run, *given, "--max-pixels=64")
     refused("predict", run, photo, "--output", tmp_path / "out")
     refused("explain", run, photo, "--stage=1", "--output", tmp_path / "e.png")
+    refused("evaluate", run, "--data", data, "--workers=0")
     assert cli.main(["predict", str(run), str(photo), f"--output={tmp_path}", enough]) == 0
     assert cli.main(["demo", f"--data={data / 'train'}", "--steps=1", few]) == 1
     assert "more than 63 pixels" in capsys.readouterr().err

@@ -15,7 +15,14 @@ from pycocotools import mask as coco
 
 from setformer_ext import cli
 from setformer_ext.cli.predict.answers import Classification, Detection, Segmentation, as_csv
-from setformer_ext.cli.predict.drawing import PALETTE, REST, _colours, _draw_detection, draw
+from setformer_ext.cli.predict.drawing import (
+    PALETTE,
+    REST,
+    _colours,
+    _draw_classification,
+    _draw_detection,
+    draw,
+)
 from setformer_ext.cli.predict.loading import load_run
 from setformer_ext.cli.predict.predictors import PREDICTORS
 from setformer_ext.errors import UserError
@@ -380,6 +387,47 @@ def test_the_legend_shows_the_classes_own_colours() -> None:
     shown = zip(legend.get_texts(), legend.get_patches(), strict=True)
     colours = {text.get_text(): patch.get_facecolor()[:3] for text, patch in shown}
     assert colours == {"2 x a": PALETTE[0], "1 x b": PALETTE[1]}
+
+
+def test_objects_are_drawn_where_they_are() -> None:
+    """Their boxes, their names at the upper left corners, and their masks mixed with the image."""
+    boxes = [[10.0, 15.0, 50.0, 25.0], [30.0, 20.0, 85.0, 55.0]]
+    masks = torch.zeros(2, 60, 90, dtype=torch.bool)
+    masks[0, 15:25, 10:30] = True
+    labels, scores = torch.tensor([1, 0]), torch.tensor([0.9, 0.6])
+    answer = Detection(["a", "b"], torch.tensor(boxes), labels, scores, masks)
+    (axes,) = _draw_detection(answer, Image.new("RGB", (90, 60), "red"), "x.png").axes
+    drawn = {
+        patch.get_edgecolor()[:3]: (*patch.get_xy(), patch.get_width(), patch.get_height())
+        for patch in axes.patches
+    }
+    assert drawn == {PALETTE[1]: (10, 15, 40, 10), PALETTE[0]: (30, 20, 55, 35)}
+    names = {text.get_text(): text.get_position() for text in axes.texts}
+    assert names == {"b 90%": (10, 15), "a 60%": (30, 20)}
+    expected = np.full((60, 90, 3), [1.0, 0.0, 0.0])
+    expected[15:25, 10:30] = 0.5 * expected[0, 0] + 0.5 * np.array(PALETTE[1])
+    np.testing.assert_allclose(axes.images[0].get_array(), expected)
+
+
+def test_each_class_is_beside_its_bar() -> None:
+    shares = {"a": 0.625, "b": 0.25, "c": 0.125}
+    answer = Classification([*shares], torch.tensor([*shares.values()]))
+    _, axes = _draw_classification(answer, Image.new("RGB", (9, 9)), "x.png").axes
+    names = dict(zip(axes.get_yticks(), axes.get_yticklabels(), strict=True))
+    numbers = {text.get_position()[1]: text.get_text() for text in axes.texts}
+    places = [bar.get_y() + bar.get_height() / 2 for bar in axes.patches]
+    found = {names[place].get_text(): numbers[place] for place in places}
+    assert found == {"a": "62.5%", "b": "25.0%", "c": "12.5%"}
+    assert [bar.get_width() for bar in axes.patches] == [*shares.values()]
+
+
+@pytest.mark.parametrize(("given", "level"), [([], 0), (["--background=light"], 255)])
+def test_the_background_is_the_chosen_one(
+    given: list[str], level: int, training: Path, photo: Path, tmp_path: Path
+) -> None:
+    command = ["predict", str(training), str(photo), f"--output={tmp_path / 'out'}"]
+    assert cli.main([*command, *given]) == 0
+    assert Image.open(tmp_path / "out" / "photo.png").convert("L").getpixel((0, 0)) == level
 
 
 BODY = {"dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "num_references": [4, 4, 4, 4]}

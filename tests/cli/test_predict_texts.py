@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import (
 
 from setformer_ext import cli, language
 from setformer_ext.cli.train.glue_data import TASKS
-from text_runs import LENGTH, write_text_run
+from text_runs import LENGTH, TEXTS, write_text_run
 
 SINGLE = "index\tsentence"
 PAIR = "index\tsentence1\tsentence2"
@@ -65,11 +66,15 @@ def predict(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str
 
 
 def write_test_files(data: Path, task: str, rows: int = 70) -> Path:
-    """More rows than a batch, numbered from 3 on."""
+    """More rows than a batch, numbered from 3 on. Each ends in words of its own, up to seven."""
+    draw, words = random.Random(0), " ".join(TEXTS).split()
     for source, header, row, _ in TESTS[task]:
         (data / source).parent.mkdir(parents=True, exist_ok=True)
-        lines = [header, *(row.format(index) for index in range(3, 3 + rows)), ""]
-        (data / source).write_text("\n".join(lines))
+        lines = [header]
+        for index in range(3, 3 + rows):
+            own = draw.choices(words, k=index % 8)
+            lines.append(" ".join([row.format(index), *own]))
+        (data / source).write_text("\n".join([*lines, ""]))
     return data
 
 
@@ -77,29 +82,37 @@ def write_test_files(data: Path, task: str, rows: int = 70) -> Path:
 def test_test_files_are_answered_as_the_server_wants(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    """Every row by what the model says to it alone."""
     run = write_text_run(tmp_path / "run", task)
     data = write_test_files(tmp_path / "glue", task)
     assert predict(capsys, run, "--data", data, "--output", tmp_path / "out")[0] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {t[3] for t in TESTS[task]}
     model = AutoModelForSequenceClassification.from_pretrained(run).eval()
     tokenizer = AutoTokenizer.from_pretrained(run)
+    order_shows = False
     for source, header, _, name in TESTS[task]:
         lines = (tmp_path / "out" / name).read_text().split("\n")
         assert (lines[0], lines[-1]) == ("index\tprediction", "")
         indices, labels = zip(*(line.split("\t") for line in lines[1:-1]), strict=True)
         assert list(indices) == [str(index) for index in range(3, 73)]
         columns = header.split("\t")
-        cells = (data / source).read_text().split("\n")[1].split("\t")
-        texts = [cells[columns.index(column)] for column in TASKS[task].texts]
-        inputs = tokenizer(*texts, truncation=True, max_length=LENGTH, return_tensors="pt")
-        with torch.no_grad():
-            logits = model(**inputs).logits[0]
+        expected = []
+        for row in (data / source).read_text().split("\n")[1:-1]:
+            cells = row.split("\t")
+            # In lists: an empty second text by itself counts as none.
+            texts = [[cells[columns.index(column)]] for column in TASKS[task].texts]
+            inputs = tokenizer(*texts, truncation=True, max_length=LENGTH, return_tensors="pt")
+            with torch.no_grad():
+                expected.append(model(**inputs).logits[0])
         if task == "stsb":
-            assert all(0 <= float(label) <= 5 for label in labels)
-            assert float(labels[0]) == pytest.approx(float(logits.clamp(0, 5)), abs=1e-3)
+            numbers = [float(number.clamp(0, 5)) for number in expected]
+            # Four decimals, and the rounding of float32 in a batch.
+            assert [float(label) for label in labels] == pytest.approx(numbers, abs=6e-5)
         else:
             assert {*labels} <= LABELS[task]
-            assert labels[0] == model.config.id2label[int(logits.argmax())]
+            assert [*labels] == [model.config.id2label[int(x.argmax())] for x in expected]
+        order_shows |= labels[:64] != labels[63::-1]
+    assert order_shows
 
 
 def test_mnlis_diagnostic_may_be_missing_and_several_trainings_answer_at_once(

@@ -18,7 +18,7 @@ import setformer_ext
 from ranks import CLOSE, PATIENCE, gradients, loss_of, run_on_ranks, shard, values
 from setformer_ext.cli.selftest.problems import random_problem
 from setformer_ext.distributed import set_attention
-from setformer_ext.distributed.ranks import Ranks
+from setformer_ext.distributed.ranks import Ranks, checksum
 from setformer_ext.problem import OF_KEYS, OF_QUERIES
 
 LENGTHS = (20, 0, 77)  # tokens of each rank
@@ -295,6 +295,14 @@ def attend_to_what_disagrees(changes: dict[int, dict[str, Any]]) -> str:
             "",
         ),
         ({"reference_mass": None}, r"ValueError: .*whether reference_mass is given", ""),
+        (
+            {
+                "query": torch.ones(2, 3, 4, 8).double(),
+                "query_positions": torch.ones(4, 2).double(),
+            },
+            r"ValueError: .*whether query is given must be .* False on rank 0 and True on rank 2",
+            "",
+        ),
         ({"kernel": "linear"}, r"ValueError: .*kernel must be .* 'gaussian' .* 'linear'", ""),
         (
             {"position_bandwidth": 1.5},
@@ -329,6 +337,16 @@ def test_ranks_that_do_not_fit_all_raise(
     for text in found[:2]:
         expected = r"RuntimeError: .*rank 2 of the group refused" if of_others else error
         assert re.search(expected, text), text
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_checksums_are_of_values_and_their_order(dtype: torch.dtype) -> None:
+    x = torch.arange(1, 7).to(dtype).view(2, 3)
+    changed = [x.flip(0), x.flip(1), x.roll(1, 1), x.roll(1, 0)]
+    changed += [x.masked_fill(torch.arange(6).view(2, 3) == i, 9) for i in range(6)]
+    sums = [checksum(x), *map(checksum, changed)]
+    assert torch.equal(checksum(x.T.contiguous().T), sums[0])  # wherever it lies in memory
+    assert all(not torch.equal(sums[0], other) for other in sums[1:])
 
 
 def attend_until_one_dies(backward: bool) -> str:

@@ -118,18 +118,19 @@ def attend_to_dtensors(batch: bool, compiled: bool) -> tuple[Tensor, dict[str, T
     }
 
 
-def dtensor_problem() -> dict[str, Any]:
+def dtensor_problem(**options: Any) -> dict[str, Any]:
     """13 tokens and 7 queries are no multiples of 2; heads lie beside each other in memory."""
-    problem = random_problem(
-        N=13,
-        Nq=7,
-        H=2,
-        masked=True,
-        token_mass=True,
-        reference_mass="learned",
-        epsilon="learned",
-        P=2,
-    )
+    everything: dict[str, Any] = {
+        "N": 13,
+        "Nq": 7,
+        "H": 2,
+        "masked": True,
+        "token_mass": True,
+        "reference_mass": "learned",
+        "epsilon": "learned",
+        "P": 2,
+    }
+    problem = random_problem(**everything | options)
     for name in ("query", "key", "value"):
         problem[name] = problem[name].transpose(1, 2).contiguous().transpose(1, 2)
     return problem
@@ -218,10 +219,12 @@ def test_errors_of_dtensors() -> None:
         assert re.search(expected, error), error
 
 
-def attend_by_samples_or_heads(dimension: int, compiled: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def attend_by_samples_or_heads(
+    dimension: int, compiled: bool = False, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """set_attention itself, of DTensors sharded on that dimension of the key."""
     mesh = init_device_mesh("cpu", (2,))
-    problem = dtensor_problem() | {"normalize": True}
+    problem = dtensor_problem(**options) | {"normalize": True}
     own = {
         name: distribute_tensor(x, mesh, [placement_of(name, x, dimension)]).requires_grad_(
             name in differentiable(problem)
@@ -231,10 +234,12 @@ def attend_by_samples_or_heads(dimension: int, compiled: bool) -> tuple[Tensor, 
     }
     attend = setformer_ext.set_attention
     output = (torch.compile(attend, fullgraph=True) if compiled else attend)(**problem | own)
-    assert output.transpose(1, 2).flatten(-2).shape == (2, 7, 10)  # as it lies in memory
+    samples, heads = output.shape[:2]
+    assert output.transpose(1, 2).flatten(-2).shape == (samples, 7, 5 * heads)  # as it lies
     loss_of(output).backward()
     if dimension < 2:
-        assert output.placements == (Shard(dimension),)
+        there_are_enough = output.shape[dimension] >= 2
+        assert output.placements == (Shard(dimension) if there_are_enough else Replicate(),)
     return output.full_tensor().detach(), {
         name: x.grad.full_tensor() for name, x in own.items() if x.grad is not None
     }
@@ -256,7 +261,8 @@ def placement_of(name: str, x: Tensor, dimension: int) -> Any:
         "query_positions": (None, None, 0),
         "reference_positions": (None, None, None),
     }
-    found = dimensions[name][dimension]
+    per_sample = name.startswith("reference") and x.dim() == (4 if name == "reference" else 3)
+    found = (0, 1, None)[dimension] if per_sample else dimensions[name][dimension]
     return Replicate() if found is None else Shard(found)
 
 
@@ -271,6 +277,32 @@ def test_set_attention_itself_takes_dtensors(dimension: int, compiled: bool) -> 
         torch.testing.assert_close(output, expected.detach(), **CLOSE)
         for name, gradient in gradients(whole).items():
             torch.testing.assert_close(found[name], gradient, **CLOSE)
+
+
+# References of each sample, which lie with the samples, or with their heads; and fewer samples or
+# heads than ranks, which then all compute everything.
+SIZES: tuple[tuple[int, dict[str, Any]], ...] = (
+    (0, {"per_sample": True, "reference_mass": "per-sample"}),
+    (1, {"per_sample": True, "reference_mass": "per-sample"}),
+    (0, {"B": 1}),
+    (1, {"H": 1}),
+)
+
+
+def attend_at_all_sizes() -> list[tuple[Tensor, dict[str, Tensor]]]:
+    return [attend_by_samples_or_heads(dimension, **options) for dimension, options in SIZES]
+
+
+@pytest.mark.slow
+def test_dtensors_of_references_of_each_sample_and_of_fewer_samples_than_ranks() -> None:
+    of_ranks = values(run_on_ranks(2, attend_at_all_sizes))
+    for (_, options), *of_rank in zip(SIZES, *of_ranks, strict=True):
+        whole = shard(dtensor_problem(**options) | {"normalize": True}, (13,), 0, (7,))
+        expected = setformer_ext.set_attention(**whole)
+        loss_of(expected).backward()
+        for output, found in of_rank:
+            torch.testing.assert_close(output, expected.detach(), **CLOSE)
+            torch.testing.assert_close(found, gradients(whole), **CLOSE)
 
 
 def positions(tokens: int, reference: Tensor) -> dict[str, Any]:

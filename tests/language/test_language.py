@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -357,3 +358,18 @@ def test_a_new_head_on_a_trained_body_needs_no_report(
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     load_model(SetformerForSequenceClassification.from_pretrained, tmp_path, "classifier")
     assert caplog.text == ""
+
+
+def test_torch_counts_the_flops() -> None:
+    """Two a multiply-add, of convolutions, linear layers and attention, counted by hand."""
+    B, N, layers, heads, references, width = 3, 9, 2, 4, 5, 32
+    model = make()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(tokens(B, N))
+    # Of each token: the convolution over 5; key, value and projection; its mass; the MLP.
+    token = 5 * width + 3 * width**2 + heads * width + 2 * 4 * width**2
+    # Similarity, collect and distribute; two multiply-adds for the one Sinkhorn step, and one for
+    # the normaliser of distribute.
+    token += references * (3 * width + heads * (2 + 1))
+    of_masses = heads * references * width  # of the references, from each text's mean
+    assert counter.get_total_flops() == 2 * layers * B * (N * token + of_masses)

@@ -1,33 +1,49 @@
 """Problems beyond every size at which the kernels change how they compute: the scores that the CPU
-keeps, the spans that threads share a head by, and the tiles of tokens, references and depth."""
+keeps, the spans that threads share a head by, the tiles of tokens, references and depth, and the
+shapes in which a head fits on a chip."""
 
+import re
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from conftest import Backend
+from emulator.build import SOURCES
+from emulator.device import Emulator
 from exactness import assert_as_exact_as_definition
-from setformer_ext import set_attention
+from setformer_ext import ops, set_attention
 from setformer_ext.cli.selftest.problems import Arguments, output_gradient, random_problem, run
 
-ONE_HEAD = {"B": 1, "H": 1, "D": 5, "Dv": 3}
-LOGARITHMS = {"epsilon": 0.01}  # below 1/32 float32 takes logarithms instead of scaling
 
-# The CPU keeps 16 MiB of scores a head, in backward for two matrices, and 128 MiB of all heads.
-KEPT: dict[str, dict[str, Any]] = {
-    "beyond": ONE_HEAD | {"N": 66_001, "M": 64, "iterations": 2},
-    "beyond in backward": ONE_HEAD | {"N": 33_001, "M": 64, "iterations": 2},
-    "beyond of all heads": {
-        "B": 1,
-        "H": 17,
-        "N": 8_003,
-        "M": 64,
-        "D": 2,
-        "Dv": 2,
-        "iterations": 1,
-        "dtype": torch.float64,
-    },
+def constant(name: str) -> int:
+    """Of the CPU's kernels, in bytes."""
+    text = (SOURCES / "cpu" / "transport.h").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"{name} = int64_t{{(\d+)}} << (\d+);", text)
+    return int(found[0]) << int(found[1])
+
+
+# What the CPU keeps of a head, and of all heads of a problem over ranks: the scores of its tokens,
+# and in backward a second matrix of their size.
+KEPT, KEPT_OF_GROUP = constant("kCacheBytes"), constant("kGroupCacheBytes")
+M = 64
+
+
+def beyond(kept: int, matrices: int, dtype: torch.dtype = torch.float64) -> int:
+    """So many tokens that the last few tiles of them are not kept."""
+    return kept // (matrices * M * dtype.itemsize) + 300
+
+
+LOGARITHMS = {"epsilon": 0.003}  # below 1/256 float64 takes logarithms instead of scaling
+FORWARD, BACKWARD = beyond(KEPT, 1), beyond(KEPT, 2)
+BEYOND: dict[str, dict[str, Any]] = {
+    "forward": {"N": FORWARD},
+    "forward, logarithms": LOGARITHMS | {"N": FORWARD, "masked": True},
+    "backward, float32": {"N": beyond(KEPT, 2, torch.float32), "dtype": torch.float32},
+    "queries": {"N": 40, "Nq": FORWARD},
+    "queries in backward, logarithms": LOGARITHMS | {"N": 40, "Nq": BACKWARD, "masked": True},
+    "backward, linear": {"N": BACKWARD, "Nq": 50, "kernel": "linear", "masked": True},
 }
 # The emulated kernels' tiles are of 64 tokens, 64 references and 32 channels.
 MASKED = {"masked": True, "iterations": 2}
@@ -37,6 +53,20 @@ TILES: dict[str, dict[str, Any]] = {
     "many more queries than tokens": MASKED | {"B": 1, "H": 1, "N": 3, "Nq": 301, "M": 9},
     "many more tokens than queries": MASKED | {"B": 1, "H": 1, "N": 301, "Nq": 2, "M": 9},
 }
+# A head of a half type stays on the chip, in the first shape that has room for it: (blocks of 8
+# references, strips of 16 tokens for a warp, warps). Here are the smallest sizes of shapes forward
+# and backward; None where no shape has room and other kernels run.
+Shape = tuple[int, int, int] | None
+ON_CHIP: dict[str, tuple[dict[str, int], Shape, Shape]] = {
+    "many tokens, 7 blocks": ({"M": 33, "N": 225}, (7, 7, 8), (7, 1, 4)),
+    "8 blocks": ({"M": 57, "N": 20}, (8, 6, 2), (8, 1, 1)),
+    "more tokens, 8 blocks": ({"M": 57, "N": 65}, (8, 6, 2), (8, 1, 4)),
+    "too many tokens, 8 blocks": ({"M": 57, "N": 769}, None, (8, 1, 4)),
+    "16 blocks": ({"M": 65, "N": 20}, (16, 3, 2), None),
+    "most steps": ({"M": 9, "N": 20, "iterations": 256}, (4, 7, 2), (4, 1, 1)),
+    "too many steps": ({"M": 9, "N": 20, "iterations": 257}, (4, 7, 2), None),
+}
+OF_SHAPE = re.compile(r"attention_(\w+)_on_chip_kernelINS1_5ShapeI\w+?Li(\d+)ELi(\d+)ELi(\d+)E")
 
 
 def of(backend: Backend, **options: Any) -> Arguments:
@@ -44,10 +74,10 @@ def of(backend: Backend, **options: Any) -> Arguments:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", BEYOND)
 def test_scores_beyond_those_that_are_kept(name: str) -> None:
-    arguments = random_problem(**({"dtype": torch.float32} | KEPT[name]))
-    assert_as_exact_as_definition(set_attention, arguments)
+    sizes: dict[str, Any] = {"B": 1, "H": 1, "M": M, "D": 2, "Dv": 2, "iterations": 1}
+    assert_as_exact_as_definition(set_attention, random_problem(**sizes | BEYOND[name]))
 
 
 @pytest.mark.parametrize("name", TILES)
@@ -56,6 +86,22 @@ def test_beyond_the_tiles(backend: Backend, name: str) -> None:
     if not backend.emulated:  # which are as fast with ten times as many
         sizes |= {n: 10 * sizes[n] + 1 for n in ("N", "Nq") if sizes.get(n, 0) > 40}
     assert_as_exact_as_definition(backend.set_attention, of(backend, **sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ON_CHIP)
+def test_shapes_on_the_chip(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    sizes, *shapes = ON_CHIP[name]
+    options = {"B": 1, "H": 1, "D": 24, "Dv": 9, "P": 2, "masked": True, "iterations": 2}
+    arguments = of(backend, **options | sizes, token_mass=True, dtype=dtype)
+    emulator = Emulator(backend.module.__file__) if backend.emulated else None
+    if emulator is not None:
+        emulator.clear_launches()
+    assert_as_exact_as_definition(backend.set_attention, arguments)
+    if emulator is not None:
+        kernels = " ".join(launch.kernel for launch in emulator.launches())
+        found = {way: tuple(map(int, shape)) for way, *shape in OF_SHAPE.findall(kernels)}
+        assert [found.get(way) for way in ("forward", "backward")] == shapes
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
@@ -75,17 +121,27 @@ def test_spans_that_begin_with_nothing(backend: Backend, epsilon: float, cross: 
     assert_as_exact_as_definition(backend.set_attention, arguments)
 
 
-def test_what_is_kept_changes_no_number() -> None:
-    """The same head alone, whose scores are kept, and among so many that none are."""
-    options = {"B": 1, "N": 8_003, "M": 64, "D": 2, "Dv": 2, "iterations": 2}
-    arguments = random_problem(H=17, **options)
-    found = run(set_attention, arguments, output_gradient(set_attention, arguments))
+@pytest.mark.slow
+def test_heads_of_a_group_keep_less_and_give_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A head alone, whose scores are all kept, and in a group of one rank among so many heads that
+    the group's limit is below that of a head."""
+    H = 2 * KEPT_OF_GROUP // KEPT + 1
+    N = beyond(KEPT_OF_GROUP // H, 2)
+    assert N * 2 * M * torch.float64.itemsize < KEPT
+    arguments = random_problem(B=1, H=H, N=N, M=M, D=2, Dv=2, iterations=1)
     upstream = output_gradient(set_attention, arguments)
     alone = {
         name: x[:, 3:4] if name in ("key", "value") else x[3:4] if name == "reference" else x
         for name, x in arguments.items()
     }
     expected = run(set_attention, alone, upstream[:, 3:4])
+    merged: list[str] = []
+    of_one_rank = partial(ops.run, merge=lambda arrays, how: merged.append(how))
+    monkeypatch.setattr(ops, "run", lambda name, arrays, _=None: of_one_rank(name, arrays))
+    found = run(set_attention, arguments, upstream)
+    assert merged
     torch.testing.assert_close(found["output"][:, 3:4], expected["output"])
     for name in ("key", "value"):
         torch.testing.assert_close(found[name][:, 3:4], expected[name])

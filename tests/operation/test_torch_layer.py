@@ -342,13 +342,33 @@ def test_autocast(backend: Backend, options: str, dtype: torch.dtype) -> None:
     assert output.dtype == expected.dtype == dtype
     assert torch.equal(output, expected)
     assert torch.equal(mixed, expected)
-    for name, x in zip(
-        names,
-        torch.autograd.grad(output.float().sum(), list(leaves.values()), materialize_grads=True),
-        strict=True,
-    ):
-        assert x.dtype == torch.float32, name
-        assert x.isfinite().all(), name
+    assert_gradients_are_those_of_the_storage_type(
+        output, leaves, partial(call, setformer_ext.set_attention), arguments | storage
+    )
+
+
+def assert_gradients_are_those_of_the_storage_type(
+    output: Tensor,
+    leaves: dict[str, Tensor],
+    function: Callable[[Arguments], Tensor],
+    arguments: Arguments,
+) -> None:
+    """Autocast's gradients, in float32, are those of the cast arguments, which are compared with
+    the definition elsewhere."""
+    cast = {name: arguments[name].detach().requires_grad_() for name in leaves}
+    expected, gradients = (
+        torch.autograd.grad(
+            result.float().square().sum(),
+            list(inputs.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for result, inputs in ((function(arguments | cast), cast), (output, leaves))
+    )
+    for name, gradient, x in zip(leaves, gradients, expected, strict=True):
+        assert gradient.dtype == torch.float32, name
+        assert torch.equal(gradient, x.float()), name
+    assert any(largest(gradient) > 0 for gradient in gradients)
 
 
 OTHERS = ["set_pooling", "transport_plan", "set_attention_varlen"]
@@ -381,13 +401,7 @@ def test_autocast_of_the_others(name: str, dtype: torch.dtype) -> None:
     assert output.dtype == expected.dtype == mixed.dtype
     assert torch.equal(output, expected)
     assert torch.equal(mixed, expected)
-    gradients = torch.autograd.grad(
-        output.float().square().sum(), list(leaves.values()), allow_unused=True
-    )
-    unused = {"value"} if name == "transport_plan" else set()
-    for n, gradient in zip(leaves, gradients, strict=True):
-        assert (gradient is None) == (n in unused)
-        assert gradient is None or (gradient.dtype == torch.float32 and largest(gradient) > 0)
+    assert_gradients_are_those_of_the_storage_type(output, leaves, function, arguments | storage)
 
 
 @pytest.mark.parametrize("name", ["set_attention", *OTHERS])

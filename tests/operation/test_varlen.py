@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import setformer_ext
 from conftest import Backend, cuda_emulated
@@ -88,6 +89,20 @@ def sequences(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 def one_by_one(arguments: dict[str, Any]) -> Tensor:
     outputs = [setformer_ext.set_attention(**own) for own in sequences(arguments)]
     return torch.cat([output.squeeze(0).transpose(0, 1) for output in outputs])
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_floating_point_operations_are_those_of_the_sequences(cross: bool) -> None:
+    arguments = packed_problem(torch.float32, cross=cross)
+    totals = []
+    for function in (lambda given: set_attention_varlen(**given), one_by_one):
+        with FlopCounterMode(display=False) as counter:
+            output = function(arguments)
+            forward = counter.get_total_flops()
+            output.sum().backward()
+        totals.append((forward, counter.get_total_flops()))
+    assert totals[0] == totals[1]
+    assert totals[0][1] > totals[0][0] > 0
 
 
 @pytest.mark.parametrize("everything", [False, True])

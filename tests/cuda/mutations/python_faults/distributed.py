@@ -29,4 +29,28 @@ DISTRIBUTED = (
         "shared = isinstance(own, Replicate) and isinstance(of_key, Shard)",
         "shared = isinstance(own, Replicate) and axis == over_tokens",
     ),
+    Fault(
+        "references of each sample are cut by samples where heads are sharded",
+        "distributed/sharding.py",
+        "Shard(1 if per_sample else 0)",
+        "Shard(0 if TENSORS[name].shared else 1)",
+    ),
+    Fault(
+        "references of each sample on every rank where samples are sharded",
+        "distributed/sharding.py",
+        "return Shard(0) if per_sample else Replicate()",
+        "return Shard(0) if per_sample and not TENSORS[name].shared else Replicate()",
+    ),
+    Fault(
+        "checksum that ignores the order",
+        "distributed/ranks.py",
+        "return (bits * torch.arange(1, 2 * bits.numel(), 2, device=x.device)).sum()",
+        "return bits.sum()",
+    ),
+    Fault(
+        "ranks with and without a query agree",
+        "distributed/ranks.py",
+        'GIVEN = ("query", "reference_positions"',
+        'GIVEN = ("reference_positions"',
+    ),
 )

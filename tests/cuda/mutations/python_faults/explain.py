@@ -35,4 +35,40 @@ EXPLAIN = (
         "plans.sum((1, 2), keepdim=True)",
         "plans.sum(1, keepdim=True)",
     ),
+    Fault(
+        "--background is ignored for texts",
+        "cli/explain/__init__.py",
+        "        options.output,\n        options.background,\n",
+        "        options.output,\n",
+    ),
+    Fault(
+        "light pictures have the colours of light on black",
+        "cli/explain/picture.py",
+        'flip = (lambda x: 1 - x) if background == "light"',
+        'flip = (lambda x: x) if background == "light"',
+    ),
+    Fault(
+        "panels of wide images as high as those of tall ones",
+        "cli/explain/picture.py",
+        "panel = min(PANEL[0] * aspect, PANEL[1])",
+        "panel = PANEL[1]",
+    ),
+    Fault(
+        "rows as bright as the brightest place of all",
+        "cli/explain/sentence.py",
+        "vmin=0, vmax=row.max()",
+        "vmin=0, vmax=shares.max()",
+    ),
+    Fault(
+        "words below other columns",
+        "cli/explain/sentence.py",
+        "rows[-1].set_xticks(places, words,",
+        "rows[-1].set_xticks(places, words[::-1],",
+    ),
+    Fault(
+        "--background is ignored for images",
+        "cli/explain/__init__.py",
+        "background=options.background,",
+        'background="dark",',
+    ),
 )

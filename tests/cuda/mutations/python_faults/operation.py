@@ -120,4 +120,10 @@ OPERATION = (
         "or forward_ad._current_level < 0:",
         "or forward_ad._current_level <= 0:",
     ),
+    Fault(
+        "floating-point operations of one token too many",
+        "transforms.py",
+        '        "tokens": tokens,\n',
+        '        "tokens": tokens + 1,\n',
+    ),
 )

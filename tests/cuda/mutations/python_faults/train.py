@@ -403,4 +403,16 @@ TRAIN = (
         "round(self.train_data.size / per_step)",
         "round(self.train_data.size / options.batch_size)",
     ),
+    Fault(
+        "--annotated is ignored in evaluation",
+        "cli/train/examinations.py",
+        "Ade20k(data, options.split, transform, options.annotated, options.max_pixels)",
+        "Ade20k(data, options.split, transform, None, options.max_pixels)",
+    ),
+    Fault(
+        "--max-pixels is ignored in evaluation of segmentation",
+        "cli/train/examinations.py",
+        "transform, options.annotated, options.max_pixels)",
+        "transform, options.annotated)",
+    ),
 )
