@@ -120,4 +120,52 @@ OPERATION = (
         "or forward_ad._current_level < 0:",
         "or forward_ad._current_level <= 0:",
     ),
+    Fault(
+        "bandwidth of the module is 1",
+        "modules.py",
+        '"bandwidth": self.bandwidth if self.anchor is None else 1.0,',
+        '"bandwidth": 1.0,',
+    ),
+    Fault(
+        "epsilon of the module is the default",
+        "modules.py",
+        '            "epsilon": self.epsilon,\n',
+        '            "epsilon": 0.04,\n',
+    ),
+    Fault(
+        "kernel of the module is always gaussian",
+        "modules.py",
+        '"kernel": self.kernel if self.anchor is None else "linear",',
+        '"kernel": "gaussian" if self.anchor is None else "linear",',
+    ),
+    Fault(
+        "features of anchors without the bandwidth",
+        "modules.py",
+        "nystrom_features(unit(x), unit(self.anchor), self.bandwidth)",
+        "nystrom_features(unit(x), unit(self.anchor))",
+    ),
+    Fault(
+        "features of anchors scaled to unit length",
+        "modules.py",
+        '"normalize": self.anchor is None,',
+        '"normalize": True,',
+    ),
+    Fault(
+        "masses that an input adds are subtracted",
+        "modules.py",
+        "logits = logits + self.reference_mass(",
+        "logits = logits - self.reference_mass(",
+    ),
+    Fault(
+        "references are pooled values",
+        "modules.py",
+        "reference = self._points(self.key(pooled))",
+        "reference = self._points(self.value(pooled))",
+    ),
+    Fault(
+        "grid of the references is transposed",
+        "modules.py",
+        "parts = (self.num_references,) if grid is None else nearly_square(self.num_references)",
+        "parts = (self.num_references,) if grid is None else nearly_square(self.num_references)[::-1]",
+    ),
 )
