@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from setformer_ext import SetAttention
 from setformer_ext import reference as definition
+from setformer_ext.cli.selftest.problems import generator, random_mask
 from setformer_ext.layout import average_parts, centres, nearly_square
 from setformer_ext.nystrom import _InverseSquareRoot, nystrom_features
 
@@ -465,7 +466,7 @@ def test_reset_parameters_draws_again_from_the_seed() -> None:
 @pytest.mark.slow
 def test_compiles_to_one_graph() -> None:
     module, x = make("everything").float(), tokens(2, 35, 24).float().requires_grad_()
-    mask = torch.rand(2, 35, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask = random_mask(generator(0), 2, 35)
     expected = module(x, mask, (5, 7))
     expected.square().sum().backward()
     expected_gradient, x.grad = x.grad, None
@@ -494,7 +495,7 @@ def test_exports_for_any_length(name: str) -> None:
     shapes = ({1: length}, {1: length})
     exported = torch.export.export(module, (x, mask), dynamic_shapes=shapes).module()
     longer = tokens(2, 51, 24)
-    mask = torch.rand(2, 51, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask = random_mask(generator(0), 2, 51)
     torch.testing.assert_close(exported(longer, mask), module(longer, mask))
 
 

@@ -263,6 +263,21 @@ def test_every_input_of_the_problems_gets_a_gradient(backend: Backend) -> None:
         assert largest(x) > 1e-3, name
 
 
+@pytest.mark.parametrize("N", [1, 2, 3, 97])
+@pytest.mark.parametrize("Nq", [None, 1, 2])
+def test_problems_hide_and_keep_tokens_and_leave_every_head_mass(N: int, Nq: int | None) -> None:
+    """Guards the tests above: with nothing hidden, or nothing left, they would say little."""
+    for seed in range(50):
+        problem = random_problem(seed, N=N, Nq=Nq, M=2, D=1, Dv=1, masked=True, token_mass=True)
+        mask, mass = problem["mask"], problem["token_mass"]
+        rows = {"mask": mask, "mass": mass > 0, "query": problem.get("query_mask", mask)}
+        for name, row in rows.items():
+            kept = row.sum(-1)
+            assert (kept >= 1).all(), (seed, name)
+            assert (kept < row.shape[-1]).all() or row.shape[-1] == 1, (seed, name)
+        assert ((mass * mask.unsqueeze(1)).sum(-1) > 0).all(), seed
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_reference_masses_below_the_normal_numbers(backend: Backend, dtype: torch.dtype) -> None:
     """Small as they are, similarities can outweigh them: they are not 0."""

@@ -165,7 +165,25 @@ OPERATION = (
     Fault(
         "grid of the references is transposed",
         "modules.py",
-        "parts = (self.num_references,) if grid is None else nearly_square(self.num_references)",
-        "parts = (self.num_references,) if grid is None else nearly_square(self.num_references)[::-1]",
+        "if grid is None else nearly_square(self.num_references)",
+        "if grid is None else nearly_square(self.num_references)[::-1]",
+    ),
+    Fault(
+        "masks of a problem may hide nothing",
+        "cli/selftest/problems.py",
+        "        mask[..., -1:] &= ~mask.all(-1, keepdim=True)\n",
+        "        mask[..., -1:] &= True\n",
+    ),
+    Fault(
+        "masks of a problem may hide everything",
+        "cli/selftest/problems.py",
+        "    mask[..., :1] |= ~mask.any(-1, keepdim=True)\n",
+        "",
+    ),
+    Fault(
+        "heads of a problem may be without mass",
+        "cli/selftest/problems.py",
+        '            holds ^= ~(holds & arguments["mask"].unsqueeze(1)).any(-1, keepdim=True)\n',
+        "            holds ^= False\n",
     ),
 )
