@@ -186,4 +186,16 @@ OPERATION = (
         '            holds ^= ~(holds & arguments["mask"].unsqueeze(1)).any(-1, keepdim=True)\n',
         "            holds ^= False\n",
     ),
+    Fault(
+        "second derivative takes packed queries by the ends of the keys",
+        "problem.py",
+        "ends if self.query_offsets is None else [int(x) for x in self.query_offsets]",
+        "ends",
+    ),
+    Fault(
+        "second derivative is computed in the storage type",
+        "autograd.py",
+        "    tensor = tensor.to(accumulate_dtype(tensor.dtype))\n",
+        "",
+    ),
 )
