@@ -37,6 +37,11 @@ with contextlib.suppress(ModuleNotFoundError):
     hypothesis.settings.load_profile("setformer")
 
 
+def drawn_by_seed(test: Callable) -> Callable:
+    """A property, of which hypothesis tries other examples for every SEED but 0."""
+    return hypothesis.seed(SEED)(test) if SEED else test
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What runs emulated kernels is slow, if only for loading them. A plan is plain torch's, whose
     tensors are the CPU's there too: the same test again."""
@@ -56,6 +61,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_report_header() -> str:
     return f"seed: {SEED} (SETFORMER_TEST_SEED draws another)"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The seed again where a test failed: --quiet leaves the header out."""
+    if terminalreporter.getreports("failed") or terminalreporter.getreports("error"):
+        terminalreporter.write_line(pytest_report_header())
 
 
 @dataclass(frozen=True)

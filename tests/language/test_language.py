@@ -67,6 +67,46 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(1, 50, shape)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_is_the_encoder_on_its_own_weights(activation: str) -> None:
+    """All of it written out, but for attention, whose module has such a test of its own."""
+    options = {"hidden_act": activation, "layer_norm_eps": 0.1, "max_position_embeddings": 12}
+    model = make(SetformerForMaskedLM, output_hidden_states=True, **options).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    text, segments = tokens(2, 9), torch.randint(2, (2, 9))
+    places = torch.stack([torch.randperm(12)[:9] for _ in text])
+    mask = torch.arange(9) < torch.tensor([[9], [6]])
+    act = getattr(F, activation)
+
+    def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+    def norm(x: torch.Tensor, layer: nn.LayerNorm) -> torch.Tensor:
+        return F.layer_norm(x, (32,), layer.weight, layer.bias, 0.1)
+
+    encoder = model.setformer
+    embeddings = encoder.embeddings
+    words = embeddings.word_embeddings.weight
+    x = words[text] + embeddings.token_type_embeddings.weight[segments]
+    x = norm(x + embeddings.position_embeddings.weight[places], embeddings.norm)
+    states = [x]
+    for layer in encoder.layers:
+        conv, covered = layer.position.conv, (x * mask.unsqueeze(-1)).mT
+        x = x + F.conv1d(covered, conv.weight, conv.bias, padding=2, groups=32).mT
+        x = x + layer.attention(norm(x, layer.attention_norm), mask)
+        first, _, second = layer.mlp
+        x = x + linear(act(linear(norm(x, layer.mlp_norm), first)), second)
+        states.append(x)
+    states[-1] = norm(x, encoder.norm)
+    hidden = norm(act(linear(states[-1], model.head.dense)), model.head.norm)
+    answer = model(text, mask, segments, places)
+    torch.testing.assert_close(answer.hidden_states, tuple(states))
+    torch.testing.assert_close(answer.logits, hidden @ words.T + model.decoder.bias)
+    assert model(text, output_hidden_states=False).hidden_states is None
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     "options",
@@ -144,12 +184,15 @@ def test_losses_are_torchs() -> None:
     torch.testing.assert_close(
         answer.loss, F.cross_entropy(answer.logits.view(-1, 4), tags.view(-1))
     )
-    for labels, size, known_loss in (
-        (torch.tensor([0, 2, 1]), 3, F.cross_entropy),
-        (torch.tensor([0.5, 2.0, 4.5]), 1, lambda x, y: F.mse_loss(x.squeeze(1), y)),
-        (torch.tensor([[0.0, 1], [1, 1], [0, 0]]), 2, F.binary_cross_entropy_with_logits),
+    several, binary = torch.tensor([[0.0, 1], [1, 1], [0, 0]]), F.binary_cross_entropy_with_logits
+    for labels, size, kind, known_loss in (
+        (torch.tensor([0, 2, 1]), 3, None, F.cross_entropy),
+        (torch.tensor([0.5, 2.0, 4.5]), 1, None, lambda x, y: F.mse_loss(x.squeeze(1), y)),
+        (several, 2, None, binary),
+        (several, 2, "regression", F.mse_loss),
+        (several[:, :1], 1, "multi_label_classification", binary),
     ):
-        model = make(SetformerForSequenceClassification, num_labels=size)
+        model = make(SetformerForSequenceClassification, num_labels=size, problem_type=kind)
         answer = model(text, mask, labels=labels)
         assert answer.logits.shape == (3, size)
         torch.testing.assert_close(answer.loss, known_loss(answer.logits, labels))
@@ -204,17 +247,38 @@ def test_words_are_predicted_by_their_embeddings() -> None:
     assert model(torch.tensor([[55, 3]])).logits.shape == (1, 2, 60)
 
 
+@pytest.mark.parametrize("padding", [0, 3, None])
+def test_padding_is_the_token_whose_embedding_is_0(padding: int | None) -> None:
+    model = SetformerModel(config(pad_token_id=padding))
+    model(torch.arange(50).unsqueeze(0)).last_hidden_state.square().sum().backward()
+    weight = model.get_input_embeddings().weight
+    for values in (weight, weight.grad):
+        zero = (values == 0).all(1)
+        assert zero.nonzero().flatten().tolist() == ([] if padding is None else [padding])
+
+
 @pytest.mark.parametrize("kind", HEADS)
-def test_checkpointed_gradients_are_the_same(kind: type[nn.Module]) -> None:
+def test_checkpointing_keeps_less_and_changes_no_gradient(kind: type[nn.Module]) -> None:
     model = make(kind, hidden_dropout_prob=0.0).train()
     other = copy.deepcopy(model)
     other.gradient_checkpointing_enable()
-    text = tokens(2, 9)
+    text, kept = tokens(2, 9), []
     for each in (model, other):
-        each(text).logits.square().mean().backward()
+        sizes: list[int] = []
+
+        def keep(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = each(text).logits.square().mean()
+        loss.backward()
+        kept.append(sum(sizes))
     for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
         assert parameter.grad is not None, name
         torch.testing.assert_close(twin.grad, parameter.grad)
+    # Layers keep some dozens of arrays of the width, of which only their inputs are left.
+    assert 0 < kept[1] < 0.5 * kept[0]
 
 
 @pytest.mark.slow

@@ -96,6 +96,28 @@ def test_cross_attention_is_refused() -> None:
         attention_forward(attention_module(), query, other, other, None)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "got"),
+    [
+        ("is_causal", True, "True"),
+        ("output_attentions", True, "True"),
+        ("position_bias", torch.zeros(1, 4, 6, 6), r"\[1, 4, 6, 6\]"),
+        ("sliding_window", 3, "3"),
+        ("softcap", 30.0, "30"),
+        ("s_aux", torch.zeros(4), r"\[4\]"),
+        ("cu_seq_lens_q", torch.tensor([0, 6]), r"\[2\]"),
+    ],
+)
+def test_options_that_change_other_attentions_are_refused(
+    option: str, value: Any, got: str
+) -> None:
+    x = torch.randn(1, 4, 6, 8)
+    with refused(f"{option} must be None or False", f"got {got}"):
+        attention_forward(attention_module(), x, x, x, None, **{option: value})
+    for absent in (None, False):
+        attention_forward(attention_module(), x, x, x, None, **{option: absent})
+
+
 def test_asking_for_attention_weights_is_refused() -> None:
     with refused("output_attentions"):
         make()(**inputs(), output_attentions=True)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Backend
+from conftest import Backend, drawn_by_seed
 from exactness import assert_as_exact_as_definition
 from setformer_ext.cli.selftest.problems import Arguments, move, random_problem
 
@@ -46,6 +46,7 @@ def problems(draw: st.DrawFn, emulated: bool) -> Arguments:
 @pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_any_problem(backend: Backend, function: str) -> None:
+    @drawn_by_seed
     @settings(max_examples=backend.examples)
     @given(arguments=problems(backend.emulated))
     def as_exact_as_definition(arguments: Arguments) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from conftest import drawn_by_seed
 from setformer_ext import _C
 
 H, N, NQ, D, DV, M, T = 2, 5, 4, 4, 3, 3, 2
@@ -170,6 +171,7 @@ options = st.fixed_dictionaries(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("function", ["set_attention_forward", "set_attention_backward"])
+@drawn_by_seed
 @settings(max_examples=1000)
 @given(data=st.data())
 def test_any_arguments(function: str, data: st.DataObject) -> None:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from conftest import Backend
 from setformer_ext import reference as definition
-from setformer_ext.cli.selftest.problems import call, differentiable, random_problem, used
+from setformer_ext import set_attention
+from setformer_ext.cli.selftest.problems import (
+    call,
+    differentiable,
+    generator,
+    move,
+    random_problem,
+    used,
+)
 
 SMALL = {"B": 2, "H": 2, "N": 5, "M": 3, "D": 2, "Dv": 2, "epsilon": 0.5, "iterations": 2}
 
@@ -94,6 +102,39 @@ def test_second_of_a_nonlinear_loss(backend: Backend, function: str, options: di
     for x, y in zip(penalty(ours), penalty(of_definition), strict=True):
         # some thousand float64 operations
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("query", [False, True], ids=["self", "cross"])
+def test_second_of_half_types_is_computed_in_float32(dtype: torch.dtype, query: bool) -> None:
+    """And rounded once: off by no more than the definition in float32, but for that rounding."""
+    half = random_problem(
+        4, **SMALL | {"N": 9}, Nq=4 if query else None, token_mass=True, dtype=dtype
+    )
+    names = differentiable(half)
+
+    def second(function: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The derivative of <first derivative, direction>, everything given in half precision."""
+        arguments, rng = move(half, dtype=dtype), generator(1)
+
+        def direction(x: Tensor) -> Tensor:
+            return torch.randn(x.shape, generator=rng).to(half["key"].dtype).to(x.dtype)
+
+        inputs = [arguments[name].requires_grad_() for name in names]
+        output = call(function, arguments)
+        upstream = direction(output).requires_grad_()
+        first = torch.autograd.grad(output, inputs, upstream, create_graph=True)
+        leaves = [*inputs, upstream]
+        gradients = torch.autograd.grad(first, leaves, [direction(x) for x in first])
+        return dict(zip([*names, "upstream"], gradients, strict=True))
+
+    exact = second(definition.set_attention, torch.float64)
+    single = second(definition.set_attention, torch.float32)
+    for name, found in second(set_attention, dtype).items():
+        error, in_single = (found - exact[name]).abs(), (single[name] - exact[name]).abs()
+        assert found.dtype == dtype, name
+        rounding = torch.finfo(dtype).eps / 2 * exact[name].abs()
+        assert (error <= rounding + 4 * in_single.max()).all(), name
 
 
 def test_only_what_is_asked_for(backend: Backend) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from setformer_ext import SetAttention
 from setformer_ext import reference as definition
+from setformer_ext.cli.selftest.problems import generator, random_mask
 from setformer_ext.layout import average_parts, centres, nearly_square
 from setformer_ext.nystrom import _InverseSquareRoot, nystrom_features
 
@@ -19,11 +20,14 @@ OPTIONS = {
     "adaptive reference mass": {"adaptive_reference_mass": True, "iterations": 1},
     "pooled references": {"pooled_references": True},
     "queries are keys": {"query_projection": False},
+    "bandwidth, epsilon": {"bandwidth": 0.6, "epsilon": 0.2},
     "linear": {"kernel": "linear", "bias": False},
     "nystrom": {"num_anchors": 5},
     "positions": {"position_bandwidth": 0.5},
     "no iterations": {"iterations": 0},
     "everything": {
+        "bandwidth": 0.6,
+        "epsilon": 0.2,
         "num_anchors": 5,
         "position_bandwidth": 0.5,
         "pooled_references": True,
@@ -117,28 +121,83 @@ def test_permuted_tokens_permute_the_output(name: str) -> None:
     torch.testing.assert_close(module(x[:, order]), module(x)[:, order])
 
 
-@pytest.mark.parametrize("name", ["default", "queries are keys"])
-def test_is_the_definition_on_its_own_projections(name: str) -> None:
-    """The whole of the module, written out."""
-    module, x = make(name), tokens(2, 19, 24)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("grid", [None, (5, 7)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_is_the_definition_on_its_own_projections(
+    name: str, grid: tuple[int, int] | None, masked: bool
+) -> None:
+    """The whole of the module, written out; six references are 2 x 3 parts of a grid."""
+    module, x, options = make(name, references=6), tokens(2, 35, 24), OPTIONS[name]
+    place = torch.arange(35)
+    mask = torch.stack([place % 3 > 0, place < 20]) if masked else None
+    valid = torch.ones(2, 35, dtype=torch.bool) if mask is None else mask
+    weight = valid.double().unsqueeze(-1)
+    kernel = {key: options[key] for key in ("kernel", "bandwidth") if key in options}
+    if module.num_anchors is not None:
+        kernel = {"kernel": "linear"}
 
     def heads(y: torch.Tensor) -> torch.Tensor:
-        return y.reshape(2, 19, 3, 8).transpose(1, 2)
+        return y.unflatten(-1, (3, 8)).transpose(1, 2)
 
-    key, query = heads(module.key(x)), None
-    if name == "default":
-        query = heads(module.query(x))
-        query = query / query.norm(dim=-1, keepdim=True)
+    def points(y: torch.Tensor) -> torch.Tensor:
+        y = F.normalize(y, dim=-1)
+        if module.num_anchors is None:
+            return y
+        anchor, scale = F.normalize(module.anchor, dim=-1), 2 * options.get("bandwidth", 1.0) ** 2
+        # Of any root R of kappa(W, W) the products of kappa(y, W) R^-T are the approximation.
+        root = torch.linalg.cholesky((-torch.cdist(anchor, anchor).square() / scale).exp())
+        of_y = (-torch.cdist(y, anchor).square() / scale).exp()
+        return torch.linalg.solve_triangular(root, of_y.mT, upper=False).mT
+
+    if not module.pooled_references:
+        reference = points(module.reference)
+    elif grid is None:
+        parts = [F.adaptive_avg_pool1d(y[keep].T, 6).T for y, keep in zip(x, valid, strict=True)]
+        reference = points(heads(module.key(torch.stack(parts))))
+    else:
+        sums, shares = (
+            F.adaptive_avg_pool2d(y.mT.unflatten(-1, grid), (2, 3)).flatten(2).mT
+            for y in (x * weight, weight)
+        )
+        reference = points(heads(module.key(sums / shares)))
+    token_mass = reference_mass = query = None
+    if options.get("learned_token_mass", True):
+        token_mass = module.token_mass(x).exp().transpose(1, 2)
+    if options.get("learned_reference_mass", True):
+        logits = module.reference_log_mass
+        if options.get("adaptive_reference_mass", False):
+            mean = (x * weight).sum(1) / weight.sum(1)
+            logits = logits + module.reference_mass(mean).unflatten(-1, (3, 6))
+        reference_mass = logits.exp()
+    positions = {}
+    if "position_bandwidth" in options:
+        positions = {
+            "token_positions": centres(grid or (35,), x),
+            "reference_positions": centres((2, 3) if grid else (6,), x),
+            "position_bandwidth": options["position_bandwidth"],
+        }
+    key = points(heads(module.key(x)))
+    if options.get("query_projection", True):
+        query = points(heads(module.query(x)))
     output = definition.set_attention(
         query,
-        key / key.norm(dim=-1, keepdim=True),
+        key,
         heads(module.value(x)),
-        module.reference / module.reference.norm(dim=-1, keepdim=True),
-        token_mass=module.token_mass(x).exp().transpose(1, 2),
-        reference_mass=module.reference_log_mass.exp(),
+        reference,
+        mask=mask,
+        query_mask=mask,
+        query_positions=positions.get("token_positions"),
+        token_mass=token_mass,
+        reference_mass=reference_mass,
+        epsilon=options.get("epsilon", 0.04),
+        iterations=options.get("iterations", 1),
+        normalize=False,
+        **kernel,
+        **positions,
     )
-    expected = module.projection(output.transpose(1, 2).reshape(2, 19, 24))
-    torch.testing.assert_close(module(x), expected)
+    expected = module.projection(output.transpose(1, 2).flatten(-2)) * weight
+    torch.testing.assert_close(module(x, mask, grid), expected)
 
 
 def test_plan_has_the_masses_as_marginals() -> None:
@@ -412,7 +471,7 @@ def test_reset_parameters_draws_again_from_the_seed() -> None:
 )
 def test_compiles_to_one_graph(name: str, compiler: str) -> None:
     module, x = make(name).float(), tokens(2, 35, 24).float().requires_grad_()
-    mask = torch.rand(2, 35, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask = random_mask(generator(0), 2, 35)
     grid = (5, 7) if name == "everything" else None
     expected = module(x, mask, grid)
     expected.square().sum().backward()
@@ -442,7 +501,7 @@ def test_exports_for_any_length(name: str) -> None:
     shapes = ({1: length}, {1: length})
     exported = torch.export.export(module, (x, mask), dynamic_shapes=shapes).module()
     longer = tokens(2, 51, 24)
-    mask = torch.rand(2, 51, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask = random_mask(generator(0), 2, 51)
     torch.testing.assert_close(exported(longer, mask), module(longer, mask))
 
 

@@ -272,6 +272,21 @@ def test_every_input_of_the_problems_gets_a_gradient(backend: Backend) -> None:
         assert largest(x) > 1e-3, name
 
 
+@pytest.mark.parametrize("N", [1, 2, 3, 97])
+@pytest.mark.parametrize("Nq", [None, 1, 2])
+def test_problems_hide_and_keep_tokens_and_leave_every_head_mass(N: int, Nq: int | None) -> None:
+    """Guards the tests above: with nothing hidden, or nothing left, they would say little."""
+    for seed in range(50):
+        problem = random_problem(seed, N=N, Nq=Nq, M=2, D=1, Dv=1, masked=True, token_mass=True)
+        mask, mass = problem["mask"], problem["token_mass"]
+        rows = {"mask": mask, "mass": mass > 0, "query": problem.get("query_mask", mask)}
+        for name, row in rows.items():
+            kept = row.sum(-1)
+            assert (kept >= 1).all(), (seed, name)
+            assert (kept < row.shape[-1]).all() or row.shape[-1] == 1, (seed, name)
+        assert ((mass * mask.unsqueeze(1)).sum(-1) > 0).all(), seed
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_reference_masses_below_the_normal_numbers(backend: Backend, dtype: torch.dtype) -> None:
     """Small as they are, similarities can outweigh them: they are not 0."""
@@ -298,12 +313,16 @@ def test_gradients_where_reference_masses_are_far_apart(backend: Backend, first:
     assert_as_exact_as_definition(backend.set_attention, arguments)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_are_rounded_to_the_nearest_and_ties_to_even(
-    backend: Backend, dtype: torch.dtype
+    backend: Backend, dtype: torch.dtype, direction: str
 ) -> None:
     """One token and one reference, whose similarity is 0, have weights of exactly 1: the value's
-    gradient is the sum of those of two queries, exact in float32, often halfway between two."""
+    gradient is the sum of those of two queries. Two such tokens have weights of exactly 1/2, and
+    their output is half the sum of the values. Both are exact in float32, and often halfway between
+    two numbers of the type."""
+    share = {"forward": 0.5, "backward": 1.0}[direction]
     rng = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**15), 2**15, (2, 1 << 14), generator=rng)
     near = bits[0] ^ torch.randint(0, 16, bits[0].shape, generator=rng)  # of about the same size
@@ -312,16 +331,25 @@ def test_half_types_are_rounded_to_the_nearest_and_ties_to_even(
         # Tensor cores take a tile in units of its largest number: in reach of all are 1 to 256.
         pairs = (pairs & 0x9FFF) + 0x3C00
     pairs = pairs.to(torch.int16).view(dtype)
-    exact = pairs.double().sum(0)
-    pairs[:, exact != pairs.float().sum(0)] = 1  # also where one is not a number
-    exact = pairs.double().sum(0)
+    terms = pairs.double() * share
+    inexact = (terms != pairs.float() * share).any(0) | (
+        terms.sum(0) != pairs.float().sum(0) * share
+    )
+    pairs[:, inexact] = 1  # also where one is not a number
+    exact = pairs.double().sum(0) * share
     ties = exact != exact.to(dtype).double()
     assert ties.sum() > 1000
 
-    upstream = pairs.unflatten(1, (-1, 256)).transpose(0, 1).unsqueeze(1).to(backend.device)
-    batch = len(upstream)  # [B, 1, 2, 256]
-    value = upstream.new_ones(batch, 1, 1, 256).requires_grad_()
-    query, key = upstream.new_zeros(batch, 1, 2, 4), upstream.new_zeros(batch, 1, 1, 4)
-    output = backend.set_attention(query, key, value, key[0], kernel="linear", normalize=False)
-    output.backward(upstream)
-    assert torch.equal(value.grad.flatten().cpu(), exact.to(dtype))
+    given = pairs.unflatten(1, (-1, 256)).transpose(0, 1).unsqueeze(1).to(backend.device)
+    batch = len(given)  # [B, 1, 2, 256]
+    key = given.new_zeros(batch, 1, 1, 4)
+    options = {"kernel": "linear", "normalize": False}
+    if direction == "forward":
+        output = backend.set_attention(None, key.expand(-1, -1, 2, -1), given, key[0], **options)
+        found = output.transpose(0, 2).flatten(1)  # of either token
+    else:
+        value = given.new_ones(batch, 1, 1, 256).requires_grad_()
+        query = key.expand(-1, -1, 2, -1)
+        backend.set_attention(query, key, value, key[0], **options).backward(given)
+        found = value.grad.flatten().unsqueeze(0)
+    assert all(torch.equal(x.cpu(), exact.to(dtype)) for x in found)

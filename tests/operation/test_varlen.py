@@ -154,8 +154,9 @@ def test_any_number_of_threads(threads: int, heads: int) -> None:
     assert torch.equal(set_attention_varlen(**arguments), expected)
 
 
-def test_second_derivative() -> None:
-    arguments = packed_problem(torch.float64, everything=True)
+@pytest.mark.parametrize("cross", [False, True])
+def test_second_derivative(cross: bool) -> None:
+    arguments = packed_problem(torch.float64, cross=cross, everything=True)
     inputs = inputs_of(arguments)
 
     def twice(output: Tensor) -> tuple[Tensor, ...]:

@@ -191,6 +191,16 @@ def test_retinanet_takes_strides_from_8_to_128() -> None:
     assert model.anchor_generator.sizes[0] == [8, 10, 13]
 
 
+def test_anchors_of_a_level_have_one_area_and_three_shapes() -> None:
+    """By hand: a side of 8 becomes 8 sqrt(2) = 11.3 and 5.7, of which halves are rounded."""
+    anchors = faster_rcnn("setformer_mini", 3, **SMALL).rpn.anchor_generator.cell_anchors
+    assert anchors[0].tolist() == [[-6, -3, 6, 3], [-4, -4, 4, 4], [-3, -6, 3, 6]]
+    assert anchors[4].tolist() == [[-91, -45, 91, 45], [-64, -64, 64, 64], [-45, -91, 45, 91]]
+    of_retinanet = retinanet("setformer_mini", 3, **SMALL).anchor_generator.cell_anchors
+    assert of_retinanet[0][::3].tolist() == anchors[0].tolist()
+    assert of_retinanet[4][::3].tolist() == anchors[4].tolist()
+
+
 def test_other_backbones_and_their_normalisation() -> None:
     model = faster_rcnn("resnet18", 3, **SMALL | {"backbone_options": {}})
     assert list(model.transform.image_mean) == list(timm.get_pretrained_cfg("resnet18").mean)

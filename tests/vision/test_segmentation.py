@@ -84,6 +84,25 @@ def test_multiples_of_32_are_as_segmentation_models_has_them() -> None:
         torch.testing.assert_close(model(cut), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_stages_are_normed_for_decoders_that_do_not(decoder: str) -> None:
+    model = make(decoder).eval()
+    for parameter in model.norms.parameters():
+        nn.init.normal_(parameter)
+    given: list[torch.Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: given.extend(inputs[0][-4:]))
+    image = torch.randn(1, 3, 64, 96)
+    model(image)
+    stages = model.backbone.forward_intermediates(image, intermediates_only=True)
+    for found, stage, norm in zip(given, stages, model.norms[-4:], strict=True):
+        expected = stage
+        if decoder != "upernet":
+            channels_last = stage.movedim(1, -1)
+            normed = F.layer_norm(channels_last, stage.shape[1:2], norm.weight, norm.bias, 1e-6)
+            expected = normed.movedim(-1, 1)
+        torch.testing.assert_close(found, expected)
+
+
 def test_other_backbones_and_what_is_refused() -> None:
     assert Segmenter("resnet10t", 3, "unet")(torch.randn(1, 3, 40, 50)).shape == (1, 3, 40, 50)
     with pytest.raises(ValueError, match="expected one of upernet, fpn, unet, got 'psp'"):
@@ -155,6 +174,17 @@ def test_short_side_is_brought_to_size_and_back() -> None:
     assert labels.shape == (60, 90)
     assert (labels[:, :42] == 0).all()
     assert (labels[:, 48:] == 1).all()
+
+
+def test_logits_are_brought_back_to_size_linearly() -> None:
+    """By hand: those of class 1, -1 and 3, become -1 -1 -0.5 0.5 1.5 2.5 3 3."""
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-2:] == (2, 2)
+        return torch.tensor([[0.0, 0.0], [-1.0, 3.0]]).unsqueeze(1).expand(2, 2, 2).unsqueeze(0)
+
+    labels = segment(model, torch.zeros(3, 8, 8), short_side=2)
+    assert labels.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]] * 8
 
 
 def test_upernet_of_transformers() -> None:

@@ -9,7 +9,9 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import InterpolationMode
 
 from setformer_ext import SetAttention
 from setformer_ext.controls import ATTENTIONS
@@ -45,6 +47,11 @@ def test_sizes_are_registered(name: str) -> None:
     assert model.get_submodule(config["first_conv"]).in_channels == 3
     assert model.get_submodule(config["classifier"]).out_features == config["num_classes"] == 1000
     assert not config["fixed_input_size"]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(config))
+    resize, crop = transform.transforms[:2]
+    assert resize.size == math.floor(224 / 0.9)
+    assert resize.interpolation == InterpolationMode.BICUBIC
+    assert crop.size == (224, 224)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -64,6 +71,58 @@ def test_state_dict_keys_are_stable() -> None:
         state = timm.create_model("setformer_tiny").state_dict()
     lines = [f"{name} {list(tensor.shape)}" for name, tensor in state.items()]
     assert lines == STATE_DICT.read_text().splitlines()
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "max"])
+def test_is_the_network_on_its_own_weights(global_pool: str) -> None:
+    """All of it written out, but for attention, whose module has such a test of its own."""
+    model = make(global_pool=global_pool, layer_scale=0.5).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def conv(x: Tensor, layer: nn.Conv2d, stride: int = 1, groups: int = 1) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, stride, padding=1, groups=groups)
+
+    def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:  # [..., C]
+        return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, 1e-5)
+
+    def norm2d(x: Tensor, layer: nn.Module) -> Tensor:  # [B, C, H, W]
+        return norm(x.movedim(1, -1), layer).movedim(-1, 1)
+
+    batch = images(2, 3, 45, 70).double()
+    x = F.gelu(norm2d(conv(batch, model.stem.conv1, stride=2), model.stem.norm1))
+    x = norm2d(conv(x, model.stem.conv2, stride=2), model.stem.norm2)
+    for i, stage in enumerate(model.stages):
+        if i > 0:
+            x = conv(norm2d(x, stage.downsample.norm), stage.downsample.conv, stride=2)
+        for block in stage.blocks:
+            x = (x + conv(x, block.position, groups=x.shape[1])).movedim(1, -1)
+            tokens = norm(x, block.attention_norm).flatten(1, 2)
+            attended = block.attention(tokens, grid=x.shape[1:3]).view_as(x)
+            x = x + block.attention_scale.gamma * attended
+            first, _, second = block.mlp
+            hidden = F.gelu(F.linear(norm(x, block.mlp_norm), first.weight, first.bias))
+            x = x + block.mlp_scale.gamma * F.linear(hidden, second.weight, second.bias)
+            x = x.movedim(-1, 1)
+    x = norm2d(x, model.norm)
+    pooled = x.mean((2, 3)) if global_pool == "avg" else x.amax((2, 3))
+    expected = F.linear(pooled, model.head.fc.weight, model.head.fc.bias)
+    torch.testing.assert_close(model(batch), expected)
+
+
+def test_weights_start_at_the_size_of_their_part() -> None:
+    """Of a convolution to C channels by 3 x 3 pixels sqrt(2 / (9 C)), by which gradients keep their
+    size (He et al., 2015); of what is added to its own input less, as of linear layers."""
+    for name, module in make().named_modules():
+        if ".attention." in name or not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        whole = isinstance(module, nn.Conv2d) and module.groups == 1
+        expected = math.sqrt(2 / (9 * module.out_channels)) if whole else 0.02
+        # The deviation of n numbers is known to 1 / sqrt(2 n) of itself; five times that is rare.
+        error = module.weight.std().item() / expected - 1
+        assert abs(error) < 5 / math.sqrt(2 * module.weight.numel()), name
+        assert (module.bias == 0).all(), name
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 97), (224, 1), (64, 64), (511, 300)])
@@ -111,6 +170,15 @@ def test_without_classifier() -> None:
     features = model.forward_features(batch)
     torch.testing.assert_close(model(batch), features.mean((2, 3)))
     torch.testing.assert_close(whole.forward_head(features, pre_logits=True), model(batch))
+
+
+def test_dropout_before_the_classes() -> None:
+    model, batch = make(drop_rate=0.25).train(), images(2, 3, 64, 64)
+    pooled = model.forward_features(batch).mean((2, 3))
+    torch.manual_seed(2)
+    expected = model.get_classifier()(F.dropout(pooled, 0.25))
+    torch.manual_seed(2)
+    torch.testing.assert_close(model(batch), expected)
 
 
 def test_new_classifier() -> None:

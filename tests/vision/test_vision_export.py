@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import setformer_ext.onnx
 from setformer_ext import SetAttention, set_pooling
+from setformer_ext.cli.selftest.problems import generator, random_mask
 from setformer_ext.vision import Setformer
 
 SMALL = {
@@ -69,7 +70,7 @@ def attention(**options: object) -> SetAttention:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_attention_in_onnx(name: str, tmp_path: Path) -> None:
     model, path = attention(**OPTIONS[name]), tmp_path / "attention.onnx"
-    inputs = (torch.randn(2, 11, 24), torch.rand(2, 11) > 0.3)
+    inputs = (torch.randn(2, 11, 24), random_mask(generator(0), 2, 11))
     setformer_ext.onnx.export(model, inputs, path)
     assert_as_good_as_torch(run_onnx(path, *inputs), model, *inputs)
 
@@ -77,11 +78,11 @@ def test_attention_in_onnx(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_attention_in_onnx_at_any_length(tmp_path: Path) -> None:
     model, path = attention(**OPTIONS["pooled references, positions"]), tmp_path / "attention.onnx"
-    inputs = (torch.randn(2, 11, 24), torch.rand(2, 11) > 0.3)
+    inputs = (torch.randn(2, 11, 24), random_mask(generator(0), 2, 11))
     shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) * 2
     setformer_ext.onnx.export(model, inputs, path, dynamic_shapes=shapes)
     for batch, length in [(3, 17), (1, 4)]:
-        inputs = (torch.randn(batch, length, 24), torch.rand(batch, length) > 0.3)
+        inputs = (torch.randn(batch, length, 24), random_mask(generator(0), batch, length))
         assert_as_good_as_torch(run_onnx(path, *inputs), model, *inputs)
 
 
@@ -116,7 +117,7 @@ class Pooling(nn.Module):
 @pytest.mark.parametrize("kind", [Plan, Pooling])
 def test_other_operations_in_onnx(kind: type[nn.Module], tmp_path: Path) -> None:
     model, path = kind(), tmp_path / "operation.onnx"
-    inputs = (torch.randn(2, 11, 24), torch.rand(2, 11) > 0.3)
+    inputs = (torch.randn(2, 11, 24), random_mask(generator(0), 2, 11))
     setformer_ext.onnx.export(model, inputs, path)
     assert_as_good_as_torch(run_onnx(path, *inputs), model, *inputs)
 

@@ -15,8 +15,10 @@ from .problems import (
     Arguments,
     call,
     differentiable,
+    generator,
     move,
     output_gradient,
+    random_mask,
     random_problem,
     run,
     used,
@@ -211,7 +213,7 @@ def module(device: torch.device) -> Iterator[Comparison]:
     torch.manual_seed(0)
     attention = SetAttention(16, num_heads=2, num_references=4, position_bandwidth=0.5).to(device)
     tokens = torch.randn(2, 15, 16, device=device)
-    mask = torch.rand(2, 15, device=device) < 0.7
+    mask = random_mask(generator(0), 2, 15).to(device)
     for autocast in (False, True):
         attention.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

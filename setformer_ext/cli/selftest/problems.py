@@ -18,6 +18,15 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def random_mask(rng: torch.Generator, *shape: int) -> Tensor:  # [..., N] bool
+    """A mask that keeps and hides at least one entry of each row of two or more."""
+    mask = torch.rand(shape, generator=rng) < 0.7
+    mask[..., :1] |= ~mask.any(-1, keepdim=True)
+    if shape[-1] > 1:
+        mask[..., -1:] &= ~mask.all(-1, keepdim=True)
+    return mask
+
+
 def random_problem(
     seed: int = 0,
     *,
@@ -39,7 +48,8 @@ def random_problem(
     device: torch.device | str = "cpu",
     **options: Any,  # of set_attention, in place of DEFAULTS
 ) -> Arguments:
-    """Points of length about 1, a few coordinates ten times as large, masks with holes."""
+    """Points of length about 1, a few coordinates ten times as large, masks with holes. Valid
+    tokens of every head hold some mass."""
     rng = generator(seed)
 
     def points(*shape: int, scale: float = 1.0) -> Tensor:
@@ -50,14 +60,6 @@ def random_problem(
     def uniform(*shape: int, low: float, high: float) -> Tensor:
         x = torch.rand(shape, generator=rng, dtype=torch.float64)
         return (low + (high - low) * x).to(dtype)
-
-    def holes(*shape: int) -> Tensor:
-        """A mask that keeps and drops at least one entry of each row of two or more."""
-        there = torch.rand(shape, generator=rng) < 0.7
-        there[..., :1] |= ~there.any(-1, keepdim=True)
-        if shape[-1] > 1:
-            there[..., -1:] &= ~there.all(-1, keepdim=True)
-        return there
 
     arguments: Arguments = (
         {
@@ -75,12 +77,15 @@ def random_problem(
     if Nq is not None:
         arguments["query"] = points(B, H, Nq, D, scale=D**-0.5)
     if masked:
-        arguments["mask"] = holes(B, N)
+        arguments["mask"] = random_mask(rng, B, N)
         if Nq is not None:
-            arguments["query_mask"] = holes(B, Nq)
+            arguments["query_mask"] = random_mask(rng, B, Nq)
     if token_mass:
         mass = uniform(B, H, N, low=0.1, high=2)
-        arguments["token_mass"] = torch.where(holes(B, H, N), mass, 0)
+        holds = random_mask(rng, B, H, N)
+        if masked:  # where the valid tokens of a head have none of the mass, they get all of it
+            holds ^= ~(holds & arguments["mask"].unsqueeze(1)).any(-1, keepdim=True)
+        arguments["token_mass"] = torch.where(holds, mass, 0)
     if reference_mass is not None:
         shape = (B, H, M) if reference_mass == "per-sample" else (H, M)
         arguments["reference_mass"] = uniform(*shape, low=0.1, high=2)

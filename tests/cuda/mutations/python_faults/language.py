@@ -70,4 +70,58 @@ LANGUAGE = (
         "            if parameter.ndim > 1 and id(parameter) in exempt\n"
         "        }\n",
     ),
+    Fault(
+        "type of a classification's problem is not read",
+        "language/heads.py",
+        "kind: str | None = self.config.problem_type",
+        "kind: str | None = None",
+    ),
+    Fault(
+        "positions that are given are not read",
+        "language/encoder.py",
+        "            if position_ids is None:\n                position_ids",
+        "            if True:\n                position_ids",
+    ),
+    Fault(
+        "MLPs of the encoder with the same activation always",
+        "language/encoder.py",
+        "ACT2FN[config.hidden_act]",
+        'ACT2FN["gelu"]',
+    ),
+    Fault(
+        "heads with the same activation always",
+        "language/heads.py",
+        "ACT2FN[config.hidden_act]",
+        'ACT2FN["gelu"]',
+    ),
+    Fault(
+        "norm before the MLP with an epsilon of its own",
+        "language/encoder.py",
+        "self.mlp_norm = nn.LayerNorm(width, config.layer_norm_eps)",
+        "self.mlp_norm = nn.LayerNorm(width, 1e-12)",
+    ),
+    Fault(
+        "layers are not recomputed in backward",
+        "language/encoder.py",
+        "class SetformerLayer(GradientCheckpointingLayer):",
+        "class SetformerLayer(nn.Module):",
+    ),
+    Fault(
+        "configuration does not ask for hidden states",
+        "language/encoder.py",
+        "            output_hidden_states = self.config.output_hidden_states\n",
+        "            output_hidden_states = False\n",
+    ),
+    Fault(
+        "embedding of padding is like any other",
+        "language/encoder.py",
+        "nn.Embedding(config.vocab_size, width, config.pad_token_id)",
+        "nn.Embedding(config.vocab_size, width)",
+    ),
+    Fault(
+        "bounded scores and sinks of attention are left out without a word",
+        "language/switch.py",
+        '    "softcap",\n    "s_aux",\n',
+        "",
+    ),
 )
