@@ -59,6 +59,7 @@ LABELS = {
 
 
 def predict(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()  # what the preparation printed
     status = cli.main(["predict", *map(str, arguments)])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err

@@ -20,7 +20,7 @@ from transformers import (
     BertModel,
 )
 
-from setformer_ext import cli
+from setformer_ext import cli, language
 from setformer_ext.cli.train.glue import Scores
 from setformer_ext.cli.train.glue_data import TASKS, read_examples
 from setformer_ext.cli.train.mlm import Packed
@@ -445,6 +445,7 @@ def test_set_attention_in_another_model_keeps_its_options(tmp_path: Path) -> Non
 
 def test_options_given_to_a_switched_model_leave_those_it_was_saved_with(tmp_path: Path) -> None:
     """A model that was trained without transport goes on without."""
+    language.register()
     tokenizer = wrap_tokenizer(train_tokenizer([t for t, _ in reviews(50)], 100, lowercase=True))
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = BertConfig(vocab_size=len(tokenizer), intermediate_size=64, **sizes)

@@ -4,13 +4,11 @@ import pytest
 import torch
 
 from conftest import Backend
-from exactness import assert_as_exact_as_definition
-from setformer_ext import reference as definition
+from exactness import assert_as_exact_as_definition, noise_of_masses_of_zero
 from setformer_ext import set_attention
 from setformer_ext.cli.selftest.problems import (
     call,
     differentiable,
-    move,
     output_gradient,
     random_problem,
     run,
@@ -102,18 +100,7 @@ def test_masses_of_zero_at_small_epsilon(
     )
     arguments["token_mass"][..., 0] = 1  # no head without any mass
     for function in (backend.set_attention, backend.set_pooling):
-        # The derivative by such a mass is a sum over steps of terms that may all but cancel: with
-        # fewer steps they show. Each of the sums that make one up is rounded some ten times.
-        plain, wide = getattr(definition, function.__name__), move(arguments, dtype=torch.float64)
-        upstream = output_gradient(function, arguments).double()
-        terms = [
-            largest(run(plain, wide | {"iterations": steps}, upstream)["token_mass"])
-            for steps in range(1, iterations + 1)
-        ]
-        # An approximate similarity, of up to 1, errs by 2 units of itself. The exponent of a term
-        # is its quotient with epsilon less two logarithms of sums over such: three times as much.
-        roundings = 10 + (3 * 2 / epsilon if backend.approximate else 0)
-        noise = {"token_mass": roundings * torch.finfo(torch.float32).eps * max(terms)}
+        noise = noise_of_masses_of_zero(function, arguments, approximate=backend.approximate)
         assert_as_exact_as_definition(function, arguments, more_noise=noise)
 
 
