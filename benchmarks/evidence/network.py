@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setformer_ext.modules import mean_of_valid, zero_invalid
+from setformer_ext.modules import mean_of_valid, zero_padding
 
 from .mixers import make_mixer
 from .tasks.task import Task
@@ -70,7 +70,7 @@ class Network(nn.Module):
             x = block(x, mask)
         x = self.norm(x)
         if not self.of_tokens:
-            x = mean_of_valid(zero_invalid(x, mask), mask)
+            x = mean_of_valid(zero_padding(x, mask), mask)
         return self.head(x)
 
 
