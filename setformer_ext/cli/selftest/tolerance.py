@@ -115,9 +115,9 @@ def rounding(
        distance of the type's smallest numbers.
     2. A score s is off by eps (1 + |s|), plus the error of the terms that it is formed of. So are
        the logarithms of the weights of the averages.
-    3. The gradient of s is a difference of terms dO.v, so it is off by the error of 2 times such a
-       term. Errors of terms that are summed add up like random signs; the largest of many such
-       sums is about three standard deviations.
+    3. The gradient of s is a difference of terms dO.v: its error is that of item 2, times
+       such a term. Errors of terms that are summed add up like random signs; the largest of many
+       such sums is about three standard deviations.
 
     If float32's functions are approximate, an exponential and a quotient are off by 2 units each,
     and a logarithm by 2^-22, which is 1.4 units of e^x. A weight is the quotient of an exponential
