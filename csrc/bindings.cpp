@@ -145,27 +145,29 @@ void run_on_cuda(const Operation<Params>& operation, const Params& p, const Call
 
 template <class Params>
 void define(py::module_& module, const Operation<Params>& operation, const char* about) {
-  const auto call = [&operation](const std::string& kernel, double position_bandwidth,
-                                 int64_t iterations, bool normalize, uintptr_t stream,
-                                 const py::object& workspace, const py::object& merge,
-                                 const py::kwargs& arrays) {
-    Call call(operation.name, arrays, stream);
-    Params p;
-    call.read_options(p, kernel, position_bandwidth, iterations, normalize);
-    call.read(p);
-    call.finish();
-    const PythonRanks ranks(call, merge, p);
-    const nvtx::Range range(operation.name, p);
-    if (call.on_cuda()) {
-      run_on_cuda(operation, p, call, workspace);
-    } else {
-      run_on_cpu(operation, p);
-    }
-  };
+  const auto call =
+      [&operation](const std::string& kernel, double position_bandwidth, int64_t iterations,
+                   bool normalize, int64_t max_seqlen, int64_t max_seqlen_query, uintptr_t stream,
+                   const py::object& workspace, const py::object& merge, const py::kwargs& arrays) {
+        Call call(operation.name, arrays, stream);
+        Params p;
+        call.read_options(p, kernel, position_bandwidth, iterations, normalize, max_seqlen,
+                          max_seqlen_query);
+        call.read(p);
+        call.finish();
+        const PythonRanks ranks(call, merge, p);
+        const nvtx::Range range(operation.name, p);
+        if (call.on_cuda()) {
+          run_on_cuda(operation, p, call, workspace);
+        } else {
+          run_on_cpu(operation, p);
+        }
+      };
   module.def(operation.name, call, py::arg("kernel") = "gaussian",
              py::arg("position_bandwidth") = 1.0, py::arg("iterations") = 1,
-             py::arg("normalize") = false, py::arg("stream") = 0, py::arg("workspace") = py::none(),
-             py::arg("merge") = py::none(), about);
+             py::arg("normalize") = false, py::arg("max_seqlen") = 0,
+             py::arg("max_seqlen_query") = 0, py::arg("stream") = 0,
+             py::arg("workspace") = py::none(), py::arg("merge") = py::none(), about);
 }
 
 // The module's docstring.
@@ -190,8 +192,8 @@ Inputs:
     token_positions      [N, P]                     accumulate, optional
     query_positions      [Nq, P]                    accumulate, optional
     reference_positions  [M, P]                     accumulate, optional
-    offsets              [S + 1]                    int64, on the CPU, optional
-    query_offsets        [S + 1]                    int64, on the CPU, optional
+    offsets              [S + 1]                    int64, optional
+    query_offsets        [S + 1]                    int64, optional
 
 With normalize=True query, key and reference are scaled to unit length first; gradients are by the
 arrays that are given here.
@@ -208,8 +210,10 @@ Results of forward, contiguous but for output:
 On the CPU output may be given alone, if no gradient is needed.
 
 Packed sequences: offsets and query_offsets hold the first token of each of S sequences, then the
-number of all tokens. B is then S, but 1 for arrays with a row for each token; rows, query_rows and
-grad_token_mass hold one sequence after another.
+number of all tokens. B is then S, but 1 for arrays with a row for each token; rows and query_rows
+hold one sequence after another. No sequence may have more tokens than max_seqlen, or more queries
+than max_seqlen_query; both are needed on CUDA, where offsets are not read on the way, and choose the
+kernels. A sequence whose offsets are wrong is NaN there; rows that no sequence has stay unwritten.
 
 Devices: all arrays lie in the memory of the CPU or of one CUDA device, whose kernels run. CUDA uses
 two more arguments. All work is put on `stream`, a cudaStream_t as an integer (0: the default

@@ -66,13 +66,19 @@ class Call {
             "output and grad_output must be given together");
   }
   void read_options(ForwardParams& p, const std::string& kernel, double position_bandwidth,
-                    int64_t iterations, bool normalize) {
+                    int64_t iterations, bool normalize, int64_t max_seqlen,
+                    int64_t max_seqlen_query) {
     require(kernel == "gaussian" || kernel == "linear",
             "kernel must be 'gaussian' or 'linear', got '" + kernel + "'");
     require(std::isfinite(position_bandwidth) && position_bandwidth > 0,
             "position_bandwidth must be > 0, got " + std::to_string(position_bandwidth));
     require(iterations >= 0 && iterations < kMostIterations,
             "iterations must be >= 0 and < 2^31, got " + std::to_string(iterations));
+    require(max_seqlen >= 0, "max_seqlen must be >= 0, got " + std::to_string(max_seqlen));
+    require(max_seqlen_query >= 0,
+            "max_seqlen_query must be >= 0, got " + std::to_string(max_seqlen_query));
+    max_seqlen_ = max_seqlen;
+    max_seqlen_query_ = max_seqlen_query;
     p.kernel = kernel == "gaussian" ? Kernel::kGaussian : Kernel::kLinear;
     p.position_bandwidth = position_bandwidth;
     p.iterations = iterations;
@@ -111,7 +117,7 @@ class Call {
               "key must be [1, H, N, D] where offsets tell its sequences apart, got B=" +
                   std::to_string(Bt.size));
       B.size = offsets.rank() == 1 ? offsets.size(0) - 1 : 0;
-      p.offsets = checked_offsets("offsets", offsets, N, offsets_);
+      p.offsets = checked_offsets("offsets", offsets, N, "max_seqlen", max_seqlen_, offsets_);
     }
     p.reference = checked(required("reference"), storage_, {&H, &M, &D}, {&B, &H, &M, &D});
     require(M.size > 0, "reference must hold at least one reference, got M=0");
@@ -121,7 +127,8 @@ class Call {
                 std::to_string(M.size) + ", D=" + std::to_string(D.size));
     p.batch = B.size;
     p.heads = H.size;
-    p.tokens = N.size;
+    p.tokens = most_tokens(p, N, max_seqlen_);
+    p.packed_tokens = N.size;
     p.depth = D.size;
     p.references = M.size;
   }
@@ -153,11 +160,12 @@ class Call {
     p.cross = given("query");
     if (!p.cross) return;
     p.query = checked(array("query"), storage_, {&Bt, &H, &Nq, &D});
-    p.queries = Nq.size;
     if (p.offsets != nullptr) {
-      p.query_offsets =
-          checked_offsets("query_offsets", required("query_offsets"), Nq, query_offsets_);
+      p.query_offsets = checked_offsets("query_offsets", required("query_offsets"), Nq,
+                                        "max_seqlen_query", max_seqlen_query_, query_offsets_);
     }
+    p.queries = most_tokens(p, Nq, max_seqlen_query_);
+    p.packed_queries = Nq.size;
     p.query_mask = optional_mask("query_mask", Nq, p);
     p.query_positions = optional("query_positions", accumulate(), {&Nq, &P});
   }
@@ -204,19 +212,39 @@ class Call {
   }
   dlpack::DataType accumulate() const { return accumulate_type(storage_); }
 
-  // Offsets are read and copied here, whatever the device of the arrays: other threads must not be
-  // able to change them after the check.
+  // Offsets on the CPU are read and copied here: other threads must not be able to change them
+  // after the check. On CUDA they cannot be read without waiting; kernels keep within bounds.
   const int64_t* checked_offsets(const char* name, const Array& array, const Dimension& tokens,
-                                 std::vector<int64_t>& copy) const {
+                                 const char* name_of_most, int64_t most,
+                                 std::vector<int64_t>& copy) {
     Dimension ends{"S+1", B.size + 1};
-    array.expect_host_memory().expect_type(kInt64Type).expect_contiguous().expect_shape({&ends});
-    const auto* given = static_cast<const int64_t*>(array.view(1).data);
+    const Tensor view = checked(array, kInt64Type, {&ends});
+    array.expect_contiguous();
+    require(ends.size > 1, std::string(name) + " must tell of at least one sequence");
+    const auto* given = static_cast<const int64_t*>(view.data);
+    if (on_cuda()) {
+      require(most > 0 || tokens.size == 0,
+              std::string(name_of_most) + " must be given on CUDA, where offsets are not read");
+      return given;
+    }
     copy.assign(given, given + ends.size);
-    require(copy.size() > 1 && copy.front() == 0 && copy.back() == tokens.size &&
-                std::is_sorted(copy.begin(), copy.end()),
-            std::string(name) + " must ascend from 0 to the number of packed tokens, " +
-                std::to_string(tokens.size) + ", for at least one sequence");
+    require(
+        copy.front() == 0 && copy.back() == tokens.size && std::is_sorted(copy.begin(), copy.end()),
+        std::string(name) + " must ascend from 0 to the number of packed tokens, " +
+            std::to_string(tokens.size));
+    for (size_t s = 0; most > 0 && s + 1 < copy.size(); ++s) {
+      require(copy[s + 1] - copy[s] <= most,
+              std::string(name_of_most) + " must be at least the length of every sequence, got " +
+                  std::to_string(most) + " and a sequence of " +
+                  std::to_string(copy[s + 1] - copy[s]));
+    }
     return copy.data();
+  }
+  // See ForwardParams::offsets. What is given decides, not the number of packed tokens, so that a
+  // sequence has the same bits whatever it is packed with; more than 2^48 fit into no memory.
+  int64_t most_tokens(const ForwardParams& p, const Dimension& tokens, int64_t given) const {
+    if (p.offsets == nullptr || !on_cuda()) return tokens.size;
+    return std::min(given, int64_t{1} << 48);
   }
 
   // The key's memory decides whose kernels run.
@@ -312,6 +340,7 @@ class Call {
   Dimension steps_{"T+1"}, solved_steps_{"max(T,1)"}, columns_{"max(T,1)+1"};
   bool own_scratch_ = false;
   Number bandwidth_, epsilon_;
+  int64_t max_seqlen_ = 0, max_seqlen_query_ = 0;
   std::vector<int64_t> offsets_, query_offsets_;
   std::vector<std::unique_ptr<char[]>> scratch_;
   std::vector<Array> kept_;

@@ -48,9 +48,9 @@ void cut(BackwardParams& p, int64_t s, int64_t key, int64_t query) {
   advance(p.grad_query, query * p.grad_query.stride[2], storage);
   advance(p.grad_key, key * p.grad_key.stride[2], storage);
   advance(p.grad_value, key * p.grad_value.stride[2], storage);
+  advance(p.grad_token_mass, key, accumulate);
   advance(p.grad_pooled, s * p.grad_pooled.stride[0], accumulate);
   advance(p.grad_reference, s * p.heads * p.references * p.depth, accumulate);
-  advance(p.grad_token_mass, p.heads * key, accumulate);
   advance(p.grad_reference_mass, s * p.heads * p.references, accumulate);
   advance(p.grad_bandwidth, s * p.heads, accumulate);
   advance(p.grad_epsilon, s * p.heads, accumulate);

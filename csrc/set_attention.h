@@ -64,7 +64,7 @@ struct ForwardParams {
   int64_t batch = 0;           // B
   int64_t heads = 0;           // H
   int64_t queries = 0;         // Nq, used where `cross`
-  int64_t tokens = 0;          // N
+  int64_t tokens = 0;          // N (of packed sequences: see offsets)
   int64_t references = 0;      // M >= 1
   int64_t depth = 0;           // D >= 1
   int64_t value_depth = 0;     // Dv >= 1
@@ -85,11 +85,15 @@ struct ForwardParams {
   // grad_reference_mass is the whole gradient.
   const RankGroup* group = nullptr;
 
-  // For packed sequences of different lengths, [batch + 1] in host memory: the first token of each
-  // sequence, then the number of all tokens. Arrays with a row for each token then have B = 1
-  // below; rows, query_rows and grad_token_mass hold one sequence after another (sequences.h).
+  // For packed sequences of different lengths, [batch + 1] in the memory of the device: the first
+  // token of each sequence, then the number of all tokens. Arrays with a row for each token then
+  // have B = 1 below; rows and query_rows hold one sequence after another. On the CPU `tokens` and
+  // `queries` count all tokens; on CUDA, which cannot read the offsets before it launches, no
+  // sequence has more, and `packed_tokens` and `packed_queries` count all.
   const int64_t* offsets = nullptr;
   const int64_t* query_offsets = nullptr;  // where `cross`
+  int64_t packed_tokens = 0;
+  int64_t packed_queries = 0;
 
   // Inputs.
   Tensor query;                // storage    [B, H, Nq, D], where `cross`

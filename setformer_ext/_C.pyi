@@ -19,6 +19,8 @@ class Operation(Protocol):
         position_bandwidth: float = 1.0,
         iterations: int = 1,
         normalize: bool = False,
+        max_seqlen: int = 0,
+        max_seqlen_query: int = 0,
         stream: int = 0,
         workspace: Callable[[int], Array] | None = None,
         merge: Merge | None = None,

@@ -164,15 +164,17 @@ def set_attention_varlen(
     reference: Tensor,
     cu_seqlens: Tensor,
     *,
+    max_seqlen: int | None = None,
     cu_seqlens_query: Tensor | None = None,
+    max_seqlen_query: int | None = None,
     query_positions: Tensor | None = None,
     **options: Unpack[PackedOptions],
 ) -> Tensor:
     """SeT attention within each of S sequences that are packed one after another.
 
     Sequence s has the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``. Its output is that of
-    :func:`setformer_ext.set_attention` for this sequence alone, bit by bit, and that of a padded
-    batch with a mask to rounding; nothing is computed for padding.
+    :func:`setformer_ext.set_attention` for this sequence alone (on the CPU bit by bit, on CUDA to
+    rounding), and that of a padded batch with a mask to rounding; nothing is computed for padding.
 
     Args:
         query: [Nq, H, D] of all sequences. ``None`` or ``key`` itself is self attention.
@@ -180,9 +182,15 @@ def set_attention_varlen(
             DTensors are refused, here and for all other tensors.
         value: [N, H, Dv], of the key's type.
         reference: [H, M, D] (learned) or [S, H, M, D] (one set for each sequence).
-        cu_seqlens: int32 or int64 [S + 1], ascending from 0 to N; a sequence may be empty. Read on
-            the CPU; if it is on another device, the call waits for that device.
+        cu_seqlens: int32 or int64 [S + 1], ascending from 0 to N; a sequence may be empty. On any
+            device.
+        max_seqlen: what no sequence is longer than, >= 1. If it is not given, it is read from
+            ``cu_seqlens``, and the call waits for the device that those are on. If it is given and
+            they are on the key's device, the call waits for nothing and can be captured in a CUDA
+            graph; nothing is checked then: a sequence whose offsets are wrong or that is longer is
+            NaN in its first ``max_seqlen`` rows, and rows that are of no sequence hold anything.
         cu_seqlens_query: [S + 1], ascending from 0 to Nq; for cross attention, and only there.
+        max_seqlen_query: the same of ``cu_seqlens_query``.
         query_positions: [Nq, P], for cross attention.
         options: those of ``set_attention`` but for its masks, with token_mass [N, H] >= 0 (each
             sequence's marginal a, up to its sum), reference_mass [H, M] or [S, H, M] > 0 and
@@ -209,16 +217,16 @@ def set_attention_varlen(
             f"{function}: key must be a plain tensor, got a DTensor: set_attention takes those, "
             "padded and with a mask"
         )
-    offsets = _offsets("cu_seqlens", cu_seqlens)
+    offsets = _offsets("cu_seqlens", cu_seqlens, max_seqlen)
     check(function, packed, offsets.shape[0] - 1)
-    _require_ends("cu_seqlens", offsets, key)
+    _require_ends("cu_seqlens", offsets, key, max_seqlen)
     query_offsets = None
     if (query := packed["query"]) is not None:
-        query_offsets = _offsets("cu_seqlens_query", cu_seqlens_query)
+        query_offsets = _offsets("cu_seqlens_query", cu_seqlens_query, max_seqlen_query)
         if query_offsets.shape != offsets.shape:
             expected = f"[S + 1={offsets.shape[0]}] as cu_seqlens is"
             raise _error(ValueError, "cu_seqlens_query", expected, list(query_offsets.shape))
-        _require_ends("cu_seqlens_query", query_offsets, query)
+        _require_ends("cu_seqlens_query", query_offsets, query, max_seqlen_query)
     elif cu_seqlens_query is not None:
         got = type(cu_seqlens_query).__name__
         raise _error(ValueError, "cu_seqlens_query", "None in self attention", got)
@@ -227,7 +235,12 @@ def set_attention_varlen(
         for name in ("query", "key", "value", "token_mass")  # [N, H, ..] to [1, H, N, ..]
     }
     problem = make_problem(packed | batch_of_one)
-    problem = problem._replace(offsets=offsets, query_offsets=query_offsets)
+    problem = problem._replace(
+        offsets=offsets,
+        query_offsets=query_offsets,
+        max_seqlen=max_seqlen or 0,
+        max_seqlen_query=max_seqlen_query or 0,
+    )
     output: Tensor = differentiable_call("set_attention", *problem)[0]
     return output.squeeze(0).transpose(0, 1)
 
@@ -356,6 +369,8 @@ def make_problem(given: Mapping[str, Any], distribute: bool = True) -> Problem:
         iterations=steps if isinstance(steps, torch.SymInt) else int(steps),  # type: ignore[arg-type]
         normalize=given["normalize"],
         distribute=distribute,
+        max_seqlen=0,
+        max_seqlen_query=0,
     )
     if is_dtensor(key):
         from .distributed.sharding import placed  # registers how operations are cut, too
@@ -368,8 +383,8 @@ def _error(kind: type[Exception], name: str, expected: str, got: object) -> Exce
     return kind(refusal("set_attention_varlen", name, expected, got))
 
 
-def _offsets(name: str, x: object) -> Tensor:  # [S + 1]
-    """As int64 on the CPU."""
+def _offsets(name: str, x: object, longest: int | None) -> Tensor:  # [S + 1]
+    """As int64; on the CPU if the longest sequence has to be found."""
     if not isinstance(x, Tensor) or is_dtensor(x):
         raise _error(TypeError, name, "an int32 or int64 tensor [S + 1]", type(x).__name__)
     if x.dtype not in (torch.int32, torch.int64):
@@ -378,15 +393,26 @@ def _offsets(name: str, x: object) -> Tensor:  # [S + 1]
         raise _error(ValueError, name, "[S + 1] for S >= 1 sequences", list(x.shape))
     if x.device.type == "meta":
         raise _error(ValueError, name, "on a device that holds its values", x.device)
-    return x.to("cpu", torch.int64).contiguous()
+    return x.to("cpu" if longest is None else x.device, torch.int64).contiguous()
 
 
-def _require_ends(name: str, offsets: Tensor, packed: Tensor) -> None:
-    """Ascending from 0 to the number of tokens; when tracing, the kernel checks that."""
+def _require_ends(name: str, offsets: Tensor, packed: Tensor, longest: int | None) -> None:
+    """Ascending from 0 to the number of tokens, by ``longest`` at most; when tracing, the kernel on
+    the CPU checks that."""
+    name_of_longest = name.replace("cu_seqlens", "max_seqlen")
+    if longest is not None and not isinstance(longest, torch.SymInt):
+        if isinstance(longest, bool) or not isinstance(longest, int):
+            raise _error(TypeError, name_of_longest, "an int or None", type(longest).__name__)
+        if longest < 1:
+            raise _error(ValueError, name_of_longest, ">= 1", longest)
     if not readable(offsets):
         return
     ascends = int(offsets[0]) == 0 and int(offsets[-1]) == packed.shape[0]
-    if not ascends or bool((offsets.diff() < 0).any()):
+    lengths = offsets.diff()
+    if longest is not None and bool((lengths > longest).any()):
+        expected = "at least the length of every sequence"
+        raise _error(ValueError, name_of_longest, expected, f"{longest}, of {int(lengths.max())}")
+    if not ascends or bool((lengths < 0).any()):
         expected = f"ascending from 0 to the number of packed tokens, {packed.shape[0]}"
         got = offsets.tolist() if offsets.shape[0] <= 10 else f"{offsets[0]} to {offsets[-1]}"
         raise _error(ValueError, name, expected, got)

@@ -394,6 +394,7 @@ class SetAttention(nn.Module):
         value = packed(self._split(self.value(tokens.unsqueeze(0))))
         # Masses and pooled references need whole sequences: padded, with a mask. That costs little.
         shortest, longest = int(lengths.min()), int(lengths.max())
+        most = max(longest, 1)
         valid = torch.arange(longest, device=x.device) < lengths.unsqueeze(1)
         padded = tokens.new_zeros(*valid.shape, self.dim)
         padded[valid] = tokens
@@ -406,9 +407,11 @@ class SetAttention(nn.Module):
         query = None
         if self.query is not None:
             query = packed(self._points(self.query(tokens.unsqueeze(0))))
-            problem["cu_seqlens_query"] = offsets
+            problem |= {"cu_seqlens_query": offsets, "max_seqlen_query": most}
             problem["query_positions"] = problem.get("token_positions")
-        output = set_attention_varlen(query, key, value, cu_seqlens=offsets, **problem)
+        output = set_attention_varlen(
+            query, key, value, cu_seqlens=offsets, max_seqlen=most, **problem
+        )
         output = self._projected(output)
         return torch.nested.nested_tensor_from_jagged(
             output, offsets, min_seqlen=shortest, max_seqlen=longest

@@ -139,8 +139,22 @@ def _arrays(problem: Problem, solution: Solution) -> dict[str, Any]:
     """The given arrays and the options of a problem and its results, by the compiled module's
     names."""
     arrays: dict[str, Any] = problem.tensors()
+    arrays |= _packing(problem)
     arrays |= {name: getattr(solution, name) for name in problem.results}
-    return arrays | {name: getattr(problem, name) for name in OPTIONS if name != "distribute"}
+    options = {name: getattr(problem, name) for name in OPTIONS if name != "distribute"}
+    return options | arrays
+
+
+def _packing(problem: Problem) -> dict[str, Any]:
+    """The offsets of packed sequences where the kernels read them, and the greatest lengths, which
+    kernels on CUDA have to know before. If they are not given, this waits for the offsets."""
+    packing: dict[str, Any] = {}
+    for name, longest in (("offsets", "max_seqlen"), ("query_offsets", "max_seqlen_query")):
+        offsets = getattr(problem, name)
+        if offsets is not None:
+            packing[name] = offsets.to(problem.key.device, torch.int64).contiguous()
+            packing[longest] = getattr(problem, longest) or int(offsets.diff().max())
+    return packing
 
 
 def solve(
@@ -172,8 +186,6 @@ def differentiate(given: Backward, merge: Merge | None = None) -> Gradients:
         if getattr(problem, name) is not None
     }
     run("set_attention_backward", arrays, merge)
-    if problem.offsets is not None and problem.token_mass is not None:
-        gradients = gradients._replace(token_mass=_beside(gradients.token_mass, problem.offsets))
     return gradients
 
 
@@ -195,10 +207,3 @@ def _fake_set_attention(*arguments: Any) -> Solution:
 @torch.library.register_fake("setformer_ext::set_attention_backward", lib=LIBRARY)
 def _fake_backward(*arguments: Any) -> Gradients:
     return empty_gradients(Backward.read(*arguments).problem)
-
-
-def _beside(in_turn: Tensor, offsets: Tensor) -> Tensor:  # [1, H, N]
-    """From one sequence after another, [H, n] each, to all side by side along the tokens."""
-    heads = in_turn.shape[1]
-    parts = in_turn.flatten().split((heads * offsets.diff()).tolist())
-    return torch.cat([part.view(1, heads, -1) for part in parts], dim=2)

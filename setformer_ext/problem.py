@@ -44,9 +44,9 @@ class Problem(NamedTuple):
     """The arguments of the operation ``set_attention``, in the order of its schema.
 
     If ``offsets`` are given, S sequences are packed one after another. Then B is S, except for
-    tensors with a row for each token, where it is 1, and ``rows``, ``query_rows`` and the kernels'
-    gradient of ``token_mass`` hold the numbers of one sequence after another. Bandwidth and epsilon
-    are [H], and per sample only inside the second derivative.
+    tensors with a row for each token, where it is 1, and ``rows`` and ``query_rows`` hold the
+    numbers of one sequence after another. Bandwidth and epsilon are [H], and per sample only inside
+    the second derivative.
     """
 
     key: Annotated[Tensor, _about("B H N D", "storage")]
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
     token_positions: Annotated[Tensor | None, _about("N P", "accumulate")]
     query_positions: Annotated[Tensor | None, _about("Nq P", "accumulate")]
     reference_positions: Annotated[Tensor | None, _about("M P", "accumulate")]
-    # On the CPU: where each sequence begins, and the number of all tokens.
+    # Where each sequence begins, and the number of all tokens; on any device.
     offsets: Annotated[Tensor | None, _about("S+1", "int64")]
     query_offsets: Annotated[Tensor | None, _about("S+1", "int64")]
     kernel: str
@@ -70,6 +70,8 @@ class Problem(NamedTuple):
     iterations: int
     normalize: bool
     distribute: bool
+    max_seqlen: int  # no sequence has more tokens; 0: to be read from the offsets
+    max_seqlen_query: int
 
     @property
     def batch(self) -> int:
@@ -97,7 +99,7 @@ class Problem(NamedTuple):
 
     def arguments(self, of_queries: bool = True) -> dict[str, Any]:
         """The arguments for the functions of ``reference``."""
-        left_out = {"offsets", "query_offsets", "distribute"}
+        left_out = {*_OF_PACKED, "distribute"}
         if not of_queries:
             left_out |= {"query", "query_mask", "query_positions"}
         return {name: x for name, x in self._asdict().items() if name not in left_out}
@@ -126,7 +128,7 @@ class Problem(NamedTuple):
         query_ends = ends if self.query_offsets is None else [int(x) for x in self.query_offsets]
         problems = []
         for index in range(self.batch):
-            parts: dict[str, Any] = {"offsets": None, "query_offsets": None}
+            parts: dict[str, Any] = dict(_OF_PACKED)
             for dimensions, bounds in ((OF_KEYS, ends), (OF_QUERIES, query_ends)):
                 begin, end = bounds[index], bounds[index + 1]
                 for name, dimension in dimensions.items():
@@ -139,6 +141,8 @@ class Problem(NamedTuple):
         return problems
 
 
+# What only packed sequences have, and what others have in its place.
+_OF_PACKED = {"offsets": None, "query_offsets": None, "max_seqlen": 0, "max_seqlen_query": 0}
 _HINTS = get_type_hints(Problem, include_extras=True)
 TENSORS: dict[str, About] = {
     name: hint.__metadata__[0] for name, hint in _HINTS.items() if hasattr(hint, "__metadata__")

@@ -139,9 +139,7 @@ class BackwardHead : public Head<Storage, BackwardParams> {
 
   void finish_keys(const Team<T>& team) {
     of_keys_.finish(team, results_, false);
-    if (T* grad = at<T>(p_.grad_token_mass, 0)) {
-      of_keys_.store_mass_gradient(grad + index() * p_.tokens);
-    }
+    if (T* grad = at<T>(p_.grad_token_mass, b_, h_)) of_keys_.store_mass_gradient(grad);
   }
   // Step 0..S - 1, S = max(T, 1), goes through t = T..1, or t = 0 if T = 0.
   void run_step(SideGradient<Storage>& side, int64_t step, const Team<T>& team) {
@@ -156,9 +154,7 @@ class BackwardHead : public Head<Storage, BackwardParams> {
     fill(results_.reference, p_.references * p_.depth, T(0));
     if (results_.bandwidth != nullptr) *results_.bandwidth = T(0);
     *results_.epsilon = T(0);
-    if (T* grad = at<T>(p_.grad_token_mass, 0)) {
-      fill(grad + index() * p_.tokens, p_.tokens, T(0));
-    }
+    if (T* grad = at<T>(p_.grad_token_mass, b_, h_)) fill(grad, p_.tokens, T(0));
     TokenRows<Storage>(p_.grad_key, b_, h_, p_.depth).clear(p_.tokens);
     TokenRows<Storage>(p_.grad_value, b_, h_, p_.value_depth).clear(p_.tokens);
     if (p_.cross) clear_queries();

@@ -16,18 +16,18 @@ struct SelectBackward {
   bool of_queries;
   int needs;
   bool resident = false;
-  __device__ void operator()(int64_t index, int64_t split) const {
+  __device__ bool operator()(int64_t index, int64_t split) const {
     BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
     if (thread_index() == 0) {
-      const Side side = of_queries ? queries_of(p) : keys_of(p);
-      head.select(p, side, needs, resident, index, split, workspace + parts.partial);
-      head.select_gradients(p, parts, workspace, head, head.splits, of_queries);
+      const Span span =
+          head.select(p, side(), needs, resident, index, split, workspace + parts.partial);
+      head.select_gradients(p, parts, workspace, head, span, head.shares_before, of_queries);
     }
     head.find_center();
+    return head.split < head.splits;
   }
-  __device__ int64_t splits() const {
-    return Splits<Storage>(p, of_queries ? p.queries : p.tokens).count;
-  }
+  __device__ Side side() const { return of_queries ? queries_of(p) : keys_of(p); }
+  __device__ int64_t shares() const { return most_shares<Storage>(p, side()); }
 };
 
 // The step of the keys that collects multiplies a plan with an operand, as distribution does.
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     output_product_kernel(const int64_t first, const BackwardParams p,
                           const BackwardWorkspace parts, Accumulate<Storage>* const workspace) {
   const SelectBackward<Storage> select{p, parts, workspace, p.cross, kHeadAlone};
-  at_work(first, select.splits(), 1, select, [&](int64_t) { output_product<Storage>(); });
+  at_work(first, select.shares(), 1, select, [&](int64_t) { output_product<Storage>(); });
 }
 
 template <class Storage>
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   using S = Shape<Storage>;
   const SelectBackward<Storage> select{p, parts, workspace, p.cross, kPools};
   const int64_t groups = divide_up(p.value_depth, S::kGroup * S::kDepth);
-  at_work(first, select.splits(), groups * divide_up(p.references, S::kRows), select,
+  at_work(first, select.shares(), groups * divide_up(p.references, S::kRows), select,
           [&](int64_t part) {
             distribute_backward<Storage, false>(int(part / groups), int(part % groups));
           });
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
                                   const int64_t t) {
   const SelectBackward<Storage> select{p, parts, workspace, of_queries,
                                        step_needs(p, of_queries, t)};
-  at_work(first, select.splits(), 1, select,
+  at_work(first, select.shares(), 1, select,
           [&](int64_t) { sinkhorn_step_backward<Storage, false>(t); });
 }
 
@@ -85,14 +85,15 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   using S = Shape<Storage>;
   const SelectBackward<Storage> select{p, parts, workspace, of_queries, kDifferentiates};
   const int64_t groups = divide_up(p.depth, S::kGroup * S::kDepth);
-  at_work(first, select.splits(), to_references ? groups * divide_up(p.references, S::kRows) : 1,
+  at_work(first, select.shares(), to_references ? groups * divide_up(p.references, S::kRows) : 1,
           select, [&](int64_t part) {
             gradient<Storage, false>(to_tokens, to_references, int(part / groups),
                                      int(part % groups));
           });
 }
 
-// dA, eta and gbar^T: a warp per reference.
+// dA, eta and gbar^T: a warp per reference. Adds up to `splits` sums: none where nothing is
+// distributed, one where those of all blocks are merged already.
 template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     merge_pooled_gradient_kernel(const int64_t first, const BackwardParams p,
@@ -102,22 +103,27 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   const SelectBackward<Storage> select{p, parts, workspace, p.cross, kHeadAlone};
   at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
     const int64_t j = group * kWarps + thread_index() / 32;
-    if (j < p.references) finish_pooled_gradient<Storage>(j, splits);
+    const int64_t own = shared_head<BackwardHead<Storage>>().splits;
+    if (j < p.references) finish_pooled_gradient<Storage>(j, splits < own ? splits : own);
   });
 }
 
-// gbar^t from the sums of all blocks that share a head, in the order of their tokens.
+// gbar^t from the sums of all blocks that share a head, in the order of their tokens; a block that
+// has its head alone has written it.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_sums_kernel(const int64_t first, const int64_t heads, const int64_t references,
-                      const int64_t splits, T* const results, const int64_t results_of_head,
-                      const T* const partial) {
+    merge_sums_kernel(const int64_t first, const ForwardParams p, const Side side, T* const results,
+                      const int64_t results_of_head, const T* const partial) {
+  const int64_t references = p.references;
   const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (at >= heads * references) return;
+  if (at >= p.batch * p.heads * references) return;
   const int64_t head = at / references, j = at % references;
+  const int64_t b = head / p.heads;
+  const Share share = share_of<T>(p, side, side.span(b), b, head % p.heads);
+  if (share.count == 1) return;
   T sum = 0;
-  for (int64_t split = 0; split < splits; ++split) {
-    sum += partial[(head * splits + split) * references + j];
+  for (int64_t split = 0; split < share.count; ++split) {
+    sum += partial[(share.before + split) * references + j];
   }
   results[head * results_of_head + j] = -sum;
 }
@@ -154,13 +160,16 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
 template <class Storage>
 __global__ void __launch_bounds__(kMergeThreads)
     head_gradient_kernel(const int64_t first, const BackwardParams p, const BackwardWorkspace parts,
-                         const Accumulate<Storage>* const workspace, const int64_t key_splits,
-                         const int64_t query_splits) {
+                         const Accumulate<Storage>* const workspace) {
   constexpr int kWarps = kMergeThreads / 32;
   const int64_t head = (first + blockIdx.x) * kWarps + thread_index() / 32;
   if (head >= p.batch * p.heads) return;
-  finish_head<Storage>(p, parts, workspace, head / p.heads, head % p.heads, key_splits,
-                       query_splits);
+  const int64_t b = head / p.heads, h = head % p.heads;
+  const Side keys = keys_of(p), queries = queries_of(p);
+  const Share of_keys = share_of<Storage>(p, keys, keys.span(b), b, h);
+  Share of_queries{};
+  if (p.cross) of_queries = share_of<Storage>(p, queries, queries.span(b), b, h);
+  finish_head<Storage>(p, parts, workspace, b, h, of_keys, of_queries);
 }
 
 // The parts of backward of a resident head.
@@ -239,36 +248,35 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   }
   __syncthreads();
   if (thread_index() < 32) {
-    finish_head<Storage>(p, parts, anew(workspace), index / p.heads, index % p.heads, 1, 1);
+    const Share alone{index, 1};
+    finish_head<Storage>(p, parts, anew(workspace), index / p.heads, index % p.heads, alone, alone);
   }
 }
 
 template <class Storage>
 BackwardWorkspace BackwardKernels<Storage>::workspace(const BackwardParams& p) {
   const int64_t heads = p.batch * p.heads, references = p.references;
-  const int64_t keys = Splits<Storage>(p, p.tokens).count;
-  const int64_t queries = p.cross ? Splits<Storage>(p, p.queries).count : 1;
-  const int64_t splits = keys > queries ? keys : queries;
   BackwardWorkspace parts;
+  int64_t most = 0;
   const auto take = [&](int64_t numbers) {
     const int64_t at = parts.total;
     parts.total += divide_up(numbers, 64) * 64;  // whole 256 bytes
     return at;
   };
-  parts.delta = take(heads * receivers_of(p).count);
+  parts.delta = take(p.heads * all_tokens(receivers_of(p)));
   parts.pooled_gradient = take(heads * references * p.value_depth);
   parts.eta = take(heads * references);
   for (int of_queries = 0; of_queries <= int(p.cross); ++of_queries) {
-    parts.row_adjoints[of_queries] =
-        take(heads * steps_kept(p) * (of_queries ? p.queries : p.tokens));
+    const Side side = of_queries ? queries_of(p) : keys_of(p);
+    const int64_t shares = all_shares<Storage>(p, side);
+    if (most < shares) most = shares;
+    parts.row_adjoints[of_queries] = take(p.heads * steps_kept(p) * all_tokens(side));
     parts.column_adjoints[of_queries] = take(heads * (p.iterations + 1) * references);
-  }
-  for (int side = 0; side <= int(p.cross); ++side) {
-    parts.scalars[side] = take(heads * (side == 0 ? keys : queries) * 2);
-    parts.reference_products[side] = take(heads * references);
+    parts.scalars[of_queries] = take(shares * 2);
+    parts.reference_products[of_queries] = take(heads * references);
   }
   const int64_t width = p.depth > p.value_depth ? p.depth : p.value_depth;
-  parts.partial = take(heads * splits * references * (width + 1));
+  parts.partial = take(most * references * (width + 1));
   parts.scaled = unit_length_workspace<Storage>(p, parts.total);
   return parts;
 }
@@ -280,35 +288,36 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads, references = p.references;
-  const Splits<Storage> splits(p, (of_queries ? queries_of(p) : keys_of(p)).count);
+  const Side side = of_queries ? queries_of(p) : keys_of(p);
+  const int64_t shares = most_shares<Storage>(p, side);
   const int64_t chunks = divide_up(references, S::kRows);
   const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
   const T* partial = workspace + parts.partial;
   for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
     if (t == 0 && of_queries) break;
     launch<sinkhorn_step_backward_kernel<Storage>>(
-        stream, "sinkhorn_step_backward_kernel", heads * splits.count, S::kThreads,
+        stream, "sinkhorn_step_backward_kernel", heads * shares, S::kThreads,
         bytes(step_needs(p, of_queries, t)), p, parts, workspace, of_queries, t);
     if (t <= 1) continue;
     T* adjoints = workspace + parts.column_adjoints[of_queries] + (t - 1) * references;
     const int64_t adjoints_of_head = (p.iterations + 1) * references;
-    if (splits.count > 1) {
-      launch<merge_sums_kernel<T>>(
-          stream, "merge_sums_kernel", divide_up(heads * references, kMergeThreads), kMergeThreads,
-          0, heads, references, splits.count, adjoints, adjoints_of_head, partial);
+    if (shares > 1) {
+      launch<merge_sums_kernel<T>>(stream, "merge_sums_kernel",
+                                   divide_up(heads * references, kMergeThreads), kMergeThreads, 0,
+                                   p, side, adjoints, adjoints_of_head, partial);
     }
     const Shared shared{adjoints, heads, references, adjoints_of_head, Merge::kSum};
     merge(p, stream, &shared, 1);
   }
   const bool in_one = gradient_in_one<Storage>(p);
   const int64_t groups = divide_up(p.depth, S::kGroup * S::kDepth);
-  launch<gradient_kernel<Storage>>(stream, "gradient_kernel", heads * splits.count, S::kThreads,
+  launch<gradient_kernel<Storage>>(stream, "gradient_kernel", heads * shares, S::kThreads,
                                    bytes(kDifferentiates), p, parts, workspace, of_queries, true,
                                    in_one);
   if (!in_one) {
-    launch<gradient_kernel<Storage>>(
-        stream, "gradient_kernel", heads * splits.count * chunks * groups, S::kThreads,
-        bytes(kDifferentiates), p, parts, workspace, of_queries, false, true);
+    launch<gradient_kernel<Storage>>(stream, "gradient_kernel", heads * shares * chunks * groups,
+                                     S::kThreads, bytes(kDifferentiates), p, parts, workspace,
+                                     of_queries, false, true);
   }
   launch<merge_gradient_kernel<Storage>>(stream, "merge_gradient_kernel",
                                          heads * divide_up(references, S::kWarps), S::kThreads,
@@ -339,25 +348,23 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
     }
   }
   const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
-  const Splits<Storage> splits(p, receivers_of(p).count);
+  const int64_t shares = most_shares<Storage>(p, receivers_of(p));
   const bool distributes = p.distribute && p.grad_output.data != nullptr;
   if (distributes) {
-    launch<output_product_kernel<Storage>>(stream, "output_product_kernel", heads * splits.count,
+    launch<output_product_kernel<Storage>>(stream, "output_product_kernel", heads * shares,
                                            S::kThreads, kHeadBytes<Storage>, p, parts, workspace);
     launch<distribute_backward_kernel<Storage>>(stream, "distribute_backward_kernel",
-                                                heads * splits.count *
-                                                    divide_up(references, S::kRows) *
+                                                heads * shares * divide_up(references, S::kRows) *
                                                     divide_up(p.value_depth, S::kGroup * S::kDepth),
                                                 S::kThreads, bytes(kPools), p, parts, workspace);
   }
-  int64_t partials = distributes ? splits.count : 0;
+  int64_t partials = distributes ? shares : 0;
   if (distributes && p.group != nullptr) {
     const int64_t numbers = references * (p.value_depth + 1);
     launch<merge_blocks_kernel<T>>(stream, "merge_blocks_kernel",
                                    divide_up(heads * numbers, kMergeThreads), kMergeThreads, 0,
-                                   heads, splits.count, numbers, workspace + parts.partial);
-    const Shared shared{workspace + parts.partial, heads, numbers, splits.count * numbers,
-                        Merge::kSum};
+                                   heads, shares, numbers, workspace + parts.partial);
+    const Shared shared{workspace + parts.partial, heads, numbers, shares * numbers, Merge::kSum};
     merge(p, stream, &shared, 1);
     partials = 1;
   }
@@ -366,10 +373,9 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
       kHeadBytes<Storage>, p, parts, workspace, partials);
   launch_side_backward<Storage>(p, parts, workspace, false, stream);
   if (p.cross) launch_side_backward<Storage>(p, parts, workspace, true, stream);
-  launch<head_gradient_kernel<Storage>>(
-      stream, "head_gradient_kernel", divide_up(heads, kMergeThreads / 32), kMergeThreads, 0, p,
-      parts, static_cast<const T*>(workspace), Splits<Storage>(p, p.tokens).count,
-      Splits<Storage>(p, p.queries).count);
+  launch<head_gradient_kernel<Storage>>(stream, "head_gradient_kernel",
+                                        divide_up(heads, kMergeThreads / 32), kMergeThreads, 0, p,
+                                        parts, static_cast<const T*>(workspace));
 }
 
 }  // namespace setformer::cuda

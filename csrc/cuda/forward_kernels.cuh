@@ -12,8 +12,7 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     sinkhorn_step_kernel(const int64_t first, const ForwardParams p, const Side side,
                          const int64_t t, Accumulate<Storage>* const partial) {
-  at_work(first, Splits<Storage>(p, side.count).count, 1,
-          Select<Storage>{p, side, kScoresOnly, partial},
+  at_work(first, most_shares<Storage>(p, side), 1, Select<Storage>{p, side, kScoresOnly, partial},
           [&](int64_t) { sinkhorn_step<Storage, false>(t); });
 }
 
@@ -22,8 +21,9 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     collect_kernel(const int64_t first, const ForwardParams p, Accumulate<Storage>* const partial) {
   using S = Shape<Storage>;
   const int64_t groups = divide_up(p.value_depth, S::kGroup * S::kDepth);
-  at_work(first, Splits<Storage>(p, p.tokens).count, groups * divide_up(p.references, S::kRows),
-          Select<Storage>{p, keys_of(p), kPools, partial},
+  const Select<Storage> select{p, keys_of(p), kPools, partial};
+  at_work(first, most_shares<Storage>(p, select.side), groups * divide_up(p.references, S::kRows),
+          select,
           [&](int64_t part) { collect<Storage, false>(int(part / groups), int(part % groups)); });
 }
 
@@ -31,7 +31,7 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     distribute_kernel(const int64_t first, const ForwardParams p) {
   const Select<Storage> select{p, receivers_of(p), kDistributes};
-  at_work(first, Splits<Storage>(p, select.side.count).count, 1, select,
+  at_work(first, most_shares<Storage>(p, select.side), 1, select,
           [&](int64_t) { distribute<Storage, false>(); });
 }
 
@@ -58,44 +58,53 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
   }
 }
 
-// columns^t from the states of all blocks that share a head, in the order of their tokens.
+// columns^t from the states of all blocks that share a head, in the order of their tokens; a block
+// that has its head alone has written them.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_columns_kernel(const int64_t first, const int64_t heads, const int64_t references,
-                         const int64_t splits, T* const columns, const int64_t columns_of_head,
-                         const T* const partial) {
+    merge_columns_kernel(const int64_t first, const ForwardParams p, const Side side,
+                         const int64_t t, const T* const partial) {
+  const int64_t references = p.references;
   const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (at >= heads * references) return;
+  if (at >= p.batch * p.heads * references) return;
   const int64_t head = at / references, j = at % references;
+  const int64_t b = head / p.heads;
+  const Share share = share_of<T>(p, side, side.span(b), b, head % p.heads);
+  if (share.count == 1) return;
   LogSum<T> state;
-  for (int64_t split = 0; split < splits; ++split) {
-    const T* from = partial + (head * splits + split) * 2 * references + j;
+  for (int64_t split = 0; split < share.count; ++split) {
+    const T* from = partial + (share.before + split) * 2 * references + j;
     LogSum<T> other;
     other.largest = from[0];
     other.sum = from[references];
     state.merge(other);
   }
-  columns[head * columns_of_head + j] = state.logarithm();
+  const int64_t row = head * side.column_rows + (t > 0 ? t - 1 : 0);
+  static_cast<T*>(side.columns)[row * references + j] = state.logarithm();
 }
 
 // A and the scale of the collection from the sums of all blocks that share a head.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_pooled_kernel(const int64_t first, const int64_t heads, const int64_t references,
-                        const int64_t width, const int64_t splits, T* const pooled, T* const scales,
+    merge_pooled_kernel(const int64_t first, const ForwardParams p, T* const scales,
                         const int64_t scales_of_head, const T* const partial) {
-  const int64_t of_head = references * (width + 1);
+  const int64_t references = p.references, width = p.value_depth;
+  const int64_t of_share = references * (width + 1);
   const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (at >= heads * references * width) return;
+  if (at >= p.batch * p.heads * references * width) return;
   const int64_t head = at / (references * width), j = at / width % references;
-  const T* from = partial + head * splits * of_head + j * (width + 1);
+  const int64_t b = head / p.heads;
+  const Side keys = keys_of(p);
+  const Share share = share_of<T>(p, keys, keys.span(b), b, head % p.heads);
+  if (share.count == 1) return;
+  const T* from = partial + share.before * of_share + j * (width + 1);
   T sum = 0, total = 0;
-  for (int64_t split = 0; split < splits; ++split) {
-    sum += from[split * of_head + at % width];
-    total += from[split * of_head + width];
+  for (int64_t split = 0; split < share.count; ++split) {
+    sum += from[split * of_share + at % width];
+    total += from[split * of_share + width];
   }
   const T scale = inverse(total);
-  pooled[at] = sum * scale;
+  static_cast<T*>(p.pooled.data)[at] = sum * scale;
   if (at % width == 0) scales[head * scales_of_head + j] = scale;
 }
 
@@ -122,18 +131,17 @@ void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>*
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads, references = p.references;
-  const Splits<Storage> splits(p, side.count);
+  const int64_t shares = most_shares<Storage>(p, side);
   const int64_t bytes = streaming_bytes<Storage>(p, kScoresOnly, stream);
   for (int64_t t = p.iterations > 0; t <= p.iterations; ++t) {
-    launch<sinkhorn_step_kernel<Storage>>(stream, "sinkhorn_step_kernel", heads * splits.count,
+    launch<sinkhorn_step_kernel<Storage>>(stream, "sinkhorn_step_kernel", heads * shares,
                                           S::kThreads, bytes, p, side, t, partial);
     T* columns = static_cast<T*>(side.columns) + (t > 0 ? t - 1 : 0) * references;
     const int64_t columns_of_head = side.column_rows * references;
-    if (splits.count > 1) {
+    if (shares > 1) {
       launch<merge_columns_kernel<T>>(stream, "merge_columns_kernel",
                                       divide_up(heads * references, kMergeThreads), kMergeThreads,
-                                      0, heads, references, splits.count, columns, columns_of_head,
-                                      static_cast<const T*>(partial));
+                                      0, p, side, t, static_cast<const T*>(partial));
     }
     const Shared shared{columns, heads, references, columns_of_head, Merge::kLogSum};
     merge(p, stream, &shared, 1);
@@ -161,13 +169,15 @@ void merge_pooled(const ForwardParams& p, T* scales, int64_t scales_of_head, Str
 
 template <class Storage>
 ForwardWorkspace ForwardKernels<Storage>::workspace(const ForwardParams& p) {
-  const int64_t heads = p.batch * p.heads;
-  const int64_t keys = Splits<Storage>(p, p.tokens).count;
-  const int64_t queries = p.cross ? Splits<Storage>(p, p.queries).count : 1;
+  // Numbers for each share of one side, if blocks share any of its heads.
+  const auto wanted = [&](const Side& side, int64_t numbers) {
+    return most_shares<Storage>(p, side) > 1 ? all_shares<Storage>(p, side) * numbers : 0;
+  };
   ForwardWorkspace parts;
-  if (keys > 1) parts.total = heads * keys * p.references * (p.value_depth + 1);
-  const int64_t states = heads * (keys > queries ? keys : queries) * p.references * 2;
-  if ((keys > 1 || queries > 1) && parts.total < states) parts.total = states;
+  const int64_t states = 2 * p.references, sums = p.references * (p.value_depth + 1);
+  parts.total = wanted(keys_of(p), states > sums ? states : sums);
+  const int64_t of_queries = p.cross ? wanted(queries_of(p), states) : 0;
+  if (parts.total < of_queries) parts.total = of_queries;
   parts.scaled = unit_length_workspace<Storage>(p, parts.total);
   return parts;
 }
@@ -192,28 +202,27 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
       return;
     }
   }
-  const Splits<Storage> splits(p, p.tokens);
+  const int64_t shares = most_shares<Storage>(p, keys_of(p));
   launch_solve<Storage>(p, keys_of(p), partial, stream);
-  launch<collect_kernel<Storage>>(
-      stream, "collect_kernel",
-      heads * splits.count * divide_up(p.value_depth, S::kGroup * S::kDepth) *
-          divide_up(p.references, S::kRows),
-      S::kThreads, streaming_bytes<Storage>(p, kPools, stream), p, partial);
+  launch<collect_kernel<Storage>>(stream, "collect_kernel",
+                                  heads * shares * divide_up(p.value_depth, S::kGroup * S::kDepth) *
+                                      divide_up(p.references, S::kRows),
+                                  S::kThreads, streaming_bytes<Storage>(p, kPools, stream), p,
+                                  partial);
   T* scales = static_cast<T*>(p.columns.data) + steps_kept(p) * p.references;
   const int64_t scales_of_head = keys_of(p).column_rows * p.references;
-  if (splits.count > 1) {
+  if (shares > 1) {
     launch<merge_pooled_kernel<T>>(stream, "merge_pooled_kernel",
                                    divide_up(heads * p.references * p.value_depth, kMergeThreads),
-                                   kMergeThreads, 0, heads, p.references, p.value_depth,
-                                   splits.count, static_cast<T*>(p.pooled.data), scales,
-                                   scales_of_head, static_cast<const T*>(partial));
+                                   kMergeThreads, 0, p, scales, scales_of_head,
+                                   static_cast<const T*>(partial));
   }
   merge_pooled(p, scales, scales_of_head, stream);
   if (!p.distribute) return;
   if (p.cross) launch_solve<Storage>(p, queries_of(p), partial, stream);
-  launch<distribute_kernel<Storage>>(
-      stream, "distribute_kernel", heads * Splits<Storage>(p, receivers_of(p).count).count,
-      S::kThreads, streaming_bytes<Storage>(p, kDistributes, stream), p);
+  launch<distribute_kernel<Storage>>(stream, "distribute_kernel",
+                                     heads * most_shares<Storage>(p, receivers_of(p)), S::kThreads,
+                                     streaming_bytes<Storage>(p, kDistributes, stream), p);
 }
 
 }  // namespace setformer::cuda

@@ -17,7 +17,7 @@ struct WithGradients : Base {
   bool collects, distributes;      // does this side hold the values, does it receive the output?
   Rows<Storage> output_gradients;  // [count, Dv]
   Rows<Storage> token_gradients;   // [count, D]
-  Rows<Storage> value_gradients;   // [N, Dv]
+  Rows<Storage> value_gradients;   // [N, Dv], on the keys' side
   Global<T> delta;                 // [count]
   Global<const T> given;           // [M, Dv] what pooling is given, optional
   int64_t given_row_stride, given_column_stride;
@@ -34,31 +34,32 @@ struct WithGradients : Base {
   // To be called by one thread; `tensors` are those of the head and side.
   __device__ void select_gradients(const BackwardParams& p, const BackwardWorkspace& parts,
                                    T* workspace, const HeadTensors<Storage>& tensors,
-                                   int64_t splits, bool of_queries) {
+                                   const Span& span, int64_t shares_before, bool of_queries) {
     const int64_t head = tensors.index, b = tensors.b, h = tensors.h;
     const int64_t count = tensors.tokens.count, references = p.references;
+    const int64_t tokens_before = p.heads * span.before + h * count;
     token_count = count;
     reference_count = references;
     collects = !of_queries;
     distributes = p.distribute && p.grad_output.data != nullptr && of_queries == p.cross;
-    output_gradients.select(p.grad_output, b, h, count, p.value_depth);
+    output_gradients.select(p.grad_output, span.start, h, count, p.value_depth);
     if (of_queries) {
       output_gradients.hide(p.query_mask, b);
-      token_gradients.select(p.grad_query, b, h, count, p.depth);
+      token_gradients.select(p.grad_query, span.start, h, count, p.depth);
     } else {
       output_gradients.hide(p.mask, b);
-      token_gradients.select(p.grad_key, b, h, count, p.depth);
+      token_gradients.select(p.grad_key, span.start, h, count, p.depth);
     }
-    value_gradients.select(p.grad_value, b, h, p.tokens, p.value_depth);
-    delta = workspace + parts.delta + head * count;
+    value_gradients.select(p.grad_value, span.start, h, count, p.value_depth);
+    delta = workspace + parts.delta + tokens_before;
     pooled_gradient = workspace + parts.pooled_gradient + head * references * p.value_depth;
     eta = workspace + parts.eta + head * references;
     row_adjoints = workspace + (of_queries ? parts.row_adjoints[1] : parts.row_adjoints[0]) +
-                   head * steps_kept(p) * count;
+                   steps_kept(p) * tokens_before;
     column_adjoints = workspace +
                       (of_queries ? parts.column_adjoints[1] : parts.column_adjoints[0]) +
                       head * (p.iterations + 1) * references;
-    scalars = workspace + (of_queries ? parts.scalars[1] : parts.scalars[0]) + head * splits * 2;
+    scalars = workspace + (of_queries ? parts.scalars[1] : parts.scalars[0]) + shares_before * 2;
     reference_products = workspace +
                          (of_queries ? parts.reference_products[1] : parts.reference_products[0]) +
                          head * references;
@@ -73,7 +74,9 @@ struct WithGradients : Base {
     reference_gradients = static_cast<T*>(p.grad_reference.data) + head * references * p.depth;
     mass_gradients = of_queries || p.grad_token_mass.data == nullptr
                          ? nullptr
-                         : static_cast<T*>(p.grad_token_mass.data) + head * count;
+                         : static_cast<T*>(p.grad_token_mass.data) +
+                               span.start * p.grad_token_mass.stride[0] +
+                               h * p.grad_token_mass.stride[1];
   }
 
   __device__ __forceinline__ T& row_adjoint(int64_t t, int64_t i) const {
@@ -95,7 +98,8 @@ template <class Storage>
 __device__ __forceinline__ bool is_for_chip(const BackwardParams& p, int64_t index, int threads) {
   const int64_t b = index / p.heads, h = index % p.heads;
   Similarity<Accumulate<Storage>> similarity;
-  similarity.select_similarity(p, keys_of(p), h);
+  const Side keys = keys_of(p);
+  similarity.select_similarity(p, keys, keys.span(b), h);
   if (!similarity.factored) return false;
   const Tensor& mass = p.reference_mass;
   if (mass.data == nullptr) return true;
@@ -118,19 +122,20 @@ __device__ __forceinline__ bool is_for_chip(const BackwardParams& p, int64_t ind
 template <class Storage>
 __device__ void finish_head(const BackwardParams& p, const BackwardWorkspace& parts,
                             const Accumulate<Storage>* workspace, int64_t b, int64_t h,
-                            int64_t key_splits, int64_t query_splits) {
+                            Share of_keys, Share of_queries) {
   using T = Accumulate<Storage>;
   const int64_t references = p.references, head = b * p.heads + h;
   const int lane = thread_index() % 32;
   T by_scale = 0, by_distance = 0;
   for (int side = 0; side <= int(p.cross); ++side) {
-    const int64_t splits = side == 0 ? key_splits : query_splits;
+    const int64_t before = side == 0 ? of_keys.before : of_queries.before;
+    const int64_t count = side == 0 ? of_keys.count : of_queries.count;
     const T* scalars = workspace + (side == 0 ? parts.scalars[0] : parts.scalars[1]);
     const T* products =
         workspace + (side == 0 ? parts.reference_products[0] : parts.reference_products[1]);
-    for (int64_t split = lane; split < splits; split += 32) {
-      by_scale += scalars[(head * splits + split) * 2];
-      by_distance += scalars[(head * splits + split) * 2 + 1];
+    for (int64_t split = lane; split < count; split += 32) {
+      by_scale += scalars[(before + split) * 2];
+      by_distance += scalars[(before + split) * 2 + 1];
     }
     for (int64_t j = lane; j < references; j += 32) by_distance += products[head * references + j];
   }

@@ -2,9 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
+#include <vector>
 
-#include "../sequences.h"
 #include "kernels.h"
 #include "knobs.h"
 #include "launch.h"
@@ -73,39 +72,42 @@ void visit(ScalarType type, Call call) {
   }
 }
 
+// The tensors that have a row for each token, [B, H, tokens, *].
+std::vector<Tensor*> tensors_of_tokens(ForwardParams& p) {
+  return {&p.query, &p.key, &p.value, &p.token_mass, &p.output};
+}
+std::vector<Tensor*> tensors_of_tokens(BackwardParams& p) {
+  std::vector<Tensor*> tensors = tensors_of_tokens(static_cast<ForwardParams&>(p));
+  for (Tensor* x :
+       {&p.grad_output, &p.grad_query, &p.grad_key, &p.grad_value, &p.grad_token_mass}) {
+    tensors.push_back(x);
+  }
+  return tensors;
+}
+
+// With the knobs. In packed arrays, whose B is 1, the first dimension is made to run over the
+// tokens, so that a sequence begins at the index of its first token.
 template <class Params>
-Params with_knobs(Params p) {
+Params prepared(Params p) {
   p.tiles_shift = knobs().tiles_shift;
+  if (p.offsets == nullptr) return p;
+  for (Tensor* tensor : tensors_of_tokens(p)) tensor->stride[0] = tensor->stride[2];
   return p;
 }
 
 template <template <class> class Kernels, class Params>
 int64_t workspace_bytes(const Params& given) {
-  const Params p = with_knobs(given);
+  const Params p = prepared(given);
   const int64_t number = p.type == ScalarType::kFloat64 ? sizeof(double) : sizeof(float);
   int64_t numbers = 0;
-  visit<Kernels>(p.type, [&](auto kernels) {
-    if (p.offsets == nullptr) {
-      numbers = kernels.workspace(p).total;
-      return;
-    }
-    // All sequences are looked at: a longer one may be cut into fewer parts.
-    for (int64_t s = 0; s < p.batch; ++s) {
-      numbers = std::max<int64_t>(numbers, kernels.workspace(sequence(p, s)).total);
-    }
-  });
+  visit<Kernels>(p.type, [&](auto kernels) { numbers = kernels.workspace(p).total; });
   return numbers * number;
 }
 
-// One problem, or the problems of packed sequences one after another on the stream. They share the
-// workspace.
 template <template <class> class Kernels, class Params>
 void run_kernels(const Params& given, void* workspace, Stream& target) {
-  const Params p = with_knobs(given);
-  visit<Kernels>(p.type, [&](auto kernels) {
-    if (p.offsets == nullptr) return kernels.run(p, workspace, target);
-    for (int64_t s = 0; s < p.batch; ++s) kernels.run(sequence(p, s), workspace, target);
-  });
+  const Params p = prepared(given);
+  visit<Kernels>(p.type, [&](auto kernels) { kernels.run(p, workspace, target); });
 }
 
 }  // namespace

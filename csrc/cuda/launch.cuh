@@ -107,6 +107,8 @@ int64_t streaming_bytes(const ForwardParams& p, int needs, const Stream& stream)
 }
 
 // Puts the Head of one head and side into shared memory; to be called by all threads of a block.
+// Returns whether there is work for the block: a short packed sequence is shared by fewer than the
+// longest.
 template <class Storage>
 struct Select {
   const ForwardParams& p;
@@ -114,10 +116,11 @@ struct Select {
   int needs;
   Accumulate<Storage>* partial = nullptr;
   bool resident = false;
-  __device__ void operator()(int64_t index, int64_t split) const {
+  __device__ bool operator()(int64_t index, int64_t split) const {
     Head<Storage>& head = shared_head<Head<Storage>>();
     if (thread_index() == 0) head.select(p, side, needs, resident, index, split, partial);
     head.find_center();
+    return head.split < head.splits;
   }
 };
 
@@ -127,8 +130,7 @@ template <class SelectHead, class Body>
 __device__ __forceinline__ void at_work(int64_t first, int64_t splits, int64_t rest,
                                         const SelectHead& select, Body body) {
   const int64_t work = first + blockIdx.x, part = work / rest;
-  select(part / splits, part % splits);
-  body(work % rest);
+  if (select(part / splits, part % splits)) body(work % rest);
 }
 
 }  // namespace setformer::cuda

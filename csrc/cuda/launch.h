@@ -1,5 +1,4 @@
-// The CUDA backend's entry points: every pointer in the parameters is device memory, but
-// for the offsets of packed sequences.
+// The CUDA backend's entry points: every pointer in the parameters is device memory.
 //
 // Nothing here allocates, synchronises or changes the current device for good: all work goes onto
 // `stream` of `device`, so that a call can be captured in a CUDA graph. CUDA loads code lazily, at

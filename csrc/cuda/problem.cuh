@@ -7,16 +7,46 @@
 
 namespace setformer::cuda {
 
+// Where the tokens of a sample are.
+struct Span {
+  int64_t start;   // in arrays with a row for each token: the index along the first dimension
+  int64_t before;  // tokens of all samples before this one
+  int64_t count;
+  bool valid;  // false if offsets are not what they should be; the others are within bounds then
+};
+
 // The tokens of one side: the keys, or the queries of cross attention, and their solve.
 struct Side {
   Tensor tokens;     // storage    [B, H, count, D]
   Tensor mask;       // bool       [B, count], optional
   Tensor mass;       // accumulate [B, H, count], optional
   Tensor positions;  // accumulate [count, P], optional
-  int64_t count;
-  void* rows;     // accumulate [B, H, T + 1, count]: rows^t = log2 sum_j 2^(s_ij + g^t_j)
-  void* columns;  // accumulate [B, H, column_rows, M]: columns^t = log2 sum_i 2^(s_ij + f^t_i)
-  int64_t column_rows;  // max(T, 1), and for keys one more: Head::collection_scale
+  int64_t count;     // of packed sequences: the most that one has
+  void* rows;        // accumulate [B, H, T + 1, count]: rows^t = log2 sum_j 2^(s_ij + g^t_j)
+  void* columns;     // accumulate [B, H, column_rows, M]: columns^t = log2 sum_i 2^(s_ij + f^t_i)
+  int64_t column_rows;      // max(T, 1), and for keys one more: Head::collection_scale
+  const int64_t* offsets;   // [B + 1] of packed sequences, else null
+  int64_t samples, packed;  // B, and the tokens of all packed sequences
+
+  // Packed arrays have a single sample; their stride[0] is that of a token (see `prepared`).
+  __device__ Span span(int64_t b) const {
+    if (offsets == nullptr) return {b, b * count, count, true};
+    __builtin_assume(__isGlobal(offsets));
+    const int64_t begin = offsets[b], end = offsets[b + 1];
+    const int64_t first = between(begin, 0, packed);
+    const int64_t most = packed - first < count ? packed - first : count;
+    const int64_t found = between(end - first, 0, most);
+    // Where offsets descend, the sequence between them has no rows to be NaN: its neighbours are.
+    const bool before = b > 0 ? offsets[b - 1] <= begin : begin == 0;
+    const bool after = b + 1 < samples ? end <= offsets[b + 2] : end == packed;
+    const bool valid = first == begin && first + found == end && before && after;
+    return {first, first, found, valid};
+  }
+
+ private:
+  __device__ static int64_t between(int64_t x, int64_t least, int64_t most) {
+    return x < least ? least : x > most ? most : x;
+  }
 };
 
 __host__ __device__ inline int64_t steps_kept(const ForwardParams& p) {
@@ -24,12 +54,18 @@ __host__ __device__ inline int64_t steps_kept(const ForwardParams& p) {
 }
 
 __host__ __device__ inline Side keys_of(const ForwardParams& p) {
-  return {p.key,    p.mask,      p.token_mass,   p.token_positions,
-          p.tokens, p.rows.data, p.columns.data, steps_kept(p) + 1};
+  return {p.key,     p.mask,      p.token_mass,   p.token_positions,
+          p.tokens,  p.rows.data, p.columns.data, steps_kept(p) + 1,
+          p.offsets, p.batch,     p.packed_tokens};
 }
 __host__ __device__ inline Side queries_of(const ForwardParams& p) {
-  return {p.query,           p.query_mask,         Tensor{},     p.query_positions, p.queries,
-          p.query_rows.data, p.query_columns.data, steps_kept(p)};
+  return {p.query,           p.query_mask,         Tensor{},      p.query_positions, p.queries,
+          p.query_rows.data, p.query_columns.data, steps_kept(p), p.query_offsets,   p.batch,
+          p.packed_queries};
+}
+// Of all samples.
+inline int64_t all_tokens(const Side& side) {
+  return side.offsets != nullptr ? side.packed : side.samples * side.count;
 }
 // The side that distributes: its tokens receive the output.
 __host__ __device__ inline Side receivers_of(const ForwardParams& p) {
@@ -58,6 +94,38 @@ struct Splits {
     if (count == 0) count = 1;
   }
 };
+
+// The blocks that share a head, and those of all heads before it; of packed sequences at least so
+// many, for their lengths are on the device.
+struct Share {
+  int64_t before, count;
+};
+template <class Storage>
+__host__ __device__ inline int64_t packed_shares(const ForwardParams& p, int64_t samples,
+                                                 int64_t tokens) {
+  return p.heads * (samples + (tokens / Shape<Storage>::kRows >> p.tiles_shift));
+}
+template <class Storage>
+__device__ inline Share share_of(const ForwardParams& p, const Side& side, const Span& span,
+                                 int64_t b, int64_t h) {
+  const int64_t count = Splits<Storage>(p, span.count).count;
+  const int64_t before =
+      side.offsets == nullptr ? b * p.heads * count : packed_shares<Storage>(p, b, span.before);
+  return {before + h * count, count};
+}
+// Of all heads.
+template <class Storage>
+inline int64_t all_shares(const ForwardParams& p, const Side& side) {
+  if (side.offsets != nullptr) return packed_shares<Storage>(p, p.batch, side.packed);
+  return p.batch * p.heads * Splits<Storage>(p, side.count).count;
+}
+// At least as many as share any head. (A longer sequence may be shared by fewer.)
+template <class Storage>
+__host__ __device__ inline int64_t most_shares(const ForwardParams& p, const Side& side) {
+  const Splits<Storage> splits(p, side.count);
+  if (side.offsets == nullptr || splits.tiles <= int64_t(256) << p.tiles_shift) return splits.count;
+  return 256;
+}
 
 // Up to this log2(e) / epsilon, scores are used as factors 2^s (transport.cuh): epsilon >= 1/32.
 inline constexpr double kMostFactorScale = 32 * kLog2E * (1 + 1e-6);
@@ -174,8 +242,8 @@ struct HeadTensors {
 
   int64_t index, b, h;    // b H + h
   Rows<Storage> tokens;   // [count, D]
-  Rows<Storage> values;   // [N, Dv]
-  Rows<Storage> outputs;  // [count, Dv]
+  Rows<Storage> values;   // [N, Dv], on the keys' side
+  Rows<Storage> outputs;  // [count, Dv], on the receivers' side
   Global<const T> mass;   // [count], optional
   int64_t mass_stride;
   Global<const T> positions;  // [count, P], optional
@@ -185,8 +253,8 @@ struct HeadTensors {
   // [M] 1 / sum_i C_ij, of keys: corrects C for the rounding of exponents.
   Global<T> collection_scale;
 
-  // To be called by one thread.
-  __device__ void select_tensors(const ForwardParams& p, const Side& side, int64_t head) {
+  // To be called by one thread. Returns where the sample's tokens are.
+  __device__ Span select_tensors(const ForwardParams& p, const Side& side, int64_t head) {
     index = head;
     if (head <= 0xffffffff && p.heads <= 0xffffffff) {  // a division of 64 bits takes long
       b = uint32_t(head) / uint32_t(p.heads);
@@ -195,21 +263,28 @@ struct HeadTensors {
       b = head / p.heads;
       h = head % p.heads;
     }
-    tokens.select(side.tokens, b, h, side.count, p.depth);
+    const Span span = side.span(b);
+    tokens.select(side.tokens, span.start, h, span.count, p.depth);
     tokens.hide(side.mask, b);
-    values.select(p.value, b, h, p.tokens, p.value_depth);
+    values.select(p.value, span.start, h, span.count, p.value_depth);
     values.hide(p.mask, b);
-    outputs.select(p.output, b, h, side.count, p.value_depth);
-    mass = side.mass.data == nullptr ? nullptr
-                                     : static_cast<const T*>(side.mass.data) +
-                                           b * side.mass.stride[0] + h * side.mass.stride[1];
+    outputs.select(p.output, span.start, h, span.count, p.value_depth);
+    mass = side.mass.data == nullptr
+               ? nullptr
+               : static_cast<const T*>(side.mass.data) + span.start * side.mass.stride[0] +
+                     h * side.mass.stride[1];
     mass_stride = side.mass.stride[2];
     positions = static_cast<const T*>(side.positions.data);
     position_stride = side.positions.stride[0];
     axis_stride = side.positions.stride[1];
-    rows = static_cast<T*>(side.rows) + head * (p.iterations + 1) * side.count;
+    if (side.offsets != nullptr && side.positions.data != nullptr) {
+      positions = static_cast<const T*>(side.positions.data) + span.before * position_stride;
+    }
+    rows =
+        static_cast<T*>(side.rows) + (p.iterations + 1) * (p.heads * span.before + h * span.count);
     columns = static_cast<T*>(side.columns) + head * side.column_rows * p.references;
     collection_scale = columns + steps_kept(p) * p.references;
+    return span;
   }
 };
 
@@ -224,7 +299,8 @@ struct Similarity {
   bool factored;  // scores are known to lie in [0, kMostFactorScale]
 
   // To be called by one thread.
-  __device__ void select_similarity(const ForwardParams& p, const Side& side, int64_t h) {
+  __device__ void select_similarity(const ForwardParams& p, const Side& side, const Span& span,
+                                    int64_t h) {
     gaussian = p.kernel == Kernel::kGaussian;
     epsilon = static_cast<const T*>(p.epsilon.data)[h * p.epsilon.stride[0]];
     bandwidth = p.bandwidth.data == nullptr
@@ -232,7 +308,8 @@ struct Similarity {
                     : static_cast<const T*>(p.bandwidth.data)[h * p.bandwidth.stride[0]];
     // Invalid values cannot be refused without waiting for the device: they make all results NaN.
     const T most = infinity<T>();
-    const bool possible = epsilon > T(0) && epsilon < most && bandwidth > T(0) && bandwidth < most;
+    const bool possible =
+        epsilon > T(0) && epsilon < most && bandwidth > T(0) && bandwidth < most && span.valid;
     if (!possible) epsilon = T(NAN);
     scale = T(kLog2E) / epsilon;
     distance_scale = T(kLog2E) / (T(2) * bandwidth * bandwidth);
@@ -255,22 +332,25 @@ struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
   Layout<Storage> layout;
   int64_t first_tile, last_tile;  // [first, last)
   int64_t split, splits;
+  int64_t shares_before;  // of other heads in partial
 
   Rows<Storage> references;  // [M, D]
   Global<T> pooled;          // [M, Dv]
-  Global<T> partial;         // sums of blocks that share a head, to be merged: [heads, splits, ...]
+  Global<T> partial;         // sums of blocks that share a head, to be merged: [shares, ...]
   int64_t widest;            // columns of a resident head's room in partial; 0 for others
   T center[kIsHalf<Storage> ? 1 : kMostDepth];  // see finish_rows
 
-  // To be called by one thread.
-  __device__ void select(const ForwardParams& params, const Side& side, int needs, bool resident,
+  // To be called by one thread. `part` may be beyond the splits of a short packed sequence. Returns
+  // where the sample's tokens are.
+  __device__ Span select(const ForwardParams& params, const Side& side, int needs, bool resident,
                          int64_t head, int64_t part, T* sums) {
     partial = sums;
-    const Splits<Storage> parts(params, side.count, resident);
     p = params;
-    this->select_tensors(p, side, head);
+    const Span span = this->select_tensors(p, side, head);
+    const Splits<Storage> parts(params, span.count, resident);
     split = part;
     splits = parts.count;
+    shares_before = resident ? head : share_of<Storage>(p, side, span, this->b, this->h).before;
     first_tile = part * parts.tiles_each;
     last_tile = first_tile + parts.tiles_each;
     if (last_tile > parts.tiles) last_tile = parts.tiles;
@@ -280,9 +360,10 @@ struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
 
     widest = !resident ? 0 : (p.depth > p.value_depth ? p.depth : p.value_depth) + 1;
     this->gaussian = p.kernel == Kernel::kGaussian;
-    if (needs & kHeadAlone) return;
-    layout = Layout<Storage>(p, needs, resident, side.count, kStages);
-    this->select_similarity(p, side, this->h);
+    if (needs & kHeadAlone) return span;
+    layout = Layout<Storage>(p, needs, resident, span.count, kStages);
+    this->select_similarity(p, side, span, this->h);
+    return span;
   }
 
   // To be called after select, by all threads: computes the mean of the references, about which the
@@ -307,7 +388,7 @@ struct Head : HeadTensors<Storage>, Similarity<Accumulate<Storage>> {
   // The head's part of partial, [splits, M, columns]. Parts of resident heads never overlap,
   // whatever `columns` is: their blocks may be in different passes.
   __device__ T* partials(int64_t columns) const {
-    return partial + this->index * references.count * (widest > 0 ? widest : splits * columns);
+    return partial + shares_before * references.count * (widest > 0 ? widest : columns);
   }
 
   // rows^t_i, t in -1..T; 0 for t = -1

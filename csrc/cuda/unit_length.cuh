@@ -95,8 +95,8 @@ UnitLengthWorkspace unit_length_workspace(const ForwardParams& p, int64_t& total
     return at;
   };
   total = divide_up(total, 64) * 64;
-  parts.key = take(p.batch * p.heads * p.tokens);
-  if (p.cross) parts.query = take(p.batch * p.heads * p.queries);
+  parts.key = take(p.heads * all_tokens(keys_of(p)));
+  if (p.cross) parts.query = take(p.heads * all_tokens(queries_of(p)));
   parts.reference = take(batch_of_references(p) * p.heads * p.references);
   return parts;
 }
@@ -112,28 +112,38 @@ Params scaled(const Params& given, const UnitLengthWorkspace& parts, Accumulate<
     launch<unit_length_kernel<Storage>>(stream, "unit_length_kernel",
                                         blocks_of_rows(batch * p.heads * count), kMergeThreads, 0,
                                         rows, batch, p.heads, count, p.depth, unit);
-    const int64_t of_sample = batch < p.batch ? 0 : p.heads * count * p.depth;
-    rows = {unit, {of_sample, count * p.depth, p.depth, 1}};
+    rows = {unit, {p.heads * count * p.depth, count * p.depth, p.depth, 1}};
   };
-  scale(p.key, p.batch, p.tokens, parts.key);
-  if (p.cross) scale(p.query, p.batch, p.queries, parts.query);
+  const auto scale_tokens = [&](Tensor& rows, const Side& side, int64_t at) {
+    if (side.offsets == nullptr) return scale(rows, p.batch, side.count, at);
+    scale(rows, 1, side.packed, at);
+    rows.stride[0] = rows.stride[2];
+  };
+  scale_tokens(p.key, keys_of(p), parts.key);
+  if (p.cross) scale_tokens(p.query, queries_of(p), parts.query);
   scale(p.reference, batch_of_references(p), p.references, parts.reference);
+  if (batch_of_references(p) < p.batch) p.reference.stride[0] = 0;
   return p;
 }
 
 // Turns gradients by scaled rows into gradients by the rows that were given.
 template <class Storage>
 void finish_gradients(const BackwardParams& p, Stream& stream) {
-  const auto finish = [&](auto kind, const Tensor& rows, const Tensor& mask, int64_t count,
-                          const Tensor& gradient) {
+  const auto finish = [&](auto kind, const Tensor& rows, const Tensor& mask, int64_t batch,
+                          int64_t count, const Tensor& gradient) {
     launch<unit_length_backward_kernel<Storage, decltype(kind)>>(
-        stream, "unit_length_backward_kernel", blocks_of_rows(p.batch * p.heads * count),
-        kMergeThreads, 0, rows, mask, p.batch, p.heads, count, p.depth, gradient);
+        stream, "unit_length_backward_kernel", blocks_of_rows(batch * p.heads * count),
+        kMergeThreads, 0, rows, mask, batch, p.heads, count, p.depth, gradient);
   };
-  finish(Storage{}, p.key, p.mask, p.tokens, p.grad_key);
-  if (p.cross) finish(Storage{}, p.query, p.query_mask, p.queries, p.grad_query);
+  const auto finish_tokens = [&](const Side& side, const Tensor& gradient) {
+    const bool packed = side.offsets != nullptr;
+    finish(Storage{}, side.tokens, side.mask, packed ? 1 : p.batch,
+           packed ? side.packed : side.count, gradient);
+  };
+  finish_tokens(keys_of(p), p.grad_key);
+  if (p.cross) finish_tokens(queries_of(p), p.grad_query);
   const int64_t of_head = p.references * p.depth;
-  finish(Accumulate<Storage>{}, p.reference, Tensor{}, p.references,
+  finish(Accumulate<Storage>{}, p.reference, Tensor{}, p.batch, p.references,
          {p.grad_reference.data, {p.heads * of_head, of_head, p.depth, 1}});
 }
 

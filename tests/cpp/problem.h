@@ -132,7 +132,7 @@ struct Results {
         grad_key(c.B, c.H, c.N, c.D),
         grad_value(c.B, c.H, c.N, c.Dv),
         grad_reference(c.B, c.H, c.M, c.D),
-        grad_token_mass(1, c.B, c.H, c.N),
+        grad_token_mass(c.B, c.H, c.N, 1),
         grad_reference_mass(1, c.B, c.H, c.M),
         grad_bandwidth(1, 1, c.B, c.H),
         grad_epsilon(1, 1, c.B, c.H) {}

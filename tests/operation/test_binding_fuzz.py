@@ -163,6 +163,8 @@ options = st.fixed_dictionaries(
             [None, OFFSETS, QUERY_OFFSETS, np.array([0, N]), np.array([N, 0]), np.array([0, -1, N])]
         ),
         "query_offsets": st.sampled_from([None, OFFSETS, QUERY_OFFSETS, np.zeros(3)]),
+        "max_seqlen": st.sampled_from([0, 1, N, 2**62, 2**63, -1, None, 1.5]),
+        "max_seqlen_query": st.sampled_from([0, 1, N, 2**62, -1, None]),
         "mask": st.sampled_from([None, np.ones((1, N), bool), np.zeros((2, N), bool)]),
         "unknown": st.just(1),
     },

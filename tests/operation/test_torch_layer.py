@@ -60,6 +60,8 @@ def operands(arguments: Arguments, distribute: bool = True) -> Problem:
         | {
             "position_bandwidth": arguments.get("position_bandwidth", 1.0),
             "distribute": distribute,
+            "max_seqlen": 0,
+            "max_seqlen_query": 0,
         }
     )
 

@@ -1,5 +1,6 @@
 """Packed sequences against each sequence alone, and nested tensors in SetAttention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import setformer_ext
 from conftest import Backend, cuda_emulated
-from setformer_ext import SetAttention, set_attention_varlen
-from setformer_ext.cli.selftest.problems import differentiable
+from emulator.device import Emulator
+from exactness import assert_as_exact_as_definition
+from setformer_ext import SetAttention, ops, set_attention_varlen
+from setformer_ext.cli.selftest.problems import differentiable, move
+from setformer_ext.functional import make_problem
 
 LENGTHS = [5, 0, 49, 1, 130]
 QUERY_LENGTHS = [3, 4, 0, 60, 1]
@@ -22,12 +26,19 @@ def offsets_of(lengths: list[int]) -> Tensor:
 
 
 def packed_problem(
-    dtype: torch.dtype, device: str = "cpu", *, cross: bool = False, everything: bool = False
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    cross: bool = False,
+    everything: bool = False,
+    lengths: list[int] = LENGTHS,
+    query_lengths: list[int] = QUERY_LENGTHS,
+    M: int = 7,
 ) -> dict[str, Any]:
     """Arguments of set_attention_varlen; masses, positions and references of each sequence's own
     where `everything`."""
     rng = torch.Generator().manual_seed(0)
-    S, N, Nq, H, D, Dv, M = len(LENGTHS), sum(LENGTHS), sum(QUERY_LENGTHS), 2, 8, 6, 7
+    S, N, Nq, H, D, Dv = len(lengths), sum(lengths), sum(query_lengths), 2, 8, 6
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -38,14 +49,18 @@ def packed_problem(
         "key": normal(N, H, D),
         "value": normal(N, H, Dv),
         "reference": normal(*(S, H, M, D) if everything else (H, M, D)),
-        "cu_seqlens": offsets_of(LENGTHS),
+        "kernel": "gaussian",
+        "bandwidth": 1.0,
+        "epsilon": 0.1,
+        "normalize": True,
+        "cu_seqlens": offsets_of(lengths).to(device),
         "iterations": 3,
     }
     if cross:
-        arguments["cu_seqlens_query"] = offsets_of(QUERY_LENGTHS).int()
+        arguments["cu_seqlens_query"] = offsets_of(query_lengths).int().to(device)
     if everything:
         arguments |= {
-            "token_mass": normal(N, H, dtype=accumulate).abs(),
+            "token_mass": normal(N, H, dtype=accumulate).abs() + 0.1,
             "reference_mass": normal(S, H, M, dtype=accumulate).exp(),
             "epsilon": normal(H, dtype=accumulate).exp(),
             "token_positions": normal(N, 2, dtype=accumulate),
@@ -65,7 +80,7 @@ def inputs_of(arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 def sequences(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The arguments of set_attention for each sequence."""
-    shared = dict(arguments)
+    shared = {name: x for name, x in arguments.items() if "max_seqlen" not in name}
     ends = shared.pop("cu_seqlens").tolist()
     query_ends = shared.pop("cu_seqlens_query").tolist() if "cu_seqlens_query" in shared else ends
     rows = dict.fromkeys(("key", "value", "token_mass", "token_positions"), ends)
@@ -105,29 +120,100 @@ def test_floating_point_operations_are_those_of_the_sequences(cross: bool) -> No
     assert totals[0][1] > totals[0][0] > 0
 
 
+def alone_in_the_same_kernels(
+    query: Tensor | None,  # [1, H, Nq, D]
+    key: Tensor,  # [1, H, N, D]
+    value: Tensor,  # [1, H, N, Dv]
+    **options: Any,
+) -> Tensor:  # [1, H, Nq or N, Dv]
+    """A sequence packed with no other, by the kernels that are chosen for longer ones."""
+
+    def packed(x: Tensor) -> Tensor:  # [1, H, N, ..] -> [N, H, ..]
+        return x.squeeze(0).transpose(0, 1)
+
+    if query is not None:
+        options["cu_seqlens_query"] = torch.tensor([0, query.shape[2]])
+    if (mass := options.get("token_mass")) is not None:
+        options["token_mass"] = packed(mass)
+    output = set_attention_varlen(
+        None if query is None else packed(query),
+        packed(key),
+        packed(value),
+        cu_seqlens=torch.tensor([0, key.shape[2]]),
+        **options,
+    )
+    return output.transpose(0, 1).unsqueeze(0)
+
+
+def assert_same_bits(arguments: dict[str, Any], output: Tensor, expected: Tensor) -> None:
+    """But for gradients that are sums over sequences: these are added up elsewhere."""
+    assert torch.equal(output, expected)
+    inputs = inputs_of(arguments)
+    upstream = torch.randn(output.shape, generator=torch.manual_seed(1)).to(output)
+    grads = torch.autograd.grad(output, list(inputs.values()), upstream)
+    expected_grads = torch.autograd.grad(expected, list(inputs.values()), upstream)
+    S = arguments["cu_seqlens"].shape[0] - 1
+    for name, grad, wanted in zip(inputs, grads, expected_grads, strict=True):
+        if name == "epsilon" or (name == "reference" and grad.dim() == 3):
+            largest, rounding = float(wanted.abs().max()), S * torch.finfo(grad.dtype).eps
+            torch.testing.assert_close(grad, wanted, rtol=0, atol=8 * rounding * largest)
+        else:
+            assert torch.equal(grad, wanted), name
+
+
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_packed_sequences_are_the_sequences(
-    backend: Backend, dtype: torch.dtype, cross: bool, everything: bool
+    dtype: torch.dtype, cross: bool, everything: bool
 ) -> None:
-    """Bit by bit, but for gradients that are sums over sequences: these are added up elsewhere."""
-    if backend.emulated and (dtype == torch.float64 or cross != everything):
-        pytest.skip("two problems will do of each other type, emulated")
-    arguments = packed_problem(dtype, backend.device, cross=cross, everything=everything)
-    inputs = inputs_of(arguments)
-    output, expected = set_attention_varlen(**arguments), one_by_one(arguments)
-    assert torch.equal(output, expected)
-    upstream = torch.randn(output.shape, generator=torch.manual_seed(1)).to(output)
-    grads = torch.autograd.grad(output, list(inputs.values()), upstream)
-    expected_grads = torch.autograd.grad(expected, list(inputs.values()), upstream)
-    for name, grad, wanted in zip(inputs, grads, expected_grads, strict=True):
-        if name in ("reference", "epsilon") and not (everything and name == "reference"):
-            largest = float(wanted.abs().max())
-            rounding = len(LENGTHS) * torch.finfo(grad.dtype).eps
-            torch.testing.assert_close(grad, wanted, rtol=0, atol=8 * rounding * largest)
-        else:
-            assert torch.equal(grad, wanted), name
+    arguments = packed_problem(dtype, cross=cross, everything=everything)
+    assert_same_bits(arguments, set_attention_varlen(**arguments), one_by_one(arguments))
+
+
+# On chip or resident, and streaming, where short heads are shared by fewer blocks than long ones.
+KERNELS: dict[str, dict[str, Any]] = {
+    "one block a head": {},
+    "streaming": {"lengths": [70, 0, 600, 1], "query_lengths": [3, 5, 0, 300], "M": 130},
+}
+
+
+@pytest.mark.parametrize("sizes", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_launch_computes_all_sequences(
+    backend: Backend, dtype: torch.dtype, cross: bool, sizes: dict[str, Any]
+) -> None:
+    """On CUDA the longest decides which kernels run: then each sequence has the bits that it has
+    alone in these, and they are as exact as others."""
+    arguments = packed_problem(dtype, backend.device, cross=cross, everything=True, **sizes)
+    longest = {"max_seqlen": int(arguments["cu_seqlens"].diff().max())}
+    if cross:
+        longest["max_seqlen_query"] = int(arguments["cu_seqlens_query"].diff().max())
+    parts = sequences(arguments)
+    launched = []
+    emulator = Emulator(backend.module.__file__) if backend.emulated else None
+
+    def call(function: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+        if emulator is not None:
+            emulator.clear_launches()
+        output = function(**given, **longest)
+        if emulator is not None:
+            launched.append([launch.kernel for launch in emulator.launches()])
+        return output
+
+    def alone(**given: Any) -> Tensor:
+        return call(alone_in_the_same_kernels, given)
+
+    alone.__name__ = "set_attention"  # of the definition, which it is compared with
+    output = call(set_attention_varlen, arguments)
+    expected = torch.cat([alone(**own).squeeze(0).transpose(0, 1) for own in parts])
+    for own, kernels in zip(parts, launched[1:], strict=False):
+        if own["key"].numel() > 0 and (not cross or own["query"].numel() > 0):
+            assert kernels == launched[0]  # of nothing some have no block
+    assert_same_bits(arguments, output, expected)
+    for own in parts:
+        assert_as_exact_as_definition(alone, move(own, dtype=dtype))
 
 
 def test_results_lie_in_memory_as_they_are_read() -> None:
@@ -288,8 +374,7 @@ def test_nested_tensors_without_tokens() -> None:
     assert module(empty).values().shape == (0, 16)
 
 
-def test_cuda_workspace_is_that_of_the_greediest_sequence() -> None:
-    """Which is not the longest: from 65,537 tokens on a head is cut into fewer parts."""
+def test_cuda_workspace_is_for_all_tokens_and_not_for_sequences_as_long_as_the_longest() -> None:
     module = cuda_emulated().module
 
     def bytes_wanted(lengths: list[int]) -> int:
@@ -312,8 +397,57 @@ def test_cuda_workspace_is_that_of_the_greediest_sequence() -> None:
             raise InterruptedError
 
         with pytest.raises(InterruptedError):
-            module.set_attention_forward(**arrays, iterations=T, workspace=workspace)
+            module.set_attention_forward(
+                **arrays, iterations=T, max_seqlen=max(lengths), workspace=workspace
+            )
         return wanted[0]
 
-    assert bytes_wanted([60000]) > bytes_wanted([70000])
-    assert bytes_wanted([70000, 5, 60000]) == bytes_wanted([60000])
+    one = bytes_wanted([60000])
+    assert one < bytes_wanted([60000] + [600] * 100) < 3 * one
+
+
+# Offsets that no call on the CPU takes, of 20 tokens in sequences of 12 at most, and which of the
+# sequences they spoil.
+WRONG_OFFSETS = {
+    "descending": ([0, 8, 4, 16, 20], [True, True, True, False]),
+    "too long": ([0, 2, 18, 20], [False, True, False]),
+    "beyond the end": ([0, 9, 12, 24], [False, False, True]),
+    "far beyond": ([0, 9, 1 << 40, 1 << 50], [False, True, True]),
+    "negative": ([0, -5, 8, 20], [True, True, False]),
+    "not from 0": ([3, 9, 12, 20], [True, False, False]),
+    "not to the end": ([0, 9, 12, 17], [False, False, True]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OFFSETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wrong_offsets_that_nobody_reads_make_a_sequence_nan(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str
+) -> None:
+    """The others are what they should be."""
+    offsets, spoilt = WRONG_OFFSETS[name]
+    monkeypatch.setattr(ops, "_C", cuda_emulated().module)
+    H, N = 2, 20
+    key, value = (torch.randn(1, H, N, 8).to(dtype) for _ in range(2))
+    reference = torch.randn(H, 5, 8).to(dtype)
+    options = {"kernel": "gaussian", "position_bandwidth": None, "iterations": 2}
+    options |= {"bandwidth": 1.0, "epsilon": 0.1, "normalize": False}
+    problem = make_problem({"key": key, "value": value, "reference": reference, **options})
+    problem = problem._replace(offsets=torch.tensor(offsets), max_seqlen=12)
+    solution = ops.solve(problem)
+    for s in range(len(spoilt)):
+        begin, end = offsets[s], offsets[s + 1]
+        if spoilt[s]:  # or has no tokens within bounds, of which it collects 0
+            assert (solution.pooled[s].isnan() | (solution.pooled[s] == 0)).all(), s
+            begin, end = max(begin, 0), max(end, 0)
+            assert solution.output[:, :, begin : min(end, begin + 12)].isnan().all(), s
+        else:
+            alone = setformer_ext.reference.set_attention(
+                None,
+                *(x[:, :, begin:end].double() for x in (key, value)),
+                reference.double(),
+                **options | {"position_bandwidth": 1.0},
+            )
+            found = solution.output[:, :, begin:end].double()
+            tolerance = 8 * torch.finfo(dtype).eps * float(value.abs().max())
+            torch.testing.assert_close(found, alone, rtol=0, atol=tolerance)

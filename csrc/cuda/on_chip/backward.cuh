@@ -77,8 +77,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
     meet<S>();
     if (at.thread == 0) {
       auto& head = shared_head<S>();
-      head.select(p, first + blockIdx.x, of_queries);
-      shared_gradients<S>().select_gradients(p, p.parts, p.workspace, head, 1, of_queries);
+      const Span span = head.select(p, first + blockIdx.x, of_queries);
+      shared_gradients<S>().select_gradients(p, p.parts, p.workspace, head, span, head.index,
+                                             of_queries);
     }
     meet<S>();
     side_backward<S>(p, at, scales);
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
   meet<S>();
   if (at.warp == 0) {
     const auto& head = shared_head<S>();
-    finish_head<Storage>(p, p.parts, p.workspace, head.b, head.h, 1, 1);
+    const Share alone{head.index, 1};
+    finish_head<Storage>(p, p.parts, p.workspace, head.b, head.h, alone, alone);
   }
 #endif
 }

@@ -56,12 +56,13 @@ struct Head : HeadTensors<Storage> {
     return similarity.gaussian ? -similarity.distance_scale * square : 0.0f;
   }
 
-  // To be called by one thread.
-  __device__ void select(const ForwardParams& p, int64_t head, bool of_queries) {
+  // To be called by one thread. Returns where the sample's tokens are.
+  __device__ Span select(const ForwardParams& p, int64_t head, bool of_queries) {
     const Side side = of_queries ? queries_of(p) : keys_of(p);
-    this->select_tensors(p, side, head);
-    similarity.select_similarity(p, side, this->h);
+    const Span span = this->select_tensors(p, side, head);
+    similarity.select_similarity(p, side, span, this->h);
     pooled = static_cast<float*>(p.pooled.data) + head * p.references * p.value_depth;
+    return span;
   }
 };
 

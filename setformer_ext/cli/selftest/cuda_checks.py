@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import set_attention
+from ... import set_attention, set_attention_varlen
 from .behaviour_checks import OPTIONS, all_identical, count
 from .outcome import Check, SkippedError, Task
-from .problems import Arguments, call, output_gradient, random_problem, run
+from .problems import Arguments, call, generator, output_gradient, random_problem, run
 from .tolerance import Comparison, compare_with_definition
 
 # One head of few tokens fits the shared memory of one block.
@@ -27,6 +27,7 @@ def tasks() -> list[Task]:
         "calls return before their work is done": no_waiting,
         "two streams at once": two_streams,
         "a CUDA graph": graph,
+        "packed sequences in a CUDA graph": graph_of_packed,
         "the second GPU while the first is current": second_device,
         "no memory of the size N x M": memory,
         "an epsilon that is not positive": invalid_epsilon,
@@ -121,6 +122,46 @@ def graph(device: torch.device) -> Iterator[Comparison]:
             captured.replay()
         torch.cuda.synchronize(device)
         yield from all_identical(f"N={sizes['N']}", results, expected)
+
+
+def graph_of_packed(device: torch.device) -> Iterator[Comparison]:
+    """Captured with some offsets, replayed with others, which the CPU reads in neither call."""
+    _need_caching()
+    rng, (H, D, M) = generator(7), (3, 16, 17)
+    for longest in (100, 5000):
+        N = 2 * longest
+        shapes = ((N, H, D), (N, H, D), (H, M, D))
+        tensors = [torch.randn(shape, generator=rng).to(device) for shape in shapes]
+        for x in tensors:
+            x.requires_grad_()
+        half = longest // 2
+        ends = torch.tensor([0, half, half, longest, N], device=device)
+        others = torch.tensor([0, longest, longest + 1, longest + 9, N], device=device)
+        expected = _packed(*tensors, ends=others, longest=longest)
+        _packed(*tensors, ends=ends, longest=longest)
+        torch.cuda.synchronize(device)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(captured):
+            results = _packed(*tensors, ends=ends, longest=longest)
+        ends.copy_(others)
+        captured.replay()
+        torch.cuda.synchronize(device)
+        yield from all_identical(f"N={longest}", results, expected)
+
+
+def _packed(
+    key: Tensor,  # [N, H, D]
+    value: Tensor,  # [N, H, D]
+    reference: Tensor,  # [H, M, D]
+    *,
+    ends: Tensor,  # [S + 1]
+    longest: int,
+) -> dict[str, Tensor]:
+    """Output and gradients of packed sequences."""
+    output = set_attention_varlen(None, key, value, reference, ends, max_seqlen=longest)
+    grads = torch.autograd.grad(output.square().sum(), (key, value, reference))
+    names = ("key", "value", "reference")
+    return {"output": output.detach(), **dict(zip(names, grads, strict=True))}
 
 
 def second_device(device: torch.device) -> Iterator[Comparison]:

@@ -18,10 +18,10 @@ OPERATION = (
         "if problem.key.device.type == device:",
     ),
     Fault(
-        "gradient of packed token masses with heads and tokens mixed up",
+        "longest packed sequence taken for the first",
         "ops.py",
-        "part.view(1, heads, -1)",
-        "part.view(1, -1, heads).transpose(1, 2)",
+        "int(offsets.diff().max())",
+        "int(offsets.diff()[0])",
     ),
     Fault(
         "plan of keys that autocast has not rounded",
