@@ -309,6 +309,14 @@ def test_compile() -> None:
             ValueError,
             r"cu_seqlens_query must be \[S \+ 1=6\] as cu_seqlens is, got \[2\]",
         ),
+        (
+            {"max_seqlen": 129},
+            ValueError,
+            "max_seqlen must be at least the length of every sequence, got 129, of 130",
+        ),
+        ({"max_seqlen": 0}, ValueError, "max_seqlen must be >= 1, got 0"),
+        ({"max_seqlen": 130.0}, TypeError, "max_seqlen must be an int or None, got float"),
+        ({"max_seqlen": True}, TypeError, "max_seqlen must be an int or None, got bool"),
         ({"token_mass": torch.zeros(2, 185)}, ValueError, r"token_mass must be \[N=185, H=2\]"),
         ({"token_mass": -torch.ones(185, 2)}, ValueError, "token_mass must be >= 0 everywhere"),
     ],
@@ -316,6 +324,17 @@ def test_compile() -> None:
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"set_attention.*: {message}"):
         set_attention_varlen(**packed_problem(torch.float32) | changes)
+
+
+def test_compiled_calls_check_the_longest_sequence_too() -> None:
+    arguments = packed_problem(torch.float32, cross=True)
+    longest = {"max_seqlen": max(LENGTHS), "max_seqlen_query": max(QUERY_LENGTHS)}
+    compiled = torch.compile(set_attention_varlen, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**arguments, **longest), set_attention_varlen(**arguments))
+    for name, length in longest.items():
+        expected = f"{name} must be at least the length of every sequence, got {length - 1}"
+        with pytest.raises(ValueError, match=expected):
+            compiled(**arguments, **longest | {name: length - 1})
 
 
 MODULES: dict[str, dict[str, Any]] = {

@@ -44,6 +44,7 @@ class Problem:
     backward: bool
     options: dict[str, Any]  # of random_problem
     arranged: Callable[[Tensor], Tensor] | None = None  # the same key, elsewhere in memory
+    packed: bool = False  # the valid tokens alone, as packed sequences
     in_group: bool = False  # by the launches of a group of ranks, here of one
     hidden: int = 0  # tokens from the first on that the mask leaves out
     architecture: int = 80  # that faults are compiled for
@@ -62,6 +63,52 @@ def far(key: Tensor) -> Tensor:
     return room.as_strided((B, H, N, D), (N * D, 2**31, D, 1)).copy_(key)
 
 
+def packed(
+    query: Tensor | None,  # [B, H, Nq, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, Dv]
+    reference: Tensor,  # [H, M, D] or [B, H, M, D]
+    *,
+    mask: Tensor,  # [B, N]
+    query_mask: Tensor | None = None,  # [B, Nq]
+    token_mass: Tensor | None = None,  # [B, H, N]
+    token_positions: Tensor | None = None,  # [N, P]
+    query_positions: Tensor | None = None,  # [Nq, P]
+    **options: Any,
+) -> Tensor:  # [B, H, Nq or N, Dv]
+    """set_attention by set_attention_varlen."""
+    B = mask.shape[0]
+
+    def rows(x: Tensor, valid: Tensor) -> Tensor:  # [B, H, N, ...] to [tokens, H, ...]
+        return x.transpose(1, 2)[valid]
+
+    def positions(x: Tensor | None, valid: Tensor) -> Tensor | None:
+        return None if x is None else x.expand(B, *x.shape)[valid]
+
+    def ends(valid: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.long), valid.sum(1).cumsum(0)])
+
+    if query is not None:
+        assert query_mask is not None
+        options["cu_seqlens_query"] = ends(query_mask)
+        options["query_positions"] = positions(query_positions, query_mask)
+    output = setformer_ext.set_attention_varlen(
+        None if query is None else rows(query, query_mask),
+        rows(key, mask),
+        rows(value, mask),
+        reference,
+        ends(mask),
+        token_mass=None if token_mass is None else rows(token_mass, mask),
+        token_positions=positions(token_positions, mask),
+        **options,
+    )
+    valid = mask if query_mask is None else query_mask
+    padded = output.new_zeros(*valid.shape, *output.shape[1:])
+    return padded.masked_scatter(valid[:, :, None, None], output).transpose(1, 2)
+
+
+packed.__name__ = "set_attention"  # whose definition it is compared with
+
 # Small, but with a tail in every dimension: tiles are of 64 tokens and 64 references, and of 64
 # columns (float32: 32); more than four tiles of tokens are split over blocks.
 LEARNED = {"epsilon": "learned", "bandwidth": "learned"}
@@ -78,6 +125,8 @@ DEEP = {"D": 40}  # two depth tiles of float32
 SMALL = {"N": 45}  # fits the 64 KiB of a block on sm_75
 SHALLOW = {"N": 2100, "D": 16}
 MANY_QUERIES = {"N": 5, "Nq": 301, "M": 70}  # and more references than a tile
+SAMPLES = {"B": 3, "masked": True, "token_mass": True}
+SHARED = {"N": 365}  # of which some samples have 4 tiles left, for one block, and some have more
 IN_LOGARITHMS = {"epsilon": 0.01, "masked": True}
 
 PROBLEMS = {
@@ -141,6 +190,15 @@ PROBLEMS = {
         "bfloat16", "streaming", True, STREAMING | TWO_TILES
     ),
     "float32 streaming backward": Problem("float32", "streaming", True, STREAMING | TWO_TILES),
+    "bfloat16 on-chip backward, packed": Problem(
+        "bfloat16", "on chip", True, RESIDENT | SAMPLES | {"N": 110}, packed=True
+    ),
+    "float32 resident backward, packed": Problem(
+        "float32", "resident", True, RESIDENT | SAMPLES, packed=True
+    ),
+    "float32 streaming backward, packed": Problem(
+        "float32", "streaming", True, STREAMING | SAMPLES | SHARED, packed=True
+    ),
     "float32 streaming backward, in a group": Problem(
         "float32", "streaming", True, STREAMING, in_group=True
     ),
@@ -201,6 +259,7 @@ def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterat
         arguments["key"] = problem.arranged(arguments["key"])
     if problem.hidden:
         arguments["mask"][:, : problem.hidden] = False
+    function = packed if problem.packed else setformer_ext.set_attention
     modes = [(order, mode) for order, mode in MODES if mode != "plain" or order in orders]
     for order, mode in modes + ADDRESS_MODES * sanitizer_is_loaded():
         emulator.clear_errors()
@@ -208,7 +267,7 @@ def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterat
         with emulator.configured(order=order, mode=mode):
             try:
                 comparisons = compare_with_definition(
-                    setformer_ext.set_attention, arguments, backward=problem.backward
+                    function, arguments, backward=problem.backward
                 )
                 failed = [str(comparison) for comparison in comparisons if not comparison.passed]
             except RuntimeError as error:  # a launch failed

@@ -673,4 +673,52 @@ IN_GROUP = tuple(
     )
 )
 
-FAULTS = FORWARD + ON_CHIP + BACKWARD + ON_CHIP_BACKWARD + IN_GROUP
+PACKED = tuple(
+    Fault(name, file, old, new, problem)
+    for name, file, old, new, problem in (
+        (
+            "every packed sequence begins with the first",
+            "problem.cuh",
+            "return {first, first, found, valid};",
+            "return {0, first, found, valid};",
+            "bfloat16 on-chip backward, packed",
+        ),
+        (
+            "normalisers of packed sequences in the place of the first one's",
+            "problem.cuh",
+            "return {first, first, found, valid};",
+            "return {first, 0, found, valid};",
+            "float32 resident backward, packed",
+        ),
+        (
+            "every packed sequence has the positions of the first",
+            "problem.cuh",
+            "span.before * position_stride",
+            "0 * position_stride",
+            "float32 resident backward, packed",
+        ),
+        (
+            "a packed sequence has the mass gradients of the next",
+            "gradient_tensors.cuh",
+            "span.start * p.grad_token_mass.stride[0] +",
+            "(span.start + span.count) * p.grad_token_mass.stride[0] +",
+            "bfloat16 on-chip backward, packed",
+        ),
+        (
+            "packed sequences share the room of their blocks' sums",
+            "problem.cuh",
+            "p.heads * (samples + (tokens",
+            "p.heads * (0 + (tokens",
+            "float32 streaming backward, packed",
+        ),
+        (
+            "blocks that a short packed sequence does not need compute it",
+            "launch.cuh",
+            "    return head.split < head.splits;",
+            "    return true;",
+            "float32 streaming backward, packed",
+        ),
+    )
+)
+
+FAULTS = FORWARD + ON_CHIP + BACKWARD + ON_CHIP_BACKWARD + IN_GROUP + PACKED
