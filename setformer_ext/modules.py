@@ -81,7 +81,7 @@ class SetAttention(nn.Module):
         self,
         dim: int,
         num_heads: int = 8,
-        num_references: int = 16,
+        num_references: int = 32,
         *,
         pooled_references: bool = False,
         query_projection: bool = True,

@@ -52,7 +52,7 @@ class Task:
     dim: int = 64
     depth: int = 4
     num_heads: int = 4
-    references: int = 16  # M of SeT attention
+    references: int = 32  # M of SeT attention
 
     @property
     def recipe(self) -> str:
