@@ -212,8 +212,8 @@ On the CPU output may be given alone, if no gradient is needed.
 Packed sequences: offsets and query_offsets hold the first token of each of S sequences, then the
 number of all tokens. B is then S, but 1 for arrays with a row for each token; rows and query_rows
 hold one sequence after another. No sequence may have more tokens than max_seqlen, or more queries
-than max_seqlen_query; both are needed on CUDA, where offsets are not read on the way, and choose the
-kernels. A sequence whose offsets are wrong is NaN there; rows that no sequence has stay unwritten.
+than max_seqlen_query. On CUDA these two must be given, for they choose the kernels, and offsets are
+not checked: wrong ones make sequences NaN; rows that no sequence has hold anything.
 
 Devices: all arrays lie in the memory of the CPU or of one CUDA device, whose kernels run. CUDA uses
 two more arguments. All work is put on `stream`, a cudaStream_t as an integer (0: the default

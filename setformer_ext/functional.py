@@ -17,6 +17,7 @@ from .arguments import (
     autocast_enabled,
     check,
     is_dtensor,
+    is_integer,
     readable,
     refusal,
     seen_by_kernels,
@@ -186,9 +187,9 @@ def set_attention_varlen(
             device.
         max_seqlen: what no sequence is longer than, >= 1. If it is not given, it is read from
             ``cu_seqlens``, and the call waits for the device that those are on. If it is given and
-            they are on the key's device, the call waits for nothing and can be captured in a CUDA
-            graph; nothing is checked then: a sequence whose offsets are wrong or that is longer is
-            NaN in its first ``max_seqlen`` rows, and rows that are of no sequence hold anything.
+            they are on a GPU, the call waits for nothing and can be captured in a CUDA graph, but
+            offsets are not checked: a sequence that descends, leaves the tokens or is longer
+            makes itself or its neighbours NaN, and rows that no sequence has hold anything.
         cu_seqlens_query: [S + 1], ascending from 0 to Nq; for cross attention, and only there.
         max_seqlen_query: the same of ``cu_seqlens_query``.
         query_positions: [Nq, P], for cross attention.
@@ -217,29 +218,31 @@ def set_attention_varlen(
             f"{function}: key must be a plain tensor, got a DTensor: set_attention takes those, "
             "padded and with a mask"
         )
-    offsets = _offsets("cu_seqlens", cu_seqlens, max_seqlen)
+    offsets = _offsets("cu_seqlens", cu_seqlens)
     check(function, packed, offsets.shape[0] - 1)
-    _require_ends("cu_seqlens", offsets, key, max_seqlen)
-    query_offsets = None
+    longest = _longest("cu_seqlens", offsets, key, max_seqlen)
+    query_offsets, longest_query = None, 0
     if (query := packed["query"]) is not None:
-        query_offsets = _offsets("cu_seqlens_query", cu_seqlens_query, max_seqlen_query)
+        query_offsets = _offsets("cu_seqlens_query", cu_seqlens_query)
         if query_offsets.shape != offsets.shape:
             expected = f"[S + 1={offsets.shape[0]}] as cu_seqlens is"
             raise _error(ValueError, "cu_seqlens_query", expected, list(query_offsets.shape))
-        _require_ends("cu_seqlens_query", query_offsets, query, max_seqlen_query)
-    elif cu_seqlens_query is not None:
-        got = type(cu_seqlens_query).__name__
-        raise _error(ValueError, "cu_seqlens_query", "None in self attention", got)
+        longest_query = _longest("cu_seqlens_query", query_offsets, query, max_seqlen_query)
+    for name, x in (("cu_seqlens_query", cu_seqlens_query), ("max_seqlen_query", max_seqlen_query)):
+        if query is None and x is not None:
+            raise _error(ValueError, name, "None in self attention", type(x).__name__)
     batch_of_one = {
         name: None if packed[name] is None else packed[name].transpose(0, 1).unsqueeze(0)
         for name in ("query", "key", "value", "token_mass")  # [N, H, ..] to [1, H, N, ..]
     }
     problem = make_problem(packed | batch_of_one)
     problem = problem._replace(
-        offsets=offsets,
-        query_offsets=query_offsets,
-        max_seqlen=max_seqlen or 0,
-        max_seqlen_query=max_seqlen_query or 0,
+        offsets=_beside(key, offsets, longest),
+        query_offsets=(
+            None if query_offsets is None else _beside(key, query_offsets, longest_query)
+        ),
+        max_seqlen=longest,
+        max_seqlen_query=longest_query,
     )
     output: Tensor = differentiable_call("set_attention", *problem)[0]
     return output.squeeze(0).transpose(0, 1)
@@ -383,8 +386,8 @@ def _error(kind: type[Exception], name: str, expected: str, got: object) -> Exce
     return kind(refusal("set_attention_varlen", name, expected, got))
 
 
-def _offsets(name: str, x: object, longest: int | None) -> Tensor:  # [S + 1]
-    """As int64; on the CPU if the longest sequence has to be found."""
+def _offsets(name: str, x: object) -> Tensor:  # [S + 1]
+    """As int64."""
     if not isinstance(x, Tensor) or is_dtensor(x):
         raise _error(TypeError, name, "an int32 or int64 tensor [S + 1]", type(x).__name__)
     if x.dtype not in (torch.int32, torch.int64):
@@ -393,26 +396,41 @@ def _offsets(name: str, x: object, longest: int | None) -> Tensor:  # [S + 1]
         raise _error(ValueError, name, "[S + 1] for S >= 1 sequences", list(x.shape))
     if x.device.type == "meta":
         raise _error(ValueError, name, "on a device that holds its values", x.device)
-    return x.to("cpu" if longest is None else x.device, torch.int64).contiguous()
+    return x.to(torch.int64).contiguous()
 
 
-def _require_ends(name: str, offsets: Tensor, packed: Tensor, longest: int | None) -> None:
-    """Ascending from 0 to the number of tokens, by ``longest`` at most; when tracing, the kernel on
-    the CPU checks that."""
+def _longest(name: str, offsets: Tensor, packed: Tensor, given: int | None) -> int:
+    """The length that no sequence exceeds, as it is given, or as the offsets have it: then this
+    waits for their device. 0 where tracing leaves it to the kernel.
+
+    Raises:
+        ValueError: if the offsets can be read and do not ascend from 0 to the number of tokens, or
+            a sequence is longer than what is given.
+    """
     name_of_longest = name.replace("cu_seqlens", "max_seqlen")
-    if longest is not None and not isinstance(longest, torch.SymInt):
-        if isinstance(longest, bool) or not isinstance(longest, int):
-            raise _error(TypeError, name_of_longest, "an int or None", type(longest).__name__)
-        if longest < 1:
-            raise _error(ValueError, name_of_longest, ">= 1", longest)
+    if given is not None and not isinstance(given, torch.SymInt):
+        if not is_integer(given):
+            raise _error(TypeError, name_of_longest, "an int or None", type(given).__name__)
+        if given < 1:
+            raise _error(ValueError, name_of_longest, ">= 1", given)
+    if given is None and not torch.compiler.is_compiling():
+        offsets = offsets.cpu()
     if not readable(offsets):
-        return
-    ascends = int(offsets[0]) == 0 and int(offsets[-1]) == packed.shape[0]
+        return given or 0
     lengths = offsets.diff()
-    if longest is not None and bool((lengths > longest).any()):
-        expected = "at least the length of every sequence"
-        raise _error(ValueError, name_of_longest, expected, f"{longest}, of {int(lengths.max())}")
+    ascends = int(offsets[0]) == 0 and int(offsets[-1]) == packed.shape[0]
     if not ascends or bool((lengths < 0).any()):
         expected = f"ascending from 0 to the number of packed tokens, {packed.shape[0]}"
         got = offsets.tolist() if offsets.shape[0] <= 10 else f"{offsets[0]} to {offsets[-1]}"
         raise _error(ValueError, name, expected, got)
+    longest = int(lengths.max())
+    if given is not None and longest > given:
+        expected = "at least the length of every sequence"
+        raise _error(ValueError, name_of_longest, expected, f"{given}, of {longest}")
+    return longest if given is None else int(given)
+
+
+def _beside(key: Tensor, offsets: Tensor, longest: int) -> Tensor:  # [S + 1]
+    """On the key's device, unless the longest sequence has still to be found. Backward uses the
+    same copy, so it waits for nothing."""
+    return offsets.to(key.device, non_blocking=True) if longest else offsets

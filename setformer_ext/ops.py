@@ -153,8 +153,13 @@ def _packing(problem: Problem) -> dict[str, Any]:
         offsets = getattr(problem, name)
         if offsets is not None:
             packing[name] = offsets.to(problem.key.device, torch.int64).contiguous()
-            packing[longest] = getattr(problem, longest) or int(offsets.diff().max())
+            packing[longest] = getattr(problem, longest) or _longest(offsets)
     return packing
+
+
+def _longest(offsets: Tensor) -> int:  # [S + 1]
+    """At least 0: what the kernels say of offsets that descend names these."""
+    return max(int(offsets.diff().max()), 0) if offsets.shape[0] > 1 else 0
 
 
 def solve(

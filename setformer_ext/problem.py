@@ -124,8 +124,10 @@ class Problem(NamedTuple):
     def sequences(self) -> "list[Problem]":
         """The problems that are packed, each a batch of one."""
         assert self.offsets is not None
-        ends = [int(end) for end in self.offsets]  # tolist() is unknown to torch.func before 2.10
-        query_ends = ends if self.query_offsets is None else [int(x) for x in self.query_offsets]
+        # tolist() is unknown to torch.func before 2.10
+        ends = [int(end) for end in self.offsets.cpu()]
+        queries = self.query_offsets
+        query_ends = ends if queries is None else [int(end) for end in queries.cpu()]
         problems = []
         for index in range(self.batch):
             parts: dict[str, Any] = dict(_OF_PACKED)

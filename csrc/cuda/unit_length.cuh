@@ -122,7 +122,7 @@ Params scaled(const Params& given, const UnitLengthWorkspace& parts, Accumulate<
   scale_tokens(p.key, keys_of(p), parts.key);
   if (p.cross) scale_tokens(p.query, queries_of(p), parts.query);
   scale(p.reference, batch_of_references(p), p.references, parts.reference);
-  if (batch_of_references(p) < p.batch) p.reference.stride[0] = 0;
+  if (batch_of_references(given) < p.batch) p.reference.stride[0] = 0;
   return p;
 }
 

@@ -423,6 +423,7 @@ def test_gpu_checks_without_the_caching_of_memory(
     assert {name for name, outcome in outcomes.items() if outcome.skipped == reason} == {
         "calls return before their work is done",
         "a CUDA graph",
+        "packed sequences in a CUDA graph",
         "no memory of the size N x M",
     }
     assert outcomes["two streams at once"].status == "ok"
@@ -441,6 +442,7 @@ def test_gpu_checks_run_through(pretended_gpu: None, monkeypatch: pytest.MonkeyP
     assert {name for name, outcome in outcomes.items() if outcome.failures} == {
         "calls return before their work is done",  # the pretended stream is always idle
         "a CUDA graph",  # the pretended graph replays nothing
+        "packed sequences in a CUDA graph",
     }
 
 

@@ -49,7 +49,7 @@ def test_results_are_on_the_device_of_the_tensors() -> None:
         plan = setformer_ext.transport_plan(key, reference, **options)
         pooled = setformer_ext.set_pooling(key, value, reference, **options)
         tensors = (key, value, reference, epsilon, epsilon, query, mask, *(None,) * 8)
-        problem = Problem(*tensors, "linear", 1.0, 5, True, True)
+        problem = Problem(*tensors, "linear", 1.0, 5, True, True, 0, 0)
         solution = torch.ops.setformer_ext.set_attention(*problem)
         gradients = torch.ops.setformer_ext.set_attention_backward(
             output, None, *solution, *problem

@@ -317,6 +317,7 @@ def test_compile() -> None:
         ({"max_seqlen": 0}, ValueError, "max_seqlen must be >= 1, got 0"),
         ({"max_seqlen": 130.0}, TypeError, "max_seqlen must be an int or None, got float"),
         ({"max_seqlen": True}, TypeError, "max_seqlen must be an int or None, got bool"),
+        ({"max_seqlen_query": 9}, ValueError, "max_seqlen_query must be None in self attention"),
         ({"token_mass": torch.zeros(2, 185)}, ValueError, r"token_mass must be \[N=185, H=2\]"),
         ({"token_mass": -torch.ones(185, 2)}, ValueError, "token_mass must be >= 0 everywhere"),
     ],

@@ -146,7 +146,7 @@ def graph_of_packed(device: torch.device) -> Iterator[Comparison]:
         ends.copy_(others)
         captured.replay()
         torch.cuda.synchronize(device)
-        yield from all_identical(f"N={longest}", results, expected)
+        yield from all_identical(f"longest {longest}", results, expected)
 
 
 def _packed(

@@ -212,10 +212,8 @@ FORWARD = (
     Fault(
         "log-sum-exp of the last block not merged",
         "forward_kernels.cuh",
-        "  for (int64_t split = 0; split < splits; ++split) {\n"
-        "    const T* from = partial + (head * splits + split) * 2 * references + j;",
-        "  for (int64_t split = 0; split + 1 < splits; ++split) {\n"
-        "    const T* from = partial + (head * splits + split) * 2 * references + j;",
+        "  for (int64_t split = 0; split < share.count; ++split) {\n    const T* from",
+        "  for (int64_t split = 0; split + 1 < share.count; ++split) {\n    const T* from",
         "float32 streaming forward",
     ),
     Fault(
@@ -256,8 +254,8 @@ FORWARD = (
     Fault(
         "weights of the last block alone",
         "forward_kernels.cuh",
-        "total += from[split * of_head + width];",
-        "total = from[split * of_head + width];",
+        "total += from[split * of_share + width];",
+        "total = from[split * of_share + width];",
         "bfloat16 streaming forward",
     ),
     Fault(
@@ -301,8 +299,8 @@ BACKWARD = (
     Fault(
         "gradient of the queries' steps in place of the keys'",
         "gradient_tensors.cuh",
-        "by_scale += scalars[(head * splits + split) * 2];",
-        "by_scale = scalars[(head * splits + split) * 2];",
+        "by_scale += scalars[(before + split) * 2];",
+        "by_scale = scalars[(before + split) * 2];",
         "float32 resident backward",
     ),
     Fault(
@@ -315,8 +313,8 @@ BACKWARD = (
     Fault(
         "resident heads in different passes share room",
         "problem.cuh",
-        "(widest > 0 ? widest : splits * columns)",
-        "splits * columns",
+        "(widest > 0 ? widest : columns)",
+        "columns",
         "float32 resident backward",
     ),
     Fault(
@@ -357,8 +355,8 @@ BACKWARD = (
     Fault(
         "sums of the last block lost",
         "backward_kernels.cuh",
-        "for (int64_t split = 0; split < splits; ++split) {\n    sum +=",
-        "for (int64_t split = 0; split + 1 < splits; ++split) {\n    sum +=",
+        "for (int64_t split = 0; split < share.count; ++split) {\n    sum +=",
+        "for (int64_t split = 0; split + 1 < share.count; ++split) {\n    sum +=",
         "float32 streaming backward",
     ),
     Fault(

@@ -20,8 +20,8 @@ OPERATION = (
     Fault(
         "longest packed sequence taken for the first",
         "ops.py",
-        "int(offsets.diff().max())",
-        "int(offsets.diff()[0])",
+        "max(int(offsets.diff().max()), 0)",
+        "max(int(offsets.diff()[0]), 0)",
     ),
     Fault(
         "plan of keys that autocast has not rounded",
@@ -195,7 +195,7 @@ OPERATION = (
     Fault(
         "second derivative takes packed queries by the ends of the keys",
         "problem.py",
-        "ends if self.query_offsets is None else [int(x) for x in self.query_offsets]",
+        "ends if queries is None else [int(end) for end in queries.cpu()]",
         "ends",
     ),
     Fault(
