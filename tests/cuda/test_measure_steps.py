@@ -224,7 +224,8 @@ def test_the_limit_is_that_of_what_was_measured(
     assert one is not None
     assert three is not None
     assert five is not None
-    assert five[0] - three[0] == pytest.approx(three[0] - one[0])  # launches of a step each
+    # Launches of a step each; the table counts whole instructions, of some 350,000 a step.
+    assert five[0] - three[0] == pytest.approx(three[0] - one[0], rel=2 / 350_000)
     assert three[0] > one[0]
     # what is not counted: types, sizes, and devices where other heads are resident
     device = limits.measured_device()
