@@ -128,13 +128,6 @@ class Array {
     return *this;
   }
 
-  const Array& expect_host_memory() const {
-    if (tensor_->device.type != dlpack::kCpu) {
-      refuse("must be in the memory of the CPU, got " + device_name(tensor_->device));
-    }
-    return *this;
-  }
-
   const Array& expect_writable() const {
     if (read_only_) refuse("must be writable, got a read-only array");
     if (!has_elements()) return *this;  // NumPy gives such arrays strides of 0

@@ -232,12 +232,11 @@ class Call {
         copy.front() == 0 && copy.back() == tokens.size && std::is_sorted(copy.begin(), copy.end()),
         std::string(name) + " must ascend from 0 to the number of packed tokens, " +
             std::to_string(tokens.size));
-    for (size_t s = 0; most > 0 && s + 1 < copy.size(); ++s) {
-      require(copy[s + 1] - copy[s] <= most,
-              std::string(name_of_most) + " must be at least the length of every sequence, got " +
-                  std::to_string(most) + " and a sequence of " +
-                  std::to_string(copy[s + 1] - copy[s]));
-    }
+    int64_t longest = 0;
+    for (size_t s = 0; s + 1 < copy.size(); ++s) longest = std::max(longest, copy[s + 1] - copy[s]);
+    require(most == 0 || longest <= most,
+            std::string(name_of_most) + " must be at least the length of every sequence, got " +
+                std::to_string(most) + " and a sequence of " + std::to_string(longest));
     return copy.data();
   }
   // See ForwardParams::offsets. What is given decides, not the number of packed tokens, so that a

@@ -139,7 +139,8 @@ def _arrays(problem: Problem, solution: Solution) -> dict[str, Any]:
     """The given arrays and the options of a problem and its results, by the compiled module's
     names."""
     arrays: dict[str, Any] = problem.tensors()
-    arrays |= _packing(problem)
+    if problem.offsets is not None:
+        arrays |= _packing(problem)
     arrays |= {name: getattr(solution, name) for name in problem.results}
     options = {name: getattr(problem, name) for name in OPTIONS if name != "distribute"}
     return options | arrays

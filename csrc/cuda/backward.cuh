@@ -61,7 +61,7 @@ __device__ __forceinline__ void output_product() {
   }
 }
 
-// sum_i R_ij dO_i and, in the last column, sum_i R_ij delta_i: partial [heads, splits, M, Dv + 1].
+// sum_i R_ij dO_i and, in the last column, sum_i R_ij delta_i: partial [shares, M, Dv + 1].
 template <class Storage, bool resident>
 __device__ __forceinline__ void distribute_backward(int chunk, int group) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
@@ -130,7 +130,7 @@ __device__ __forceinline__ T bounded(T exponent) {
   return exponent > T(100) ? T(100) : exponent;
 }
 
-// fhat^t and, for t > 1, the sums for gbar^{t-1}: partial [heads, splits, M]. Step T of the keys is
+// fhat^t and, for t > 1, the sums for gbar^{t-1}: partial [shares, M]. Step T of the keys is
 // the one that collects: it also writes dv. t = 0 if T = 0.
 template <class Storage, bool resident>
 __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {

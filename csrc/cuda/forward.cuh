@@ -103,7 +103,7 @@ __device__ __forceinline__ void form_distribution(const Head<Storage>& head, int
 }
 
 // rows^{t-1} and columns^t of step t, 1 <= t <= T; columns^0 where T = 0. Blocks that share a head
-// leave their states in partial [heads, splits, 2, M].
+// leave their states in partial [shares, 2, M].
 template <class Storage, bool resident>
 __device__ __forceinline__ void sinkhorn_step(int64_t t) {
   const Head<Storage>& head = shared_head<Head<Storage>>();
@@ -266,7 +266,7 @@ __device__ __forceinline__ void pool(const Head<Storage>& head, Scores<Storage, 
 
 // A_j = sum_i C_ij v_i of the references of one chunk and kGroup depth tiles of the values, divided
 // by sum_i C_ij, which is not exactly 1 because exponents are rounded; backward divides by it too.
-// Blocks that share a head leave their sums in partial [heads, splits, M, Dv + 1]; the last column
+// Blocks that share a head leave their sums in partial [shares, M, Dv + 1]; the last column
 // is sum_i C_ij.
 template <class Storage, bool resident>
 __device__ __forceinline__ void collect(int chunk, int group) {

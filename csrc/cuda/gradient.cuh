@@ -92,7 +92,7 @@ __device__ void load_steps(const ForwardParams& p, const BackwardHead<Storage>& 
 
 // From ds through the similarity. With `to_references` the block handles one chunk of references
 // and one group of columns; it writes sum_i E_ij k_i and, in the last column, sum_i E_ij to partial
-// [heads, splits, M, D + 1]. With `to_tokens` it handles all references; it writes dk, and sum_ij
+// [shares, M, D + 1]. With `to_tokens` it handles all references; it writes dk, and sum_ij
 // ds_ij s_ij log2(e) and sum_i k_i.dk_i to scalars [splits, 2]. A head of a single chunk and group
 // does both at once.
 template <class Storage, bool resident>

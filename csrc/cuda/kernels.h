@@ -33,7 +33,7 @@ struct BackwardWorkspace {
   int64_t eta = 0;                     // [B, H, M]
   int64_t row_adjoints[2] = {};        // [B, H, max(T, 1), count] of keys and of queries
   int64_t column_adjoints[2] = {};     // [B, H, T + 1, M]
-  int64_t scalars[2] = {};             // [B, H, splits, 2]
+  int64_t scalars[2] = {};             // [shares, 2]
   int64_t reference_products[2] = {};  // [B, H, M]
   int64_t partial = 0, total = 0;
   UnitLengthWorkspace scaled;  // after all others
