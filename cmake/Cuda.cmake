@@ -1,6 +1,7 @@
 # Decides whether CUDA is compiled, for which architectures, and says why. Sets
 #   SETFORMER_CUDA_ENABLED, SETFORMER_CUDA_DECISION (one line), CMAKE_CUDA_ARCHITECTURES,
-#   SETFORMER_CUDA_OPTIONS (of the compiler).
+#   SETFORMER_CUDA_OPTIONS (of the compiler), SETFORMER_CUDA_CODE and, for kernels of clusters,
+#   SETFORMER_CLUSTER_CODE (of a source).
 include("${CMAKE_CURRENT_LIST_DIR}/CudaArchitectures.cmake")
 
 set(SETFORMER_CUDA_DEFAULT auto)
@@ -119,12 +120,12 @@ elseif(problem)
 else()
   set(SETFORMER_CUDA_ENABLED ON)
   enable_language(CUDA)
-  setformer_share_ptx(SETFORMER_CUDA_CODE)
+  setformer_share_ptx(SETFORMER_CUDA_CODE 0 80)
+  setformer_share_ptx(SETFORMER_CLUSTER_CODE 90 90)
   # Profilers show source lines; ptxas tells of registers that do not fit; compressed, the
   # architectures and their line tables take a fifth of the room.
   set(SETFORMER_CUDA_OPTIONS
-      -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all
-      ${SETFORMER_CUDA_CODE})
+      -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all)
   set(SETFORMER_CUDA_DECISION
       "compiled by nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER})${remarks}")
   message(STATUS "setformer: compiling CUDA takes minutes; SETFORMER_CUDA=off in the environment "

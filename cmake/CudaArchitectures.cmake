@@ -108,21 +108,33 @@ function(setformer_choose_architectures problem)
   set(CMAKE_CUDA_ARCHITECTURES "${architectures}" PARENT_SCOPE)
 endfunction()
 
-# The kernels use nothing newer than compute capability 8.0, so one PTX serves all later devices:
-# that of each would multiply the build time, and so it is the PTX that tests run. Leaves an empty
-# list where the architectures are not plain numbers ("native", "90a"): CMake knows those.
-function(setformer_share_ptx options)
+# Kernels that use nothing newer than the compute capability `newest` need no other PTX for all
+# later devices: that of each would multiply the build time, and so it is the PTX that tests run.
+# Architectures before `least`, for which the kernels have no code, are left out if there are later
+# ones. Leaves an empty list where the architectures are not plain numbers ("native", "90a"): CMake
+# knows those.
+function(setformer_share_ptx options least newest)
   set(${options} "" PARENT_SCOPE)
   set(code)
+  set(largest 0)
   foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
     if(NOT architecture MATCHES "^([0-9]+)(-real|-virtual)?$")
       return()
     endif()
+    if(CMAKE_MATCH_1 GREATER largest)
+      set(largest "${CMAKE_MATCH_1}")
+    endif()
+  endforeach()
+  foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
+    string(REGEX MATCH "^([0-9]+)(-real|-virtual)?$" architecture "${architecture}")
     set(number "${CMAKE_MATCH_1}")
     set(kind "${CMAKE_MATCH_2}")
+    if(number LESS least AND NOT largest LESS least)
+      continue()
+    endif()
     set(ptx "${number}")
-    if(number GREATER 80)
-      set(ptx 80)
+    if(number GREATER newest)
+      set(ptx "${newest}")
     endif()
     if(NOT kind STREQUAL "-virtual")
       list(APPEND code "-gencode=arch=compute_${ptx},code=sm_${number}")

@@ -6,7 +6,8 @@
 
 "dynamic" is the shared memory that a launch asks for: at D = Dv = M = 64; of resident kernels at
 D = Dv = 32, M = 49 and 49 tokens, a window of 7 x 7; of on-chip kernels at D = Dv = 32 and
-the fewest tokens that a shape is for; of steps backward in the one that collects.
+the fewest tokens that a shape is for, those of clusters the most of two blocks; of steps backward
+in the one that collects.
 The columns after "limit" count instructions of the SASS, however often they run.
 Needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
@@ -38,7 +39,7 @@ SLACK["local"] = 0.2
 
 def is_on_chip(name: str) -> bool:
     """Whose entries take nearly all registers: once a head, not once an entry, it spills others."""
-    return "on_chip" in name
+    return "on_chip" in name or "on_cluster" in name
 
 
 Row = dict[str, str]
@@ -57,7 +58,9 @@ def main() -> None:
         for file in options.files or [installed_extension()]
         for kernel in read_kernels(file, options.architectures)
         if kernel.name not in NOT_LAUNCHED
-        and not (is_on_chip(kernel.name) and kernel.arch < 80)  # empty, and not launched either
+        # empty, and not launched either
+        and not (is_on_chip(kernel.name) and kernel.arch < 80)
+        and not ("on_cluster" in kernel.name and kernel.arch < 90)
     )
     if not rows:
         raise SystemExit("no kernel found: was the extension compiled with CUDA?")
@@ -87,12 +90,15 @@ def row_of(kernel: Kernel) -> Row:
         raise SystemExit(f"{kernel.name} has no __launch_bounds__, which tell its occupancy")
     base, *types = re.split(r"[<>, ]+", kernel.name)
     if is_on_chip(kernel.name):
-        blocks, strips, warps = map(int, types[2:5])
+        blocks, strips, *rest = map(int, filter(None, types[2:]))
         one = Problem(1, 1, tokens=1, depth=32, references=1, steps=1)
         if "backward" in base:
-            dynamic = OnChipBackward(blocks, warps).shared(one)
+            dynamic = OnChipBackward(blocks, rest[0]).shared(one)
+        elif "on_cluster" in base:
+            shape = OnChip(blocks, strips, 8, ranks=2)
+            dynamic = shape.shared(replace(one, tokens=shape.tokens))
         else:
-            shape = OnChip(blocks, strips, warps)
+            shape = OnChip(blocks, strips, *rest)
             fewer = shape.tokens * 2 // shape.warps if shape.warps > 2 else 0
             dynamic = shape.shared(replace(one, tokens=fewer + 1))
     else:

@@ -14,6 +14,7 @@ class Device:
     """Peak rates of the whole device, a second."""
 
     name: str
+    capability: int  # 80 for 8.0
     multiprocessors: int
     memory: float  # bytes from and to device memory
     cache: float  # bytes from and to the L2 cache: 5120 a clock
@@ -34,6 +35,7 @@ class Device:
 # mma.sync on an H100 reaches 62.9% of what wgmma does: arXiv:2402.13499.
 A100 = Device(
     name="A100",
+    capability=80,
     multiprocessors=108,
     memory=2.039e12,
     cache=5120 * 1.41e9,
@@ -46,6 +48,7 @@ A100 = Device(
 )
 H200 = Device(
     name="H200",
+    capability=90,
     multiprocessors=132,
     memory=4.8e12,
     cache=5120 * 1.83e9,  # taken to be as wide as an A100's

@@ -6,11 +6,13 @@
 
 The emulator tells how often warps execute each stretch of nvcc's PTX, and so what passes the
 tensor cores, the special-function units and the memories. What a multiprocessor issues is counted
-in the SASS for sm_80: a line of the source has so many instructions there, and as many trips as its
-PTX has on average. "shared" and "global" count 128 bytes each; blocks are those of all launches.
-All is of bfloat16, the Gaussian kernel and epsilon = 0.1, without masks and masses.
+in the SASS for sm_80, of kernels of clusters in that for sm_90: a line of the source has so many
+instructions there, and as many trips as its PTX has on average. "shared" and "global" count 128
+bytes each; blocks are those of all launches. All is of bfloat16, the Gaussian kernel and epsilon =
+0.1, without masks and masses.
 
-Needs nvcc, the extension installed with sm_80 (CUDAARCHS=80) of the same sources, and
+Needs nvcc, the extension installed with sm_80 and, but for --check, sm_90 (CUDAARCHS="80;90") of
+the same sources, and
 pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
 
@@ -35,15 +37,27 @@ from setformer_ext import ops
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "cuda"))
 
-from emulator.build import SOURCES, compile_cuda, emulated_module
+from emulator.build import SOURCES, compile_kernels, emulated_module
 from emulator.counting import stretches, work
 from emulator.device import Emulator
 from emulator.ptx import Function, parse
 
 ARCHITECTURE = 80  # of the emulated PTX, too
+CLUSTERS = 90  # the first that has them
 KINDS = ("tensor", "special", "shuffle", "shared", "global")
 COLUMNS = (
-    *("tokens", "depth", "references", "steps", "pass", "kernel", "launches", "blocks", "issued"),
+    *(
+        "capability",
+        "tokens",
+        "depth",
+        "references",
+        "steps",
+        "pass",
+        "kernel",
+        "launches",
+        "blocks",
+        "issued",
+    ),
     *KINDS,
 )
 HEADS = (
@@ -54,6 +68,7 @@ HEADS = (
     (512, 64, 64),
     (16384, 64, 128),
 )
+ON_CLUSTERS = ((3136, 32, 49),)  # forward of them
 STEPS = (1, 2, 5)  # between the last two model.py interpolates
 SLACK = 0.02
 MOST_UNKNOWN = 0.01  # of a kernel's SASS, of lines that its PTX does not have
@@ -65,7 +80,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="replace executed.csv")
     parser.add_argument("--check", action="store_true", help="hold it against what is now")
     options = parser.parse_args()
-    counted = Counted(sass.instructions_by_line(installed_extension(), ARCHITECTURE))
+    counted = Counted(installed_extension())
     if options.check:
         now = [list(map(str, row)) for row in counted.head(*HEADS[0], STEPS[0])]
         problems = differences(table()[: len(now)], now)
@@ -73,6 +88,12 @@ def main() -> None:
         print(f"a head of {HEADS[0]} against {TABLE.name}: {len(problems)} problems")
         raise SystemExit(bool(problems))
     rows = [row for head in HEADS for steps in STEPS for row in counted.head(*head, steps)]
+    rows += [
+        row
+        for head in ON_CLUSTERS
+        for steps in STEPS
+        for row in counted.head(*head, steps, CLUSTERS)
+    ]
     if options.write:
         with TABLE.open("w", newline="", encoding="utf-8") as file:
             write(rows, file)
@@ -110,16 +131,22 @@ def functions(ptx: Path) -> dict[str, Function]:
     return parse(ptx).functions
 
 
+@cache
+def issued_by_line(compiled: Path | None, architecture: int) -> dict[str, Counter[sass.Line]]:
+    """sass.instructions_by_line(), of nothing where nothing is compiled."""
+    return sass.instructions_by_line(compiled, architecture) if compiled else {}
+
+
 class Counted:
     """The kernels of half types: PTX, SASS by lines, and the emulated device that runs them."""
 
-    def __init__(self, issued: dict[str, Counter[sass.Line]]) -> None:
-        """`issued`: sass.instructions_by_line(). Of a kernel that it lacks 0 are issued."""
-        self.issued_by_line = issued
+    def __init__(self, compiled: Path | None) -> None:
+        """`compiled`: the extension with the SASS. Of a kernel that it lacks 0 are issued."""
+        self.compiled = compiled
         self.module = emulated_module(ARCHITECTURE)
         self.emulator = Emulator(self.module.__file__ or "")
         sources = sorted((SOURCES / "cuda").glob("*.cu"))
-        self.ptx = [compile_cuda(source, ARCHITECTURE, [SOURCES])[1] for source in sources]
+        self.ptx = [compile_kernels(source, ARCHITECTURE, SOURCES)[1] for source in sources]
 
     def kernel(self, name: str) -> Function:
         """By its symbol."""
@@ -128,9 +155,9 @@ class Counted:
         return functions(ptx)[name]
 
     def head(
-        self, tokens: int, depth: int, references: int, steps: int
+        self, tokens: int, depth: int, references: int, steps: int, capability: int = ARCHITECTURE
     ) -> Iterator[tuple[str | int, ...]]:
-        """Rows of one head's forward and backward."""
+        """Rows of one head's forward and, where no cluster is needed, backward."""
         torch.manual_seed(0)
         key, value, points = (
             normalize(torch.randn(size), dim=-1).bfloat16().requires_grad_()
@@ -143,17 +170,19 @@ class Counted:
             options = {"epsilon": 0.1, "iterations": steps, "normalize": False}
             output.append(setformer_ext.set_attention(None, key, value, points, **options))
 
+        passes: dict[str, Callable[[], None]] = {"forward": forward}
+        if capability < CLUSTERS:
+            passes["backward"] = lambda: output[0].backward(torch.ones_like(output[0]))
+        self.emulator.set_capability(capability)
         try:
-            sizes = (tokens, depth, references, steps)
-            for name, run in (
-                ("forward", forward),
-                ("backward", lambda: output[0].backward(torch.ones_like(output[0]))),
-            ):
-                yield from ((*sizes, name, *row) for row in self.launches(run))
+            sizes = (capability, tokens, depth, references, steps)
+            for name, run in passes.items():
+                yield from ((*sizes, name, *row) for row in self.launches(run, capability))
         finally:
             ops._C = before
+            self.emulator.set_capability(ARCHITECTURE)
 
-    def launches(self, run: Callable[[], None]) -> Iterator[tuple[str | int, ...]]:
+    def launches(self, run: Callable[[], None], capability: int) -> Iterator[tuple[str | int, ...]]:
         """A row for each kernel that run() launches, without sizes."""
         self.emulator.clear_launches()
         self.emulator.clear_executed()
@@ -165,13 +194,13 @@ class Counted:
             grids = [launch.grid for launch in launches if launch.kernel == name]
             counts = work(self.kernel(name), times)
             blocks = sum(x * y * z for x, y, z in grids)
-            issued = round(self.issued(name, times))
+            issued = round(self.issued(name, times, capability))
             kernel = short[name].partition("<")[0]
             yield kernel, len(grids), blocks, issued, *(counts[kind] for kind in KINDS)
 
-    def issued(self, name: str, times: dict[int, int]) -> float:
+    def issued(self, name: str, times: dict[int, int], capability: int) -> float:
         """Instructions of SASS: those of each line times its trips."""
-        by_line = self.issued_by_line.get(name, Counter())
+        by_line = issued_by_line(self.compiled, capability).get(name, Counter())
         trips: Counter[sass.Line] = Counter()
         static: Counter[sass.Line] = Counter()
         for i, stretch in enumerate(stretches(self.kernel(name))):

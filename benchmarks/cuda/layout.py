@@ -105,6 +105,16 @@ class Problem:
         return None
 
     @property
+    def on_cluster(self) -> "OnChip | None":
+        """The same for the smallest cluster that shares a head which no block holds (sm_90)."""
+        blocks, strips = next((size for most, *size in ON_CHIP if self.references <= most), (0, 0))
+        shapes = [OnChip(blocks, strips, 8, ranks) for ranks in (2, 4, 8) if blocks]
+        for shape in shapes:
+            if self.tokens <= shape.tokens and shape.shared(self) <= MOST_ON_CLUSTER:
+                return shape
+        return None
+
+    @property
     def on_chip_backward(self) -> "OnChipBackward | None":
         """The shape of backward on chip; None: there is none, or a block does not hold the keys."""
         groups = divide_up(self.depth, 32)
@@ -158,29 +168,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class OnChip:
-    """Shape of on_chip/shape.cuh: blocks of 8 references, strips of 16 tokens a warp, warps."""
+    """Shape and ClusterShape of on_chip/shape.cuh: blocks of 8 references, strips of 16 tokens a
+    warp, warps; and the blocks that share a head."""
 
     blocks: int
     strips: int
     warps: int
+    ranks: int = 1
 
     @property
     def tokens(self) -> int:
         """The most of a head."""
-        return 16 * self.strips * self.warps
+        return 16 * self.strips * self.warps * self.ranks
 
     def shared(self, p: Problem) -> int:
         """Memory::sizes, total in bytes."""
         references, across = 8 * self.blocks, self.warps > 1
         spread = 64 * divide_up(self.blocks, 8) * self.warps
         total = ON_CHIP_HEAD + references * 4 * (1 + 3)  # terms and positions
-        total += 8 * 4 + 16 * self.warps + 4 * self.tokens  # largest, valid, masses
+        total += 8 * 4 + 16 * self.warps  # largest, valid
+        total += 4 * 16 * self.strips * self.warps  # masses
         total += 2 * 4 * spread + across * 2 * 8 * spread  # spread, columns
         total += across * 2 * self.warps * 4 * 32 * 16  # sums
+        if self.ranks > 1:  # received, tiles, barriers
+            total += 2 * 8 * (64 * divide_up(self.blocks, 8) * 8 + 4 * 32 * 16) + 2 * 8
         bands = 2 * divide_up(p.depth, 32)
         total += bands * divide_up(self.blocks, 2) * 32 * 16  # operand
         total += references * (16 * bands + 8) * 2
-        strips = divide_up(p.tokens, 16 * self.warps)  # of a warp; its room has them by twos
+        # of a warp; its room has them by twos
+        strips = divide_up(p.tokens, 16 * self.warps * self.ranks)
         return total + 32 * divide_up(strips, 2) * self.warps * (16 * min(bands, 4) + 8) * 2
 
 
@@ -209,6 +225,7 @@ class OnChipBackward:
 ON_CHIP_HEAD = 320
 ON_CHIP = ((32, 4, 7), (56, 7, 7), (64, 8, 6), (128, 16, 3))  # most references, blocks, strips
 MOST_ON_CHIP = 163 * 1024  # what sm_80 gives a block
+MOST_ON_CLUSTER = 227 * 1024  # what sm_90 does
 
 NEEDS = {
     "attention_forward_resident_kernel": Needs.DISTRIBUTES,
@@ -241,6 +258,9 @@ def dynamic_shared(kernel: str, p: Problem, arch: int = 80, collects: bool = Fal
     if kernel == "attention_forward_on_chip_kernel":
         assert p.on_chip
         return p.on_chip.shared(p)
+    if kernel == "attention_forward_on_cluster_kernel":
+        assert p.on_cluster
+        return p.on_cluster.shared(p)
     if kernel == "attention_backward_on_chip_kernel":
         assert p.on_chip_backward
         return p.on_chip_backward.shared(p)

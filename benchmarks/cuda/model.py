@@ -7,7 +7,8 @@ takes as long as its slowest resource, all others overlapping, on as many multip
 blocks. Latencies, low occupancy and uneven last waves are not in it.
 
 The counts are of bfloat16, the Gaussian kernel and epsilon = 0.1, without masks and masses, in the
-SASS for sm_80 on both devices. Of streaming kernels memory is that of the tokens' tensors alone.
+SASS for sm_80 on both devices; of kernels that need clusters, which an A100 does not have, in that
+for sm_90. Of streaming kernels memory is that of the tokens' tensors alone.
 
 The floor: each tensor of the tokens moved once, an exponential on the special-function units for
 each token and reference (two with backward, which forms scores again), and the products at the full
@@ -49,6 +50,7 @@ NUMBER = 4  # of a float32
 # Tensors of [B, H, N, D] that a launch reads or writes; kernels that are not here have none.
 TOKEN_TENSORS = {
     "attention_forward_on_chip_kernel": 3,  # k, v, o
+    "attention_forward_on_cluster_kernel": 3,  # k, v, o
     "attention_backward_on_chip_kernel": 6,  # k, v, o, do, dk, dv
     "sinkhorn_step_kernel": 1,  # k
     "collect_kernel": 2,  # k, v
@@ -58,7 +60,11 @@ TOKEN_TENSORS = {
     "sinkhorn_step_backward_kernel": 1,  # k; at step T also do and dv
     "gradient_kernel": 4,  # k, v, do, dk
 }
-ALONE = {"attention_forward_on_chip_kernel", "attention_backward_on_chip_kernel"}
+ALONE = {
+    "attention_forward_on_chip_kernel",
+    "attention_forward_on_cluster_kernel",
+    "attention_backward_on_chip_kernel",
+}
 
 
 @dataclass(frozen=True)
@@ -95,23 +101,25 @@ class Launch:
         return self.times * (LAUNCH + self.work.slowest(device, self.blocks)[1])
 
 
-def forward(p: Problem) -> list[Launch]:
+def forward(p: Problem, device: Device) -> list[Launch]:
     """All launches of attention."""
-    return list(_launches(p, "forward"))
+    return list(_launches(p, device, "forward"))
 
 
-def backward(p: Problem) -> list[Launch]:
+def backward(p: Problem, device: Device) -> list[Launch]:
     """All launches of its gradients by keys, values and references."""
-    return list(_launches(p, "backward"))
+    return list(_launches(p, device, "backward"))
 
 
-def _launches(p: Problem, pass_: str) -> Iterator[Launch]:
-    counted = [n for n, d, m in _executed() if (d, m) == (p.depth, p.references)]
+def _launches(p: Problem, device: Device, pass_: str) -> Iterator[Launch]:
+    counted = [n for _, n, d, m in _executed() if (d, m) == (p.depth, p.references)]
     tokens = p.tokens if p.tokens in counted else max(counted, default=0)
     if tokens != p.tokens and min(tokens, p.tokens) <= MOST_IN_A_BLOCK:
         raise ValueError(f"executed.csv has no head of {p.tokens} x {p.depth}, {p.references}")
     longer = p.tokens / tokens  # where kernels stream, work is in proportion to the tokens
-    by_steps = _executed()[tokens, p.depth, p.references]
+    by_steps = _executed()[80, tokens, p.depth, p.references]
+    if longer == 1 and device.capability >= 90:
+        by_steps = by_steps | _executed().get((90, tokens, p.depth, p.references), {})
     # Each step from the second on is as much work; T = 0 is taken for T = 1, an upper bound.
     first, last, part = (2, 5, (p.steps - 2) / 3) if p.steps > 1 else (1, 1, 0)
     at_first, at_last = by_steps[first, pass_], by_steps[last, pass_]
@@ -138,17 +146,18 @@ def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float) -> La
 
 
 @cache
-def _executed() -> dict[tuple[int, int, int], dict[tuple[int, str], dict[str, dict[str, float]]]]:
-    """By tokens, depth and references; by steps and pass; by kernel; by column."""
-    found: dict[tuple[int, int, int], dict[tuple[int, str], dict[str, dict[str, float]]]] = {}
+def _executed() -> dict[tuple[int, ...], dict[tuple[int, str], dict[str, dict[str, float]]]]:
+    """By compute capability, tokens, depth and references; by steps and pass; by kernel; by
+    column."""
+    found: dict[tuple[int, ...], dict[tuple[int, str], dict[str, dict[str, float]]]] = {}
     with EXECUTED.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            tokens, depth, references, steps = (
-                int(row.pop(name)) for name in ("tokens", "depth", "references", "steps")
+            *head, steps = (
+                int(row.pop(name))
+                for name in ("capability", "tokens", "depth", "references", "steps")
             )
             pass_, kernel = row.pop("pass"), row.pop("kernel")
-            head = found.setdefault((tokens, depth, references), {})
-            kernels = head.setdefault((steps, pass_), {})
+            kernels = found.setdefault(tuple(head), {}).setdefault((steps, pass_), {})
             assert kernel not in kernels, f"two instances of {kernel}"
             kernels[kernel] = {k: float(x) for k, x in row.items()}
     return found
@@ -217,22 +226,26 @@ def main() -> None:
         for steps in (1, 5):
             for device in DEVICES:
                 print("|", " | ".join(_cells(shape, steps, device)), "|")
-    print("\n| shape | T | kernel | launches | blocks | instructions of a warp, G | Gflop ", end="")
-    print("| special G | shared GB | L2 GB | MB |", end="")
-    print("".join(f" {device.name} | bound by |" for device in DEVICES))
-    print("|" + " --- |" * (11 + 2 * len(DEVICES)))
+    print(
+        "\n| shape | T | device | kernel | launches | blocks | instructions of a warp, G ", end=""
+    )
+    print("| Gflop | special G | shared GB | L2 GB | MB | time | bound by |")
+    print("|" + " --- |" * 14)
     for shape in shapes:
         for steps in (1, 5):
             p = replace(SHAPES[shape], steps=steps)
-            for launch in chain(forward(p), backward(p)):
-                print("|", " | ".join([shape, str(steps), *_cells_of(launch)]), "|")
+            for device in DEVICES:
+                for launch in chain(forward(p, device), backward(p, device)):
+                    cells = [shape, str(steps), device.name, *_cells_of(launch, device)]
+                    print("|", " | ".join(cells), "|")
 
 
 def _cells(shape: str, steps: int, device: Device) -> Iterator[str]:
     """Of the table of totals."""
     p = replace(SHAPES[shape], steps=steps)
     yield from (shape, str(steps), device.name)
-    for launches, gradient in ((forward(p), False), (forward(p) + backward(p), True)):
+    ahead = forward(p, device)
+    for launches, gradient in ((ahead, False), (ahead + backward(p, device), True)):
         yield figure(floor(p, device, gradient))
         yield figure(total(launches, device))
         between = LAUNCH * sum(launch.times for launch in launches)
@@ -240,7 +253,7 @@ def _cells(shape: str, steps: int, device: Device) -> Iterator[str]:
         yield figure(flash_attention(p, device, gradient))
 
 
-def _cells_of(launch: Launch) -> list[str]:
+def _cells_of(launch: Launch, device: Device) -> list[str]:
     """Of the table of kernels: work of one launch, time of all."""
     work = launch.work
     cells = [launch.kernel, f"{launch.times:g}", f"{launch.blocks:.0f}"]
@@ -249,9 +262,7 @@ def _cells_of(launch: Launch) -> list[str]:
         *(work.shared / 1e9, work.cache / 1e9, work.memory / 1e6),
     )
     cells += [f"{x:.3g}" for x in scaled]
-    for device in DEVICES:
-        cells += [figure(launch.seconds(device)), work.slowest(device, launch.blocks)[0]]
-    return cells
+    return [*cells, figure(launch.seconds(device)), work.slowest(device, launch.blocks)[0]]
 
 
 if __name__ == "__main__":

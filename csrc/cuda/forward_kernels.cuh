@@ -194,6 +194,7 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
   }
   if constexpr (kIsHalf<Storage>) {
     if (OnChipForward<Storage>::run(p, stream)) return;
+    if (OnClusterForward<Storage>::run(p, stream)) return;
   } else if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDistributes, stream)) {
       launch<attention_forward_resident_kernel<Storage>>(

@@ -14,7 +14,8 @@ struct Stream {
   int device;
   int stages;           // buffers per tile: 2 where copies run in the background (sm_80 on)
   int64_t block_bytes;  // shared memory that the device gives a block
-  bool resident;        // whether a head that fits a block is computed by one block
+  bool resident;        // whether a head that fits a block or a cluster is computed by it alone
+  int most_ranks;       // blocks that a cluster may have; 1 where there are no clusters
   cudaError_t error = cudaSuccess;
   const char* kernel = nullptr;
 };
@@ -49,6 +50,12 @@ struct ForwardKernels {
 // if there is no kernel for the problem or the device has no room for it.
 template <class Storage>
 struct OnChipForward {
+  static bool run(const ForwardParams& p, Stream& stream);
+};
+
+// The same for heads that the blocks of a cluster share: on sm_90 and later.
+template <class Storage>
+struct OnClusterForward {
   static bool run(const ForwardParams& p, Stream& stream);
 };
 

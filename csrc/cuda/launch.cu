@@ -51,8 +51,12 @@ Result run(int device, void* stream, Call call) {
     cudaGetLastError();
     return {int(error), "cudaDeviceGetAttribute"};
   }
-  Stream target{static_cast<cudaStream_t>(stream), device, major >= 8 ? 2 : 1, bytes,
-                knobs().resident};
+  Stream target{static_cast<cudaStream_t>(stream),
+                device,
+                major >= 8 ? 2 : 1,
+                bytes,
+                knobs().resident,
+                major >= 9 ? 8 : 1};
   call(target);
   return {int(target.error), target.kernel};
 }

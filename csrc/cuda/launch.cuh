@@ -9,8 +9,8 @@
 namespace setformer::cuda {
 
 // There is a block for each unit of work. More units than the largest grid holds take several
-// launches: a kernel's first argument is the unit of its block 0.
-inline constexpr int64_t kLargestGrid = 2147483647;
+// launches: a kernel's first argument is the unit of its block 0. Whole clusters fill the grid.
+inline constexpr int64_t kLargestGrid = 2147483647 / 8 * 8;
 
 // Threads of a block in kernels that merge the results of other blocks: a thread or a warp per
 // result.
@@ -53,9 +53,10 @@ int ptx_version(Stream& stream) {
   return facts.ptxVersion;
 }
 
+// `ranks` blocks are a cluster.
 template <auto kernel, class... Arguments>
-void launch(Stream& stream, const char* name, int64_t blocks, int threads, int64_t shared_bytes,
-            Arguments... arguments) {
+void launch_clusters(Stream& stream, const char* name, int64_t blocks, int ranks, int threads,
+                     int64_t shared_bytes, Arguments... arguments) {
   if (stream.error != cudaSuccess || blocks == 0) return;
   if (shared_bytes > 48 * 1024) {
     stream.error = allow_shared_memory<kernel>(stream);
@@ -64,10 +65,26 @@ void launch(Stream& stream, const char* name, int64_t blocks, int threads, int64
   for (int64_t first = 0; first < blocks && stream.error == cudaSuccess; first += kLargestGrid) {
     const int64_t left = blocks - first;
     const unsigned grid = unsigned(left < kLargestGrid ? left : kLargestGrid);
-    kernel<<<grid, threads, size_t(shared_bytes), stream.stream>>>(first, arguments...);
-    stream.error = cudaGetLastError();
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {unsigned(ranks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = stream.stream;
+    config.attrs = &cluster;
+    config.numAttrs = ranks > 1 ? 1 : 0;
+    stream.error = cudaLaunchKernelEx(&config, kernel, first, arguments...);
+    if (stream.error != cudaSuccess) cudaGetLastError();  // reported by us, not by the next launch
   }
   if (stream.error != cudaSuccess) stream.kernel = name;
+}
+
+template <auto kernel, class... Arguments>
+void launch(Stream& stream, const char* name, int64_t blocks, int threads, int64_t shared_bytes,
+            Arguments... arguments) {
+  launch_clusters<kernel>(stream, name, blocks, 1, threads, shared_bytes, arguments...);
 }
 
 // In a group, to be called on all ranks: merges numbers whose kernels are already on the stream.

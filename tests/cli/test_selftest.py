@@ -79,10 +79,9 @@ def test_smoke_then_speed_then_the_rest() -> None:
 
 def test_smoke_checks_run_every_family_in_every_type_and_direction() -> None:
     kernels = definition_checks.smoke_kernels()
-    assert len(set(kernels)) == len(kernels) == (2 * 4 - 1) * 2
-    for family in ("resident", "streaming"):
-        types = {x.dtype for x in kernels if x.family == family}
-        assert len(types) == (3 if family == "resident" else 4)
+    assert len(set(kernels)) == len(kernels) == (2 * 4 - 1) * 2 + 2
+    for family, count in {"resident": 3, "streaming": 4, "cluster": 2}.items():
+        assert len({x.dtype for x in kernels if x.family == family}) == count
     # a process that is lost over each of them: two tell more where nothing is alike
     first, second = kernels[:2]
     assert first.family != second.family
@@ -90,10 +89,15 @@ def test_smoke_checks_run_every_family_in_every_type_and_direction() -> None:
 
 
 def test_smoke_checks_run_the_family_they_name() -> None:
-    """As far as the launch code chooses on a device of capability 8.0."""
-    own = {"resident": "on_chip_kernel", "streaming": "step_kernel"}
+    """As far as the launch code chooses on a device of capability 9.0."""
+    own = {
+        "resident": "on_chip_kernel",
+        "streaming": "step_kernel",
+        "cluster": "on_cluster_kernel",
+    }
     backend = BACKENDS["cuda-emulated"]()
     emulator = Emulator(backend.module.__file__)
+    emulator.set_capability(90)
     for task in definition_checks.smoke_tasks():
         if task.smoke.dtype == torch.bfloat16 and task.smoke.direction == "forward":
             emulator.clear_launches()
@@ -103,6 +107,7 @@ def test_smoke_checks_run_the_family_they_name() -> None:
                 x for x in own.values() for launch in emulator.launches() if x in launch.kernel
             }
             assert found == {own[task.smoke.family]}
+    emulator.set_capability(80)
 
 
 # What a wrong kernel does to its arrays, and a check that must notice.

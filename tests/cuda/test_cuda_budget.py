@@ -17,7 +17,7 @@ import budget
 import executed
 import model
 import sass
-from devices import A100, H200
+from devices import A100, H200, Device
 from layout import Problem, dynamic_shared
 from occupancy import Occupancy, occupancy
 
@@ -284,10 +284,10 @@ def test_what_a_head_executes(backend: Backend) -> None:
     """A window counted anew, but for what is issued; between T = 2 and 5 model.py interpolates."""
     if not backend.emulated:
         pytest.skip("only the emulated device counts instructions")
-    counted = executed.Counted({})
+    counted = executed.Counted(None)
     head, issued = (49, 32, 49), executed.COLUMNS.index("issued")
     now = [list(map(str, row)) for row in counted.head(*head, 1)]
-    table = [row for row in executed.table() if row[:4] == now[0][:4]]
+    table = [row for row in executed.table() if row[:5] == now[0][:5]]
     for row in table:
         row[issued] = "0"
     assert executed.differences(table, now) == []
@@ -295,10 +295,10 @@ def test_what_a_head_executes(backend: Backend) -> None:
     assert len(executed.differences(table, now)) == 1
     p = Problem(1, 1, *head, steps=3)
     for row, launch in zip(
-        counted.head(*head, 3), model.forward(p) + model.backward(p), strict=True
+        counted.head(*head, 3), model.forward(p, A100) + model.backward(p, A100), strict=True
     ):
         tensor, special, shuffle, shared, cache = row[issued + 1 :]
-        assert row[5] == launch.kernel
+        assert row[6] == launch.kernel
         assert launch.work.tensor == pytest.approx(tensor * 4096, rel=0.01)
         assert launch.work.special == pytest.approx(special * 32, rel=0.01)
         assert launch.work.shared == pytest.approx((shuffle + shared) * 128, rel=0.01)
@@ -315,10 +315,10 @@ def test_a_launch_takes_as_long_as_its_slowest_resource() -> None:
 
 @pytest.mark.parametrize("launches", [model.forward, model.backward])
 def test_work_grows_with_tokens_heads_and_steps(
-    launches: Callable[[Problem], list[model.Launch]],
+    launches: Callable[[Problem, Device], list[model.Launch]],
 ) -> None:
     def issued(p: Problem) -> float:
-        return sum(launch.times * launch.work.issue for launch in launches(p))
+        return sum(launch.times * launch.work.issue for launch in launches(p, H200))
 
     p = Problem(batch=2, heads=3, tokens=20000, depth=64, references=128, steps=1)
     once = issued(p)
@@ -329,7 +329,7 @@ def test_work_grows_with_tokens_heads_and_steps(
     assert four - three == pytest.approx(three - two)
     for head in ({"tokens": 500}, {"references": 64}):  # on chip, or counted only there
         with pytest.raises(ValueError, match="has no head of"):
-            launches(replace(p, **head))
+            launches(replace(p, **head), H200)
 
 
 def test_what_cannot_be_gone_below() -> None:
@@ -363,7 +363,7 @@ def test_the_output_says_that_nothing_was_measured(
     model.main()
     printed = capsys.readouterr().out
     assert printed.startswith("Counted, not measured on a GPU.")
-    assert "| v3 | 1 | attention_forward_on_chip_kernel | 1 | 1536 |" in printed
+    assert "| v3 | 1 | A100 | attention_forward_on_chip_kernel | 1 | 1536 |" in printed
 
 
 def test_docs_have_the_figures_of_the_model(

@@ -86,6 +86,7 @@ def test_generic_addresses(emulator: Emulator, mode: str) -> None:
         ("no_meeting", ("nothing orders", "nobody has written")),
         ("not_released", ("nothing orders this access after the write",)),
         ("not_awaited", ("nobody has written", "left before it waited for this store")),
+        ("used_too_early", ("nothing orders this use", "nobody has initialised")),
         ("read_too_early", ("nothing orders this write after the read",)),
     ],
 )

@@ -214,7 +214,7 @@ def test_the_limit_is_that_of_what_was_measured(
     clock = {"kind": "ceiling", "name": "fma", "rate": 1e13, "MHz": 1000}
     report_of(tmp_path, fact("multiprocessors", 100), clock)
     issued = limits.limit(shape, "float16", 5, False, limits.measured_device())
-    (launch,) = model.forward(Problem(8, 12, 196, 32, 49))
+    (launch,) = model.forward(Problem(8, 12, 196, 32, 49), limits.measured_device())
     instructions = launch.work.issue / 32 / 96  # a warp of each of the four schedulers a clock
     assert issued == (pytest.approx(instructions / 4 / 1e9 * 1e6), "issue")
     one, three, five = (

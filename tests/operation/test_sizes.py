@@ -3,6 +3,7 @@ keeps, the spans that threads share a head by, the tiles of tokens, references a
 shapes in which a head fits on a chip."""
 
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,13 @@ from emulator.build import SOURCES
 from emulator.device import Emulator
 from exactness import assert_as_exact_as_definition
 from setformer_ext import ops, set_attention
-from setformer_ext.cli.selftest.problems import Arguments, output_gradient, random_problem, run
+from setformer_ext.cli.selftest.problems import (
+    Arguments,
+    call,
+    output_gradient,
+    random_problem,
+    run,
+)
 
 
 def constant(name: str) -> int:
@@ -69,6 +76,21 @@ ON_CHIP: dict[str, tuple[dict[str, int], Shape, Shape]] = {
 OF_SHAPE = re.compile(r"attention_(\w+)_on_chip_kernelINS1_5ShapeI\w+?Li(\d+)ELi(\d+)ELi(\d+)E")
 
 
+# Where no block has room for a head, a cluster may have: (blocks of references, strips), ranks.
+ON_CLUSTER: dict[str, tuple[dict[str, int], tuple[int, int] | None, int]] = {
+    "32 references": ({"N": 897, "M": 9}, (4, 7), 2),
+    "56 references": ({"N": 897, "M": 49}, (7, 7), 2),
+    "56 references, more tokens": ({"N": 1793, "M": 49}, (7, 7), 4),
+    "64 references": ({"N": 769, "M": 60}, (8, 6), 2),
+    "64 references, queries": ({"N": 50, "M": 60, "Nq": 769}, (8, 6), 2),
+    "128 references": ({"N": 385, "M": 100}, (16, 3), 2),
+    "128 references, deep": ({"N": 600, "M": 100, "D": 150, "Dv": 70}, (16, 3), 4),
+    "eight blocks": ({"N": 1537, "M": 100}, (16, 3), 8),
+    "none": ({"N": 3073, "M": 100}, None, 1),
+}
+OF_CLUSTER = re.compile(r"attention_forward_on_cluster_kernel\w+?ShapeI\w+?Li(\d+)ELi(\d+)E")
+
+
 def of(backend: Backend, **options: Any) -> Arguments:
     return random_problem(**({"dtype": torch.float32} | options), device=backend.device)
 
@@ -102,6 +124,35 @@ def test_shapes_on_the_chip(backend: Backend, name: str, dtype: torch.dtype) -> 
         kernels = " ".join(launch.kernel for launch in emulator.launches())
         found = {way: tuple(map(int, shape)) for way, *shape in OF_SHAPE.findall(kernels)}
         assert [found.get(way) for way in ("forward", "backward")] == shapes
+
+
+@pytest.fixture
+def clustered(backend: Backend) -> Iterator[Emulator]:
+    """The emulated device, as one that has clusters."""
+    if not backend.emulated:
+        pytest.skip("only the emulated device is asked what it runs")
+    emulator = Emulator(backend.module.__file__)
+    emulator.set_capability(90)
+    yield emulator
+    emulator.set_capability(80)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ON_CLUSTER)
+def test_blocks_of_a_cluster_share_a_head(
+    backend: Backend, clustered: Emulator, name: str, dtype: torch.dtype
+) -> None:
+    sizes, shape, ranks = ON_CLUSTER[name]
+    options = {"B": 1, "H": 1, "D": 24, "Dv": 9, "P": 2, "masked": True, "iterations": 2}
+    arguments = of(backend, **options | sizes, token_mass=True, dtype=dtype)
+    clustered.clear_launches()
+    assert_as_exact_as_definition(backend.set_attention, arguments, backward=False)
+    launches = [(OF_CLUSTER.findall(launch.kernel), launch) for launch in clustered.launches()]
+    found = [(tuple(map(int, *on_cluster)), x.grid[0]) for on_cluster, x in launches if on_cluster]
+    assert found == ([(shape, ranks)] if shape else [])
+    output = call(backend.set_attention, arguments)
+    with clustered.configured(order="random"):
+        assert torch.equal(call(backend.set_attention, arguments), output)
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])

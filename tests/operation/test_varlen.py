@@ -186,6 +186,8 @@ def test_one_launch_computes_all_sequences(
 ) -> None:
     """On CUDA the longest decides which kernels run: then each sequence has the bits that it has
     alone in these, and they are as exact as others."""
+    if backend.emulated and dtype == torch.float64 and sizes:  # streams whatever the sizes are
+        sizes = {"lengths": [40, 0, 270, 1], "query_lengths": [3, 5, 0, 150], "M": 20}
     arguments = packed_problem(dtype, backend.device, cross=cross, everything=True, **sizes)
     longest = {"max_seqlen": int(arguments["cu_seqlens"].diff().max())}
     if cross:

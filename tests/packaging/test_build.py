@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,39 @@ def decide(nvcc: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     done = run("cmake", "-P", script, folder=nvcc.parent, **variables)
     done.stderr = " ".join(done.stderr.split())
     return done
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("architectures", "code", "cluster_code"),  # PTX of which, and what is made of it
+    [
+        (
+            "75-real;80-real;90-real;120-real;120-virtual",
+            "75>sm_75 80>sm_80 80>sm_90 80>sm_120 80>compute_80",
+            "90>sm_90 90>sm_120 90>compute_90",
+        ),
+        ("80", "80>sm_80 80>compute_80", "80>sm_80 80>compute_80"),  # without clusters
+        ("100", "80>sm_100 80>compute_80", "90>sm_100 90>compute_90"),
+        ("80-real;90a", "", ""),  # as CMake knows them
+    ],
+)
+def test_one_ptx_serves_all_later_devices(
+    tmp_path: Path, architectures: str, code: str, cluster_code: str
+) -> None:
+    script = tmp_path / "share.cmake"
+    script.write_text(
+        "cmake_minimum_required(VERSION 3.22)\n"
+        f"include({ROOT}/cmake/CudaArchitectures.cmake)\n"
+        f'set(CMAKE_CUDA_ARCHITECTURES "{architectures}")\n'
+        "setformer_share_ptx(all 0 80)\nsetformer_share_ptx(clusters 90 90)\n"
+        'message("${all}|${clusters}")\n'
+    )
+    done = run("cmake", "-P", script, folder=tmp_path)
+    found = [
+        re.sub(r"-gencode=arch=compute_(\d+),code=(\w+)", r"\1>\2", flags).replace(";", " ")
+        for flags in done.stderr.strip().split("|")
+    ]
+    assert found == [code, cluster_code]
 
 
 @needs_cmake

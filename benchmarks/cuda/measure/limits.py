@@ -34,6 +34,7 @@ def measured_device() -> Device | None:
     clock = ceilings.get("fma", {}).get("MHz") or math.inf
     return Device(
         name=str(fact("card")),
+        capability=int(str(fact("capability") or "8.0").replace(".", "")),
         multiprocessors=multiprocessors,
         issue=ISSUED * multiprocessors * clock * 1e6,
         full_tensor=math.inf,
@@ -57,7 +58,9 @@ def limit(
         shape.batch, shape.heads, shape.tokens, shape.depth, shape.references, iterations
     )
     try:
-        launches = model.forward(problem) + (model.backward(problem) if gradient else [])
+        launches = model.forward(problem, device)
+        if gradient:
+            launches += model.backward(problem, device)
     except ValueError:
         return None
     seconds = model.seconds_by_resource(launches, device)

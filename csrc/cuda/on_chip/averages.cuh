@@ -44,7 +44,8 @@ __device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weig
   const float2 weight = weights.pooled[pair], factor = weights.operand[pair];
   const float x[2][2] = {{sum.x * weight.x, sum.y * weight.y},
                          {sum.z * weight.x, sum.w * weight.y}};
-  const int width = int(p.value_depth), left = int(p.references) - 2 * pair;
+  const int width = int(p.value_depth);
+  const int left = rank<S>() == 0 ? int(p.references) - 2 * pair : 0;  // to store for all ranks
   float* pooled = shared_head<S>().pooled + (2 * pair * width + column);
   uint32_t* operand =
       shared_at<uint32_t>(Memory<S>::kOperand) + (band * S::kPairs + block / 2) * 128 + 2 * lane;
@@ -60,6 +61,7 @@ __device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weig
 }
 
 using Tiles = float[kGroup][kBands][4];
+inline constexpr int kTiles = kGroup * kBands;
 
 // The warp's share of A^T = V^T C for kGroup blocks of references and kBands bands of columns: the
 // sum over its own tokens.
@@ -102,12 +104,47 @@ __device__ __forceinline__ void pool_tiles(const Params& p, const Place& at,
   }
 }
 
-// Adds the tiles of all warps, in the order of the warps, to get A. `parity` alternates between
-// calls, so that no warp overwrites what another still reads.
+// The sum of a tile over `count` warps or blocks, in their order, from room [count, kTiles, 32].
+__device__ __forceinline__ float4 sum_of_tile(const Place& at, int tile, int count,
+                                              const float4* room) {
+  const float4* own = room + tile * 32 + at.lane;
+  float4 sum = *own;
+#pragma unroll
+  for (int i = 1; i < count; ++i) {
+    const float4 other = own[i * kTiles * 32];
+    sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+  }
+  return sum;
+}
+
+// Sends the block's sums of `count` tiles to all blocks of the cluster. Returns the room in which
+// theirs are.
+template <class S>
+__device__ __forceinline__ const float4* exchange_tiles(const Place& at, Exchange& exchange,
+                                                        int count, const float4* room) {
+  const int received = Memory<S>::kTiles + int(exchange.room()) * kMostRanks * kTiles * 32 * 16;
+  expect<S>(at, exchange, ranks<S>() * count * 32 * 16);
+  static_assert(S::kWarps >= kTiles);
+  if (at.warp < count) {
+    const float4 sum = sum_of_tile(at, at.warp, S::kWarps, room);
+    const int place = ((rank<S>() * kTiles + at.warp) * 32 + at.lane) * 16;
+#pragma unroll 1
+    for (int to = 0; to < ranks<S>(); ++to) {
+      send(address_in(to, shared_address(received + place)),
+           address_in(to, shared_address(Memory<S>::kBarriers + 8 * exchange.room())), sum);
+    }
+  }
+  receive<S>(exchange);
+  ++exchange.count;
+  return shared_at<float4>(received);
+}
+
+// Adds the tiles of all warps, in the order of the warps and ranks, to get A. `parity` alternates
+// between calls, so that no warp overwrites what another still reads.
 template <class S>
 __device__ __forceinline__ void add_tiles(const Params& p, const Place& at, const Weights& weights,
-                                          int band, int block, int parity, const Tiles& tiles) {
-  constexpr int kTiles = kGroup * kBands;
+                                          int band, int block, int parity, Exchange& exchange,
+                                          const Tiles& tiles) {
   float4* room = shared_at<float4>(Memory<S>::kSums) + parity * S::kWarps * kTiles * 32;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
@@ -124,18 +161,13 @@ __device__ __forceinline__ void add_tiles(const Params& p, const Place& at, cons
   }
   if constexpr (S::kWarps == 1) return;
   meet<S>();
+  const int all = kBands * min(kGroup, S::kBlocks - block);  // of the tiles
+  const float4* from = room;
+  if constexpr (S::kClustered) from = exchange_tiles<S>(at, exchange, all, room);
 #pragma unroll 1
-  for (int tile = at.warp; tile < kTiles; tile += S::kWarps) {
-    const int of_block = block + tile / kBands;
-    if (of_block >= S::kBlocks) continue;
-    const float4* own = room + tile * 32 + at.lane;
-    float4 sum = *own;
-#pragma unroll
-    for (int warp = 1; warp < S::kWarps; ++warp) {
-      const float4 other = own[warp * kTiles * 32];
-      sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
-    }
-    keep_pooled<S>(p, weights, band + tile % kBands, of_block, at.lane, sum);
+  for (int tile = at.warp; tile < all; tile += S::kWarps) {
+    const float4 sum = sum_of_tile(at, tile, S::kClustered ? ranks<S>() : S::kWarps, from);
+    keep_pooled<S>(p, weights, band + tile % kBands, block + tile / kBands, at.lane, sum);
   }
 }
 
@@ -144,7 +176,8 @@ __device__ __forceinline__ void add_tiles(const Params& p, const Place& at, cons
 template <class S>
 __device__ __forceinline__ void collect(const Params& p, const Place& at, const Tokens<S>& tokens,
                                         const Entries<S>& entries, const OfTokens<S>& factors,
-                                        const Spread<S>& weights, const Spread<S>& of_operand) {
+                                        const Spread<S>& weights, const Spread<S>& of_operand,
+                                        Exchange& exchange) {
   using Storage = typename S::Storage;
   OfReferences<S> of_plan{};
   Spread<S> of_sums;
@@ -170,7 +203,7 @@ __device__ __forceinline__ void collect(const Params& p, const Place& at, const 
     for (int block = 0; block < S::kBlocks; block += kGroup) {
       Tiles tiles = {};
       pool_tiles<S>(p, at, tokens, band % kMostBands, block, entries, factors, of_plan, tiles);
-      add_tiles<S>(p, at, of_tiles, band, block, parity, tiles);
+      add_tiles<S>(p, at, of_tiles, band, block, parity, exchange, tiles);
       parity ^= 1;
     }
   }

@@ -12,7 +12,7 @@ namespace on_chip {
 template <class S>
 __device__ __forceinline__ void keep_scales(const Params& p, const Place& at,
                                             const Spread<S>& scales) {
-  if (at.warp != 0) return;
+  if (!is_first_warp<S>(at)) return;
   float* to = shared_head<S>().collection_scale;
   for_each_own(at, scales, [&](int j, float scale) {
     if (j < p.references) to[j] = scale;
@@ -24,7 +24,7 @@ __device__ __forceinline__ void keep_scales(const Params& p, const Place& at,
 template <class S>
 __device__ __forceinline__ void form_collection(const Params& p, const Place& at,
                                                 Entries<S>& entries, Solution<S>& solution,
-                                                Spread<S>& weights) {
+                                                Exchange& exchange, Spread<S>& weights) {
   OfReferences<S> columns;
   to_fragments<S>(at, solution.columns, columns);
   for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ void form_collection(const Params& p, const Place& at
   });
   for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = 1.0f; });
   meet<S>();  // the sums below overwrite those of the last step, which others may still read
-  Two<float> sums[S::kLanePairs];
+  Sums<S, float> sums;
   sum_columns<S>(
       at, 0,
       [&](int n, int e) {
@@ -43,6 +43,7 @@ __device__ __forceinline__ void form_collection(const Params& p, const Place& at
         return sum;
       },
       sums);
+  add_ranks<S>(at, exchange, sums);
 #pragma unroll
   for (int h = 0; h < S::kLanePairs; ++h) {
     weights[h] = {reciprocal_or_zero(sums[h].x), reciprocal_or_zero(sums[h].y)};
@@ -54,7 +55,7 @@ __device__ __forceinline__ void form_collection(const Params& p, const Place& at
 template <class S>
 __device__ __forceinline__ void collect_side(const Params& p, const Place& at,
                                              const Tokens<S>& tokens, Entries<S>& entries,
-                                             Solution<S>& solution) {
+                                             Solution<S>& solution, Exchange& exchange) {
   Spread<S> weights, of_operand;
   for_each_own(at, of_operand, [](int, float& x) { x = 1.0f; });
   if (shared_head<S>().similarity.factored) {
@@ -68,9 +69,9 @@ __device__ __forceinline__ void collect_side(const Params& p, const Place& at,
     }
     keep_scales<S>(p, at, scales);
   } else {
-    form_collection<S>(p, at, entries, solution, weights);
+    form_collection<S>(p, at, entries, solution, exchange, weights);
   }
-  collect<S>(p, at, tokens, entries, solution.tokens, weights, of_operand);
+  collect<S>(p, at, tokens, entries, solution.tokens, weights, of_operand, exchange);
 }
 
 // Computes the output and rows^T from the entries and the solution of the receivers' side.
@@ -122,6 +123,8 @@ __device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t
   Spread<S> of_references{};
   float log_first = 0;
   int passes = 1;
+  Exchange exchange;
+  if constexpr (S::kClustered) begin_exchanges<S>(at);
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
     meet<S>();
@@ -139,18 +142,18 @@ __device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t
       stage<S>(p, at, tokens, shared_head<S>().values, 0);
     }
     if (pass == 0 || p.cross) {
-      const Marginals<S> marginals = find_marginals<S>(p, at, tokens);
+      const Marginals<S> marginals = find_marginals<S>(p, at, tokens, exchange);
       Solution<S> solution;
       if (similarity.factored) {
-        solve_by_factors<S>(p, at, tokens, marginals, entries, solution);
+        solve_by_factors<S>(p, at, tokens, marginals, entries, exchange, solution);
       } else {
-        solve_in_log_domain<S>(p, at, tokens, marginals, entries, solution);
+        solve_in_log_domain<S>(p, at, tokens, marginals, entries, exchange, solution);
       }
       log_first = solution.log_first;
 #pragma unroll
       for (int h = 0; h < S::kLanePairs; ++h) of_references[h] = solution.references[h];
       if (pass == 0) {
-        collect_side<S>(p, at, tokens, entries, solution);
+        collect_side<S>(p, at, tokens, entries, solution, exchange);
         meet<S>();  // all of A is there
       }
     }
@@ -187,13 +190,28 @@ bool visit_warps(const ForwardParams& p, int64_t block_bytes, Launch launch) {
   return fits(Shape<Storage, blocks, strips, 2>{}) || fits(Shape<Storage, blocks, strips, 8>{});
 }
 
+// Blocks of references, and the most strips of which a warp's registers hold the entries.
+template <int blocks_, int strips_>
+struct WarpSize {
+  static constexpr int blocks = blocks_, strips = strips_;
+};
+
+// Calls visit(WarpSize) with the smallest that holds the references. Returns what it returns, or
+// false if there is none.
+template <class Visit>
+bool visit_references(const ForwardParams& p, Visit visit) {
+  if (p.references <= 32) return visit(WarpSize<4, 7>{});
+  if (p.references <= 56) return visit(WarpSize<7, 7>{});
+  if (p.references <= 64) return visit(WarpSize<8, 6>{});
+  if (p.references <= 128) return visit(WarpSize<16, 3>{});
+  return false;
+}
+
 template <class Storage, class Launch>
 bool visit_shape(const ForwardParams& p, int64_t block_bytes, Launch launch) {
-  if (p.references <= 32) return visit_warps<Storage, 4, 7>(p, block_bytes, launch);
-  if (p.references <= 56) return visit_warps<Storage, 7, 7>(p, block_bytes, launch);
-  if (p.references <= 64) return visit_warps<Storage, 8, 6>(p, block_bytes, launch);
-  if (p.references <= 128) return visit_warps<Storage, 16, 3>(p, block_bytes, launch);
-  return false;
+  return visit_references(p, [&](auto size) {
+    return visit_warps<Storage, size.blocks, size.strips>(p, block_bytes, launch);
+  });
 }
 
 }  // namespace on_chip

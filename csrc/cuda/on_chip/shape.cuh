@@ -15,22 +15,30 @@ namespace setformer::cuda::on_chip {
 template <class StorageType, int blocks, int strips, int warps>
 struct Shape {
   using Storage = StorageType;
-  static constexpr int kBlocks = blocks;  // of 8 references
-  static constexpr int kStrips = strips;  // of 16 tokens, a warp's
+  static constexpr bool kClustered = false;  // whether the blocks of a cluster share a head
+  static constexpr int kBlocks = blocks;     // of 8 references
+  static constexpr int kStrips = strips;     // of 16 tokens, a warp's
   static constexpr int kWarps = warps;
   static constexpr int kThreads = 32 * warps;
   static constexpr int kReferences = 8 * blocks;
   static constexpr int kLanePairs = (blocks + 7) / 8;  // pairs of references in a lane's Spread
   static constexpr int kWarpTokens = 16 * strips;
-  static constexpr int kTokens = warps * kWarpTokens;
-  static constexpr int kPairs = (blocks + 1) / 2;  // of blocks: a product's depth of 16
+  static constexpr int kTokens = warps * kWarpTokens;  // a block's
+  static constexpr int kPairs = (blocks + 1) / 2;      // of blocks: a product's depth of 16
   // Blocks that a multiprocessor should hold: it has 65536 registers, a thread at most 255.
   static constexpr int kBlocksAtOnce = warps == 1 ? 12 : 8 / warps;
+};
+
+// Of each block of a cluster.
+template <class StorageType, int blocks, int strips>
+struct ClusterShape : Shape<StorageType, blocks, strips, 8> {
+  static constexpr bool kClustered = true;
 };
 
 inline constexpr int kMostBands = 4;  // bands of 16 columns that a warp's room holds of its rows
 inline constexpr int kBands = 2;      // bands that products take at once
 inline constexpr int kGroup = 2;      // blocks of references that collect takes at once
+inline constexpr int kMostRanks = 8;  // of a cluster, on every device that has clusters
 
 template <class S>
 using Entries = float[S::kStrips][S::kBlocks][4];
@@ -74,6 +82,7 @@ struct Sizes {
   int pitch, depth_pitch;  // elements from row to row of rooms and of references, so that rows
                            // start in different banks
   int room;                // rows of a warp's room: its strips, by twos
+  int ranks;               // blocks that share the head: those of a cluster, or 1
   int references, rows;    // where these begin, in bytes
   int total;               // bytes
 };
@@ -92,6 +101,9 @@ struct Params : ForwardParams {
 //   spread      [2, kWarps, 64 kLanePairs]       float, a warp's own
 //   columns     [2, kWarps, 64 kLanePairs]       float2: sums of each warp, and their exponents
 //   sums        [2, kWarps, kGroup, kBands, 32]  float4: tiles of A^T of each warp
+//   received    [2, kMostRanks, 64 kLanePairs]   float2: the same of each block of a cluster
+//   tiles       [2, kMostRanks, kGroup, kBands, 32]  float4: the same
+//   barriers    [2]                              uint64_t: of what blocks send
 //   operand     [bands, kPairs, 2, 32]           uint2: A in the order of fragments
 //   references  [kReferences, depth pitch]       storage
 //   rows        [kWarps, room, pitch]            storage, a warp's own: keys, values, outputs
@@ -107,12 +119,17 @@ struct Memory {
   static constexpr int kSpread = kMasses + S::kTokens * 4;
   static constexpr int kColumns = kSpread + 2 * S::kWarps * 64 * S::kLanePairs * 4;
   static constexpr int kSums = kColumns + kAcross * 2 * S::kWarps * 64 * S::kLanePairs * 8;
-  static constexpr int kOperand = kSums + kAcross * 2 * S::kWarps * kGroup * kBands * 32 * 16;
+  static constexpr int kReceived = kSums + kAcross * 2 * S::kWarps * kGroup * kBands * 32 * 16;
+  static constexpr int kTiles = kReceived + S::kClustered * 2 * kMostRanks * 64 * S::kLanePairs * 8;
+  static constexpr int kBarriers =
+      kTiles + S::kClustered * 2 * kMostRanks * kGroup * kBands * 32 * 16;
+  static constexpr int kOperand = kBarriers + S::kClustered * 16;
 
-  static Sizes sizes(const ForwardParams& p) {
+  static Sizes sizes(const ForwardParams& p, int ranks = 1) {
     const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
-    const int strips = int((tokens + 16 * S::kWarps - 1) / (16 * S::kWarps));
+    const int warps = S::kWarps * ranks, strips = int((tokens + 16 * warps - 1) / (16 * warps));
     Sizes sizes;
+    sizes.ranks = ranks;
     sizes.bands = bands_of(p.depth);
     sizes.value_bands = bands_of(p.value_depth);
     const int most = sizes.bands > sizes.value_bands ? sizes.bands : sizes.value_bands;
@@ -158,6 +175,26 @@ __device__ __forceinline__ Place place() {
   return at;
 }
 
+// The block's rank in the cluster that shares the head, and the number of its blocks.
+template <class S>
+__device__ __forceinline__ int rank() {
+  int rank = 0;
+  if constexpr (S::kClustered) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+template <class S>
+__device__ __forceinline__ int ranks() {
+  int ranks = 1;
+  if constexpr (S::kClustered) asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(ranks));
+  return ranks;
+}
+
+// Of all warps that share the head, the one that stores what all of them know.
+template <class S>
+__device__ __forceinline__ bool is_first_warp(const Place& at) {
+  return at.warp == 0 && rank<S>() == 0;
+}
+
 // The tokens of one side that belong to a warp.
 template <class S>
 struct Tokens {
@@ -167,9 +204,10 @@ struct Tokens {
   __device__ __forceinline__ explicit Tokens(const Place& at) {
     const auto& rows = shared_head<S>().tokens;
     // the numbers of strips of two warps differ by one at most
-    const int all = (int(rows.count) + 15) / 16, begin = all * at.warp / S::kWarps;
+    const int warp = rank<S>() * S::kWarps + at.warp, warps = ranks<S>() * S::kWarps;
+    const int all = (int(rows.count) + 15) / 16, begin = all * warp / warps;
     first = 16 * begin;
-    strips = all * (at.warp + 1) / S::kWarps - begin;
+    strips = all * (warp + 1) / warps - begin;
     uint32_t* words = shared_at<uint32_t>(Memory<S>::kValid) + 4 * at.warp;
 #pragma unroll
     for (int word = 0; word < (S::kStrips + 1) / 2; ++word) {

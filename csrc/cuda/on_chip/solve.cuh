@@ -13,7 +13,7 @@
 // therefore v_0 is taken out of the rows.
 #pragma once
 
-#include "scores.cuh"
+#include "cluster.cuh"
 
 namespace setformer::cuda::on_chip {
 
@@ -60,7 +60,8 @@ __device__ __forceinline__ float most_of_warp(float x) {
 
 template <class S>
 __device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Place& at,
-                                                       const Tokens<S>& tokens) {
+                                                       const Tokens<S>& tokens,
+                                                       Exchange& exchange) {
   const auto& head = shared_head<S>();
   const bool factored = head.similarity.factored, given = !head.mass.absent();
   Marginals<S> marginals{};
@@ -78,6 +79,7 @@ __device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Pl
     meet<S>();
     top = largest[0];
     for (int warp = 1; warp < S::kWarps; ++warp) top = most(top, largest[warp]);
+    if constexpr (S::kClustered) top = most_of_ranks<S>(at, exchange, top);
     marginals.log_largest = log_two(top);
   }
 #pragma unroll
@@ -109,21 +111,10 @@ __device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Pl
   return marginals;
 }
 
-// For sums over columns of entries, of numbers or of log-sum-exps.
-__device__ __forceinline__ float combined(float x, float y) { return x + y; }
-__device__ __forceinline__ LogSum<float> combined(LogSum<float> x, const LogSum<float>& y) {
-  x.merge(y);
-  return x;
-}
 __device__ __forceinline__ float shuffled(float x, int distance) {
   return __shfl_xor_sync(kFullWarp, x, distance);
 }
 using cuda::shuffled;
-
-template <class Sum>
-struct alignas(2 * sizeof(Sum)) Two {
-  Sum x, y;
-};
 
 // Turns sums [8][2] over a lane's own rows into sums over all rows, spread over the warp. Three
 // times each lane gives half of its sums to another lane and adds the half that it receives.
@@ -148,8 +139,7 @@ __device__ __forceinline__ Two<Sum> fold(const Place& at, Sum (&sums)[8][2]) {
 // Adds the sums of all warps, in the order of the warps. `parity` alternates between calls, so that
 // no warp overwrites what another still reads.
 template <class S, class Sum>
-__device__ __forceinline__ void add_warps(const Place& at, int parity,
-                                          Two<Sum> (&sums)[S::kLanePairs]) {
+__device__ __forceinline__ void add_warps(const Place& at, int parity, Sums<S, Sum>& sums) {
   if constexpr (S::kWarps == 1) return;
   Two<Sum>* room =
       shared_at<Two<Sum>>(Memory<S>::kColumns) + parity * S::kWarps * S::kLanePairs * 32 + at.lane;
@@ -167,11 +157,11 @@ __device__ __forceinline__ void add_warps(const Place& at, int parity,
   }
 }
 
-// The sums over all tokens of the head, spread over the warp. of(n, e) is the lane's own part of
+// The sums over all tokens of the block, spread over the warp. of(n, e) is the lane's own part of
 // the sum for its column e (0 or 1) in block n.
 template <class S, class Sum, class Of>
 __device__ __forceinline__ void sum_columns(const Place& at, int parity, Of of,
-                                            Two<Sum> (&totals)[S::kLanePairs]) {
+                                            Sums<S, Sum>& totals) {
 #pragma unroll
   for (int h = 0; h < S::kLanePairs; ++h) {
     Sum sums[8][2] = {};
@@ -261,7 +251,7 @@ __device__ __forceinline__ void keep_rows(const Place& at, const Tokens<S>& toke
 template <class S>
 __device__ __forceinline__ void keep_columns(const Params& p, const Place& at, int t,
                                              const Spread<S>& logarithms) {
-  if (at.warp != 0) return;
+  if (!is_first_warp<S>(at)) return;
   float* to = shared_head<S>().columns + (t > 0 ? t - 1 : 0) * p.references;
   for_each_own(at, logarithms, [&](int j, float x) {
     if (j < p.references) to[j] = x;
@@ -282,7 +272,8 @@ template <class S>
 __device__ __forceinline__ void solve_by_factors(const Params& p, const Place& at,
                                                  const Tokens<S>& tokens,
                                                  const Marginals<S>& marginals,
-                                                 const Entries<S>& entries, Solution<S>& solution) {
+                                                 const Entries<S>& entries, Exchange& exchange,
+                                                 Solution<S>& solution) {
   const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
   begin<S>(p, at, 1.0f, 0.0f, masses, solution);
   const float scale = shared_head<S>().similarity.scale;
@@ -300,7 +291,7 @@ __device__ __forceinline__ void solve_by_factors(const Params& p, const Place& a
       });
       keep_rows<S>(at, tokens, t - 1, sums);
     }
-    Two<float> columns[S::kLanePairs];
+    Sums<S, float> columns;
     sum_columns<S>(
         at, t & 1,
         [&](int n, int e) {
@@ -311,6 +302,7 @@ __device__ __forceinline__ void solve_by_factors(const Params& p, const Place& a
           return sum;
         },
         columns);
+    add_ranks<S>(at, exchange, columns);
     const float unit = marginals.log_largest + (t > 0 ? log_first : scale);
     Spread<S> logarithms;
 #pragma unroll
@@ -336,7 +328,7 @@ template <class S>
 __device__ __forceinline__ void solve_in_log_domain(const Params& p, const Place& at,
                                                     const Tokens<S>& tokens,
                                                     const Marginals<S>& marginals,
-                                                    const Entries<S>& entries,
+                                                    const Entries<S>& entries, Exchange& exchange,
                                                     Solution<S>& solution) {
   const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
   begin<S>(p, at, 0.0f, -infinity<float>(), masses, solution);
@@ -352,7 +344,7 @@ __device__ __forceinline__ void solve_in_log_domain(const Params& p, const Place
       });
       keep_rows<S>(at, tokens, t - 1, sums);
     }
-    Two<LogSum<float>> columns[S::kLanePairs];
+    Sums<S, LogSum<float>> columns;
     sum_columns<S>(
         at, t & 1,
         [&](int n, int e) {
@@ -368,6 +360,7 @@ __device__ __forceinline__ void solve_in_log_domain(const Params& p, const Place
           return sum;
         },
         columns);
+    add_ranks<S>(at, exchange, columns);
 #pragma unroll
     for (int h = 0; h < S::kLanePairs; ++h) {
       solution.columns[h] = {columns[h].x.logarithm(), columns[h].y.logarithm()};

@@ -20,12 +20,14 @@ FUNCTIONS = ("set_attention", "set_pooling", "transport_plan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # One problem per kernel family, which every GPU solves with kernels of this family only.
-# (Exception: before sm_80 forward of half types always streams.) 49 tokens of 32 dimensions fit one
-# block on every GPU; the keys alone of 1100 tokens, 64 dimensions of 2 bytes in tiles of 64 tokens,
-# fit one on none.
+# (Exceptions: forward of half types always streams before sm_80, and where a cluster could hold the
+# head before sm_90.) 49 tokens of 32 dimensions fit one block on every GPU; the keys alone of 1100
+# tokens, 64 dimensions of 2 bytes in tiles of 64 tokens, fit one on none, and with more than 128
+# references no cluster.
 FAMILIES: dict[str, dict[str, Any]] = {
     "resident": {"B": 2, "H": 2, "N": 49, "M": 17, "D": 32, "Dv": 32},
-    "streaming": {"B": 1, "H": 1, "N": 1100, "M": 17, "D": 64, "Dv": 9},
+    "streaming": {"B": 1, "H": 1, "N": 1100, "M": 130, "D": 64, "Dv": 9},
+    "cluster": {"B": 1, "H": 2, "N": 1100, "M": 17, "D": 64, "Dv": 9},
 }
 
 EVERY_OPTION: dict[str, Any] = {
@@ -80,7 +82,7 @@ SMALL_EPSILON = {"N": 129, "M": 17, "epsilon": 0.01, "token_mass": True, "masked
 
 
 def smoke_kernels() -> list[Kernels]:
-    """All kernels to check, forward of all first; float64 has no resident kernels.
+    """All kernels to check, forward of all first.
 
     Neighbours differ in type and family: so the first few show whether anything works at all.
     """
@@ -90,8 +92,14 @@ def smoke_kernels() -> list[Kernels]:
         for direction in ("forward", "backward")
         for turn in range(len(families))
         for i, dtype in enumerate(DTYPES)
-        if (family := families[(i + turn) % len(families)]) != "resident" or dtype != torch.float64
+        if _exist(family := families[(i + turn) % len(families)], dtype, direction)
     ]
+
+
+def _exist(family: str, dtype: torch.dtype, direction: str) -> bool:
+    if family == "cluster":
+        return dtype.itemsize == 2 and direction == "forward"
+    return family != "resident" or dtype != torch.float64
 
 
 def smoke_tasks() -> list[Task]:

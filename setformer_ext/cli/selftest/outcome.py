@@ -31,7 +31,7 @@ Check = Callable[[torch.device], Iterable[Comparison | Timing]]
 class Kernels(NamedTuple):
     """The kernels that a smoke check runs."""
 
-    family: str  # resident or streaming
+    family: str  # resident, streaming or cluster
     dtype: torch.dtype
     direction: str  # forward or backward
 

@@ -269,6 +269,12 @@ def compile_cuda(source: Path, architecture: int, folders: Sequence[Path]) -> tu
     return target / "host.o", target / f"{source.stem}.ptx"
 
 
+def compile_kernels(source: Path, architecture: int, sources: Path) -> tuple[Path, Path]:
+    """compile_cuda() of a source of csrc/cuda/, with clusters where their source is compiled."""
+    newer = "_cluster_" in source.name and architecture >= 80  # as in CMakeLists.txt
+    return compile_cuda(source, 90 if newer else architecture, [sources])
+
+
 def link(objects: Sequence[Path], name: str, extra: Sequence[str] = ()) -> Path:
     """A shared library. Its symbols are its own, whatever else the process has loaded."""
     target = cache() / "libraries" / digest(objects, extra) / name
@@ -334,7 +340,7 @@ def build_extension(architecture: int = 80, sources: Path = SOURCES) -> Path:
     """
     objects = extension_objects(sources)
     cuda = sorted((sources / "cuda").glob("*.cu"))
-    for host, ptx in parallel(lambda path: compile_cuda(path, architecture, [sources]), cuda):
+    for host, ptx in parallel(lambda path: compile_kernels(path, architecture, sources), cuda):
         objects += [host, *translate_and_compile(ptx)]
     objects += runtime_objects(architecture, with_cudart=True)
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

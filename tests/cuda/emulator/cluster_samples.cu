@@ -228,6 +228,12 @@ __global__ void __cluster_dims__(2, 1, 1) rank_beyond(float* out) {
   out[0] = load_remote(remote(numbers, 2));
 }
 __global__ void __cluster_dims__(2, 1, 1) no_barrier_there(float*) { await(&barrier, 0); }
+__global__ void __cluster_dims__(2, 1, 1) used_too_early(float*) {
+  if (threadIdx.x == 0) init_barrier(&barrier, 1);
+  arrive();
+  if (threadIdx.x == 0 && special_rank() == 1) arrive_remote(remote(&barrier, 0));
+  wait();
+}
 __global__ void __cluster_dims__(2, 1, 1) too_many(float*) {
   if (threadIdx.x == 0) init_barrier(&barrier, 1);
   meet();
@@ -263,5 +269,6 @@ LAUNCH(did_not_arrive)
 LAUNCH(arrives_twice)
 LAUNCH(rank_beyond)
 LAUNCH(no_barrier_there)
+LAUNCH(used_too_early)
 LAUNCH(too_many)
 LAUNCH(another_blocks_barrier)

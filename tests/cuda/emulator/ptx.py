@@ -86,11 +86,12 @@ class Function:
     parameters: list[Variable]
     body: list[Statement]
     most_threads: int = 0  # .maxntid; 0 where it is not given
-    ranks: int = 1  # blocks of a cluster, side by side along x
+    ranks: int = 0  # blocks of a cluster, side by side along x; 0 where it is not given
 
 
 @dataclass
 class Module:
+    target: int = 80  # the compute capability: 80 for 8.0
     functions: dict[str, Function] = field(default_factory=dict)
     variables: dict[str, Variable] = field(default_factory=dict)
 
@@ -196,6 +197,10 @@ class Parser:
     def module(self) -> Module:
         module = Module()
         while self.skip_blanks():
+            target = self.take(r"\.target\s+sm_(\d+)[^\n]*")
+            if target:
+                module.target = int(target[1])
+                continue
             if self.take(r"\.(version|target|address_size|file|loc)\b[^\n]*"):
                 continue
             if self.take(r"\.section\s+[.\w]+\s*\{"):

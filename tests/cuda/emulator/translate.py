@@ -314,7 +314,7 @@ def kernel_source(
             "const Kernel kKernel{",
             f"    {quote(function.name)}, run, kParameters, {len(function.parameters)},",
             f"    {translation.parameters.size}, kShared, {len(shared)}, kDynamicShared,",
-            f"    {uses_dynamic}, {function.most_threads}, {function.ranks}}};",
+            f"    {uses_dynamic}, {function.most_threads}, {function.ranks}, {module.target}}};",
             "const RegisterKernel registered(kKernel);",
             "}  // namespace",
             f"}}  // namespace emulator::kernel_{number}",

@@ -21,7 +21,9 @@ TYPES = {
 HALVES = ("bfloat16", "float16")
 DIRECTIONS = ("forward", "backward")
 # Of kernels on chip, those that the problems need: blocks of references, strips, warps.
-SHAPES = ("Li4ELi7ELi2E", "Li7ELi4ELi1E", "Li4ELi1ELi4E", "Li7ELi1ELi1E")
+SHAPES = ("Li4ELi7ELi2E", "Li7ELi4ELi1E", "Li4ELi1ELi4E", "Li7ELi1ELi1E", "Li4ELi7EEE")
+
+FORWARD_ON_CHIP: dict[Regime, str] = {"on chip": "on_chip_", "cluster": "on_chip_cluster_"}
 
 # What launch.cu refers to beside, and no check calls.
 ABSENT = """\
@@ -46,6 +48,10 @@ template <> void {Direction}Kernels<{type}>::run(const {Direction}Params&, void*
 ABSENT_ON_CHIP = {
     "on_chip_": """\
 template <> bool OnChipForward<{type}>::run(const ForwardParams&, Stream&) {{ return false; }}""",
+    "on_chip_cluster_": """\
+template <> bool OnClusterForward<{type}>::run(const ForwardParams&, Stream&) {{
+  return false;
+}}""",
     "on_chip_backward_": """\
 template <> bool OnChipBackward<{type}>::run(
     const BackwardParams&, const BackwardWorkspace&, void*, Stream&) {{ return false; }}""",
@@ -62,10 +68,11 @@ def build_module(
     """
     wanted: dict[str, Regime] = {f"forward_{storage}": regime}
     if storage in HALVES:
-        wanted = {f"on_chip_{storage}": regime} if regime == "on chip" else {}
+        on_chip = FORWARD_ON_CHIP.get(regime)
+        wanted = {} if on_chip is None else {on_chip + storage: regime}
         wanted[f"forward_{storage}"] = "streaming"
     if backward:
-        wanted[f"backward_{storage}"] = "resident" if regime == "on chip" else regime
+        wanted[f"backward_{storage}"] = "resident" if regime in FORWARD_ON_CHIP else regime
         if regime == "on chip":
             wanted[f"on_chip_backward_{storage}"] = regime
     objects = build.extension_objects(build.SOURCES)
@@ -74,7 +81,7 @@ def build_module(
         objects.append(host)
     for name, kernels in wanted.items():
         source = sources / "cuda" / f"{name}.cu"
-        host, ptx = build.compile_cuda(source, architecture, [sources])
+        host, ptx = build.compile_kernels(source, architecture, sources)
         objects += [host, *translated_kernels(ptx, kernels)]
     objects.append(absent_kernels(set(wanted)))
     objects += build.runtime_objects(architecture, with_cudart=True)
@@ -88,7 +95,7 @@ def translated_kernels(ptx: Path, regime: Regime) -> list[Path]:
 
     def is_of_regime(kernel: str) -> bool:
         if "on_chip" in kernel:
-            return regime == "on chip" and any(shape in kernel for shape in SHAPES)
+            return regime in FORWARD_ON_CHIP and any(shape in kernel for shape in SHAPES)
         return ("resident" in kernel) == (regime == "resident")
 
     def is_wanted(source: Path) -> bool:

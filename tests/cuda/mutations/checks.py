@@ -33,8 +33,9 @@ from setformer_ext.cli.selftest.tolerance import compare_with_definition
 
 LONGEST = 300  # seconds of a check
 
-# Which kernels a problem is for: forward of a half type is on chip or streams, never resident.
-Regime = Literal["on chip", "resident", "streaming"]
+# Which kernels a problem is for: forward of a half type is on chip, on a cluster or streams, never
+# resident.
+Regime = Literal["on chip", "cluster", "resident", "streaming"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Problem:
     in_group: bool = False  # by the launches of a group of ranks, here of one
     hidden: int = 0  # tokens from the first on that the mask leaves out
     architecture: int = 80  # that faults are compiled for
-    newer: bool = False  # the device is of capability 8.0 all the same
+    device: int = 0  # the device's compute capability, as 90 for 9.0, where it is another one
 
 
 def transposed(key: Tensor) -> Tensor:
@@ -142,11 +143,29 @@ PROBLEMS = {
     ),
     "bfloat16 on-chip forward, then backward": Problem("bfloat16", "on chip", True, SELF),
     "bfloat16 on-chip forward, of an older architecture": Problem(
-        "bfloat16", "on chip", False, SELF | {"N": 45}, architecture=75, newer=True
+        "bfloat16", "on chip", False, SELF | {"N": 45}, architecture=75, device=80
     ),
     "float16 on-chip forward": Problem("float16", "on chip", False, SELF),
     "bfloat16 on-chip forward, in logarithms": Problem(
         "bfloat16", "on chip", False, SELF | IN_LOGARITHMS
+    ),
+    "bfloat16 forward on a cluster": Problem(
+        "bfloat16", "cluster", False, RESIDENT | {"N": 300}, device=90
+    ),
+    "bfloat16 forward on a cluster, deep": Problem(
+        "bfloat16", "cluster", False, SELF | DEEP_AND_WIDE, device=90
+    ),
+    "bfloat16 forward on a cluster, in logarithms": Problem(
+        "bfloat16", "cluster", False, SELF | IN_LOGARITHMS, device=90
+    ),
+    "bfloat16 forward on a cluster, packed": Problem(
+        "bfloat16", "cluster", False, RESIDENT | SAMPLES | {"N": 110}, packed=True, device=90
+    ),
+    "bfloat16 forward on a cluster, then backward": Problem(
+        "bfloat16", "cluster", True, SELF, device=90
+    ),
+    "float16 forward on a cluster": Problem(
+        "float16", "cluster", False, SELF | {"iterations": 3}, device=90
     ),
     "bfloat16 on-chip backward": Problem("bfloat16", "on chip", True, RESIDENT),
     "bfloat16 on-chip backward, transposed": Problem(
@@ -252,8 +271,8 @@ def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterat
     if problem.in_group:
         ops.run = partial(_run_in_group, ops.run)
     emulator = Emulator(library)
-    if problem.newer:
-        emulator.set_capability(80)
+    if problem.device:
+        emulator.set_capability(problem.device)
     arguments = random_problem(dtype=getattr(torch, problem.storage), **problem.options)
     if problem.arranged is not None:
         arguments["key"] = problem.arranged(arguments["key"])

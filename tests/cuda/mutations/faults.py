@@ -528,6 +528,110 @@ ON_CHIP = tuple(
     )
 )
 
+ON_CLUSTER = tuple(
+    Fault(name, f"on_chip/{file}", old, new, problem)
+    for name, file, old, new, problem in (
+        (
+            "blocks of a cluster take the same tokens",
+            "shape.cuh",
+            "const int warp = rank<S>() * S::kWarps + at.warp,",
+            "const int warp = at.warp,",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "blocks of a cluster work on heads of their own",
+            "cluster_forward.cuh",
+            "attend<S>(p, place(), (first + blockIdx.x) / p.sizes.ranks);",
+            "attend<S>(p, place(), first + blockIdx.x);",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "sums of the last block left out",
+            "cluster.cuh",
+            "for (int other = 1; other < ranks<S>(); ++other) {",
+            "for (int other = 1; other < ranks<S>() - 1; ++other) {",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "sums read before they have come",
+            "cluster.cuh",
+            "  receive<S>(exchange);\n  ++exchange.count;\n  const Two<Sum>* own",
+            "  ++exchange.count;\n  const Two<Sum>* own",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "one room for all exchanges",
+            "cluster.cuh",
+            "uint32_t room() const { return count & 1; }",
+            "uint32_t room() const { return 0; }",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "the phase of an exchange is not told from the one before",
+            "cluster.cuh",
+            "return count >> 1 & 1;",
+            "return 0;",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "fewer bytes expected than come",
+            "cluster.cuh",
+            "expect<S>(at, exchange, ranks<S>() * kRow);",
+            "expect<S>(at, exchange, kRow);",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "all sums are sent to the first block",
+            "cluster.cuh",
+            "address_in(at.warp, shared_address(room + rank<S>() * kRow));",
+            "address_in(0, shared_address(room + rank<S>() * kRow));",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "barriers are used before all blocks know them",
+            "cluster.cuh",
+            'asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");',
+            "",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "masses relative to the largest of the own block",
+            "solve.cuh",
+            "if constexpr (S::kClustered) top = most_of_ranks<S>(at, exchange, top);",
+            "",
+            "bfloat16 forward on a cluster",
+        ),
+        (
+            "the second of two log-sum-exps is sent as the first",
+            "cluster.cuh",
+            "send(to, barrier, float4{x.x.largest, x.x.sum, x.y.largest, x.y.sum});",
+            "send(to, barrier, float4{x.x.largest, x.x.sum, x.x.largest, x.x.sum});",
+            "bfloat16 forward on a cluster, in logarithms",
+        ),
+        (
+            "tiles of A are those of the own block",
+            "averages.cuh",
+            "for (int to = 0; to < ranks<S>(); ++to) {",
+            "for (int to = rank<S>(); to == rank<S>(); ++to) {",
+            "bfloat16 forward on a cluster, deep",
+        ),
+        (
+            "tiles of all blocks are sent to one place",
+            "averages.cuh",
+            "const int place = ((rank<S>() * kTiles + at.warp) * 32 + at.lane) * 16;",
+            "const int place = ((0 * kTiles + at.warp) * 32 + at.lane) * 16;",
+            "float16 forward on a cluster",
+        ),
+        (
+            "columns are stored by a block without them",
+            "shape.cuh",
+            "return at.warp == 0 && rank<S>() == 0;",
+            "return at.warp == 0 && rank<S>() == ranks<S>();",
+            "bfloat16 forward on a cluster, then backward",
+        ),
+    )
+)
+
 ON_CHIP_BACKWARD = tuple(
     Fault(name, f"on_chip/{file}", old, new, problem)
     for name, file, old, new, problem in (
@@ -719,4 +823,4 @@ PACKED = tuple(
     )
 )
 
-FAULTS = FORWARD + ON_CHIP + BACKWARD + ON_CHIP_BACKWARD + IN_GROUP + PACKED
+FAULTS = FORWARD + ON_CHIP + ON_CLUSTER + BACKWARD + ON_CHIP_BACKWARD + IN_GROUP + PACKED

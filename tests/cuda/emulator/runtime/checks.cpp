@@ -104,7 +104,7 @@ void cluster_starts(const Thread& first) {
   for (auto& of_block : barrier_participants) {
     for (auto& participants : of_block) participants.clear();
   }
-  warp_participants.assign(32 * first.launch.kernel->ranks, {});
+  warp_participants.assign(32 * first.launch.ranks, {});
 }
 void barrier_joined(const Thread& thread, uint32_t barrier) {
   if (options.race) race::joined(thread, barrier_participants[thread.rank][barrier]);
@@ -138,6 +138,9 @@ void released(const Thread& thread, std::vector<uint32_t>& knowledge) {
 }
 void acquired(const Thread& thread, const std::vector<uint32_t>& knowledge) {
   if (options.race) race::acquired(thread, knowledge);
+}
+bool knows(const Thread& thread, uint32_t other, const std::vector<uint32_t>& known) {
+  return !options.race || race::knows(thread, other, known);
 }
 uint32_t number_of(const Thread& thread) { return options.race ? race::number_of(thread) : 0; }
 void store_arrived(const Thread& thread, const Site& site, uint32_t issuer,

@@ -18,6 +18,8 @@ void copy_arrived(const Thread& thread, const Site& site, const Copy& copy);
 // What a thread knows to have happened is added to `knowledge`, and with `acquired` taken from it.
 void released(const Thread& thread, std::vector<uint32_t>& knowledge);
 void acquired(const Thread& thread, const std::vector<uint32_t>& knowledge);
+// Whether the thread knows what `other` did when it released `known`.
+bool knows(const Thread& thread, uint32_t other, const std::vector<uint32_t>& known);
 // Of a thread among those of the cluster.
 uint32_t number_of(const Thread& thread);
 // What `issuer` has stored, of which it knew `known`, has come, for those that `arriving` reaches.

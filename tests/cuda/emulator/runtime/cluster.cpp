@@ -44,6 +44,8 @@ struct Store {
 struct MemoryBarrier : Phases {
   uint32_t count = 0;
   int64_t bytes = 0;
+  uint32_t initialiser = 0;
+  Knowledge initial;
   std::vector<Store> stores;
 };
 std::map<uint8_t*, MemoryBarrier> memory_barriers;
@@ -57,6 +59,10 @@ MemoryBarrier& at(Thread& thread, const Site& site, uint8_t* barrier) {
   const auto found = memory_barriers.find(barrier);
   if (found == memory_barriers.end()) {
     fail(thread, site, kLaunchFailure, "there is no mbarrier: nobody has initialised it");
+  }
+  if (!checks::knows(thread, found->second.initialiser, found->second.initial)) {
+    fail(thread, site, kLaunchFailure,
+         "race: nothing orders this use of an mbarrier after its initialisation");
   }
   return found->second;
 }
@@ -78,7 +84,7 @@ void pass_if_complete(MemoryBarrier& barrier) {
 
 uint8_t* in_block(Thread& thread, const Site& site, Access access, uint32_t rank, uint32_t offset,
                   uint32_t bytes) {
-  if (rank >= thread.launch.kernel->ranks) {
+  if (rank >= thread.launch.ranks) {
     fail(thread, site, kIllegalAddress, "access beyond the blocks of the cluster");
   }
   if (threads_left(rank) == 0) {
@@ -92,10 +98,10 @@ uint8_t* in_block(Thread& thread, const Site& site, Access access, uint32_t rank
 }  // namespace
 
 uint32_t map_shared(Thread& thread, const Site& site, uint32_t address, uint32_t rank) {
-  if (rank >= thread.launch.kernel->ranks) {
-    fail(thread, site, kIllegalAddress,
-         "rank " + std::to_string(rank) + " of a cluster of " +
-             std::to_string(thread.launch.kernel->ranks));
+  if (rank >= thread.launch.ranks) {
+    fail(
+        thread, site, kIllegalAddress,
+        "rank " + std::to_string(rank) + " of a cluster of " + std::to_string(thread.launch.ranks));
   }
   return (rank + 1) << kRankShift | (address & ((1u << kRankShift) - 1));
 }
@@ -150,8 +156,10 @@ void wait_for_cluster(Thread& thread, const Site& site) {
 
 void init_mbarrier(Thread& thread, const Site& site, uint8_t* barrier, uint32_t count) {
   if (count == 0) fail(thread, site, kLaunchFailure, "an mbarrier of no arrivals");
-  memory_barriers[barrier] = {};
-  memory_barriers[barrier].count = count;
+  MemoryBarrier& own = memory_barriers[barrier] = {};
+  own.count = count;
+  own.initialiser = checks::number_of(thread);
+  checks::released(thread, own.initial);
 }
 
 void invalidate_mbarrier(Thread& thread, const Site& site, uint8_t* barrier) {

@@ -116,9 +116,14 @@ const Kernel* kernel_of(const void* stub) {
   return found == names_by_stub().end() ? nullptr : emulator::find_kernel(found->second.c_str());
 }
 
+// Whether the devices can run the kernel's code, which an older one cannot.
+bool has_code(const Kernel* kernel) { return kernel && kernel->target <= facts->capability; }
+
 cudaError_t check_launch(const Kernel* kernel, dim3 grid, dim3 block, size_t shared,
-                         cudaStream_t stream) {
+                         cudaStream_t stream, uint32_t ranks) {
   if (!kernel) return cudaErrorInvalidDeviceFunction;
+  if (!has_code(kernel)) return cudaErrorNoKernelImageForDevice;
+  if (ranks > 1 && facts->capability < 90) return cudaErrorNotSupported;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64) {
     return cudaErrorInvalidConfiguration;
@@ -165,17 +170,18 @@ struct Fault {
 };
 
 cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, uint32_t ranks = 0) {
   static const Fault fault;
   const std::lock_guard lock(mutex);
-  cudaError_t status = check_launch(kernel, grid, block, shared, stream);
+  cudaError_t status = check_launch(kernel, grid, block, shared, stream, ranks);
   if (status == cudaSuccess && fault.is_in(*kernel)) {
     while (fault.hangs) std::this_thread::sleep_for(std::chrono::hours(1));
     status = cudaErrorIllegalAddress;
   }
   if (status == cudaSuccess) {
-    status = cudaError_t(emulator::run(*kernel, {grid.x, grid.y, grid.z},
-                                       {block.x, block.y, block.z}, uint32_t(shared), arguments));
+    status =
+        cudaError_t(emulator::run(*kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
+                                  uint32_t(shared), arguments, ranks));
   }
   launches.push_back(
       {kernel ? kernel->name : "", grid, block, shared, current_device, stream, status});
@@ -200,6 +206,8 @@ constexpr ErrorText kErrors[] = {
      "invalid configuration argument"},
     {cudaErrorInvalidDeviceFunction, "cudaErrorInvalidDeviceFunction", "invalid device function"},
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorNoKernelImageForDevice, "cudaErrorNoKernelImageForDevice",
+     "no kernel image is available for execution on the device"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorIllegalAddress, "cudaErrorIllegalAddress",
      "an illegal memory access was encountered"},
@@ -254,9 +262,17 @@ cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arg
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub,
                                 void** arguments) {
-  if (config->numAttrs) return remember(cudaErrorNotSupported);
+  uint32_t ranks = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    const auto& size = attribute.val.clusterDim;
+    if (attribute.id != cudaLaunchAttributeClusterDimension || size.y != 1 || size.z != 1) {
+      return remember(cudaErrorNotSupported);
+    }
+    ranks = size.x;
+  }
   return launch(kernel_of(stub), config->gridDim, config->blockDim, arguments,
-                config->dynamicSmemBytes, config->stream);
+                config->dynamicSmemBytes, config->stream, ranks);
 }
 
 // Errors
@@ -352,8 +368,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
   const Kernel* kernel = kernel_of(stub);
   if (!kernel) return remember(cudaErrorInvalidDeviceFunction);
+  if (!has_code(kernel)) return remember(cudaErrorNoKernelImageForDevice);
   std::memset(attributes, 0, sizeof *attributes);
-  attributes->binaryVersion = attributes->ptxVersion = EMULATED_CAPABILITY;
+  attributes->binaryVersion = attributes->ptxVersion = kernel->target;
   attributes->sharedSizeBytes = static_shared(kernel);
   attributes->maxThreadsPerBlock = kernel->most_threads ? kernel->most_threads : 1024;
   attributes->maxDynamicSharedSizeBytes = int(shared_limit(kernel) - static_shared(kernel));

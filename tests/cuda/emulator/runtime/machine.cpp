@@ -303,14 +303,16 @@ const Kernel* find_kernel(const char* name) {
 }
 
 int run(const Kernel& kernel, Size3 grid, Size3 block, uint32_t dynamic_shared_bytes,
-        void** arguments) {
+        void** arguments, uint32_t ranks) {
+  if (ranks == 0) ranks = kernel.ranks == 0 ? 1 : kernel.ranks;
+  if (kernel.ranks != 0 && ranks != kernel.ranks) return kInvalidClusterSize;
   std::vector<std::max_align_t> buffer(kernel.parameter_bytes / sizeof(std::max_align_t) + 1);
   auto* parameters = reinterpret_cast<uint8_t*>(buffer.data());
   for (int i = 0; i < kernel.parameter_count; ++i) {
     const auto [offset, bytes] = kernel.parameters[i];
     std::memcpy(parameters + offset, arguments[i], bytes);
   }
-  const Launch launch{&kernel, grid, block, dynamic_shared_bytes, parameters};
+  const Launch launch{&kernel, grid, block, ranks, dynamic_shared_bytes, parameters};
   Machine& m = machine;
   m.error = 0;
   m.failed = false;
@@ -318,7 +320,6 @@ int run(const Kernel& kernel, Size3 grid, Size3 block, uint32_t dynamic_shared_b
   if (!m.shared) {
     m.shared = static_cast<uint8_t*>(std::aligned_alloc(4096, kMostRanks * kSharedWindow));
   }
-  const uint32_t ranks = kernel.ranks;
   if (ranks > kMostRanks || grid.x % ranks) return kInvalidClusterSize;
   const uint32_t threads = launch.block.x * launch.block.y * launch.block.z;
   m.stacks.reserve(ranks * threads);

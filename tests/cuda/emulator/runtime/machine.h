@@ -42,7 +42,8 @@ struct Kernel {
   uint32_t dynamic_shared_offset;
   bool uses_dynamic_shared;
   int most_threads;  // of a block, by __launch_bounds__; 0 where it gives none
-  uint32_t ranks;    // blocks of a cluster, side by side along x
+  uint32_t ranks;    // blocks of a cluster, side by side along x; 0 where the launch says it
+  int target;        // the compute capability that the PTX was compiled for: 80 for 8.0
 };
 
 struct RegisterKernel {
@@ -53,6 +54,7 @@ const Kernel* find_kernel(const char* name);
 struct Launch {
   const Kernel* kernel;
   Size3 grid, block;
+  uint32_t ranks;  // blocks of a cluster
   uint32_t dynamic_shared_bytes;
   uint8_t* parameters;
 };
@@ -95,9 +97,10 @@ constexpr int kInvalidClusterSize = 912;
 void report(const Thread& thread, const Site& site, int error, const std::string& message);
 
 // Runs all blocks of a launch; cudaSuccess or the first error. `arguments` are the addresses of the
-// kernel's parameters, which are copied.
+// kernel's parameters, which are copied. A launch's own `ranks`, blocks of a cluster, must be those
+// that the kernel was compiled for, if it was; 0 where it says nothing.
 int run(const Kernel& kernel, Size3 grid, Size3 block, uint32_t dynamic_shared_bytes,
-        void** arguments);
+        void** arguments, uint32_t ranks = 0);
 
 struct Options {
   enum class Order { forward, reverse, random } order = Order::forward;
@@ -163,7 +166,7 @@ inline uint32_t warp_in_cluster(const Thread& thread) { return thread.rank * 32 
 // What lies in the shared memory of another block of the cluster.
 inline bool in_cluster(const Thread& thread, uint64_t address) {
   return address - uint64_t(first_of_cluster(thread)) <
-         uint64_t{thread.launch.kernel->ranks} * kSharedWindow;
+         uint64_t{thread.launch.ranks} * kSharedWindow;
 }
 uint8_t* of_another_block(Thread& thread, const Site& site, Access access, uint64_t address,
                           uint32_t bytes);

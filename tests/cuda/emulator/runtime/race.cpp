@@ -196,7 +196,7 @@ uint32_t number_of(const Thread& thread) {
 
 void launch_starts(const Launch& launch) {
   detector.threads_of_block = launch.block.x * launch.block.y * launch.block.z;
-  detector.ranks = launch.kernel->ranks;
+  detector.ranks = launch.ranks;
   detector.threads = detector.ranks * detector.threads_of_block;
   detector.pages.clear();
   detector.reported.clear();
@@ -233,6 +233,10 @@ void released(const Thread& thread, std::vector<uint32_t>& knowledge) {
   const uint32_t number = number_of(thread);
   learn(knowledge, &detector.clock(number, 0));
   advance(number);
+}
+
+bool knows(const Thread& thread, uint32_t other, const std::vector<uint32_t>& known) {
+  return other == number_of(thread) || detector.clock(number_of(thread), other) >= known[other];
 }
 
 void acquired(const Thread& thread, const std::vector<uint32_t>& knowledge) {

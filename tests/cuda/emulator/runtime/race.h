@@ -13,6 +13,7 @@ void cluster_starts(const Thread& first);
 uint32_t number_of(const Thread& thread);
 void released(const Thread& thread, std::vector<uint32_t>& knowledge);
 void acquired(const Thread& thread, const std::vector<uint32_t>& knowledge);
+bool knows(const Thread& thread, uint32_t other, const std::vector<uint32_t>& known);
 void joined(const Thread& thread, std::vector<uint32_t>& participants);
 void passed(const std::vector<uint32_t>& participants);
 
