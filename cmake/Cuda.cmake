@@ -120,12 +120,16 @@ elseif(problem)
 else()
   set(SETFORMER_CUDA_ENABLED ON)
   enable_language(CUDA)
-  setformer_share_ptx(SETFORMER_CUDA_CODE 0 80)
-  setformer_share_ptx(SETFORMER_CLUSTER_CODE 90 90)
+  setformer_share_ptx(SETFORMER_CUDA_CODE 0 80 999)
+  # Devices of 12.0 give a block too little shared memory for any of the kernels of clusters.
+  setformer_share_ptx(SETFORMER_CLUSTER_CODE 90 90 119)
   # Profilers show source lines; ptxas tells of registers that do not fit; compressed, the
   # architectures and their line tables take a fifth of the room.
   set(SETFORMER_CUDA_OPTIONS
       -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13) # whose drivers all read it
+    list(APPEND SETFORMER_CUDA_OPTIONS --compress-mode=size)
+  endif()
   set(SETFORMER_CUDA_DECISION
       "compiled by nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER})${remarks}")
   message(STATUS "setformer: compiling CUDA takes minutes; SETFORMER_CUDA=off in the environment "

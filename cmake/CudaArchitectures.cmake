@@ -110,28 +110,29 @@ endfunction()
 
 # Kernels that use nothing newer than the compute capability `newest` need no other PTX for all
 # later devices: that of each would multiply the build time, and so it is the PTX that tests run.
-# Architectures before `least`, for which the kernels have no code, are left out if there are later
-# ones. Leaves an empty list where the architectures are not plain numbers ("native", "90a"): CMake
+# No code is made for architectures before `least` or after `most`, which kernels do not run on, but
+# for all if there are no others; PTX is for devices that are not known. Leaves an empty list where the architectures are not plain numbers ("native", "90a"): CMake
 # knows those.
-function(setformer_share_ptx options least newest)
+function(setformer_share_ptx options least newest most)
   set(${options} "" PARENT_SCOPE)
   set(code)
-  set(largest 0)
+  set(wanted)
   foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
     if(NOT architecture MATCHES "^([0-9]+)(-real|-virtual)?$")
       return()
     endif()
-    if(CMAKE_MATCH_1 GREATER largest)
-      set(largest "${CMAKE_MATCH_1}")
+    if(NOT CMAKE_MATCH_1 LESS least AND
+       (NOT CMAKE_MATCH_1 GREATER most OR NOT CMAKE_MATCH_2 STREQUAL "-real"))
+      list(APPEND wanted "${architecture}")
     endif()
   endforeach()
-  foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
+  if(NOT wanted)
+    set(wanted "${CMAKE_CUDA_ARCHITECTURES}")
+  endif()
+  foreach(architecture IN LISTS wanted)
     string(REGEX MATCH "^([0-9]+)(-real|-virtual)?$" architecture "${architecture}")
     set(number "${CMAKE_MATCH_1}")
     set(kind "${CMAKE_MATCH_2}")
-    if(number LESS least AND NOT largest LESS least)
-      continue()
-    endif()
     set(ptx "${number}")
     if(number GREATER newest)
       set(ptx "${newest}")

@@ -6,8 +6,7 @@
 
 "dynamic" is the shared memory that a launch asks for: at D = Dv = M = 64; of resident kernels at
 D = Dv = 32, M = 49 and 49 tokens, a window of 7 x 7; of on-chip kernels at D = Dv = 32 and
-the fewest tokens that a shape is for, those of clusters the most of two blocks; of steps backward
-in the one that collects.
+the fewest tokens that a shape is for, in clusters one; of steps backward in the one that collects.
 The columns after "limit" count instructions of the SASS, however often they run.
 Needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
@@ -95,8 +94,7 @@ def row_of(kernel: Kernel) -> Row:
         if "backward" in base:
             dynamic = OnChipBackward(blocks, rest[0]).shared(one)
         elif "on_cluster" in base:
-            shape = OnChip(blocks, strips, 8, ranks=2)
-            dynamic = shape.shared(replace(one, tokens=shape.tokens))
+            dynamic = OnChip(blocks, strips, 8, ranks=2).shared(one)
         else:
             shape = OnChip(blocks, strips, *rest)
             fewer = shape.tokens * 2 // shape.warps if shape.warps > 2 else 0

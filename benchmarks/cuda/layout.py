@@ -116,9 +116,9 @@ class Problem:
 
     @property
     def on_chip_backward(self) -> "OnChipBackward | None":
-        """The shape of backward on chip; None: there is none, or a block does not hold the keys."""
+        """The shape of backward on chip; None: there is none."""
         groups = divide_up(self.depth, 32)
-        if self.references > 64 or groups > 2 or not self.resident(Needs.DIFFERENTIATES):
+        if self.references > 64 or groups > 2 or self.tokens > MOST_ON_CHIP_BACKWARD:
             return None
         blocks = next(blocks for blocks in (4, 7, 8) if self.references <= 8 * blocks)
         alone = self.tokens <= 64 and divide_up(blocks, 2) * groups <= 4
@@ -226,6 +226,7 @@ ON_CHIP_HEAD = 320
 ON_CHIP = ((32, 4, 7), (56, 7, 7), (64, 8, 6), (128, 16, 3))  # most references, blocks, strips
 MOST_ON_CHIP = 163 * 1024  # what sm_80 gives a block
 MOST_ON_CLUSTER = 227 * 1024  # what sm_90 does
+MOST_ON_CHIP_BACKWARD = 4096  # tokens
 
 NEEDS = {
     "attention_forward_resident_kernel": Needs.DISTRIBUTES,

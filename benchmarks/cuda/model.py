@@ -123,15 +123,18 @@ def _launches(p: Problem, device: Device, pass_: str) -> Iterator[Launch]:
     # Each step from the second on is as much work; T = 0 is taken for T = 1, an upper bound.
     first, last, part = (2, 5, (p.steps - 2) / 3) if p.steps > 1 else (1, 1, 0)
     at_first, at_last = by_steps[first, pass_], by_steps[last, pass_]
+    alone = ALONE & at_first.keys()
     for kernel, row in at_first.items():
         end = at_last[kernel]
-        yield _launch(kernel, {n: x + (end[n] - x) * part for n, x in row.items()}, p, longer)
+        counts = {n: x + (end[n] - x) * part for n, x in row.items()}
+        # what is launched beside a kernel that computes all of a head finds nothing to do
+        yield _launch(kernel, counts, p, longer, moves=kernel in alone or not alone)
 
 
-def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float) -> Launch:
+def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float, moves: bool) -> Launch:
     times = row["launches"]
     scale = p.problems * longer / times
-    moved = TOKEN_TENSORS.get(kernel, 0) * p.tokens * p.depth * ELEMENT
+    moved = moves * TOKEN_TENSORS.get(kernel, 0) * p.tokens * p.depth * ELEMENT
     if kernel in ALONE:  # rows and columns of each step, and A
         moved += NUMBER * ((p.steps + 1) * (p.tokens + p.references) + p.references * p.depth)
     work = Work(

@@ -8,7 +8,7 @@ a line of Markdown for each: the accuracy of every seed, their mean and spread, 
 loss of the last 50 steps, parameters and time. A plot goes to ``--output``, and every run to
 ``--results``, from where it is taken the next time.
 
-``--quick`` takes one seed, the first two and a minute, and fails if either learns too little.
+``--quick`` takes one seed, the first and a minute, and fails if it learns too little.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Network(nn.Module):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARED)}")
-    parser.add_argument("--quick", action="store_true", help="one seed, a minute: do both learn?")
+    parser.add_argument("--quick", action="store_true", help="one seed, a minute: does it learn?")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="of 64 images each")
     parser.add_argument("--data", type=Path, default=FOLDER, help="folder of the four .gz files")
@@ -114,7 +114,7 @@ def main() -> int:
         )
     if options.quick:
         options.seeds, options.steps = 1, QUICK_STEPS
-    names = options.names or list(COMPARED)[: 2 if options.quick else None]
+    names = options.names or list(COMPARED)[: 1 if options.quick else None]
     images = load(options.data)
     print(
         "| attention | test accuracy per seed | mean | spread | loss | parameters "

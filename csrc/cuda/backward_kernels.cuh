@@ -17,6 +17,7 @@ struct SelectBackward {
   int needs;
   bool resident = false;
   __device__ bool operator()(int64_t index, int64_t split) const {
+    if (is_done_on_chip(parts, workspace, index)) return false;
     BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
     if (thread_index() == 0) {
       const Span span =
@@ -113,11 +114,14 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_sums_kernel(const int64_t first, const ForwardParams p, const Side side, T* const results,
-                      const int64_t results_of_head, const T* const partial) {
+                      const int64_t results_of_head, const BackwardWorkspace parts,
+                      const T* const workspace) {
+  const T* const partial = workspace + parts.partial;
   const int64_t references = p.references;
   const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
   if (at >= p.batch * p.heads * references) return;
   const int64_t head = at / references, j = at % references;
+  if (is_done_on_chip(parts, workspace, head)) return;
   const int64_t b = head / p.heads;
   const Share share = share_of<T>(p, side, side.span(b), b, head % p.heads);
   if (share.count == 1) return;
@@ -163,7 +167,7 @@ __global__ void __launch_bounds__(kMergeThreads)
                          const Accumulate<Storage>* const workspace) {
   constexpr int kWarps = kMergeThreads / 32;
   const int64_t head = (first + blockIdx.x) * kWarps + thread_index() / 32;
-  if (head >= p.batch * p.heads) return;
+  if (head >= p.batch * p.heads || is_done_on_chip(parts, workspace, head)) return;
   const int64_t b = head / p.heads, h = head % p.heads;
   const Side keys = keys_of(p), queries = queries_of(p);
   const Share of_keys = share_of<Storage>(p, keys, keys.span(b), b, h);
@@ -224,12 +228,9 @@ template <class Storage>
 __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     attention_backward_resident_kernel(const int64_t first, const BackwardParams p,
                                        const BackwardWorkspace parts,
-                                       Accumulate<Storage>* const workspace,
-                                       const bool but_those_for_chip) {
+                                       Accumulate<Storage>* const workspace) {
   const int64_t index = first + blockIdx.x;
-  if constexpr (kIsHalf<Storage>) {
-    if (but_those_for_chip && is_for_chip<Storage>(p, index, Shape<Storage>::kThreads)) return;
-  }
+  if (is_done_on_chip(parts, workspace, index)) return;
 #pragma unroll 1
   for (int phase = 0; phase < (p.cross ? 3 : 2); ++phase) {
     __syncthreads();
@@ -275,6 +276,7 @@ BackwardWorkspace BackwardKernels<Storage>::workspace(const BackwardParams& p) {
     parts.scalars[of_queries] = take(shares * 2);
     parts.reference_products[of_queries] = take(heads * references);
   }
+  parts.on_chip = take(heads);
   const int64_t width = p.depth > p.value_depth ? p.depth : p.value_depth;
   parts.partial = take(most * references * (width + 1));
   parts.scaled = unit_length_workspace<Storage>(p, parts.total);
@@ -292,7 +294,6 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
   const int64_t shares = most_shares<Storage>(p, side);
   const int64_t chunks = divide_up(references, S::kRows);
   const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
-  const T* partial = workspace + parts.partial;
   for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
     if (t == 0 && of_queries) break;
     launch<sinkhorn_step_backward_kernel<Storage>>(
@@ -302,9 +303,9 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
     T* adjoints = workspace + parts.column_adjoints[of_queries] + (t - 1) * references;
     const int64_t adjoints_of_head = (p.iterations + 1) * references;
     if (shares > 1) {
-      launch<merge_sums_kernel<T>>(stream, "merge_sums_kernel",
-                                   divide_up(heads * references, kMergeThreads), kMergeThreads, 0,
-                                   p, side, adjoints, adjoints_of_head, partial);
+      launch<merge_sums_kernel<T>>(
+          stream, "merge_sums_kernel", divide_up(heads * references, kMergeThreads), kMergeThreads,
+          0, p, side, adjoints, adjoints_of_head, parts, static_cast<const T*>(workspace));
     }
     const Shared shared{adjoints, heads, references, adjoints_of_head, Merge::kSum};
     merge(p, stream, &shared, 1);
@@ -328,22 +329,23 @@ template <class Storage>
 void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream& stream) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
-  const BackwardWorkspace parts = workspace(p);
+  BackwardWorkspace parts = workspace(p);
   T* workspace = static_cast<T*>(memory);
   if (p.normalize) {
     run(scaled<Storage>(p, parts.scaled, workspace, stream), memory, stream);
     return finish_gradients<Storage>(p, stream);
   }
   const int64_t heads = p.batch * p.heads, references = p.references;
+  bool on_chip = false;
+  if constexpr (kIsHalf<Storage>) {
+    on_chip = OnChipBackward<Storage>::run(p, parts, workspace, stream);
+  }
+  if (!on_chip) parts.on_chip = -1;
   if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDifferentiates, stream)) {
-      bool on_chip = false;
-      if constexpr (kIsHalf<Storage>) {
-        on_chip = OnChipBackward<Storage>::run(p, parts, workspace, stream);
-      }
       launch<attention_backward_resident_kernel<Storage>>(
           stream, "attention_backward_resident_kernel", heads, S::kThreads,
-          resident_bytes<Storage>(p, kDifferentiates, stream), p, parts, workspace, on_chip);
+          resident_bytes<Storage>(p, kDifferentiates, stream), p, parts, workspace);
       return;
     }
   }

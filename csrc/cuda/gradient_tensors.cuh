@@ -114,6 +114,13 @@ __device__ __forceinline__ bool is_for_chip(const BackwardParams& p, int64_t ind
   return !__syncthreads_or(far);
 }
 
+// Whether it has: later kernels then leave the head alone.
+template <class T>
+__device__ __forceinline__ bool is_done_on_chip(const BackwardWorkspace& parts, const T* workspace,
+                                                int64_t head) {
+  return parts.on_chip >= 0 && workspace[parts.on_chip + head] != T(0);
+}
+
 // d epsilon, d bandwidth and d reference mass of a head, by one warp, from the sums that the passes
 // over the tokens of each side have left. With E = ds S / (epsilon bandwidth^2) the derivative by
 // the bandwidth is sum_ij E_ij |k_i - y_j|^2 / bandwidth = -(sum_i k_i.dk_i + sum_j y_j.dy_j) /

@@ -36,6 +36,9 @@ struct BackwardWorkspace {
   int64_t column_adjoints[2] = {};     // [B, H, T + 1, M]
   int64_t scalars[2] = {};             // [shares, 2]
   int64_t reference_products[2] = {};  // [B, H, M]
+  // [B, H]: not 0 where attention_backward_on_chip_kernel has computed the head; -1 where it was
+  // not launched
+  int64_t on_chip = 0;
   int64_t partial = 0, total = 0;
   UnitLengthWorkspace scaled;  // after all others
 };
@@ -59,8 +62,8 @@ struct OnClusterForward {
   static bool run(const ForwardParams& p, Stream& stream);
 };
 
-// The same for backward, with the gaussian kernel only. Skips heads that need logarithms: for large
-// scores, or reference masses that are far apart.
+// The same for backward, with the gaussian kernel only. Leaves to other kernels the heads that need
+// logarithms: for large scores, or reference masses that are far apart.
 template <class Storage>
 struct OnChipBackward {
   static bool run(const BackwardParams& p, const BackwardWorkspace& parts, void* workspace,

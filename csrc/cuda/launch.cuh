@@ -35,7 +35,8 @@ cudaError_t allow_shared_memory(const Stream& stream) {
 }
 
 // The compute capability (80 for 8.0) of the PTX that the device's code was compiled from. 0 if the
-// stream already has an error, or if the capability cannot be found, which sets the stream's error.
+// build has no code for the device, if the stream already has an error, or if the capability cannot
+// be found, which sets the stream's error.
 template <auto kernel>
 int ptx_version(Stream& stream) {
   if (stream.error != cudaSuccess) return 0;  // the call keeps its first error
@@ -43,9 +44,11 @@ int ptx_version(Stream& stream) {
   const bool keeps = stream.device < 64;
   if (keeps && known[stream.device].load() != 0) return known[stream.device].load();
   cudaFuncAttributes facts{};
-  stream.error = cudaFuncGetAttributes(&facts, kernel);
-  if (stream.error != cudaSuccess) {
+  const cudaError_t error = cudaFuncGetAttributes(&facts, kernel);
+  if (error != cudaSuccess) {
     cudaGetLastError();  // reported by us, not by the next launch
+    if (error == cudaErrorNoKernelImageForDevice) return 0;
+    stream.error = error;
     stream.kernel = "cudaFuncGetAttributes";
     return 0;
   }

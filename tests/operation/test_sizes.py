@@ -72,6 +72,8 @@ ON_CHIP: dict[str, tuple[dict[str, int], Shape, Shape]] = {
     "16 blocks": ({"M": 65, "N": 20}, (16, 3, 2), None),
     "most steps": ({"M": 9, "N": 20, "iterations": 256}, (4, 7, 2), (4, 1, 1)),
     "too many steps": ({"M": 9, "N": 20, "iterations": 257}, (4, 7, 2), None),
+    "longer than forward": ({"M": 9, "N": 1500}, None, (4, 1, 4)),
+    "too long": ({"M": 3, "N": 4097, "D": 2, "Dv": 2, "iterations": 0}, None, None),
 }
 OF_SHAPE = re.compile(r"attention_(\w+)_on_chip_kernelINS1_5ShapeI\w+?Li(\d+)ELi(\d+)ELi(\d+)E")
 
@@ -124,6 +126,19 @@ def test_shapes_on_the_chip(backend: Backend, name: str, dtype: torch.dtype) -> 
         kernels = " ".join(launch.kernel for launch in emulator.launches())
         found = {way: tuple(map(int, shape)) for way, *shape in OF_SHAPE.findall(kernels)}
         assert [found.get(way) for way in ("forward", "backward")] == shapes
+
+
+@pytest.mark.parametrize("N", [60, 1200], ids=["else resident", "else streaming"])
+def test_heads_on_the_chip_and_elsewhere_in_one_call(backend: Backend, N: int) -> None:
+    """Small epsilons need logarithms, and so do reference masses that are far apart."""
+    options = {"B": 2, "H": 3, "M": 9, "D": 24, "Dv": 9, "masked": True, "iterations": 2}
+    arguments = of(
+        backend, **options, N=N, dtype=torch.bfloat16, reference_mass="learned", epsilon="learned"
+    )
+    with torch.no_grad():
+        arguments["epsilon"].copy_(torch.tensor([0.1, 0.01, 0.2]))
+        arguments["reference_mass"][2, 4] = 1e-12
+    assert_as_exact_as_definition(backend.set_attention, arguments)
 
 
 @pytest.fixture

@@ -147,9 +147,10 @@ def decide(nvcc: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         (
             "75-real;80-real;90-real;120-real;120-virtual",
             "75>sm_75 80>sm_80 80>sm_90 80>sm_120 80>compute_80",
-            "90>sm_90 90>sm_120 90>compute_90",
+            "90>sm_90 90>compute_90",
         ),
         ("80", "80>sm_80 80>compute_80", "80>sm_80 80>compute_80"),  # without clusters
+        ("75-real;120-real", "75>sm_75 80>sm_120", "75>sm_75 90>sm_120"),
         ("100", "80>sm_100 80>compute_80", "90>sm_100 90>compute_90"),
         ("80-real;90a", "", ""),  # as CMake knows them
     ],
@@ -162,7 +163,7 @@ def test_one_ptx_serves_all_later_devices(
         "cmake_minimum_required(VERSION 3.22)\n"
         f"include({ROOT}/cmake/CudaArchitectures.cmake)\n"
         f'set(CMAKE_CUDA_ARCHITECTURES "{architectures}")\n'
-        "setformer_share_ptx(all 0 80)\nsetformer_share_ptx(clusters 90 90)\n"
+        "setformer_share_ptx(all 0 80 999)\nsetformer_share_ptx(clusters 90 90 119)\n"
         'message("${all}|${clusters}")\n'
     )
     done = run("cmake", "-P", script, folder=tmp_path)

@@ -69,8 +69,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
   using Storage = typename S::Storage;
   const Place at = place();
   Scales scales{1, 1};
-  // otherwise attention_backward_resident_kernel handles the head
-  if (!is_for_chip<Storage>(p, first + blockIdx.x, S::kThreads)) return;
+  const bool is_own = is_for_chip<Storage>(p, first + blockIdx.x, S::kThreads);
+  if (at.thread == 0) p.workspace[p.parts.on_chip + first + blockIdx.x] = is_own ? 1.0f : 0.0f;
+  if (!is_own) return;  // other kernels handle the head
 #pragma unroll 1
   for (int pass = 0; pass <= int(p.cross); ++pass) {
     const bool of_queries = p.cross && pass == 0;
@@ -121,7 +122,11 @@ bool visit_strip_shape(const BackwardParams& p, int64_t block_bytes, Launch laun
 template <class Storage>
 bool OnChipBackward<Storage>::run(const BackwardParams& p, const BackwardWorkspace& parts,
                                   void* workspace, Stream& stream) {
-  if (stream.stages == 1 || p.kernel != Kernel::kGaussian) return false;
+  // A block takes as long as its head is; of longer heads several blocks share the tokens.
+  constexpr int64_t kMostTokens = 4096;
+  if (stream.stages == 1 || !stream.resident || p.kernel != Kernel::kGaussian) return false;
+  if (p.group != nullptr) return false;  // ranks merge between launches
+  if (p.tokens > kMostTokens || (p.cross && p.queries > kMostTokens)) return false;
   bool launched = false;
   on_chip::visit_strip_shape<Storage>(
       p, stream.block_bytes, [&](auto shape, const on_chip::StripSizes& sizes) {
