@@ -123,6 +123,9 @@ else()
   setformer_share_ptx(SETFORMER_CUDA_CODE 0 80 999)
   # Devices of 12.0 give a block too little shared memory for any of the kernels of clusters.
   setformer_share_ptx(SETFORMER_CLUSTER_CODE 90 90 119)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1) # whose PTX has no st.async: empty kernels
+    set(SETFORMER_CLUSTER_CODE ${SETFORMER_CUDA_CODE})
+  endif()
   # Profilers show source lines; ptxas tells of registers that do not fit; compressed, the
   # architectures and their line tables take a fifth of the room.
   set(SETFORMER_CUDA_OPTIONS

@@ -110,8 +110,8 @@ endfunction()
 
 # Kernels that use nothing newer than the compute capability `newest` need no other PTX for all
 # later devices: that of each would multiply the build time, and so it is the PTX that tests run.
-# No code is made for architectures before `least` or after `most`, which kernels do not run on, but
-# for all if there are no others; PTX is for devices that are not known. Leaves an empty list where the architectures are not plain numbers ("native", "90a"): CMake
+# No code is made for architectures before `least` or after `most`, unless there are no others; PTX,
+# which is for devices that are not known, is always made. Leaves an empty list where the architectures are not plain numbers ("native", "90a"): CMake
 # knows those.
 function(setformer_share_ptx options least newest most)
   set(${options} "" PARENT_SCOPE)

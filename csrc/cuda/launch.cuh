@@ -56,7 +56,52 @@ int ptx_version(Stream& stream) {
   return facts.ptxVersion;
 }
 
-// `ranks` blocks are a cluster.
+// What a launch is told beside its arguments; `ranks` blocks are a cluster.
+class LaunchConfig {
+ public:
+  LaunchConfig(const Stream& stream, unsigned blocks, int ranks, int threads,
+               int64_t shared_bytes) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {unsigned(ranks), 1, 1};
+    config_.gridDim = blocks;
+    config_.blockDim = threads;
+    config_.dynamicSmemBytes = size_t(shared_bytes);
+    config_.stream = stream.stream;
+    config_.attrs = &cluster_;
+    config_.numAttrs = ranks > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute cluster_{};
+  cudaLaunchConfig_t config_{};
+};
+
+// Whether the device can run a cluster of so many blocks: a part of a device (MIG) may have too few
+// multiprocessors side by side. The answer is kept: a multiprocessor holds one block of such
+// kernels, whatever its shared memory.
+template <auto kernel>
+bool holds_clusters(const Stream& stream, int ranks, int threads, int64_t shared_bytes) {
+  enum { kUnknown, kNo, kYes };
+  static std::atomic<int> known[64][16]{};
+  const bool keeps = stream.device < 64 && ranks < 16;
+  int answer = keeps ? known[stream.device][ranks].load() : kUnknown;
+  if (answer == kUnknown) {
+    const LaunchConfig config(stream, unsigned(ranks), ranks, threads, shared_bytes);
+    int clusters = 0;
+    cudaError_t error = allow_shared_memory<kernel>(stream);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveClusters(&clusters, kernel, config.get());
+    }
+    if (error != cudaSuccess) cudaGetLastError();  // not to be reported by the next launch
+    answer = error == cudaSuccess && clusters > 0 ? kYes : kNo;
+    if (keeps) known[stream.device][ranks].store(answer);
+  }
+  return answer == kYes;
+}
+
 template <auto kernel, class... Arguments>
 void launch_clusters(Stream& stream, const char* name, int64_t blocks, int ranks, int threads,
                      int64_t shared_bytes, Arguments... arguments) {
@@ -68,17 +113,8 @@ void launch_clusters(Stream& stream, const char* name, int64_t blocks, int ranks
   for (int64_t first = 0; first < blocks && stream.error == cudaSuccess; first += kLargestGrid) {
     const int64_t left = blocks - first;
     const unsigned grid = unsigned(left < kLargestGrid ? left : kLargestGrid);
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {unsigned(ranks), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = threads;
-    config.dynamicSmemBytes = size_t(shared_bytes);
-    config.stream = stream.stream;
-    config.attrs = &cluster;
-    config.numAttrs = ranks > 1 ? 1 : 0;
-    stream.error = cudaLaunchKernelEx(&config, kernel, first, arguments...);
+    const LaunchConfig config(stream, grid, ranks, threads, shared_bytes);
+    stream.error = cudaLaunchKernelEx(config.get(), kernel, first, arguments...);
     if (stream.error != cudaSuccess) cudaGetLastError();  // reported by us, not by the next launch
   }
   if (stream.error != cudaSuccess) stream.kernel = name;

@@ -74,6 +74,24 @@ def test_more_references_than_eight_steps_leave_room_for(
     assert most == p.shared(Needs.DIFFERENTIATES, resident=False) <= 99 * 1024
 
 
+@pytest.mark.parametrize(("most_ranks", "kernel"), [(8, "on_cluster"), (2, "sinkhorn_step")])
+def test_heads_stream_where_a_cluster_cannot_run(
+    fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, most_ranks: int, kernel: str
+) -> None:
+    """Four blocks would share this head; the second call knows the answer."""
+    monkeypatch.setattr(ops, "_C", fresh)
+    emulator = Emulator(fresh.__file__)
+    emulator.set_capability(90)
+    emulator.set_most_ranks(most_ranks)
+    arguments = random_problem(B=1, H=1, N=1793, M=9, D=8, Dv=8, dtype=torch.bfloat16)
+    for _ in range(2):
+        emulator.clear_launches()
+        assert_as_exact_as_definition(setformer_ext.set_attention, arguments, backward=False)
+        kernels = {launch.kernel for launch in emulator.launches()}
+        assert any(kernel in name for name in kernels)
+        assert any("on_cluster" in name for name in kernels) == (kernel == "on_cluster")
+
+
 def test_a_launch_between_anothers_limit_and_start(fresh: ModuleType) -> None:
     """As another host thread's may come: here a smaller one of the same kernel."""
     emulator = Emulator(fresh.__file__)

@@ -170,6 +170,15 @@ def test_blocks_of_a_cluster_share_a_head(
         assert torch.equal(call(backend.set_attention, arguments), output)
 
 
+def test_rooms_of_exchanges_do_not_overlap(backend: Backend, clustered: Emulator) -> None:
+    """Numbers follow log-sum-exps, which take twice the room, where the last step is an odd one."""
+    options = {"B": 1, "H": 1, "D": 8, "Dv": 8, "iterations": 1, "epsilon": 0.01}
+    arguments = of(backend, **options, N=1537, M=100, dtype=torch.bfloat16)
+    with clustered.configured(mode="race"):
+        assert_as_exact_as_definition(backend.set_attention, arguments, backward=False)
+    assert clustered.errors == 0
+
+
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("epsilon", [0.01, 0.1], ids=["logarithms", "scaling"])
 def test_spans_that_begin_with_nothing(backend: Backend, epsilon: float, cross: bool) -> None:

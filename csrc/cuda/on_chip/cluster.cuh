@@ -4,9 +4,9 @@
 // st.async: the receiver's mbarrier counts the bytes that have come. Each block adds what it has
 // received in the order of the ranks, so that all get the same bits.
 //
-// Two rooms and two barriers are used in turns. No block sends to a room that another still reads:
-// it sends after it has received the exchange before, and the others sent that one after all of
-// their warps had met, and so had read all earlier ones.
+// Two rooms and two barriers are used in turns; rooms never overlap, whatever they hold. No block
+// sends to a room that another still reads: it sends after it has received the exchange before, and
+// the others sent that one after all of their warps had met, and so had read all earlier ones.
 #pragma once
 
 #include "scores.cuh"
@@ -107,7 +107,9 @@ __device__ __forceinline__ void over_ranks(const Place& at, Exchange& exchange, 
                                            Combine combine) {
   static_assert(S::kWarps >= kMostRanks);
   constexpr int kRow = 32 * S::kLanePairs * int(sizeof(Two<Sum>));  // bytes of a block's numbers
-  const int room = Memory<S>::kReceived + int(exchange.room()) * kMostRanks * kRow;
+  constexpr int kRoom = (Memory<S>::kTiles - Memory<S>::kReceived) / 2;
+  static_assert(kMostRanks * kRow <= kRoom);
+  const int room = Memory<S>::kReceived + int(exchange.room()) * kRoom;
   expect<S>(at, exchange, ranks<S>() * kRow);
   if (at.warp < ranks<S>()) {
     const uint32_t to = address_in(at.warp, shared_address(room + rank<S>() * kRow));

@@ -41,7 +41,8 @@ bool OnClusterForward<Storage>::run(const ForwardParams& p, Stream& stream) {
     bool launched = false;
     on_chip::visit_ranks<S>(p, stream, [&](auto, const on_chip::Sizes& sizes) {
       // a build for older devices has no body of this kernel
-      launched = ptx_version<kKernel>(stream) >= 90;
+      launched = ptx_version<kKernel>(stream) >= 90 &&
+                 holds_clusters<kKernel>(stream, sizes.ranks, S::kThreads, sizes.total);
       if (!launched) return;
       launch_clusters<kKernel>(stream, "attention_forward_on_cluster_kernel",
                                p.batch * p.heads * sizes.ranks, sizes.ranks, S::kThreads,

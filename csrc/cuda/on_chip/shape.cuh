@@ -38,7 +38,7 @@ struct ClusterShape : Shape<StorageType, blocks, strips, 8> {
 inline constexpr int kMostBands = 4;  // bands of 16 columns that a warp's room holds of its rows
 inline constexpr int kBands = 2;      // bands that products take at once
 inline constexpr int kGroup = 2;      // blocks of references that collect takes at once
-inline constexpr int kMostRanks = 8;  // of a cluster, on every device that has clusters
+inline constexpr int kMostRanks = 8;  // of a cluster that any device of 9.0 can hold as a whole
 
 template <class S>
 using Entries = float[S::kStrips][S::kBlocks][4];
@@ -413,7 +413,7 @@ __device__ __forceinline__ void to_fragments(const Place& at, const Spread<S>& o
   }
 }
 
-// A barrier for all warps of a head.
+// A barrier for all warps of a block.
 template <class S>
 __device__ __forceinline__ void meet() {
   if constexpr (S::kWarps == 1) {

@@ -64,6 +64,7 @@ FULL: dict[str, dict[str, Any]] = {
     "14 x 14 tokens": {"N": 196, "M": 49, "D": 32, "Dv": 32},
     "28 x 28 tokens": {"N": 784, "M": 49, "D": 32, "Dv": 32},
     "56 x 56 tokens": {"B": 1, "N": 3136, "M": 49, "D": 32, "Dv": 32},
+    "eight blocks of a cluster": {"B": 1, "H": 2, "N": 1537, "M": 100, "epsilon": 0.01},
     "sentences": {"N": 512, "M": 64, "D": 64, "Dv": 64, "masked": True},
     "linear kernel": {"N": 257, "M": 64, "D": 64, "Dv": 64, "kernel": "linear"},
     "references per sample": {"N": 257, "M": 17, "per_sample": True, "kernel": "linear", "P": 3},

@@ -215,6 +215,10 @@ class Emulator:
         if not self.library.emulator_set_capability(capability):
             raise ValueError(f"no facts are known about compute capability {capability}")
 
+    def set_most_ranks(self, ranks: int) -> None:
+        """The largest cluster that the devices can hold at once, as a part of a device may."""
+        self.library.emulator_set_most_ranks(ctypes.c_uint(ranks))
+
     def run(
         self,
         kernel: str,

@@ -54,6 +54,7 @@ constexpr const DeviceFacts* facts_of(int capability) {
 static_assert(facts_of(EMULATED_CAPABILITY));
 
 const DeviceFacts* facts = facts_of(EMULATED_CAPABILITY);  // of all devices
+unsigned most_ranks = 8;  // that the devices can hold of a cluster at once
 
 struct Configuration {
   dim3 grid, block;
@@ -124,6 +125,7 @@ cudaError_t check_launch(const Kernel* kernel, dim3 grid, dim3 block, size_t sha
   if (!kernel) return cudaErrorInvalidDeviceFunction;
   if (!has_code(kernel)) return cudaErrorNoKernelImageForDevice;
   if (ranks > 1 && facts->capability < 90) return cudaErrorNotSupported;
+  if (ranks > most_ranks) return cudaErrorInvalidClusterSize;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64) {
     return cudaErrorInvalidConfiguration;
@@ -209,6 +211,7 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorNoKernelImageForDevice, "cudaErrorNoKernelImageForDevice",
      "no kernel image is available for execution on the device"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+    {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "invalid cluster size"},
     {cudaErrorIllegalAddress, "cudaErrorIllegalAddress",
      "an illegal memory access was encountered"},
     {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources",
@@ -273,6 +276,17 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
   }
   return launch(kernel_of(stub), config->gridDim, config->blockDim, arguments,
                 config->dynamicSmemBytes, config->stream, ranks);
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* stub,
+                                           const cudaLaunchConfig_t* config) {
+  const unsigned ranks = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
+  const Kernel* kernel = kernel_of(stub);
+  if (!has_code(kernel)) return remember(cudaErrorInvalidDeviceFunction);
+  if (config->dynamicSmemBytes + static_shared(kernel) > shared_limit(kernel)) {
+    return remember(cudaErrorInvalidValue);
+  }
+  *clusters = ranks > most_ranks ? 0 : facts->multiprocessors / int(ranks);
+  return cudaSuccess;
 }
 
 // Errors
@@ -489,6 +503,7 @@ EMULATOR_API bool emulator_set_capability(int capability) {
   facts = facts_of(capability);
   return true;
 }
+EMULATOR_API void emulator_set_most_ranks(unsigned ranks) { most_ranks = ranks; }
 EMULATOR_API int emulator_set_device(int device) { return set_device_checked(device); }
 EMULATOR_API int emulator_get_device() { return current_device; }
 }
