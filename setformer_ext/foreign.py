@@ -49,4 +49,6 @@ def answers_foreign_names(
                 raise TypeError(f"{who}: has no argument {name}: {FOREIGN_NAMES[name]}")
         return function(*args, **kwargs)
 
+    # torch.compile counts recompilations by code: each function must have code of its own.
+    answering.__code__ = answering.__code__.replace(co_name=function.__name__)
     return answering

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -137,6 +138,14 @@ def operations_call_the_backend(request: pytest.FixtureRequest) -> Iterator[None
         ops._C = request.getfixturevalue("backend").module
     yield
     ops._C = setformer_ext._C
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew() -> Iterator[None]:
+    """torch compiles a function a few times only, and would count those of other tests as well."""
+    yield
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

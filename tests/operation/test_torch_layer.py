@@ -144,6 +144,18 @@ def named(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return set_attention
 
 
+def test_compiling_one_function_often_leaves_the_others_their_compilations() -> None:
+    """torch counts them by code, and gives up after eight."""
+    x, reference = torch.randn(1, 1, 9, 4), torch.randn(1, 3, 4)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for iterations in (1, 2):
+            compiled = torch.compile(setformer_ext.set_pooling, fullgraph=True, backend="eager")
+            compiled(x, x, reference, iterations=iterations)
+        compiled = torch.compile(setformer_ext.set_attention, fullgraph=True, backend="eager")
+        expected = setformer_ext.set_attention(None, x, x, reference)
+        torch.testing.assert_close(compiled(None, x, x, reference), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_compile(options: str) -> None:
