@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from types import FunctionType
+from typing import ParamSpec, TypeVar, cast
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -50,5 +51,6 @@ def answers_foreign_names(
         return function(*args, **kwargs)
 
     # torch.compile counts recompilations by code: each function must have code of its own.
-    answering.__code__ = answering.__code__.replace(co_name=function.__name__)
+    own = cast(FunctionType, answering)
+    own.__code__ = own.__code__.replace(co_name=function.__name__)
     return answering
