@@ -170,6 +170,7 @@ def test_blocks_of_a_cluster_share_a_head(
         assert torch.equal(call(backend.set_attention, arguments), output)
 
 
+@pytest.mark.slow
 def test_rooms_of_exchanges_do_not_overlap(backend: Backend, clustered: Emulator) -> None:
     """Numbers follow log-sum-exps, which take twice the room, where the last step is an odd one."""
     options = {"B": 1, "H": 1, "D": 8, "Dv": 8, "iterations": 1, "epsilon": 0.01}
