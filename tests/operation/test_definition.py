@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import Backend
+from setformer_ext import reference as definition
 from setformer_ext.cli.selftest.problems import (
     call,
     generator,
@@ -684,3 +685,24 @@ def test_mass_zero_far_from_every_reference(backend: Backend) -> None:
     grad_output = output_gradient(backend.set_attention, arguments)
     for name, x in run(backend.set_attention, arguments, grad_output).items():
         assert x.isfinite().all(), name
+
+
+@pytest.mark.parametrize("function", ["set_attention", "set_pooling", "transport_plan"])
+@pytest.mark.parametrize("kernel", ["gaussian", "linear"])
+def test_what_is_hidden_may_hold_anything(kernel: str, function: str) -> None:
+    """Outputs and gradients of the definition are those with zeros in place of NaN."""
+    problem = random_problem(3, N=11, M=4, D=3, masked=True, kernel=kernel, dtype=torch.float64)
+    hidden = ~problem["mask"][:, None, :, None]
+    assert hidden.any()
+    names = ["key", "reference"] if function == "transport_plan" else ["key", "value", "reference"]
+    found = []
+    for padding in (0.0, torch.nan):
+        given = {name: problem[name].masked_fill(hidden, padding) for name in ("key", "value")}
+        given["reference"] = problem["reference"]
+        inputs = [given[name].requires_grad_() for name in names]
+        options = {"mask": problem["mask"], "kernel": kernel}
+        query = (None,) if function == "set_attention" else ()
+        output = getattr(definition, function)(*query, *inputs, **options)
+        found.append([output, *torch.autograd.grad(output.sin().sum(), inputs)])
+    for with_zeros, with_nan in zip(*found, strict=True):
+        assert torch.equal(with_zeros, with_nan)
