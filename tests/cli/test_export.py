@@ -219,6 +219,18 @@ def test_wrong_answers_are_not_written(
     assert (status, "onnxruntime's answers differ from torch's by" in err) == (1, True)
     assert file.read_bytes() == b"before"
 
+    def without_numbers(network):
+        for tensor in made.graph.initializer:
+            if "classifier.bias" in tensor.name:
+                numbers = np.full_like(onnx.numpy_helper.to_array(tensor), np.nan)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(numbers, tensor.name))
+        return made
+
+    monkeypatch.setattr(setformer_ext.cli.export, "_export", without_numbers)
+    status, _, err = export(capsys, run, file)
+    assert (status, "differ from torch's by nan" in err) == (1, True)
+    assert file.read_bytes() == b"before"
+
 
 @pytest.mark.slow
 def test_detectors_with_a_wrong_head_are_not_written(tmp_path: Path) -> None:
