@@ -110,9 +110,9 @@ endfunction()
 
 # Kernels that use nothing newer than the compute capability `newest` need no other PTX for all
 # later devices: that of each would multiply the build time, and so it is the PTX that tests run.
-# No code is made for architectures before `least` or after `most`, unless there are no others; PTX,
-# which is for devices that are not known, is always made. Leaves an empty list where the architectures are not plain numbers ("native", "90a"): CMake
-# knows those.
+# No code is made for architectures before `least` or after `most`, unless there are no others; PTX
+# beyond `most`, for devices that are not known, is made all the same. Leaves an empty list where the
+# architectures are not plain numbers ("native", "90a"): CMake knows those.
 function(setformer_share_ptx options least newest most)
   set(${options} "" PARENT_SCOPE)
   set(code)

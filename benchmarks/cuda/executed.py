@@ -173,14 +173,13 @@ class Counted:
         passes: dict[str, Callable[[], None]] = {"forward": forward}
         if capability < CLUSTERS:
             passes["backward"] = lambda: output[0].backward(torch.ones_like(output[0]))
-        self.emulator.set_capability(capability)
+        sizes = (capability, tokens, depth, references, steps)
         try:
-            sizes = (capability, tokens, depth, references, steps)
-            for name, run in passes.items():
-                yield from ((*sizes, name, *row) for row in self.launches(run, capability))
+            with self.emulator.of_capability(capability):
+                for name, run in passes.items():
+                    yield from ((*sizes, name, *row) for row in self.launches(run, capability))
         finally:
             ops._C = before
-            self.emulator.set_capability(ARCHITECTURE)
 
     def launches(self, run: Callable[[], None], capability: int) -> Iterator[tuple[str | int, ...]]:
         """A row for each kernel that run() launches, without sizes."""

@@ -97,17 +97,16 @@ def test_smoke_checks_run_the_family_they_name() -> None:
     }
     backend = BACKENDS["cuda-emulated"]()
     emulator = Emulator(backend.module.__file__)
-    emulator.set_capability(90)
-    for task in definition_checks.smoke_tasks():
-        if task.smoke.dtype == torch.bfloat16 and task.smoke.direction == "forward":
-            emulator.clear_launches()
-            ops._C = backend.module
-            assert execute(task, CPU).status == "ok"
-            found = {
-                x for x in own.values() for launch in emulator.launches() if x in launch.kernel
-            }
-            assert found == {own[task.smoke.family]}
-    emulator.set_capability(80)
+    with emulator.of_capability(90):
+        for task in definition_checks.smoke_tasks():
+            if task.smoke.dtype == torch.bfloat16 and task.smoke.direction == "forward":
+                emulator.clear_launches()
+                ops._C = backend.module
+                assert execute(task, CPU).status == "ok"
+                found = {
+                    x for x in own.values() for launch in emulator.launches() if x in launch.kernel
+                }
+                assert found == {own[task.smoke.family]}
 
 
 # What a wrong kernel does to its arrays, and a check that must notice.

@@ -147,9 +147,8 @@ def clustered(backend: Backend) -> Iterator[Emulator]:
     if not backend.emulated:
         pytest.skip("only the emulated device is asked what it runs")
     emulator = Emulator(backend.module.__file__)
-    emulator.set_capability(90)
-    yield emulator
-    emulator.set_capability(80)
+    with emulator.of_capability(90):
+        yield emulator
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
 #endif
 }
 
-// Calls launch(shape, sizes) with the smallest cluster that holds the tokens of a head. Returns
+// Calls launch(sizes) with the smallest cluster that holds the tokens of a head. Returns
 // false if there is none.
 template <class S, class Launch>
 bool visit_ranks(const ForwardParams& p, const Stream& stream, Launch launch) {
@@ -24,7 +24,7 @@ bool visit_ranks(const ForwardParams& p, const Stream& stream, Launch launch) {
     if (tokens > int64_t{S::kTokens} * ranks) continue;
     const Sizes sizes = Memory<S>::sizes(p, ranks);
     if (sizes.total > stream.block_bytes) continue;
-    launch(S{}, sizes);
+    launch(sizes);
     return true;
   }
   return false;
@@ -39,7 +39,7 @@ bool OnClusterForward<Storage>::run(const ForwardParams& p, Stream& stream) {
     using S = on_chip::ClusterShape<Storage, size.blocks, size.strips>;
     constexpr auto kKernel = on_chip::attention_forward_on_cluster_kernel<S>;
     bool launched = false;
-    on_chip::visit_ranks<S>(p, stream, [&](auto, const on_chip::Sizes& sizes) {
+    on_chip::visit_ranks<S>(p, stream, [&](const on_chip::Sizes& sizes) {
       // a build for older devices has no body of this kernel
       launched = ptx_version<kKernel>(stream) >= 90 &&
                  holds_clusters<kKernel>(stream, sizes.ranks, S::kThreads, sizes.total);

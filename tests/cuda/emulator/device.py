@@ -215,6 +215,15 @@ class Emulator:
         if not self.library.emulator_set_capability(capability):
             raise ValueError(f"no facts are known about compute capability {capability}")
 
+    @contextlib.contextmanager
+    def of_capability(self, capability: int) -> Iterator[None]:
+        """set_capability() for a while; before and after devices are of 8.0."""
+        self.set_capability(capability)
+        try:
+            yield
+        finally:
+            self.set_capability(80)
+
     def set_most_ranks(self, ranks: int) -> None:
         """The largest cluster that the devices can hold at once, as a part of a device may."""
         self.library.emulator_set_most_ranks(ctypes.c_uint(ranks))
