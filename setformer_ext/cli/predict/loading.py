@@ -12,6 +12,7 @@ import timm
 from torch import Tensor, nn
 
 from ...errors import UserError, first_line
+from ..train.task import listed
 from .predictors import PREDICTORS, Predictor
 
 if TYPE_CHECKING:
@@ -137,10 +138,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
         if name in weights and weights[name].shape != tensor.shape
     ]
     if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{path}: these weights are of another model: {'; '.join(problems[:3])}{more}"
-        )
+        raise UserError(f"{path}: these weights are of another model: {listed(problems)}")
     model.load_state_dict(weights)
 
 
