@@ -3,6 +3,7 @@
     python benchmarks/cuda/executed.py            # print it anew
     python benchmarks/cuda/executed.py --write    # replace it
     python benchmarks/cuda/executed.py --check    # its first head against one counted anew
+    python benchmarks/cuda/executed.py --scaling  # what scaling to unit length adds
 
 The emulator tells how often warps execute each stretch of nvcc's PTX, and so what passes the
 tensor cores, the special-function units and the memories. What a multiprocessor issues is counted
@@ -68,6 +69,7 @@ HEADS = (
     (512, 64, 64),
     (16384, 64, 128),
 )
+ON_CHIP = (HEADS[0], HEADS[1], HEADS[2], HEADS[4])
 ON_CLUSTERS = ((3136, 32, 49),)  # forward of them
 STEPS = (1, 2, 5)  # between the last two model.py interpolates
 SLACK = 0.02
@@ -79,8 +81,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Instructions that the kernels execute.")
     parser.add_argument("--write", action="store_true", help="replace executed.csv")
     parser.add_argument("--check", action="store_true", help="hold it against what is now")
+    parser.add_argument("--scaling", action="store_true", help="the share of normalize=True")
     options = parser.parse_args()
     counted = Counted(installed_extension())
+    if options.scaling:
+        print(scaling(counted))
+        return
     if options.check:
         now = [list(map(str, row)) for row in counted.head(*HEADS[0], STEPS[0])]
         problems = differences(table()[: len(now)], now)
@@ -155,7 +161,13 @@ class Counted:
         return functions(ptx)[name]
 
     def head(
-        self, tokens: int, depth: int, references: int, steps: int, capability: int = ARCHITECTURE
+        self,
+        tokens: int,
+        depth: int,
+        references: int,
+        steps: int,
+        capability: int = ARCHITECTURE,
+        is_scaled: bool = False,
     ) -> Iterator[tuple[str | int, ...]]:
         """Rows of one head's forward and, where no cluster is needed, backward."""
         torch.manual_seed(0)
@@ -167,7 +179,7 @@ class Counted:
         before, ops._C = ops._C, self.module
 
         def forward() -> None:
-            options = {"epsilon": 0.1, "iterations": steps, "normalize": False}
+            options = {"epsilon": 0.1, "iterations": steps, "normalize": is_scaled}
             output.append(setformer_ext.set_attention(None, key, value, points, **options))
 
         passes: dict[str, Callable[[], None]] = {"forward": forward}
@@ -214,6 +226,23 @@ class Counted:
                 "PTX does not have: is the extension installed from these sources?"
             )
         return sum(n * trips[line] / static[line] for line, n in by_line.items() if static[line])
+
+
+def scaling(counted: Counted) -> str:
+    """What scaling to unit length adds to the instructions that are issued, in Markdown."""
+    lines = ["| tokens | depth | references | T | forward | backward |", "| --: " * 6 + "|"]
+    issued = COLUMNS.index("issued")
+    for head in ON_CHIP:
+        for steps in (STEPS[0], STEPS[-1]):
+            totals = (Counter[str](), Counter[str]())
+            for total, is_scaled in zip(totals, (False, True), strict=True):
+                for row in counted.head(*head, steps, is_scaled=is_scaled):
+                    total[str(row[COLUMNS.index("pass")])] += int(row[issued])
+            shares = [
+                f"{totals[1][name] / totals[0][name] - 1:.0%}" for name in ("forward", "backward")
+            ]
+            lines.append(f"| {' | '.join(map(str, (*head, steps, *shares)))} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -214,6 +214,7 @@ class OnChipBackward:
         total = ON_CHIP_HEAD + references * 4 * (1 + 3) + 8 * 4 + 16 * self.warps
         total += 4 * 16 * self.warps + 2 * 4 * spread + (self.warps > 1) * 2 * 8 * spread
         total += 384 + 4 * references * 4 + 4 * self.warps  # gradients, of references, units
+        total += 4 * 16 * self.warps  # lengths
         total = 16 * divide_up(total, 16)
         pitch = 32 * divide_up(p.depth, 32) + 8
         total += 5 * 16 * pairs * pitch * 2  # references, A and dA in two parts each

@@ -53,8 +53,11 @@ def read_kernels(file: Path, architectures: list[int] | None = None) -> list[Ker
     found = sorted({arch for arch, _ in resources})
     if not found:
         return []
-    # launch bounds and compiler are the same for every architecture; the newest has all kernels
-    threads, ptxas = parse_headers(_cuobjdump(file, "-elf", "-arch", f"sm_{found[-1]}"))
+    # launch bounds are the same for every architecture, but none need have all kernels
+    threads: dict[str, int] = {}
+    for arch in found:
+        of_arch, ptxas = parse_headers(_cuobjdump(file, "-elf", "-arch", f"sm_{arch}"))
+        threads |= of_arch
     counts: dict[tuple[int, str], dict[str, int]] = {}
     for arch in found:
         if not architectures or arch in architectures:

@@ -325,22 +325,14 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
                                          kHeadBytes<Storage>, p, parts, workspace, of_queries);
 }
 
+// All of backward by kernels of one pass, or by the resident one, for the heads that
+// attention_backward_on_chip_kernel has left.
 template <class Storage>
-void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream& stream) {
+void stream_backward(const BackwardParams& p, const BackwardWorkspace& parts,
+                     Accumulate<Storage>* workspace, Stream& stream) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
-  BackwardWorkspace parts = workspace(p);
-  T* workspace = static_cast<T*>(memory);
-  if (p.normalize) {
-    run(scaled<Storage>(p, parts.scaled, workspace, stream), memory, stream);
-    return finish_gradients<Storage>(p, stream);
-  }
   const int64_t heads = p.batch * p.heads, references = p.references;
-  bool on_chip = false;
-  if constexpr (kIsHalf<Storage>) {
-    on_chip = OnChipBackward<Storage>::run(p, parts, workspace, stream);
-  }
-  if (!on_chip) parts.on_chip = -1;
   if constexpr (kResident<Storage>) {
     if (fits_one_block<Storage>(p, kDifferentiates, stream)) {
       launch<attention_backward_resident_kernel<Storage>>(
@@ -378,6 +370,23 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
   launch<head_gradient_kernel<Storage>>(stream, "head_gradient_kernel",
                                         divide_up(heads, kMergeThreads / 32), kMergeThreads, 0, p,
                                         parts, static_cast<const T*>(workspace));
+}
+
+template <class Storage>
+void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream& stream) {
+  using T = Accumulate<Storage>;
+  BackwardWorkspace parts = workspace(p);
+  T* workspace = static_cast<T*>(memory);
+  bool on_chip = false;
+  if constexpr (kIsHalf<Storage>) {
+    on_chip = OnChipBackward<Storage>::run(p, parts, workspace, stream);
+  }
+  if (!on_chip) parts.on_chip = -1;
+  if (!p.normalize) return stream_backward<Storage>(p, parts, workspace, stream);
+  const Done done{on_chip ? workspace + parts.on_chip : nullptr};
+  stream_backward<Storage>(scaled<Storage>(p, parts.scaled, workspace, done, stream), parts,
+                           workspace, stream);
+  finish_gradients<Storage>(p, done, stream);
 }
 
 }  // namespace setformer::cuda

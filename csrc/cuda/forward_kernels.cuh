@@ -188,14 +188,15 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
   T* partial = static_cast<T*>(workspace);
-  if (p.normalize) {
-    const UnitLengthWorkspace parts = ForwardKernels::workspace(p).scaled;
-    return run(scaled<Storage>(p, parts, partial, stream), workspace, stream);
-  }
   if constexpr (kIsHalf<Storage>) {
     if (OnChipForward<Storage>::run(p, stream)) return;
     if (OnClusterForward<Storage>::run(p, stream)) return;
-  } else if constexpr (kResident<Storage>) {
+  }
+  if (p.normalize) {
+    const UnitLengthWorkspace parts = ForwardKernels::workspace(p).scaled;
+    return run(scaled<Storage>(p, parts, partial, Done{}, stream), workspace, stream);
+  }
+  if constexpr (kResident<Storage> && !kIsHalf<Storage>) {
     if (fits_one_block<Storage>(p, kDistributes, stream)) {
       launch<attention_forward_resident_kernel<Storage>>(
           stream, "attention_forward_resident_kernel", heads, S::kThreads,

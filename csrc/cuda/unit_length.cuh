@@ -1,81 +1,112 @@
-// Scaling to unit length. Before the other kernels queries, keys and references are scaled into the
-// workspace; after them gradients by the scaled rows are turned into gradients by the rows as
-// given. A warp per row.
+// Scaling to unit length, for kernels that do not scale rows themselves (on_chip/unit_length.cuh).
+// Before them queries, keys and references are scaled into the workspace; after them gradients by
+// the scaled rows are turned into gradients by the rows as given. A warp per row.
 #pragma once
 
 #include "launch.cuh"
 
 namespace setformer::cuda {
 
-// A row [D] of a tensor [B, H, count, D], for the lanes of a warp.
-template <class Storage>
-struct UnitRow {
-  using T = Accumulate<Storage>;
-  int64_t b, i;
-  const Storage* data;
-  int64_t stride;
-  T length;
+inline constexpr int64_t kRowsOfBlock = 512;  // rows of one head that a block scales
 
-  __device__ UnitRow(int64_t index, const Tensor& rows, int64_t heads, int64_t count, int64_t depth)
-      : b(index / count / heads), i(index % count), stride(rows.stride[3]) {
-    data = static_cast<const Storage*>(rows.data) + b * rows.stride[0] +
-           index / count % heads * rows.stride[1] + i * rows.stride[2];
-    T squares = 0;
-    for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
-      const T x = widen(data[d * stride]);
-      squares += x * x;
-    }
-    length = sqrt(lanes_sum<32>(squares));
-    if (length <= T(kShortest)) length = T(1);
-  }
-  __device__ T operator[](int64_t d) const { return widen(data[d * stride]) / length; }
+// Where a head's flag is that says that it is done already, and needs no scaled rows.
+struct Done {
+  const void* flags = nullptr;  // accumulate [B, H], optional
 };
 
-__device__ __forceinline__ int64_t row_of_warp(int64_t first) {
-  return (first + blockIdx.x) * (kMergeThreads / 32) + threadIdx.x / 32;
-}
+// The part of a head's rows that a block scales, and the head.
+template <class Storage>
+struct PartOfHead {
+  using T = Accumulate<Storage>;
+  int64_t b, h, begin, end;
+  Span span;
+  Rows<Storage> rows;
+
+  __device__ PartOfHead(int64_t index, const Side& side, int64_t heads, int64_t depth,
+                        const Done& done) {
+    const int64_t parts = divide_up(side.count, kRowsOfBlock), head = index / parts;
+    b = head / heads;
+    h = head % heads;
+    span = side.span(b);
+    rows.select(side.tokens, span.start, h, span.count, depth);
+    rows.hide(side.mask, b);
+    begin = index % parts * kRowsOfBlock;
+    end = begin + kRowsOfBlock < span.count ? begin + kRowsOfBlock : span.count;
+    if (done.flags != nullptr && static_cast<const T*>(done.flags)[head] != T(0)) end = begin;
+  }
+
+  // Calls visit(i, row, length) for the rows that are not hidden, by the lanes of a warp.
+  template <class Visit>
+  __device__ void for_each_row(Visit visit) const {
+    for (int64_t i = begin + threadIdx.x / 32; i < end; i += kMergeThreads / 32) {
+      if (!rows.valid(i)) continue;
+      const Storage* row = rows.data + i * rows.row_stride;
+      T squares = 0;
+#pragma unroll 1
+      for (int64_t d = threadIdx.x % 32; d < rows.depth; d += 32) {
+        const T x = widen(row[d * rows.column_stride]);
+        squares += x * x;
+      }
+      const T length = sqrt(lanes_sum<32>(squares));
+      visit(i, row, length <= T(kShortest) ? T(1) : length);
+    }
+  }
+};
 
 template <class Storage>
 __global__ void __launch_bounds__(kMergeThreads)
-    unit_length_kernel(const int64_t first, const Tensor rows, const int64_t batch,
-                       const int64_t heads, const int64_t count, const int64_t depth,
-                       Storage* const unit) {
-  const int64_t index = row_of_warp(first);
-  if (index >= batch * heads * count) return;
-  const UnitRow<Storage> u(index, rows, heads, count, depth);
-  for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
-    unit[index * depth + d] = narrow<Storage>(u[d]);
-  }
+    unit_length_kernel(const int64_t first, const Side side, const int64_t heads,
+                       const int64_t depth, const Done done, const Tensor scaled) {
+  using T = Accumulate<Storage>;
+  const PartOfHead<Storage> part(first + blockIdx.x, side, heads, depth, done);
+  Rows<Storage> to;
+  to.select(scaled, part.span.start, part.h, part.span.count, depth);
+  part.for_each_row([&](int64_t i, const Storage* row, T length) {
+#pragma unroll 1
+    for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
+      const T x = widen(row[d * part.rows.column_stride]);
+      to.data[i * to.row_stride + d * to.column_stride] = narrow<Storage>(x / length);
+    }
+  });
 }
 
 // In place: (du - u <u, du>) / length. Hidden rows, whose gradient is 0, may hold anything.
 template <class Storage, class Gradient>
 __global__ void __launch_bounds__(kMergeThreads)
-    unit_length_backward_kernel(const int64_t first, const Tensor rows, const Tensor mask,
-                                const int64_t batch, const int64_t heads, const int64_t count,
-                                const int64_t depth, const Tensor gradients) {
+    unit_length_backward_kernel(const int64_t first, const Side side, const int64_t heads,
+                                const int64_t depth, const Done done, const Tensor gradients) {
   using T = Accumulate<Storage>;
-  const int64_t index = row_of_warp(first);
-  if (index >= batch * heads * count) return;
-  const UnitRow<Storage> u(index, rows, heads, count, depth);
-  if (mask.data != nullptr &&
-      !static_cast<const bool*>(mask.data)[u.b * mask.stride[0] + u.i * mask.stride[1]]) {
-    return;
-  }
-  Gradient* gradient = static_cast<Gradient*>(gradients.data) + u.b * gradients.stride[0] +
-                       index / count % heads * gradients.stride[1] + u.i * gradients.stride[2];
-  T along = 0;
-  for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
-    along += u[d] * widen(gradient[d * gradients.stride[3]]);
-  }
-  along = lanes_sum<32>(along);
-  for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
-    Gradient& x = gradient[d * gradients.stride[3]];
-    x = narrow<Gradient>((widen(x) - along * u[d]) / u.length);
-  }
+  const PartOfHead<Storage> part(first + blockIdx.x, side, heads, depth, done);
+  Rows<Gradient> of_rows;
+  of_rows.select(gradients, part.span.start, part.h, part.span.count, depth);
+  part.for_each_row([&](int64_t i, const Storage* row, T length) {
+    Gradient* const gradient = of_rows.data + i * of_rows.row_stride;
+    const auto unit = [&](int64_t d) { return widen(row[d * part.rows.column_stride]) / length; };
+    T along = 0;
+#pragma unroll 1
+    for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
+      along += unit(d) * widen(gradient[d * of_rows.column_stride]);
+    }
+    along = lanes_sum<32>(along);
+#pragma unroll 1
+    for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
+      Gradient& x = gradient[d * of_rows.column_stride];
+      x = narrow<Gradient>((widen(x) - along * unit(d)) / length);
+    }
+  });
 }
 
-inline int64_t blocks_of_rows(int64_t rows) { return divide_up(rows, kMergeThreads / 32); }
+// References as rows to be scaled: of each sample, or those that all samples share.
+inline Side references_of(const ForwardParams& p, int64_t samples) {
+  Side side{};
+  side.tokens = p.reference;
+  side.count = p.references;
+  side.samples = samples;
+  return side;
+}
+inline int64_t blocks_of_rows(const Side& side, int64_t heads) {
+  return side.samples * heads * divide_up(side.count, kRowsOfBlock);
+}
 
 // 1 for learned references, which are the same for all samples.
 inline int64_t batch_of_references(const ForwardParams& p) {
@@ -101,49 +132,42 @@ UnitLengthWorkspace unit_length_workspace(const ForwardParams& p, int64_t& total
   return parts;
 }
 
-// The problem with its rows scaled.
+// The problem with its rows scaled, but for heads that are done.
 template <class Storage, class Params>
 Params scaled(const Params& given, const UnitLengthWorkspace& parts, Accumulate<Storage>* workspace,
-              Stream& stream) {
+              const Done& done, Stream& stream) {
   Params p = given;
   p.normalize = false;
-  const auto scale = [&](Tensor& rows, int64_t batch, int64_t count, int64_t at) {
-    Storage* const unit = reinterpret_cast<Storage*>(workspace + at);
-    launch<unit_length_kernel<Storage>>(stream, "unit_length_kernel",
-                                        blocks_of_rows(batch * p.heads * count), kMergeThreads, 0,
-                                        rows, batch, p.heads, count, p.depth, unit);
-    rows = {unit, {p.heads * count * p.depth, count * p.depth, p.depth, 1}};
+  const auto scale = [&](Tensor& rows, const Side& side, int64_t at, const Done& done) {
+    const int64_t count = side.offsets != nullptr ? side.packed : side.count;
+    rows = {reinterpret_cast<Storage*>(workspace + at),
+            {p.heads * count * p.depth, count * p.depth, p.depth, 1}};
+    if (side.offsets != nullptr) rows.stride[0] = p.depth;
+    launch<unit_length_kernel<Storage>>(stream, "unit_length_kernel", blocks_of_rows(side, p.heads),
+                                        kMergeThreads, 0, side, p.heads, p.depth, done, rows);
   };
-  const auto scale_tokens = [&](Tensor& rows, const Side& side, int64_t at) {
-    if (side.offsets == nullptr) return scale(rows, p.batch, side.count, at);
-    scale(rows, 1, side.packed, at);
-    rows.stride[0] = rows.stride[2];
-  };
-  scale_tokens(p.key, keys_of(p), parts.key);
-  if (p.cross) scale_tokens(p.query, queries_of(p), parts.query);
-  scale(p.reference, batch_of_references(p), p.references, parts.reference);
-  if (batch_of_references(given) < p.batch) p.reference.stride[0] = 0;
+  scale(p.key, keys_of(given), parts.key, done);
+  if (p.cross) scale(p.query, queries_of(given), parts.query, done);
+  const int64_t samples = batch_of_references(given);
+  const bool shared = samples < p.batch;
+  scale(p.reference, references_of(given, samples), parts.reference, shared ? Done{} : done);
+  if (shared) p.reference.stride[0] = 0;
   return p;
 }
 
-// Turns gradients by scaled rows into gradients by the rows that were given.
+// Turns gradients by scaled rows into gradients by the rows that were given, but for heads that are
+// done.
 template <class Storage>
-void finish_gradients(const BackwardParams& p, Stream& stream) {
-  const auto finish = [&](auto kind, const Tensor& rows, const Tensor& mask, int64_t batch,
-                          int64_t count, const Tensor& gradient) {
+void finish_gradients(const BackwardParams& p, const Done& done, Stream& stream) {
+  const auto finish = [&](auto kind, const Side& side, const Tensor& gradient) {
     launch<unit_length_backward_kernel<Storage, decltype(kind)>>(
-        stream, "unit_length_backward_kernel", blocks_of_rows(batch * p.heads * count),
-        kMergeThreads, 0, rows, mask, batch, p.heads, count, p.depth, gradient);
+        stream, "unit_length_backward_kernel", blocks_of_rows(side, p.heads), kMergeThreads, 0,
+        side, p.heads, p.depth, done, gradient);
   };
-  const auto finish_tokens = [&](const Side& side, const Tensor& gradient) {
-    const bool packed = side.offsets != nullptr;
-    finish(Storage{}, side.tokens, side.mask, packed ? 1 : p.batch,
-           packed ? side.packed : side.count, gradient);
-  };
-  finish_tokens(keys_of(p), p.grad_key);
-  if (p.cross) finish_tokens(queries_of(p), p.grad_query);
+  finish(Storage{}, keys_of(p), p.grad_key);
+  if (p.cross) finish(Storage{}, queries_of(p), p.grad_query);
   const int64_t of_head = p.references * p.depth;
-  finish(Accumulate<Storage>{}, p.reference, Tensor{}, p.batch, p.references,
+  finish(Accumulate<Storage>{}, references_of(p, p.batch),
          {p.grad_reference.data, {p.heads * of_head, of_head, p.depth, 1}});
 }
 

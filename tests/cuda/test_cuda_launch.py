@@ -92,6 +92,31 @@ def test_heads_stream_where_a_cluster_cannot_run(
         assert any("on_cluster" in name for name in kernels) == (kernel == "on_cluster")
 
 
+@pytest.mark.parametrize(
+    ("capability", "options", "kernels"),
+    [
+        (80, {"N": 60}, ["attention_forward_on_chip_kernel"]),
+        (90, {"N": 1000}, ["attention_forward_on_cluster_kernel"]),
+        (80, {"N": 60, "D": 65}, 2 * ["unit_length_kernel"] + ["attention_forward_on_chip_kernel"]),
+    ],
+)
+def test_scaling_to_unit_length_takes_no_launch(
+    fresh: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    options: dict[str, int],
+    kernels: list[str],
+) -> None:
+    """But for rows that no warp's room holds."""
+    monkeypatch.setattr(ops, "_C", fresh)
+    emulator = Emulator(fresh.__file__)
+    emulator.set_capability(capability)
+    sizes = {"B": 1, "H": 1, "M": 9, "D": 8, "Dv": 8, "iterations": 1} | options
+    arguments = random_problem(**sizes, normalize=True, dtype=torch.bfloat16)
+    assert_as_exact_as_definition(setformer_ext.set_attention, arguments, backward=False)
+    assert [name.partition("<")[0] for name, _ in launched(emulator)] == kernels
+
+
 def test_a_launch_between_anothers_limit_and_start(fresh: ModuleType) -> None:
     """As another host thread's may come: here a smaller one of the same kernel."""
     emulator = Emulator(fresh.__file__)

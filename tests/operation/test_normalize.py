@@ -10,11 +10,10 @@ from torch import Tensor
 import setformer_ext
 from conftest import Backend
 from exactness import assert_as_exact_as_definition
+from lengths import SCALED, what_depends_on_lengths
 from setformer_ext import set_attention, set_attention_varlen
 from setformer_ext.cli.selftest.problems import call, random_problem, run
 from setformer_ext.reference import unit
-
-SCALED = ("query", "key", "reference")
 
 
 def problem(**options: Any) -> dict[str, Any]:
@@ -59,6 +58,33 @@ def test_of_any_size(backend: Backend, options: dict[str, Any], dtype: torch.dty
     assert_as_exact_as_definition(backend.set_attention, arguments)
 
 
+# Heads of half types that scale their rows on the chip: a warp's room has rows of 32 or of 64
+# columns; longer rows are scaled before.
+ON_CHIP: dict[str, dict[str, Any]] = {
+    "rows of 32 columns": {"N": 150, "D": 32, "M": 33},
+    "rows of 64 columns": {"N": 70, "D": 57, "M": 57},
+    "wide values": {"N": 33, "D": 24, "Dv": 60, "reference_mass": "learned"},
+    "queries": {"N": 33, "D": 40, "Nq": 70, "per_sample": True},
+    "in logarithms": {"N": 70, "D": 32, "epsilon": 0.03},
+    "linear kernel": {"N": 70, "D": 32, "kernel": "linear"},
+    "rows of 72 columns": {"N": 70, "D": 72, "Nq": 20},
+    "backward alone": {"N": 1500, "D": 33, "B": 1, "H": 1},
+    "some heads on the chip": {"N": 70, "D": 33, "epsilon": "learned", "bandwidth": "learned"},
+    "more references than on the chip": {"N": 70, "D": 33, "M": 140},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ON_CHIP)
+def test_on_the_chip(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    options = {"masked": True, "token_mass": True, "P": 2} | ON_CHIP[name]
+    arguments = problem(dtype=dtype, device=backend.device, **options)
+    if options.get("epsilon") == "learned":
+        with torch.no_grad():
+            arguments["epsilon"].copy_(torch.tensor([0.1, 0.03, 0.2]))
+    assert_as_exact_as_definition(backend.set_attention, arguments)
+
+
 def test_of_any_strides(backend: Backend) -> None:
     arguments = problem(Nq=11, D=40, dtype=torch.float32, device=backend.device)
     upstream = torch.ones(2, 3, 11, 5, device=backend.device).cumsum(-1)
@@ -94,9 +120,10 @@ def test_it_is_the_default() -> None:
             torch.testing.assert_close(call(function, arguments), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cross", [False, True])
-def test_packed_sequences(backend: Backend, cross: bool) -> None:
-    arguments = problem(B=1, Nq=19 if cross else None, device=backend.device)
+def test_packed_sequences(backend: Backend, cross: bool, dtype: torch.dtype) -> None:
+    arguments = problem(B=1, Nq=19 if cross else None, dtype=dtype, device=backend.device)
     packed = {
         name: x.squeeze(0).transpose(0, 1)
         if name in ("query", "key", "value") and x is not None
@@ -117,22 +144,14 @@ def test_packed_sequences(backend: Backend, cross: bool) -> None:
         assert torch.equal(output[part].transpose(0, 1).unsqueeze(0), expected)
 
 
-@pytest.mark.parametrize("queries", [None, 11])
-def test_gradients_are_at_right_angles_to_what_is_scaled(
-    backend: Backend, queries: int | None
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [None, 11], ids=["self", "cross"])
+@pytest.mark.parametrize("sizes", [{}, {"D": 60, "N": 90}], ids=["small", "larger"])
+def test_lengths_make_no_difference(
+    backend: Backend, sizes: dict[str, int], queries: int | None, dtype: torch.dtype
 ) -> None:
-    """Lengths make no difference, so no gradient points along them."""
-    arguments = problem(Nq=queries, device=backend.device)
-    names = [name for name in SCALED if arguments[name] is not None]
-    results = run(
-        backend.set_attention, arguments, torch.ones_like(set_attention(**arguments)).cumsum(-1)
-    )
-    longer = {name: 7 * arguments[name] for name in names}
-    torch.testing.assert_close(set_attention(**arguments | longer), results["output"])
-    for name in names:
-        along = (results[name] * arguments[name]).sum(-1)
-        assert along.abs().max() < 1e-13 * results[name].norm(dim=-1).max()
-        assert results[name].norm(dim=-1).min() > 0
+    arguments = problem(Nq=queries, dtype=dtype, device=backend.device, masked=True, **sizes)
+    assert not list(what_depends_on_lengths(backend.set_attention, arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -134,6 +134,12 @@ __device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t
     const Tokens<S> tokens(at);
     stage<S>(p, at, tokens, shared_head<S>().tokens, 0);
     stage_references<S>(p, at, p.sizes.references, p.sizes.depth_pitch);
+    if (p.normalize) {
+      const int bytes_of_room = p.sizes.room * p.sizes.pitch * kElement;
+      wait_for_copies<0>();
+      scale_to_unit_length<typename S::Storage>(at, p.sizes.rows + at.warp * bytes_of_room,
+                                                16 * tokens.strips, p.sizes.pitch);
+    }
     meet<S>();
     Entries<S> entries;
     form_entries<S>(p, at, tokens, entries);
@@ -170,6 +176,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
   attend<S>(p, place(), first + blockIdx.x);
 #endif
 }
+
+// Whether rows can be scaled to unit length on the chip, where this is wanted: a warp's room must
+// hold them whole.
+inline bool can_scale(const ForwardParams& p) { return !p.normalize || p.depth <= 16 * kMostBands; }
 
 // Calls launch(shape, sizes) with the smallest shape that holds the tokens and references of a
 // head. Returns false if there is none, or if the device has no room for it.
@@ -219,6 +229,7 @@ bool visit_shape(const ForwardParams& p, int64_t block_bytes, Launch launch) {
 template <class Storage>
 bool OnChipForward<Storage>::run(const ForwardParams& p, Stream& stream) {
   if (stream.stages == 1 || !stream.resident || p.group != nullptr) return false;
+  if (!on_chip::can_scale(p)) return false;
   bool launched = false;
   on_chip::visit_shape<Storage>(
       p, stream.block_bytes, [&](auto shape, const on_chip::Sizes& sizes) {

@@ -24,6 +24,13 @@ __device__ __forceinline__ float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / |x| from |x|^2, by which x is scaled to unit length; 1 for vectors that stay as they are.
+__device__ __forceinline__ float inverse_length(float square) {
+  constexpr float kLeast = float(kShortest * kShortest);
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(square));
+  return square <= kLeast ? 1.0f : y;
+}
 // log2 x, for x that is not subnormal.
 __device__ __forceinline__ float logarithm(float x) {
   float y;
@@ -45,6 +52,16 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
   }
   return pair;
+}
+
+// The two numbers that a register holds as halves.
+template <class Storage>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Storage, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  } else {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  }
 }
 
 // Transposes an 8 x 8 matrix of half numbers; four lanes hold a row.

@@ -1,12 +1,12 @@
 // The entries of a head: scores s_ij log2(e), or factors 2^(s_ij - scale) <= 1 made of them.
 #pragma once
 
-#include "shape.cuh"
+#include "unit_length.cuh"
 
 namespace setformer::cuda::on_chip {
 
-// Copies the references into shared memory, from `room` on, for all warps; the caller must call
-// meet() before they are read.
+// Copies the references into shared memory, from `room` on, for all warps, scaled to unit length if
+// wanted; the caller must call meet() before they are read.
 template <class S>
 __device__ __forceinline__ void stage_references(const ForwardParams& p, const Place& at, int room,
                                                  int pitch) {
@@ -26,15 +26,20 @@ __device__ __forceinline__ void stage_references(const ForwardParams& p, const P
       const uint4 piece = rows.vectors && left >= 8 ? *reinterpret_cast<const uint4*>(from)
                                                     : gather_piece(from, rows.column_stride, left);
       *reinterpret_cast<uint4*>(to + j * pitch + column) = piece;
-      const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const float2 x = unpack<Storage>(words[word]);
-        square += x.x * x.x + x.y * x.y;
-      }
+      square += square_of_piece<Storage>(piece);
     }
-    square += __shfl_xor_sync(kFullWarp, square, 8);
-    square += __shfl_xor_sync(kFullWarp, square, 16);
+    square = square_of_row(square, true);
+    if (p.normalize) {
+      const float factor = inverse_length(square);
+      square = 0;
+#pragma unroll 1
+      for (int column = at.lane / 8 * 8; column < pitch - 8; column += 32) {
+        uint4& piece = *reinterpret_cast<uint4*>(to + j * pitch + column);
+        piece = scaled_piece<Storage>(piece, factor);
+        square += square_of_piece<Storage>(piece);
+      }
+      square = square_of_row(square, true);
+    }
     if (at.lane < 8) shared_at<float>(Memory<S>::kTerms)[j] = head.exponent(square);
   }
   if (!head.similarity.has_positions) return;

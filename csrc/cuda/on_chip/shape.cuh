@@ -237,16 +237,6 @@ __device__ __forceinline__ uint4 gather_piece(const Storage* from, int64_t strid
   return {words[0], words[1], words[2], words[3]};
 }
 
-// The two numbers that a register holds as halves.
-template <class Storage>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<Storage, __half>) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  } else {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-  }
-}
-
 inline constexpr int kShortPitch = 16 * kBands + 8;  // of rows of 4 pieces; others have 8
 
 // The piece of 8 columns that a lane copies, in one of every `at_once` rows. Eight lanes copy a

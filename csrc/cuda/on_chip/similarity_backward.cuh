@@ -92,8 +92,29 @@ __device__ __forceinline__ float form_exchange(const StripParams& p, const Place
   return unit;
 }
 
-// dk_i = unit sum_j E_ij (y_j - k_i) of a strip, by way of the slot after its keys, to the tensor;
-// returns the lane's share of sum_i k_i.dk_i.
+// Calls visit(first column, which of the two tokens, number, number of the next column) for what a
+// lane holds of a strip's rows.
+template <class Visit>
+__device__ __forceinline__ void for_each_pair_of_columns(const StripParams& p,
+                                                         float (&rows)[kMostGroups][2 * kBands][4],
+                                                         Visit visit) {
+#pragma unroll
+  for (int group = 0; group < kMostGroups; ++group) {
+    if (group >= p.sizes.groups) break;
+#pragma unroll
+    for (int tile = 0; tile < 2 * kBands; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float (&numbers)[4] = rows[group][tile];
+        visit(kColumns * group + 8 * tile, half, numbers[2 * half], numbers[2 * half + 1]);
+      }
+    }
+  }
+}
+
+// dk_i = unit sum_j E_ij (y_j - k_i) of a strip, by way of the slot after its keys, to the tensor.
+// Where k_i is a key scaled to unit length, the derivative by the key itself is (dk_i - k_i
+// k_i.dk_i) / length. Returns the lane's share of sum_i k_i.dk_i.
 template <class S>
 __device__ __forceinline__ float store_token_gradient(const StripParams& p, const Place& at,
                                                       int first, int slot,
@@ -101,34 +122,46 @@ __device__ __forceinline__ float store_token_gradient(const StripParams& p, cons
   using Storage = typename S::Storage;
   const int pitch = p.sizes.pitch;
   const uint32_t one = pack<Storage>(1.0f, 1.0f);
-  float ones[4] = {}, products = 0;  // sum_j E_ij, in all columns
+  float ones[4] = {};  // sum_j E_ij, in all columns
 #pragma unroll
   for (int pair = 0; pair < S::kPairs; ++pair) multiply_block<Storage>(ones, plan[pair], one, one);
   const int own = (at.g * pitch + 2 * at.c) * kElement;
   const uint32_t* keys = shared_at<uint32_t>(slot + own);
   uint32_t* to = shared_at<uint32_t>(slot + slot_bytes(p) + own);
   __syncwarp();  // all lanes have read what is there
+  float sums[kMostGroups][2 * kBands][4] = {}, products[2] = {};
 #pragma unroll
   for (int group = 0; group < kMostGroups; ++group) {
     if (group >= p.sizes.groups) break;
-    float sums[2 * kBands][4] = {};
-    multiply_by_references<S>(p, at, plan, p.sizes.references, group, sums);
-#pragma unroll
-    for (int tile = 0; tile < 2 * kBands; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int pair = (8 * half * pitch + kColumns * group + 8 * tile) / 2;
-        const float2 key = unpack<Storage>(keys[pair]);
-        const float x = (sums[tile][2 * half] - key.x * ones[2 * half]) * unit,
-                    y = (sums[tile][2 * half + 1] - key.y * ones[2 * half]) * unit;
-        products = fmaf(key.x, x, fmaf(key.y, y, products));
-        to[pair] = pack<Storage>(x, y);
-      }
-    }
+    multiply_by_references<S>(p, at, plan, p.sizes.references, group, sums[group]);
   }
+  for_each_pair_of_columns(p, sums, [&](int column, int half, float& x, float& y) {
+    const float2 key = unpack<Storage>(keys[(8 * half * pitch + column) / 2]);
+    x = (x - key.x * ones[2 * half]) * unit;
+    y = (y - key.y * ones[2 * half]) * unit;
+    products[half] = fmaf(key.x, x, fmaf(key.y, y, products[half]));
+  });
+  const float product = products[0] + products[1];
+  float factors[2] = {1, 1};
+  if (p.normalize) {
+    const float* lengths = shared_at<float>(StripMemory<S>::kLengths) + 16 * at.warp + at.g;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      factors[half] = lengths[8 * half];
+      products[half] = quad_sum(products[half]);
+    }
+  } else {
+    products[0] = products[1] = 0;
+  }
+  for_each_pair_of_columns(p, sums, [&](int column, int half, float& x, float& y) {
+    const int pair = (8 * half * pitch + column) / 2;
+    const float2 key = unpack<Storage>(keys[pair]);
+    to[pair] = pack<Storage>((x - key.x * products[half]) * factors[half],
+                             (y - key.y * products[half]) * factors[half]);
+  });
   __syncwarp();
   store_strip(p, at, shared_gradients<S>().token_gradients, first, slot + slot_bytes(p));
-  return products;
+  return product;
 }
 
 // 1 / (epsilon bandwidth^2), the factor of E = ds S in dk and dy.
@@ -199,8 +232,25 @@ __device__ __forceinline__ void sweep_of_gradients(const StripParams& p, const P
   }
 }
 
+// 1 / |y_j| of a reference that was scaled to unit length, else 1; by a warp.
+template <class S>
+__device__ __forceinline__ float factor_of_reference(const StripParams& p, const Place& at, int j) {
+  if (!p.normalize) return 1.0f;
+  const auto& head = shared_head<S>();
+  Rows<typename S::Storage> rows;
+  rows.select(p.reference, head.b, head.h, p.references, p.depth);
+  float square = 0;
+#pragma unroll 1
+  for (int c = at.lane; c < rows.depth; c += 32) {
+    const float y = widen(rows.data[j * rows.row_stride + c * rows.column_stride]);
+    square = fmaf(y, y, square);
+  }
+  return inverse_length(lanes_sum<32>(square));
+}
+
 // dy from its sums; the keys' dy is added to the queries'. Leaves y_j.dy_j for the derivative by
-// the bandwidth.
+// the bandwidth. If references are scaled to unit length, their own derivative is (dy_j - y_j
+// y_j.dy_j) / length.
 template <class S>
 __device__ __forceinline__ void finish_reference_gradient(const StripParams& p, const Place& at,
                                                           bool accumulate, const float* partial) {
@@ -211,16 +261,26 @@ __device__ __forceinline__ void finish_reference_gradient(const StripParams& p, 
   for (int j = at.warp; j < int(p.references); j += S::kWarps) {
     const Storage* reference = shared_at<Storage>(p.sizes.references) + j * p.sizes.pitch;
     const float total = partial[j * (width + 1) + width];
-    float product = 0;
-    for (int c = at.lane; c < width; c += 32) {
+    float product = 0, sums[kMostGroups];
+#pragma unroll
+    for (int i = 0; i < kMostGroups; ++i) {
+      const int c = at.lane + 32 * i;
+      if (c >= width) break;
       const float y = widen(reference[c]);
-      const float sum = partial[j * (width + 1) + c] - y * total;
-      product = fmaf(y, sum, product);
-      float& gradient = gradients.reference_gradients[j * width + c];
-      gradient = accumulate ? gradient + sum : sum;
+      sums[i] = partial[j * (width + 1) + c] - y * total;
+      product = fmaf(y, sums[i], product);
     }
     product = lanes_sum<32>(product);
     if (at.lane == 0) gradients.reference_products[j] = product;
+    const float factor = factor_of_reference<S>(p, at, j), along = p.normalize ? product : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMostGroups; ++i) {
+      const int c = at.lane + 32 * i;
+      if (c >= width) break;
+      const float x = (sums[i] - widen(reference[c]) * along) * factor;
+      float& gradient = gradients.reference_gradients[j * width + c];
+      gradient = accumulate ? gradient + x : x;
+    }
   }
 }
 

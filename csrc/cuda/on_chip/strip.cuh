@@ -49,6 +49,7 @@ struct StripParams : BackwardParams {
 //   collection       [kReferences]                  float: 2^(-columns^T_j), times the largest mass
 //   totals           [kReferences]                  float
 //   units            [kWarps]                       float: what plans of float16 are divided by
+//   lengths          [kWarps, 16]                   float: 1 / |k_i|, where keys are scaled
 //   references       [16 kPairs, pitch]             storage
 //   pooled           [2, 16 kPairs, pitch]          storage: A, and what rounding left of it
 //   pooled_gradient  [2, 16 kPairs, pitch]          storage: of dA
@@ -65,7 +66,8 @@ struct StripMemory {
   static constexpr int kCollection = kDistribution + kOfReferences;
   static constexpr int kTotals = kCollection + kOfReferences;
   static constexpr int kUnitsOfPlans = kTotals + kOfReferences;
-  static constexpr int kFixed = (kUnitsOfPlans + 4 * S::kWarps + 15) / 16 * 16;
+  static constexpr int kLengths = kUnitsOfPlans + 4 * S::kWarps;
+  static constexpr int kFixed = (kLengths + 4 * 16 * S::kWarps + 15) / 16 * 16;
   static constexpr int kPlanPitch = 16 * S::kPairs + 8;
 
   static StripSizes sizes(const BackwardParams& p) {

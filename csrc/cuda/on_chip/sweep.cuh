@@ -85,8 +85,8 @@ __device__ __forceinline__ uint32_t valid_tokens(const Place& at, int first) {
 }
 
 // Calls visit(round, tokens, offset of slot 0, similarities), for a strip per warp in each round;
-// rows beyond the last token are 0. Slot 0 holds the keys; slots 1 and 2 the rows `first` and
-// `second`, if given.
+// rows beyond the last token are 0. Slot 0 holds the keys, scaled to unit length if wanted; slots 1
+// and 2 the rows `first` and `second`, if given.
 template <class S, class Visit>
 __device__ __forceinline__ void sweep(const StripParams& p, const Place& at,
                                       const Rows<typename S::Storage>* first,
@@ -112,9 +112,13 @@ __device__ __forceinline__ void sweep(const StripParams& p, const Place& at,
     }
     commit_copies();
     if (round >= 0) {
-      wait_for_copies<1>();
-      __syncwarp();
       const int slot = slot_offset<S>(p, at.warp, round, 0);
+      wait_for_copies<1>();
+      if (p.normalize) {
+        scale_to_unit_length<typename S::Storage>(
+            at, slot, 16, p.sizes.pitch, shared_at<float>(StripMemory<S>::kLengths) + 16 * at.warp);
+      }
+      __syncwarp();
       Strip<S> similarities;
       form_strip<S>(p, at, own, slot, similarities);
       visit(round, OwnTokens<S>(at, own, valid), slot, similarities);

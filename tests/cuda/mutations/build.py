@@ -96,7 +96,7 @@ def translated_kernels(ptx: Path, regime: Regime) -> list[Path]:
     def is_of_regime(kernel: str) -> bool:
         if "on_chip" in kernel:
             return regime in FORWARD_ON_CHIP and any(shape in kernel for shape in SHAPES)
-        return ("resident" in kernel) == (regime == "resident")
+        return "unit_length" in kernel or ("resident" in kernel) == (regime == "resident")
 
     def is_wanted(source: Path) -> bool:
         kernels = re.findall(

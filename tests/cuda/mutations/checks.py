@@ -31,6 +31,10 @@ from setformer_ext import ops
 from setformer_ext.cli.selftest.problems import random_problem
 from setformer_ext.cli.selftest.tolerance import compare_with_definition
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lengths import what_depends_on_lengths
+
 LONGEST = 300  # seconds of a check
 
 # Which kernels a problem is for: forward of a half type is on chip, on a cluster or streams, never
@@ -128,6 +132,7 @@ SHALLOW = {"N": 2100, "D": 16}
 MANY_QUERIES = {"N": 5, "Nq": 301, "M": 70}  # and more references than a tile
 SAMPLES = {"B": 3, "masked": True, "token_mass": True}
 SHARED = {"N": 365}  # of which some samples have 4 tiles left, for one block, and some have more
+SCALED = {"normalize": True}
 IN_LOGARITHMS = {"epsilon": 0.01, "masked": True}
 
 PROBLEMS = {
@@ -174,6 +179,18 @@ PROBLEMS = {
     "float16 on-chip backward": Problem("float16", "on chip", True, RESIDENT),
     "float16 on-chip backward, alone": Problem(
         "float16", "on chip", True, SELF | {"N": 45, "M": 43, "iterations": 0}
+    ),
+    "bfloat16 on-chip, scaled": Problem("bfloat16", "on chip", True, SELF | SCALED),
+    "bfloat16 on-chip backward, scaled": Problem("bfloat16", "on chip", True, RESIDENT | SCALED),
+    "bfloat16 on-chip backward, scaled, long rows": Problem(
+        "bfloat16", "on chip", True, RESIDENT | SCALED | {"D": 60}
+    ),
+    "bfloat16 forward on a cluster, scaled": Problem(
+        "bfloat16", "cluster", False, RESIDENT | SCALED | {"N": 300}, device=90
+    ),
+    "float32 streaming backward, scaled": Problem("float32", "streaming", True, STREAMING | SCALED),
+    "float32 streaming backward, scaled, many tokens": Problem(
+        "float32", "streaming", True, STREAMING | SCALED | {"N": 515}
     ),
     "bfloat16 small forward": Problem("bfloat16", "streaming", False, RESIDENT),
     "bfloat16 small forward, transposed": Problem(
@@ -289,6 +306,8 @@ def objections(library: Path, problem: Problem, orders: Sequence[str]) -> Iterat
                     function, arguments, backward=problem.backward
                 )
                 failed = [str(comparison) for comparison in comparisons if not comparison.passed]
+                if arguments["normalize"] and problem.backward:
+                    failed += what_depends_on_lengths(function, arguments)
             except RuntimeError as error:  # a launch failed
                 failed = [str(error)]
         if emulator.errors:

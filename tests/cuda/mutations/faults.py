@@ -740,8 +740,8 @@ ON_CHIP_BACKWARD = on_chip(
     (
         "dy of the keys in place of that of the queries",
         "similarity_backward.cuh",
-        "gradient = accumulate ? gradient + sum : sum;",
-        "gradient = sum;",
+        "gradient = accumulate ? gradient + x : x;",
+        "gradient = x;",
         "bfloat16 on-chip backward",
     ),
     (
@@ -819,4 +819,122 @@ PACKED = tuple(
     )
 )
 
-FAULTS = FORWARD + ON_CHIP + ON_CLUSTER + BACKWARD + ON_CHIP_BACKWARD + IN_GROUP + PACKED
+# Scaling to unit length.
+SCALED = (
+    *on_chip(
+        (
+            "keys as they are",
+            "forward.cuh",
+            "    if (p.normalize) {",
+            "    if (false) {",
+            "bfloat16 on-chip, scaled",
+        ),
+        (
+            "keys of a cluster as they are",
+            "forward.cuh",
+            "    if (p.normalize) {",
+            "    if (p.normalize && !S::kClustered) {",
+            "bfloat16 forward on a cluster, scaled",
+        ),
+        (
+            "a warp scales the room of the next one",
+            "forward.cuh",
+            "p.sizes.rows + at.warp * bytes_of_room",
+            "p.sizes.rows + (at.warp ^ 1) * bytes_of_room",
+            "bfloat16 on-chip, scaled",
+        ),
+        (
+            "keys scaled before they are there",
+            "forward.cuh",
+            "p.sizes.pitch * kElement;\n      wait_for_copies<0>();",
+            "p.sizes.pitch * kElement;",
+            "bfloat16 on-chip, scaled",
+        ),
+        (
+            "keys of backward as they are",
+            "sweep.cuh",
+            "      if (p.normalize) {",
+            "      if (false) {",
+            "bfloat16 on-chip backward, scaled",
+        ),
+        (
+            "norms of scaled references are those before",
+            "scores.cuh",
+            "      square = square_of_row(square, true);\n    }",
+            "      square = square_of_row(square, true) / (factor * factor);\n    }",
+            "bfloat16 on-chip backward, scaled",
+        ),
+        (
+            "the length of half a row",
+            "unit_length.cuh",
+            "if (is_short) square += __shfl_xor_sync(kFullWarp, square, 16);",
+            "",
+            "bfloat16 on-chip, scaled",
+        ),
+        (
+            "the length of half a long row",
+            "unit_length.cuh",
+            "square += __shfl_xor_sync(kFullWarp, square, is_short ? 8 : 4);",
+            "if (is_short) square += __shfl_xor_sync(kFullWarp, square, 8);",
+            "bfloat16 on-chip backward, scaled, long rows",
+        ),
+        (
+            "gradients along the keys",
+            "similarity_backward.cuh",
+            "      products[half] = quad_sum(products[half]);",
+            "      products[half] = 0;",
+            "bfloat16 on-chip backward, scaled",
+        ),
+        (
+            "a lane's columns for all of a row",
+            "similarity_backward.cuh",
+            "      products[half] = quad_sum(products[half]);",
+            "",
+            "bfloat16 on-chip backward, scaled",
+        ),
+        (
+            "the length of another token",
+            "similarity_backward.cuh",
+            "factors[half] = lengths[8 * half];",
+            "factors[half] = lengths[0];",
+            "bfloat16 on-chip backward, scaled",
+        ),
+        (
+            "gradients along the references",
+            "similarity_backward.cuh",
+            "along = p.normalize ? product : 0.0f;",
+            "along = 0.0f;",
+            "bfloat16 on-chip backward, scaled",
+        ),
+        (
+            "gradients of scaled references",
+            "similarity_backward.cuh",
+            "return inverse_length(lanes_sum<32>(square));",
+            "return 1.0f;",
+            "bfloat16 on-chip backward, scaled, long rows",
+        ),
+    ),
+    Fault(
+        "gradients of heads that are done scaled again",
+        "unit_length.cuh",
+        "static_cast<const T*>(done.flags)[head] != T(0)",
+        "static_cast<const T*>(done.flags)[head] == T(2)",
+        "bfloat16 on-chip backward, scaled",
+    ),
+    Fault(
+        "every second row as it is",
+        "unit_length.cuh",
+        "i += kMergeThreads / 32) {",
+        "i += kMergeThreads / 16) {",
+        "float32 streaming backward, scaled",
+    ),
+    Fault(
+        "rows of the head's first block in all blocks",
+        "unit_length.cuh",
+        "begin = index % parts * kRowsOfBlock;",
+        "begin = 0;",
+        "float32 streaming backward, scaled, many tokens",
+    ),
+)
+
+FAULTS = FORWARD + ON_CHIP + ON_CLUSTER + BACKWARD + ON_CHIP_BACKWARD + SCALED + IN_GROUP + PACKED

@@ -133,7 +133,9 @@ def _check(
     error = errors.read()
     if status == -signal.SIGALRM:
         return "no end", f"the kernels did not end in {LONGEST} s"
-    ends_by_sanitizer = "ERROR: AddressSanitizer" in error  # of a copy's source, say
+    # Of a copy's source, say; or a fault has overwritten what the sanitizer itself needs.
+    ends = ("ERROR: AddressSanitizer", "AddressSanitizer: CHECK failed")
+    ends_by_sanitizer = any(end in error for end in ends)
     if status is None or (status > 0 and not ends_by_sanitizer):
         raise RuntimeError(f"the check of {problem!r} failed:\n{error}")
     kinds = dict.fromkeys(objection["by"] for objection in objections)
