@@ -286,6 +286,12 @@ def refusal(function: str, name: str, expected: str, got: object) -> str:
     return f"{function}: {name} must be {expected}, got {got}"
 
 
+def require(function: str, condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise a ValueError in those words, unless the condition holds."""
+    if not condition:
+        raise ValueError(refusal(function, name, expected, got))
+
+
 def is_dtensor(x: Tensor) -> bool:
     """Whether x is a DTensor. Does not import their module, which is slow and often not needed."""
     if type(x) in _PLAIN:

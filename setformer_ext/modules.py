@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import autocast_enabled, is_dtensor, is_integer, is_number, refusal
+from .arguments import autocast_enabled, is_dtensor, is_integer, is_number, refusal, require
 from .foreign import answers_foreign_names
 from .functional import set_attention, set_attention_varlen, transport_plan
 from .layout import Grid, average_parts, centres, nearly_square
@@ -505,13 +505,8 @@ class SetAttention(nn.Module):
             raise TypeError(_message(name, expected, x.dtype))
 
 
-def _message(name: str, expected: str, got: object) -> str:
-    return refusal("SetAttention", name, expected, got)
-
-
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(_message(name, expected, got))
+_message = partial(refusal, "SetAttention")
+_require = partial(require, "SetAttention")
 
 
 def _require_type(condition: bool, name: str, expected: str, got: object) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import is_integer, is_number
+from ..arguments import is_integer, is_number, require
 from ..functional import set_attention, transport_plan
 from ..modules import _softmax
 
@@ -74,14 +75,14 @@ class References(nn.Module):
     ) -> None:
         super().__init__()
         known = is_integer(num_references) and num_references >= 1
-        _require(known, "num_references", "an int >= 1", num_references)
+        _require(known, "num_references", "an int >= 1", repr(num_references))
         known = is_integer(iterations) and iterations >= 0
-        _require(known, "iterations", "an int >= 0", iterations)
+        _require(known, "iterations", "an int >= 0", repr(iterations))
         _require(
             epsilon is None or (is_number(epsilon) and 0 < epsilon < math.inf),
             "epsilon",
             "a finite number > 0, or None for 1 / scaling",
-            epsilon,
+            repr(epsilon),
         )
         self.epsilon = None if epsilon is None else float(epsilon)
         self.iterations = int(iterations)
@@ -206,6 +207,4 @@ class References(nn.Module):
         return _softmax(logits) * key.shape[2]
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"config.set_attention: {name} must be {expected}, got {got!r}")
+_require = partial(require, "config.set_attention")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from timm.layers import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..arguments import require
 from ..controls import ATTENTIONS, MeanAttention, SoftmaxAttention, make_attention
 from ..modules import SetAttention
 from .blocks import EPSILON, Block, Stage, TokenEmbedding
@@ -242,6 +244,4 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"Setformer: {name} must be {expected}, got {got}")
+_require = partial(require, "Setformer")
