@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   of_rows.select(gradients, part.span.start, part.h, part.span.count, depth);
   part.for_each_row([&](int64_t i, const Storage* row, T length) {
     Gradient* const gradient = of_rows.data + i * of_rows.row_stride;
-    const auto unit = [&](int64_t d) { return widen(row[d * part.rows.column_stride]) / length; };
+    const T factor = T(1) / length;  // one quotient: each is a function call, which may spill
+    const auto unit = [&](int64_t d) { return widen(row[d * part.rows.column_stride]) * factor; };
     T along = 0;
 #pragma unroll 1
     for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 #pragma unroll 1
     for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
       Gradient& x = gradient[d * of_rows.column_stride];
-      x = narrow<Gradient>((widen(x) - along * unit(d)) / length);
+      x = narrow<Gradient>((widen(x) - along * unit(d)) * factor);
     }
   });
 }
