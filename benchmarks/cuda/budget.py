@@ -38,7 +38,7 @@ SLACK["local"] = 0.2
 
 def is_on_chip(name: str) -> bool:
     """Whose entries take nearly all registers: once a head, not once an entry, it spills others."""
-    return "on_chip" in name or "on_cluster" in name
+    return any(place in name for place in ("on_chip", "on_cluster", "on_shares"))
 
 
 Row = dict[str, str]
@@ -95,6 +95,8 @@ def row_of(kernel: Kernel) -> Row:
             dynamic = OnChipBackward(blocks, rest[0]).shared(one)
         elif "on_cluster" in base:
             dynamic = OnChip(blocks, strips, 8, ranks=2).shared(one)
+        elif "on_shares" in base:
+            dynamic = dynamic_shared(base, replace(one, references=8 * blocks))
         else:
             shape = OnChip(blocks, strips, *rest)
             fewer = shape.tokens * 2 // shape.warps if shape.warps > 2 else 0

@@ -115,6 +115,14 @@ class Problem:
         return None
 
     @property
+    def on_shares(self) -> "OnChip | None":
+        """What a block computes at once of its share of a head, on devices that give it 163 KiB."""
+        blocks, strips = next((size for most, *size in ON_CHIP if self.references <= most), (0, 0))
+        most = 2 if blocks > 8 else strips
+        parts = [OnChip(blocks, strips, 8) for strips in range(most, 0, -1)]
+        return next((part for part in parts if part.shared_of_part(self) <= MOST_ON_CHIP), None)
+
+    @property
     def on_chip_backward(self) -> "OnChipBackward | None":
         """The shape of backward on chip; None: there is none."""
         groups = divide_up(self.depth, 32)
@@ -183,6 +191,15 @@ class OnChip:
 
     def shared(self, p: Problem) -> int:
         """Memory::sizes, total in bytes."""
+        strips = divide_up(p.tokens, 16 * self.warps * self.ranks)
+        return self._shared_of_strips(p, strips)
+
+    def shared_of_part(self, p: Problem) -> int:
+        """The same of a part of a share, whose warps have `strips`."""
+        return self._shared_of_strips(p, self.strips)
+
+    def _shared_of_strips(self, p: Problem, strips: int) -> int:
+        """Memory::sizes_of, of so many strips a warp."""
         references, across = 8 * self.blocks, self.warps > 1
         spread = 64 * divide_up(self.blocks, 8) * self.warps
         total = ON_CHIP_HEAD + references * 4 * (1 + 3)  # terms and positions
@@ -195,8 +212,7 @@ class OnChip:
         bands = 2 * divide_up(p.depth, 32)
         total += bands * divide_up(self.blocks, 2) * 32 * 16  # operand
         total += references * (16 * bands + 8) * 2
-        # of a warp; its room has them by twos
-        strips = divide_up(p.tokens, 16 * self.warps * self.ranks)
+        # a warp's room has them by twos
         return total + 32 * divide_up(strips, 2) * self.warps * (16 * min(bands, 4) + 8) * 2
 
 
@@ -244,6 +260,8 @@ HEAD_ONLY = {"output_product_kernel", "merge_pooled_gradient_kernel", "merge_gra
 NOTHING = {
     "merge_columns_kernel",
     "merge_pooled_kernel",
+    "merge_shares_kernel",
+    "scale_rank_kernel",
     "merge_sums_kernel",
     "merge_blocks_kernel",
     "rescale_pooled_kernel",
@@ -263,6 +281,9 @@ def dynamic_shared(kernel: str, p: Problem, arch: int = 80, collects: bool = Fal
     if kernel == "attention_forward_on_cluster_kernel":
         assert p.on_cluster
         return p.on_cluster.shared(p)
+    if kernel == "attention_forward_on_shares_kernel":
+        assert p.on_shares
+        return p.on_shares.shared_of_part(p)
     if kernel == "attention_backward_on_chip_kernel":
         assert p.on_chip_backward
         return p.on_chip_backward.shared(p)

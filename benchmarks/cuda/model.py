@@ -52,6 +52,7 @@ TOKEN_TENSORS = {
     "attention_forward_on_chip_kernel": 3,  # k, v, o
     "attention_forward_on_cluster_kernel": 3,  # k, v, o
     "attention_backward_on_chip_kernel": 6,  # k, v, o, do, dk, dv
+    "attention_forward_on_shares_kernel": 1,  # k; of all launches one also v, one also o
     "sinkhorn_step_kernel": 1,  # k
     "collect_kernel": 2,  # k, v
     "distribute_kernel": 2,  # k, o
@@ -60,6 +61,7 @@ TOKEN_TENSORS = {
     "sinkhorn_step_backward_kernel": 1,  # k; at step T also do and dv
     "gradient_kernel": 4,  # k, v, do, dk
 }
+ON_SHARES = {"attention_forward_on_shares_kernel"}
 ALONE = {
     "attention_forward_on_chip_kernel",
     "attention_forward_on_cluster_kernel",
@@ -134,7 +136,8 @@ def _launches(p: Problem, device: Device, pass_: str) -> Iterator[Launch]:
 def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float, moves: bool) -> Launch:
     times = row["launches"]
     scale = p.problems * longer / times
-    moved = moves * TOKEN_TENSORS.get(kernel, 0) * p.tokens * p.depth * ELEMENT
+    tensors = TOKEN_TENSORS.get(kernel, 0) + 2 / times * (kernel in ON_SHARES)
+    moved = moves * tensors * p.tokens * p.depth * ELEMENT
     if kernel in ALONE:  # rows and columns of each step, and A
         moved += NUMBER * ((p.steps + 1) * (p.tokens + p.references) + p.references * p.depth)
     work = Work(

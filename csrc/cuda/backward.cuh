@@ -130,42 +130,45 @@ __device__ __forceinline__ T bounded(T exponent) {
   return exponent > T(100) ? T(100) : exponent;
 }
 
-// fhat^t and, for t > 1, the sums for gbar^{t-1}: partial [shares, M]. Step T of the keys is
-// the one that collects: it also writes dv. t = 0 if T = 0.
-template <class Storage, bool resident>
-__device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
-  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
-  const ForwardParams& p = head.p;
-  Scores<Storage, resident> scores(head);
-  using S = Shape<Storage>;
+// What step t needs of the references: in shared memory numbers [chunks kRows] each. If factored,
+// terms and potentials are factors relative to their largest, and weights are multiplied by terms.
+template <class Storage>
+struct StepTerms {
   using T = Accumulate<Storage>;
-  using Element = typename Formed<Storage>::Element;
-  const bool collects = head.collects && t == p.iterations;
-  const int padded = head.layout.chunks * S::kRows;
-  T* scratch = head.numbers() + head.layout.sums();
-  T* terms = head.numbers() + head.layout.terms();
-  T* potentials = terms + padded;
-  T* weights = potentials + padded;
-  fill_terms<Storage>(p, terms, -infinity<T>(),
-                      [&](int64_t j) { return collection_term(head.column(t, j)); });
-  fill_terms<Storage>(p, weights, T(0), [&](int64_t j) {
-    const T weight = t > 0 ? head.column_adjoint(t, j) : T(0);
-    return collects ? (weight + head.eta[j]) * head.collection_scale[j] : weight;
-  });
-  if (t > 1) {
-    fill_terms<Storage>(p, potentials, -infinity<T>(),
-                        [&](int64_t j) { return potential<Storage>(p, head, t - 1, j); });
-  }
-  __syncthreads();
-  // No factors in the step that collects, which needs each row of C / a scaled to numbers up to 1,
-  // nor where masses are so small that C / a is large for all tokens.
-  bool factored = kFactors<Storage> && head.factored && !collects;
+  int64_t t;
+  bool collects;                    // step T of the keys
+  T *terms, *potentials, *weights;  // -columns^t; g^{t-1}; gbar^t, in the step that collects + eta
+  T* scratch;
+  bool factored;
   T top_term = 0, top_potential = 0;
-  if (factored) {
+
+  __device__ __forceinline__ StepTerms(const BackwardHead<Storage>& head, int64_t step) : t(step) {
+    using S = Shape<Storage>;
+    const ForwardParams& p = head.p;
+    const int padded = head.layout.chunks * S::kRows;
+    collects = head.collects && t == p.iterations;
+    scratch = head.numbers() + head.layout.sums();
+    terms = head.numbers() + head.layout.terms();
+    potentials = terms + padded;
+    weights = potentials + padded;
+    fill_terms<Storage>(p, terms, -infinity<T>(),
+                        [&](int64_t j) { return collection_term(head.column(t, j)); });
+    fill_terms<Storage>(p, weights, T(0), [&](int64_t j) {
+      const T weight = t > 0 ? head.column_adjoint(t, j) : T(0);
+      return collects ? (weight + head.eta[j]) * head.collection_scale[j] : weight;
+    });
+    if (t > 1) {
+      fill_terms<Storage>(p, potentials, -infinity<T>(),
+                          [&](int64_t j) { return potential<Storage>(p, head, t - 1, j); });
+    }
+    __syncthreads();
+    // No factors in the step that collects, which needs each row of C / a scaled to numbers up to
+    // 1, nor where masses are so small that C / a is large for all tokens.
+    factored = kFactors<Storage> && head.factored && !collects;
+    if (!factored) return;
     top_term = largest_term<Storage>(p, terms, scratch);
     factored = top_term <= T(40);
-  }
-  if (factored) {
+    if (!factored) return;
     to_factors<Storage>(p, terms, top_term);
     for (int j = thread_index(); j < padded; j += S::kThreads) weights[j] *= terms[j];
     if (t > 1) {
@@ -174,16 +177,221 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
     }
     __syncthreads();
   }
+};
 
-  const Formed<Storage> plan{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
-                             S::kWidePitch};
-  const Formed<Storage> operand{reinterpret_cast<Element*>(shared_memory + head.layout.operand),
-                                S::kDeepPitch};
-  Storage* value_tile = reinterpret_cast<Storage*>(shared_memory + head.layout.rows);
-  constexpr int kValuePitch = S::kDepth + S::kPerVector;
+// The part of fhat^t that a chunk of references gives, from factors.
+template <class Storage>
+__device__ __forceinline__ void add_rows_by_factors(const BackwardHead<Storage>& head,
+                                                    const StepTerms<Storage>& of,
+                                                    const OwnRows<Storage>& rows, int chunk,
+                                                    Accumulators<Storage>& s,
+                                                    Accumulate<Storage> (&adjoint)[2]) {
+  using T = Accumulate<Storage>;
+  T sums[2] = {T(0), T(0)};
+  for_each<Storage>(s, [&](int half, int column, T& x) {
+    sums[half] += x * of.weights[chunk * Shape<Storage>::kRows + column];
+  });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // 2^46 moves to the other factor, because products of factors can be as large
+    const T exponent = of.top_term - head.row(of.t - 1, rows.token[half]) + T(46);
+    adjoint[half] -=
+        quad_sum(sums[half]) * (T(1) / T(int64_t(1) << 46)) * power_of_two(bounded(exponent));
+  }
+}
+
+// The same from scores: leaves C / a, each row divided by its largest entry, in `c`; `factors` undo
+// that.
+template <class Storage>
+__device__ __forceinline__ void add_rows_by_scores(
+    const BackwardHead<Storage>& head, const StepTerms<Storage>& of, const OwnRows<Storage>& rows,
+    int chunk, bool counts, Accumulators<Storage>& s, Accumulators<Storage>& c,
+    Accumulate<Storage> (&factors)[2], Accumulate<Storage> (&adjoint)[2]) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
   const Lane lane;
+  T offsets[2], tops[2] = {-infinity<T>(), -infinity<T>()}, sums[2] = {T(0), T(0)};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) offsets[half] = head.row(of.t - 1, rows.token[half]);
+  for_each<Storage>(s, [&](int half, int column, T& x) {
+    tops[half] = maximum(tops[half], x - offsets[half] + of.terms[chunk * S::kRows + column]);
+  });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    tops[half] = quad_maximum(tops[half]);
+    if (tops[half] == -infinity<T>()) tops[half] = T(0);
+  }
+#pragma unroll
+  for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int column = chunk * S::kRows + 8 * n + lane.column + e % 2;
+      c[n][e] = power_of_two(s[n][e] - offsets[e / 2] + of.terms[column] - tops[e / 2]);
+      sums[e / 2] += c[n][e] * of.weights[column];
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    factors[half] = power_of_two(bounded(tops[half]));
+    if (counts) adjoint[half] -= quad_sum(sums[half]) * factors[half];
+  }
+}
+
+// dv / a of a tile of tokens, and v.(dv / a), in the step that collects.
+template <class Storage>
+struct ValueGradient {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  using Element = typename Formed<Storage>::Element;
+  static constexpr int kPitch = S::kDepth + S::kPerVector;  // of the tile of values
+  Formed<Storage> plan, operand;
+  Storage* values;
+  T out[S::kDepth / 8][4], dots[2];
+
+  __device__ __forceinline__ explicit ValueGradient(const BackwardHead<Storage>& head)
+      : plan{reinterpret_cast<Element*>(shared_memory + head.layout.plan), S::kWidePitch},
+        operand{reinterpret_cast<Element*>(shared_memory + head.layout.operand), S::kDeepPitch},
+        values(reinterpret_cast<Storage*>(shared_memory + head.layout.rows)) {}
+
+  // Adds the products of C / a, in `plan`, with dA for one depth tile; with the last chunk the
+  // results are complete, and dv is stored.
+  __device__ __forceinline__ void add(const BackwardHead<Storage>& head,
+                                      const StepTerms<Storage>& of, int64_t tile, int chunk,
+                                      int columns, bool ends, int part, const T (&factors)[2],
+                                      const T (&log_mass)[2]) {
+    const ForwardParams& p = head.p;
+    const Lane lane;
+    __syncthreads();
+    if (ends) {
+      stage_rows(head.values, tile * S::kRows, part * S::kDepth, values, kPitch);
+      commit_copies();
+    }
+    const T unit = load_operand<Storage>(operand, head.pooled_gradient, int64_t(chunk) * S::kRows,
+                                         p.references, part * S::kDepth, int(p.value_depth),
+                                         head.collection_scale, of.scratch);
+    __syncthreads();
+    T product[S::kDepth / 8][4];
+    clear(product);
+    const int width = padded_depth<Storage>(int(p.value_depth), part * S::kDepth);
+    multiply<false, true, Storage>(product, plan, 16 * lane.warp, operand, columns, width);
+    if (chunk == 0) clear(out);
+#pragma unroll
+    for (int n = 0; n < S::kDepth / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        out[n][e] += product[n][e] * (factors[e / 2] * unit / S::kPlanScale);
+      }
+    }
+    if (ends) finish(head, tile, part, width, log_mass);
+  }
+
+ private:
+  __device__ __forceinline__ void finish(const BackwardHead<Storage>& head, int64_t tile, int part,
+                                         int width, const T (&log_mass)[2]) {
+    const Lane lane;
+    wait_for_copies<0>();
+    __syncthreads();
+    T masses[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) masses[half] = power_of_two(log_mass[half]);
+#pragma unroll
+    for (int n = 0; n < S::kDepth / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = 8 * n + lane.column + e % 2;
+        if (column >= width) continue;
+        const int row = 16 * lane.warp + lane.row + 8 * (e / 2);
+        dots[e / 2] += out[n][e] * widen(values[row * kPitch + column]);
+        out[n][e] = masses[e / 2] == T(0) ? T(0) : out[n][e] * masses[e / 2];
+      }
+    }
+    store_rows<Storage>(head.value_gradients, tile, part * S::kDepth, out, values);
+  }
+};
+
+// Keeps fhat^t of the thread's two tokens, in the first of several sweeps or added to what those
+// before have kept, and adds it to the gradient of masses. 0 for a hidden token.
+template <class Storage>
+__device__ __forceinline__ void keep_row_adjoints(const BackwardHead<Storage>& head, int64_t t,
+                                                  const OwnRows<Storage>& rows, bool is_first,
+                                                  Accumulate<Storage> (&adjoint)[2]) {
+  using T = Accumulate<Storage>;
+  const Lane lane;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = rows.token[half];
+    if (i >= head.tokens.count || !head.tokens.valid(i)) adjoint[half] = T(0);
+    if (lane.column != 0 || i >= head.tokens.count) continue;
+    T& kept = head.row_adjoint(t, i);
+    kept = is_first ? adjoint[half] : kept + adjoint[half];
+    if (head.mass_gradients.absent()) continue;
+    T& gradient = head.mass_gradients[i];
+    gradient = t == head.p.iterations && is_first ? adjoint[half] : gradient + adjoint[half];
+  }
+}
+
+// Adds sum_i R^{t-1}_ij a_i fhat^t_i of a tile, if factored without the factors of the references.
+template <class Storage>
+__device__ __forceinline__ void add_column_adjoints(
+    const BackwardHead<Storage>& head, const StepTerms<Storage>& of, const OwnRows<Storage>& rows,
+    int chunk, const Accumulate<Storage> (&log_mass)[2], const Accumulate<Storage> (&adjoint)[2],
+    Accumulators<Storage>& s, ColumnSums<Storage>& columns) {
+  using T = Accumulate<Storage>;
+  T offsets[2], flows[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // no gradient flows through a token without mass, however large its entries
+    const bool massless = log_mass[half] == -infinity<T>();
+    offsets[half] = massless ? infinity<T>() : head.row(of.t - 1, rows.token[half]);
+    flows[half] = massless ? T(0) : adjoint[half] * power_of_two(log_mass[half]);
+  }
+  if (of.factored) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      flows[half] *= power_of_two(of.top_potential - offsets[half]);
+    }
+    columns.add(s, [&](int half, int, T x) { return x * flows[half]; });
+    return;
+  }
+  const T* potentials = of.potentials + chunk * Shape<Storage>::kRows;
+  columns.add(s, [&](int half, int column, T x) {
+    return power_of_two(x + potentials[column] - offsets[half]) * flows[half];
+  });
+}
+
+// Stores gbar^{t-1} of a chunk, or the block's part of it.
+template <class Storage, bool resident>
+__device__ __forceinline__ void store_column_adjoints(const BackwardHead<Storage>& head,
+                                                      const StepTerms<Storage>& of, int chunk,
+                                                      ColumnSums<Storage>& columns) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  T* totals = of.scratch + S::kWarps * S::kRows;
+  columns.total(of.scratch, totals);
+  for (int column = thread_index(); column < S::kRows; column += S::kThreads) {
+    const int64_t j = int64_t(chunk) * S::kRows + column;
+    if (j >= head.p.references) continue;
+    const T sum = of.factored ? totals[column] * of.potentials[j] : totals[column];
+    if (resident || head.splits == 1) {
+      head.column_adjoint(of.t - 1, j) = -sum;
+    } else {
+      head.partials(1)[head.split * head.p.references + j] = sum;
+    }
+  }
+}
+
+// fhat^t and, for t > 1, the sums for gbar^{t-1}: partial [shares, M]. Step T of the keys is
+// the one that collects: it also writes dv. t = 0 if T = 0.
+template <class Storage, bool resident>
+__device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
+  const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
+  Scores<Storage, resident> scores(head);
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const StepTerms<Storage> of(head, t);
+  ValueGradient<Storage> value_gradient(head);
   const bool single = head.layout.chunks == 1;
-  const int parts = collects ? int(divide_up(p.value_depth, S::kDepth)) : 1;
+  const int parts = of.collects ? int(divide_up(head.p.value_depth, S::kDepth)) : 1;
   // Sweeps over the tokens: a single one if the references are one tile; else one for each depth
   // tile of the values, then one for each tile of references.
   const int row_sweeps = single ? 1 : parts;
@@ -199,9 +407,11 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
       const OwnRows<Storage> rows(tile);
       T log_mass[2], adjoint[2] = {T(0), T(0)};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) log_mass[half] = head.log_mass(rows.token[half]);
+      for (int half = 0; half < 2; ++half) {
+        log_mass[half] = head.log_mass(rows.token[half]);
+        value_gradient.dots[half] = T(0);
+      }
       Accumulators<Storage> s;
-      T out[S::kDepth / 8][4], dots[2] = {T(0), T(0)};
       for (int chunk = first; chunk < last; ++chunk) {
         const bool ends = chunk + 1 == last;
         scores.compute(tile, chunk,
@@ -209,95 +419,20 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
                        : tile + 1 < head.last_tile ? tile + 1
                                                    : -1,
                        ends ? first : chunk + 1, s);
-        if (factored) {
+        if (of.factored) {
           to_factors<Storage>(s);
-          if (!rows_now) continue;
-          T sums[2] = {T(0), T(0)};
-          for_each<Storage>(s, [&](int half, int column, T& x) {
-            sums[half] += x * weights[chunk * S::kRows + column];
-          });
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            // 2^46 moves to the other factor, because products of factors can be as large
-            const T exponent = top_term - head.row(t - 1, rows.token[half]) + T(46);
-            adjoint[half] -= quad_sum(sums[half]) * (T(1) / T(int64_t(1) << 46)) *
-                             power_of_two(bounded(exponent));
-          }
+          if (rows_now) add_rows_by_factors(head, of, rows, chunk, s, adjoint);
           continue;
         }
         if (!rows_now) continue;
-        // c^t, each row divided by its largest entry; a product with 2^tops undoes that
-        T offsets[2], tops[2] = {-infinity<T>(), -infinity<T>()}, sums[2] = {T(0), T(0)};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) offsets[half] = head.row(t - 1, rows.token[half]);
-        for_each<Storage>(s, [&](int half, int column, T& x) {
-          tops[half] = maximum(tops[half], x - offsets[half] + terms[chunk * S::kRows + column]);
-        });
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          tops[half] = quad_maximum(tops[half]);
-          if (tops[half] == -infinity<T>()) tops[half] = T(0);
-        }
         Accumulators<Storage> c;
-#pragma unroll
-        for (int n = 0; n < S::kRows / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int column = chunk * S::kRows + 8 * n + lane.column + e % 2;
-            c[n][e] = power_of_two(s[n][e] - offsets[e / 2] + terms[column] - tops[e / 2]);
-            sums[e / 2] += c[n][e] * weights[column];
-          }
-        }
         T factors[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          factors[half] = power_of_two(bounded(tops[half]));
-          if (first_part == 0) adjoint[half] -= quad_sum(sums[half]) * factors[half];
-        }
-        if (!collects) continue;
-        store_accumulators<Storage>(c, plan, S::kPlanScale);
+        add_rows_by_scores(head, of, rows, chunk, first_part == 0, s, c, factors, adjoint);
+        if (!of.collects) continue;
+        store_accumulators<Storage>(c, value_gradient.plan, S::kPlanScale);
         for (int part = first_part; part < last_part; ++part) {
-          __syncthreads();
-          if (ends) {
-            stage_rows(head.values, tile * S::kRows, part * S::kDepth, value_tile, kValuePitch);
-            commit_copies();
-          }
-          const T unit = load_operand<Storage>(
-              operand, head.pooled_gradient, int64_t(chunk) * S::kRows, p.references,
-              part * S::kDepth, int(p.value_depth), head.collection_scale, scratch);
-          __syncthreads();
-          T product[S::kDepth / 8][4];
-          clear(product);
-          multiply<false, true, Storage>(
-              product, plan, 16 * lane.warp, operand, scores.columns(chunk),
-              padded_depth<Storage>(int(p.value_depth), part * S::kDepth));
-          if (chunk == 0) clear(out);
-#pragma unroll
-          for (int n = 0; n < S::kDepth / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              out[n][e] += product[n][e] * (factors[e / 2] * unit / S::kPlanScale);
-            }
-          }
-          if (!ends) continue;
-          wait_for_copies<0>();
-          __syncthreads();
-          const int width = padded_depth<Storage>(int(p.value_depth), part * S::kDepth);
-          T masses[2];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) masses[half] = power_of_two(log_mass[half]);
-#pragma unroll
-          for (int n = 0; n < S::kDepth / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int column = 8 * n + lane.column + e % 2;
-              if (column >= width) continue;
-              const int row = 16 * lane.warp + lane.row + 8 * (e / 2);
-              dots[e / 2] += out[n][e] * widen(value_tile[row * kValuePitch + column]);
-              out[n][e] = masses[e / 2] == T(0) ? T(0) : out[n][e] * masses[e / 2];
-            }
-          }
-          store_rows<Storage>(head.value_gradients, tile, part * S::kDepth, out, value_tile);
+          value_gradient.add(head, of, tile, chunk, scores.columns(chunk), ends, part, factors,
+                             log_mass);
         }
         if (Scores<Storage, resident>::kLean) {
           __syncthreads();  // the next keys and references overwrite rows and operand
@@ -305,65 +440,21 @@ __device__ __forceinline__ void sinkhorn_step_backward(int64_t t) {
           __syncwarp();  // the warp's lanes have read the rows of the plan that the next ones fill
         }
       }
-      if (rows_now) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t i = rows.token[half];
-          adjoint[half] += quad_sum(dots[half]);
-          if (i >= head.tokens.count || !head.tokens.valid(i)) adjoint[half] = T(0);
-          if (lane.column != 0 || i >= head.tokens.count) continue;
-          T& kept = head.row_adjoint(t, i);
-          kept = first_part == 0 ? adjoint[half] : kept + adjoint[half];
-          if (!head.mass_gradients.absent()) {
-            T& gradient = head.mass_gradients[i];
-            gradient =
-                t == p.iterations && first_part == 0 ? adjoint[half] : gradient + adjoint[half];
-          }
-        }
-      } else {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t i = rows.token[half];
+      for (int half = 0; half < 2; ++half) {
+        const int64_t i = rows.token[half];
+        if (rows_now) {
+          adjoint[half] += quad_sum(value_gradient.dots[half]);
+        } else {
           adjoint[half] = i < head.tokens.count ? head.row_adjoint(t, i) : T(0);
         }
       }
+      if (rows_now) keep_row_adjoints(head, t, rows, first_part == 0, adjoint);
       if (columns_now) {
-        T offsets[2], flows[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          // no gradient flows through a token without mass, however large its entries
-          const bool massless = log_mass[half] == -infinity<T>();
-          offsets[half] = massless ? infinity<T>() : head.row(t - 1, rows.token[half]);
-          flows[half] = massless ? T(0) : adjoint[half] * power_of_two(log_mass[half]);
-        }
-        if (factored) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            flows[half] *= power_of_two(top_potential - offsets[half]);
-          }
-          columns.add(s, [&](int half, int, T x) { return x * flows[half]; });
-        } else {
-          columns.add(s, [&](int half, int column, T x) {
-            return power_of_two(x + potentials[first * S::kRows + column] - offsets[half]) *
-                   flows[half];
-          });
-        }
+        add_column_adjoints(head, of, rows, first, log_mass, adjoint, s, columns);
       }
     }
-    if (columns_now) {
-      T* totals = scratch + S::kWarps * S::kRows;
-      columns.total(scratch, totals);
-      for (int column = thread_index(); column < S::kRows; column += S::kThreads) {
-        const int64_t j = int64_t(first) * S::kRows + column;
-        if (j >= p.references) continue;
-        const T sum = factored ? totals[column] * potentials[j] : totals[column];
-        if (resident || head.splits == 1) {
-          head.column_adjoint(t - 1, j) = -sum;
-        } else {
-          head.partials(1)[head.split * p.references + j] = sum;
-        }
-      }
-    }
+    if (columns_now) store_column_adjoints<Storage, resident>(head, of, first, columns);
     __syncthreads();
   }
 }

@@ -102,6 +102,70 @@ __device__ __forceinline__ void form_distribution(const Head<Storage>& head, int
   });
 }
 
+// g^t of all references in shared memory; if scores are used as factors, as factors relative to its
+// largest. Nothing for t < 0.
+template <class Storage>
+struct Potentials {
+  using T = Accumulate<Storage>;
+  T* values;
+  T top = 0;
+  bool factored;
+
+  __device__ __forceinline__ Potentials(const Head<Storage>& head, int64_t t) {
+    values = head.numbers() + head.layout.terms();
+    factored = kFactors<Storage> && head.factored;
+    if (t >= 0) {
+      fill_terms<Storage>(head.p, values, -infinity<T>(),
+                          [&](int64_t j) { return potential(head.p, head, t, j); });
+    }
+    __syncthreads();
+    if (!factored || t < 0) return;
+    top = largest_term<Storage>(head.p, values, head.numbers() + head.layout.sums());
+    to_factors<Storage>(head.p, values, top);
+  }
+
+  // Turns scores with a chunk of references into factors, where they are; adds them to the
+  // log-sum-exps of the rows, if wanted.
+  __device__ __forceinline__ void use(int chunk, bool sums_rows, Accumulators<Storage>& s,
+                                      LogSum<T> (&sums)[2]) const {
+    const T* own = values + chunk * Shape<Storage>::kRows;
+    if (factored) {
+      to_factors<Storage>(s);
+      if (sums_rows) add_factor_rows<Storage>(s, own, top, sums);
+    } else if (sums_rows) {
+      add_rows<Storage>(s, own, sums);
+    }
+  }
+
+  // Turns what use() has left into R^t, of rows whose log-sum-exps are `rows`.
+  __device__ __forceinline__ void distribute(int chunk, const T (&rows)[2],
+                                             Accumulators<Storage>& s) const {
+    const T* own = values + chunk * Shape<Storage>::kRows;
+    if (factored) {
+      const T rows_of[2] = {power_of_two(top - rows[0]), power_of_two(top - rows[1])};
+      for_each<Storage>(s, [&](int half, int column, T& x) { x *= own[column] * rows_of[half]; });
+    } else {
+      for_each<Storage>(
+          s, [&](int half, int column, T& x) { x = power_of_two(x + own[column] - rows[half]); });
+    }
+  }
+};
+
+// Stores the log-sum-exps of a tile's rows as rows^t.
+template <class Storage>
+__device__ __forceinline__ void keep_rows(const Head<Storage>& head, int64_t t,
+                                          const OwnRows<Storage>& rows,
+                                          const LogSum<Accumulate<Storage>> (&sums)[2]) {
+  const Lane lane;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = rows.token[half];
+    if (lane.column == 0 && i < head.tokens.count) {
+      head.rows[t * head.tokens.count + i] = sums[half].logarithm();
+    }
+  }
+}
+
 // rows^{t-1} and columns^t of step t, 1 <= t <= T; columns^0 where T = 0. Blocks that share a head
 // leave their states in partial [shares, 2, M].
 template <class Storage, bool resident>
@@ -111,20 +175,7 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
   Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
-  T* numbers = head.numbers();
-  T* potentials = numbers + head.layout.terms();
-  const Lane lane;
-  if (t > 0) {
-    fill_terms<Storage>(p, potentials, -infinity<T>(),
-                        [&](int64_t j) { return potential(p, head, t - 1, j); });
-  }
-  __syncthreads();
-  const bool factored = kFactors<Storage> && head.factored;
-  T top = 0;
-  if (factored && t > 0) {
-    top = largest_term<Storage>(p, potentials, numbers + head.layout.sums());
-    to_factors<Storage>(p, potentials, top);
-  }
+  const Potentials<Storage> potentials(head, t - 1);
 
   // One tile of references: rows and columns in one sweep over the tokens. More: a sweep for the
   // rows, then one for each tile's columns.
@@ -144,35 +195,24 @@ __device__ __forceinline__ void sinkhorn_step(int64_t t) {
                        : tile + 1 < head.last_tile ? tile + 1
                                                    : -1,
                        ends ? first : chunk + 1, s);
-        if (factored) {
-          to_factors<Storage>(s);
-          if (sums_rows) add_factor_rows<Storage>(s, potentials + chunk * S::kRows, top, sums);
-        } else if (sums_rows) {
-          add_rows<Storage>(s, potentials + chunk * S::kRows, sums);
-        }
+        potentials.use(chunk, sums_rows, s, sums);
       }
       T offsets[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t i = rows.token[half];
-        T row = 0;
-        if (sums_rows) {
-          row = sums[half].logarithm();
-          if (lane.column == 0 && i < head.tokens.count)
-            head.rows[(t - 1) * head.tokens.count + i] = row;
-        } else if (t > 0) {
-          row = head.row(t - 1, i);
-        }
-        offsets[half] = head.log_mass(i) - row;
+        offsets[half] =
+            head.log_mass(i) - (sums_rows ? sums[half].logarithm() : head.row(t - 1, i));
       }
-      if (sums_columns && factored) {
+      if (sums_rows) keep_rows(head, t - 1, rows, sums);
+      if (sums_columns && potentials.factored) {
         columns.add_factors(s, offsets);
       } else if (sums_columns) {
         columns.add(s, [&](int half, T x) { return x + offsets[half]; });
       }
     }
     if (sums_columns) {
-      columns.total(numbers + head.layout.sums(), [&](int column, const LogSum<T>& state) {
+      columns.total(head.numbers() + head.layout.sums(), [&](int column, const LogSum<T>& state) {
         const int64_t j = int64_t(first) * S::kRows + column;
         if (j >= p.references) return;
         if (resident || head.splits == 1) {
@@ -314,8 +354,6 @@ __device__ __forceinline__ void distribute() {
   Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
-  T* numbers = head.numbers();
-  T* potentials = numbers + head.layout.terms();
   using Element = typename Formed<Storage>::Element;
   const Formed<Storage> plan{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
                              S::kWidePitch};
@@ -324,15 +362,7 @@ __device__ __forceinline__ void distribute() {
   Storage* stage = reinterpret_cast<Storage*>(shared_memory + head.layout.rows);
   const Lane lane;
   const int64_t steps = p.iterations;
-  fill_terms<Storage>(p, potentials, -infinity<T>(),
-                      [&](int64_t j) { return potential(p, head, steps, j); });
-  __syncthreads();
-  const bool factored = kFactors<Storage> && head.factored;
-  T top = 0;
-  if (factored) {
-    top = largest_term<Storage>(p, potentials, numbers + head.layout.sums());
-    to_factors<Storage>(p, potentials, top);
-  }
+  const Potentials<Storage> potentials(head, steps);
 
   const bool single = scores.chunks() == 1;
   const int parts = int(divide_up(p.value_depth, S::kDepth));
@@ -354,12 +384,7 @@ __device__ __forceinline__ void distribute() {
                        : tile + 1 < head.last_tile ? tile + 1
                                                    : -1,
                        ends ? 0 : chunk + 1, s);
-        if (factored) {
-          to_factors<Storage>(s);
-          if (sums_rows) add_factor_rows<Storage>(s, potentials + chunk * S::kRows, top, sums);
-        } else if (sums_rows) {
-          add_rows<Storage>(s, potentials + chunk * S::kRows, sums);
-        }
+        potentials.use(chunk, sums_rows, s, sums);
         if (first == last) continue;
         T offsets[2];
 #pragma unroll
@@ -369,23 +394,15 @@ __device__ __forceinline__ void distribute() {
           // a hidden token receives nothing
           if (!head.tokens.valid(i)) offsets[half] = infinity<T>();
         }
-        if (factored) {
-          const T rows_of[2] = {power_of_two(top - offsets[0]), power_of_two(top - offsets[1])};
-          for_each<Storage>(s, [&](int half, int column, T& x) {
-            x *= potentials[chunk * S::kRows + column] * rows_of[half];
-          });
-        } else {
-          for_each<Storage>(s, [&](int half, int column, T& x) {
-            x = power_of_two(x + potentials[chunk * S::kRows + column] - offsets[half]);
-          });
-        }
+        potentials.distribute(chunk, offsets, s);
         store_accumulators<Storage>(s, plan, S::kPlanScale);
         for (int part = first; part < last; ++part) {
           if (chunk == 0) clear(out);
           if (!loaded) {
-            unit = load_operand<Storage>(
-                operand, head.pooled, int64_t(chunk) * S::kRows, p.references, part * S::kDepth,
-                int(p.value_depth), static_cast<const T*>(nullptr), numbers + head.layout.sums());
+            unit = load_operand<Storage>(operand, head.pooled, int64_t(chunk) * S::kRows,
+                                         p.references, part * S::kDepth, int(p.value_depth),
+                                         static_cast<const T*>(nullptr),
+                                         head.numbers() + head.layout.sums());
             loaded = single && parts == 1 && !Scores<Storage, resident>::kLean;
             __syncthreads();
           } else {
@@ -398,14 +415,7 @@ __device__ __forceinline__ void distribute() {
           if (!loaded) __syncthreads();
         }
       }
-      if (sums_rows && lane.column == 0) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t i = rows.token[half];
-          if (i < head.tokens.count)
-            head.rows[steps * head.tokens.count + i] = sums[half].logarithm();
-        }
-      }
+      if (sums_rows) keep_rows(head, steps, rows, sums);
     }
     __syncthreads();
   }

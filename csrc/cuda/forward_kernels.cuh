@@ -3,7 +3,7 @@
 #pragma once
 
 #include "forward.cuh"
-#include "launch.cuh"
+#include "merge_ranks.cuh"
 #include "unit_length.cuh"
 
 namespace setformer::cuda {
@@ -108,23 +108,6 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (at % width == 0) scales[head * scales_of_head + j] = scale;
 }
 
-// Turns A into sums that the ranks of a group can merge, and merged sums into A again: multiplies
-// each row of A by the inverse of its scale, and stores that inverse as the new scale. A warp per
-// reference.
-template <class T>
-__global__ void __launch_bounds__(kMergeThreads)
-    rescale_pooled_kernel(const int64_t first, const int64_t heads, const int64_t references,
-                          const int64_t width, T* const pooled, T* const scales,
-                          const int64_t scales_of_head) {
-  const int64_t at = (first + blockIdx.x) * (kMergeThreads / 32) + threadIdx.x / 32;
-  if (at >= heads * references) return;
-  T& scale = scales[at / references * scales_of_head + at % references];
-  const T factor = inverse(scale);
-  for (int64_t c = threadIdx.x % 32; c < width; c += 32) pooled[at * width + c] *= factor;
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) scale = factor;
-}
-
 template <class Storage>
 void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>* partial,
                   Stream& stream) {
@@ -148,25 +131,6 @@ void launch_solve(const ForwardParams& p, const Side& side, Accumulate<Storage>*
   }
 }
 
-// Merges A and the scales over all ranks of a group.
-template <class T>
-void merge_pooled(const ForwardParams& p, T* scales, int64_t scales_of_head, Stream& stream) {
-  if (p.group == nullptr) return;
-  const int64_t heads = p.batch * p.heads, references = p.references;
-  const int64_t pooled = references * p.value_depth;
-  const auto rescale = [&] {
-    launch<rescale_pooled_kernel<T>>(stream, "rescale_pooled_kernel",
-                                     divide_up(heads * references, kMergeThreads / 32),
-                                     kMergeThreads, 0, heads, references, p.value_depth,
-                                     static_cast<T*>(p.pooled.data), scales, scales_of_head);
-  };
-  rescale();
-  const Shared shared[2] = {{p.pooled.data, heads, pooled, pooled, Merge::kSum},
-                            {scales, heads, references, scales_of_head, Merge::kSum}};
-  merge(p, stream, shared, 2);
-  rescale();
-}
-
 template <class Storage>
 ForwardWorkspace ForwardKernels<Storage>::workspace(const ForwardParams& p) {
   // Numbers for each share of one side, if blocks share any of its heads.
@@ -178,6 +142,10 @@ ForwardWorkspace ForwardKernels<Storage>::workspace(const ForwardParams& p) {
   parts.total = wanted(keys_of(p), states > sums ? states : sums);
   const int64_t of_queries = p.cross ? wanted(queries_of(p), states) : 0;
   if (parts.total < of_queries) parts.total = of_queries;
+  if constexpr (kIsHalf<Storage>) {
+    const int64_t of_shares = SharedForward<Storage>::workspace(p);
+    if (parts.total < of_shares) parts.total = of_shares;
+  }
   parts.scaled = unit_length_workspace<Storage>(p, parts.total);
   return parts;
 }
@@ -191,6 +159,7 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
   if constexpr (kIsHalf<Storage>) {
     if (OnChipForward<Storage>::run(p, stream)) return;
     if (OnClusterForward<Storage>::run(p, stream)) return;
+    if (SharedForward<Storage>::run(p, partial, stream)) return;
   }
   if (p.normalize) {
     const UnitLengthWorkspace parts = ForwardKernels::workspace(p).scaled;

@@ -90,6 +90,389 @@ __device__ void load_steps(const ForwardParams& p, const BackwardHead<Storage>& 
   }
 }
 
+// What a pass over ds knows of the references: in shared memory numbers [chunks kRows] each. If
+// factored, potentials and terms are factors relative to their largest.
+template <class Storage>
+struct ReferenceTerms {
+  using T = Accumulate<Storage>;
+  T *potentials, *terms, *scales, *etas;  // g^T, -columns^T, 1 / sum_i C_ij, eta
+  T* steps;                               // of load_steps
+  T* scratch;
+  bool factored;
+  T top_term = 0, top_potential = 0;
+
+  __device__ __forceinline__ explicit ReferenceTerms(const BackwardHead<Storage>& head) {
+    using S = Shape<Storage>;
+    const ForwardParams& p = head.p;
+    const int padded = head.layout.chunks * S::kRows;
+    scratch = head.numbers() + head.layout.sums();
+    potentials = head.numbers() + head.layout.terms();
+    terms = potentials + padded;
+    scales = terms + padded;
+    etas = scales + padded;
+    steps = head.numbers() + head.layout.steps();
+    fill_terms<Storage>(p, potentials, -infinity<T>(),
+                        [&](int64_t j) { return potential<Storage>(p, head, p.iterations, j); });
+    fill_terms<Storage>(p, terms, -infinity<T>(),
+                        [&](int64_t j) { return collection_term(head.column(p.iterations, j)); });
+    fill_terms<Storage>(p, scales, T(0),
+                        [&](int64_t j) { return head.collects ? head.collection_scale[j] : T(1); });
+    fill_terms<Storage>(p, etas, T(0), [&](int64_t j) { return head.eta[j]; });
+    __syncthreads();
+    factored = kFactors<Storage> && head.factored;
+    if (!factored) return;
+    top_term = largest_term<Storage>(p, terms, scratch);
+    top_potential = largest_term<Storage>(p, potentials, scratch);
+    to_factors<Storage>(p, terms, top_term);
+    to_factors<Storage>(p, potentials, top_potential);
+  }
+};
+
+// The tiles of shared memory that a pass over ds uses beside those of the scores.
+template <class Storage>
+struct GradientTiles {
+  using S = Shape<Storage>;
+  using Element = typename Formed<Storage>::Element;
+  Formed<Storage> exchange, operand;  // E; a tile of A or dA
+  Storage* rows;                      // of values, gradients of outputs, keys or references
+  Plain<Storage> staged;              // the same
+
+  __device__ __forceinline__ explicit GradientTiles(const BackwardHead<Storage>& head)
+      : exchange{reinterpret_cast<Element*>(shared_memory + head.layout.plan), S::kWidePitch},
+        operand{reinterpret_cast<Element*>(shared_memory + head.layout.operand), S::kDeepPitch},
+        rows(reinterpret_cast<Storage*>(shared_memory + head.layout.rows)),
+        staged{rows, S::kDepth + S::kPerVector} {}
+};
+
+// One tile of tokens against one chunk of references.
+template <class T>
+struct TileOfScores {
+  int64_t tile;
+  T log_mass[2];       // of the thread's two tokens
+  int chunk, columns;  // columns: of the chunk
+};
+
+// The exponents of R (or, `of_values`, of C) that belong to the thread's two tokens, as factors if
+// terms are, and delta.
+template <class Storage>
+__device__ __forceinline__ void token_terms(const BackwardHead<Storage>& head,
+                                            const ReferenceTerms<Storage>& of,
+                                            const TileOfScores<Accumulate<Storage>>& at,
+                                            bool of_values, Accumulate<Storage> (&offsets)[2],
+                                            Accumulate<Storage> (&deltas)[2]) {
+  using T = Accumulate<Storage>;
+  const OwnRows<Storage> rows(at.tile);
+  const int64_t steps = head.p.iterations;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = rows.token[half];
+    deltas[half] = T(0);
+    if (of_values) {
+      offsets[half] = at.log_mass[half] - head.row(steps - 1, i);
+    } else {
+      offsets[half] = head.tokens.valid(i) ? -head.row(steps, i) : -infinity<T>();
+      deltas[half] = i < head.tokens.count ? head.delta[i] : T(0);
+    }
+    if (of.factored) {
+      offsets[half] = power_of_two(offsets[half] + (of_values ? of.top_term : of.top_potential));
+    }
+  }
+}
+
+// Adds R (G - delta) or, `of_values`, C (H - eta) to ds; if factored, without their factor 2^s.
+template <class Storage>
+__device__ __forceinline__ void add_average_gradient(const BackwardHead<Storage>& head,
+                                                     const ReferenceTerms<Storage>& of,
+                                                     const GradientTiles<Storage>& tiles,
+                                                     const TileOfScores<Accumulate<Storage>>& at,
+                                                     bool of_values, Accumulators<Storage>& s,
+                                                     Accumulators<Storage>& ds) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const ForwardParams& p = head.p;
+  const Lane lane;
+  const Rows<Storage>& source = of_values ? head.values : head.output_gradients;
+  const int value_parts = int(divide_up(p.value_depth, S::kDepth)), begin = at.chunk * S::kRows;
+  T unit = 1, offsets[2], deltas[2];
+  token_terms(head, of, at, of_values, offsets, deltas);
+  // A part of the references at a time: the other accumulators leave few registers.
+  constexpr bool kNarrow = S::kDouble || (kIsHalf<Storage> && !kTensorCores<Storage>);
+  constexpr int kSides = kNarrow ? 4 : 2, kBlocks = S::kRows / 8 / kSides;
+#pragma unroll
+  for (int side = 0; side < kSides; ++side) {
+    const int columns = at.columns - side * 8 * kBlocks;
+    if (columns <= 0) break;
+    T products[kBlocks][4];
+    clear(products);
+    for (int part = 0; part < value_parts; ++part) {
+      if (side == 0 || value_parts > 1) {
+        __syncthreads();
+        stage_rows(source, at.tile * S::kRows, part * S::kDepth, tiles.rows, tiles.staged.pitch);
+        commit_copies();
+        unit =
+            load_operand<Storage>(tiles.operand, of_values ? head.pooled_gradient : head.pooled,
+                                  int64_t(begin), p.references, part * S::kDepth,
+                                  int(p.value_depth), static_cast<const T*>(nullptr), of.scratch);
+        wait_for_copies<0>();
+        __syncthreads();
+      }
+      const Formed<Storage> rows_of_side{
+          tiles.operand.data + side * 8 * kBlocks * tiles.operand.pitch, tiles.operand.pitch};
+      multiply_scaled<false, false, Storage>(
+          products, tiles.staged, 16 * lane.warp, rows_of_side,
+          padded_depth<Storage>(int(p.value_depth), part * S::kDepth), columns, unit);
+    }
+    const auto add = [&](auto plan_of) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int block = side * kBlocks + n;
+          const int column = begin + 8 * block + lane.column + e % 2;
+          const T plan =
+              plan_of(s[block][e], (of_values ? of.terms : of.potentials)[column], offsets[e / 2]);
+          ds[block][e] += of_values ? plan * of.scales[column] * (products[n][e] - of.etas[column])
+                                    : plan * (products[n][e] - deltas[e / 2]);
+        }
+      }
+    };
+    if (of.factored) {
+      add([](T, T term, T offset) { return term * offset; });
+    } else {
+      add([](T score, T term, T offset) { return power_of_two(score + term + offset); });
+    }
+  }
+}
+
+// Subtracts C^t gbar^t + R^{t-1} a fhat^t of a step, whose numbers of the references are in
+// `step_terms` (load_steps).
+template <class Storage>
+__device__ __forceinline__ void subtract_step(const BackwardHead<Storage>& head,
+                                              const ReferenceTerms<Storage>& of,
+                                              const TileOfScores<Accumulate<Storage>>& at,
+                                              int64_t t, const Accumulate<Storage>* step_terms,
+                                              Accumulators<Storage>& s, Accumulators<Storage>& ds) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const Lane lane;
+  const OwnRows<Storage> rows(at.tile);
+  const T* column_terms = step_terms + lane.column;
+  T collected[2], distributed[2], flows[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = rows.token[half];
+    const T log_mass = at.log_mass[half];
+    const bool massless = log_mass == -infinity<T>();
+    distributed[half] = massless ? infinity<T>() : head.row(t - 1, i);
+    collected[half] = log_mass - distributed[half];
+    flows[half] = massless ? T(0) : head.row_adjoint(t, i) * power_of_two(log_mass);
+  }
+  if (of.factored) {
+    const T* tops = step_terms + S::kRows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      collected[half] = power_of_two(collected[half] + tops[0]);
+      flows[half] *= power_of_two(tops[1] - distributed[half]);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const T* terms_of = column_terms + 8 * n + e % 2;
+      if (of.factored) {
+        ds[n][e] -= collected[e / 2] * terms_of[0];
+        ds[n][e] -= flows[e / 2] * terms_of[2 * S::kRows];
+      } else {
+        ds[n][e] -=
+            power_of_two(s[n][e] + collected[e / 2] + terms_of[0]) * terms_of[S::kRows] +
+            power_of_two(s[n][e] - distributed[e / 2] + terms_of[2 * S::kRows]) * flows[e / 2];
+      }
+    }
+  }
+}
+
+// The same for all steps. Where shared memory has the numbers of all of them, they are loaded once.
+template <class Storage>
+__device__ __forceinline__ void subtract_steps(const BackwardHead<Storage>& head,
+                                               const ReferenceTerms<Storage>& of,
+                                               const TileOfScores<Accumulate<Storage>>& at,
+                                               bool one_chunk, bool& loaded,
+                                               Accumulators<Storage>& s,
+                                               Accumulators<Storage>& ds) {
+  using S = Shape<Storage>;
+  const int64_t steps = head.p.iterations;
+  for (int64_t top = steps; top >= 1; top -= head.layout.steps_at_once) {
+    const int at_once = head.layout.steps_at_once;
+    const int count = int(top < at_once ? top : at_once);
+    if (!loaded) {
+      __syncthreads();
+      load_steps(head.p, head, at.chunk, top, count, of.scales, of.steps);
+      __syncthreads();
+      loaded = steps == count && one_chunk;
+    }
+#pragma unroll 1
+    for (int u = 0; u < count; ++u) {
+      subtract_step(head, of, at, top - u, of.steps + u * 3 * S::kRows, s, ds);
+    }
+  }
+}
+
+// Turns ds into E, in a tile of shared memory. Adds sum_ij ds_ij s_ij to `product_sum`, if wanted,
+// and the sums of E over its rows. Returns the number by which products with the tile must be
+// multiplied.
+template <class Storage, bool resident>
+__device__ __forceinline__ Accumulate<Storage> form_exchange(
+    const BackwardHead<Storage>& head, Scores<Storage, resident>& scores,
+    const ReferenceTerms<Storage>& of, const GradientTiles<Storage>& tiles,
+    const TileOfScores<Accumulate<Storage>>& at, bool adds_products, Accumulators<Storage>& s,
+    Accumulators<Storage>& ds, Accumulate<Storage>& product_sum,
+    Accumulate<Storage> (&row_sums)[2]) {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  const int begin = at.chunk * S::kRows;
+  const auto each = [&](auto visit) {
+#pragma unroll
+    for (int n = 0; n < S::kRows / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) visit(ds[n][e], s[n][e]);
+    }
+  };
+  if (of.factored) each([](T& x, T score) { x *= power_of_two(score); });
+  if (begin + S::kRows > head.p.references) {  // 0 beyond the last reference
+    for_each<Storage>(ds, [&](int, int column, T& x) {
+      if (begin + column >= head.p.references) x = T(0);
+    });
+  }
+  if (adds_products) each([&](T& x, T score) { product_sum += x * score; });
+  const T factor = head.gaussian ? quotient(T(kLn2), head.bandwidth * head.bandwidth)
+                                 : quotient(T(1), head.epsilon);
+  each([&](T& x, T score) { x *= head.gaussian ? score * factor : factor; });
+  if (!head.gaussian) {
+    scores.for_each_axis(at.tile, at.chunk, ds,
+                         [](T& x, T exponent) { x *= power_of_two(exponent); });
+  }
+  T largest = 0, scale = 1;
+  for_each<Storage>(ds, [&](int half, int, T& x) {
+    row_sums[half] += x;
+    largest = maximum(largest, x < T(0) ? -x : x);
+  });
+  if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
+    scale = fitting_scale<Storage>(block_maximum<Storage>(largest, of.scratch));
+  }
+  store_accumulators<Storage>(ds, tiles.exchange, scale);
+  __syncthreads();
+  return T(1) / scale;
+}
+
+// Which gradients a pass over ds computes, and its sums. kept: for the references over all tiles
+// or, without to_references, for the tokens over all chunks.
+template <class Storage>
+struct GradientSums {
+  using S = Shape<Storage>;
+  using T = Accumulate<Storage>;
+  bool to_tokens, to_references;
+  int first_column;  // of a group of kGroup depth tiles
+  T kept[S::kGroup][S::kDepth / 8][4];
+  T column_sum;                    // sum_i E_ij of reference thread_index()
+  T product_sum = 0, key_sum = 0;  // sum_ij ds_ij s_ij, sum_i k_i.dk_i
+
+  __device__ __forceinline__ void begin_group(int group) {
+    first_column = group * S::kGroup * S::kDepth;
+#pragma unroll
+    for (int part = 0; part < S::kGroup; ++part) clear(kept[part]);
+    column_sum = 0;
+  }
+
+  // Adds sum_i E_ij of a tile of tokens.
+  __device__ __forceinline__ void add_columns(const GradientTiles<Storage>& tiles, T unit) {
+    if (!to_references || thread_index() >= S::kRows) return;
+    const Formed<Storage>& tile = tiles.exchange;
+    for (int row = 0; row < S::kRows; ++row) {
+      for (int i = 0; i < Formed<Storage>::kParts; ++i) {
+        column_sum += unit * widen(tile.part(i)[row * tile.pitch + thread_index()]);
+      }
+    }
+  }
+
+  // Multiplies E with the references and, for the last chunk, with the keys; stores dk then. With
+  // several chunks there is no to_references.
+  template <bool resident>
+  __device__ __forceinline__ void add_exchange(const BackwardHead<Storage>& head,
+                                               Scores<Storage, resident>& scores,
+                                               const GradientTiles<Storage>& tiles,
+                                               const TileOfScores<Accumulate<Storage>>& at,
+                                               bool ends, T unit, const T (&row_sums)[2]) {
+    const Lane lane;
+    const ForwardParams& p = head.p;
+#pragma unroll
+    for (int part = 0; part < S::kGroup; ++part) {
+      const int column = first_column + part * S::kDepth;
+      if (column >= p.depth) break;
+      const int width = padded_depth<Storage>(int(p.depth), column);
+      // The columns of keys or references: compute() left them in shared memory, or they are
+      // loaded again.
+      const auto tile_of = [&](const Rows<Storage>& source, int64_t from,
+                               const Plain<Storage>& whole) {
+        if (scores.whole_rows()) return whole;
+        __syncthreads();
+        scores.load_part(source, from, column / S::kDepth, tiles.rows, tiles.staged.pitch);
+        return tiles.staged;
+      };
+      T sums[S::kDepth / 8][4];  // of the tokens, up to this chunk
+      clear(sums);
+      if (to_tokens) {
+        if (!to_references) copy(sums, kept[part]);
+        multiply_scaled<false, true, Storage>(sums, tiles.exchange, 16 * lane.warp,
+                                              tile_of(head.references, int64_t(at.chunk) * S::kRows,
+                                                      scores.last_references(at.chunk)),
+                                              at.columns, width, unit);
+        if (!to_references) copy(kept[part], sums);
+      }
+      if (!ends) continue;
+      const Plain<Storage> keys =
+          tile_of(head.tokens, at.tile * S::kRows, scores.last_keys(at.tile));
+      if (to_references) {
+        multiply_scaled<true, true, Storage>(kept[part], tiles.exchange, 16 * lane.warp, keys,
+                                             S::kRows, width, unit);
+      }
+      if (to_tokens) {
+        if (!scores.whole_rows()) __syncthreads();  // the keys lie where the gradient goes
+        key_sum +=
+            store_token_gradient(head, at.tile, column, width, keys, row_sums, sums, tiles.rows);
+        if (!to_references) clear(kept[part]);
+      }
+    }
+  }
+
+  // Stores sum_i E_ij k_i of a chunk and, in the last column, sum_i E_ij.
+  __device__ __forceinline__ void store(const BackwardHead<Storage>& head, int chunk) {
+    const Lane lane;
+    const int64_t depth = head.p.depth, references = head.p.references;
+    T* to = head.partials(depth + 1) + head.split * references * (depth + 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t j = int64_t(chunk) * S::kRows + 16 * lane.warp + lane.row + 8 * half;
+      if (j >= references) continue;
+#pragma unroll
+      for (int part = 0; part < S::kGroup; ++part) {
+#pragma unroll
+        for (int n = 0; n < S::kDepth / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int64_t column = first_column + part * S::kDepth + 8 * n + lane.column + e;
+            if (column < depth) to[j * (depth + 1) + column] = kept[part][n][2 * half + e];
+          }
+        }
+      }
+    }
+    const int64_t j = int64_t(chunk) * S::kRows + thread_index();
+    if (first_column == 0 && thread_index() < S::kRows && j < references) {
+      to[j * (depth + 1) + depth] = column_sum;
+    }
+  }
+};
+
 // From ds through the similarity. With `to_references` the block handles one chunk of references
 // and one group of columns; it writes sum_i E_ij k_i and, in the last column, sum_i E_ij to partial
 // [shares, M, D + 1]. With `to_tokens` it handles all references; it writes dk, and sum_ij
@@ -99,68 +482,30 @@ template <class Storage, bool resident>
 __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int own_chunk,
                                          int own_group) {
   const BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
-  const ForwardParams& p = head.p;
   Scores<Storage, resident> scores(head);
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
-  using Element = typename Formed<Storage>::Element;
-  const int64_t steps = p.iterations;
-  const int groups = int(divide_up(p.depth, S::kGroup * S::kDepth));
-  const int value_parts = int(divide_up(p.value_depth, S::kDepth));
+  const int groups = int(divide_up(head.p.depth, S::kGroup * S::kDepth));
   const int first = to_references ? own_chunk : 0;
   const int last = to_references ? own_chunk + 1 : head.layout.chunks;
   const int first_group = to_references ? own_group : 0;
   const int last_group = to_references ? own_group + 1 : groups;
-  const int padded = head.layout.chunks * S::kRows;
-  T* scratch = head.numbers() + head.layout.sums();
-  T* potentials = head.numbers() + head.layout.terms();
-  T* terms = potentials + padded;
-  T* scales = terms + padded;
-  fill_terms<Storage>(p, potentials, -infinity<T>(),
-                      [&](int64_t j) { return potential<Storage>(p, head, steps, j); });
-  fill_terms<Storage>(p, terms, -infinity<T>(),
-                      [&](int64_t j) { return collection_term(head.column(steps, j)); });
-  fill_terms<Storage>(p, scales, T(0),
-                      [&](int64_t j) { return head.collects ? head.collection_scale[j] : T(1); });
-  T* etas = scales + padded;
-  fill_terms<Storage>(p, etas, T(0), [&](int64_t j) { return head.eta[j]; });
-  __syncthreads();
-  const bool factored = kFactors<Storage> && head.factored;
-  T top_term = 0, top_potential = 0;
-  if (factored) {
-    top_term = largest_term<Storage>(p, terms, scratch);
-    top_potential = largest_term<Storage>(p, potentials, scratch);
-    to_factors<Storage>(p, terms, top_term);
-    to_factors<Storage>(p, potentials, top_potential);
-  }
-
-  const Formed<Storage> e_tile{reinterpret_cast<Element*>(shared_memory + head.layout.plan),
-                               S::kWidePitch};
-  const Formed<Storage> operand{reinterpret_cast<Element*>(shared_memory + head.layout.operand),
-                                S::kDeepPitch};
-  Storage* row_tile = reinterpret_cast<Storage*>(shared_memory + head.layout.rows);
-  const Plain<Storage> staged{row_tile, S::kDepth + S::kPerVector};
-  const Lane lane;
-  T* step_terms = head.numbers() + head.layout.steps();
+  const ReferenceTerms<Storage> of(head);
+  const GradientTiles<Storage> tiles(head);
+  GradientSums<Storage> sums;
+  sums.to_tokens = to_tokens;
+  sums.to_references = to_references;
   bool steps_loaded = false;
-  T product_sum = 0, key_sum = 0;  // sum_ij ds_ij s_ij, sum_i k_i.dk_i
   for (int group = first_group; group < last_group; ++group) {
-    const int first_column = group * S::kGroup * S::kDepth;
-    // sums for the references over all tiles or, without to_references, for the tokens over all
-    // chunks
-    T kept[S::kGroup][S::kDepth / 8][4];
-#pragma unroll
-    for (int part = 0; part < S::kGroup; ++part) clear(kept[part]);
-    T column_sum = 0;  // of reference thread_index()
+    sums.begin_group(group);
     for (int64_t tile = head.first_tile; tile < head.last_tile; ++tile) {
       const OwnRows<Storage> rows(tile);
-      T log_mass[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) log_mass[half] = head.log_mass(rows.token[half]);
+      TileOfScores<T> at{tile, {head.log_mass(rows.token[0]), head.log_mass(rows.token[1])}};
       T row_sums[2] = {T(0), T(0)};
       for (int chunk = first; chunk < last; ++chunk) {
         const bool ends = chunk + 1 == last;
-        const int at = chunk * S::kRows;
+        at.chunk = chunk;
+        at.columns = scores.columns(chunk);
         Accumulators<Storage> s, ds;
         scores.compute(tile, chunk,
                        !ends                       ? tile
@@ -168,253 +513,28 @@ __device__ __forceinline__ void gradient(bool to_tokens, bool to_references, int
                                                    : -1,
                        ends ? first : chunk + 1, s);
         clear(ds);
-        // R (G - delta), then C (H - eta); if factored, without their factor 2^s
 #pragma unroll 1
         for (int of_values = 0; of_values < 2; ++of_values) {
           if (!(of_values ? head.collects : head.distributes)) continue;
-          const Rows<Storage>& source = of_values ? head.values : head.output_gradients;
-          T unit = 1;
-          T offsets[2], deltas[2] = {T(0), T(0)};
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int64_t i = rows.token[half];
-            if (of_values) {
-              offsets[half] = log_mass[half] - head.row(steps - 1, i);
-            } else {
-              offsets[half] = head.tokens.valid(i) ? -head.row(steps, i) : -infinity<T>();
-              deltas[half] = i < head.tokens.count ? head.delta[i] : T(0);
-            }
-            if (factored) {
-              offsets[half] = power_of_two(offsets[half] + (of_values ? top_term : top_potential));
-            }
-          }
-          // A part of the references at a time: the other accumulators leave few registers.
-          constexpr bool kNarrow = S::kDouble || (kIsHalf<Storage> && !kTensorCores<Storage>);
-          constexpr int kSides = kNarrow ? 4 : 2, kBlocks = S::kRows / 8 / kSides;
-#pragma unroll
-          for (int side = 0; side < kSides; ++side) {
-            const int columns = scores.columns(chunk) - side * 8 * kBlocks;
-            if (columns <= 0) break;
-            T products[kBlocks][4];
-            clear(products);
-            for (int part = 0; part < value_parts; ++part) {
-              if (side == 0 || value_parts > 1) {
-                __syncthreads();
-                stage_rows(source, tile * S::kRows, part * S::kDepth, row_tile, staged.pitch);
-                commit_copies();
-                unit = load_operand<Storage>(
-                    operand, of_values ? head.pooled_gradient : head.pooled, int64_t(at),
-                    p.references, part * S::kDepth, int(p.value_depth),
-                    static_cast<const T*>(nullptr), scratch);
-                wait_for_copies<0>();
-                __syncthreads();
-              }
-              const Formed<Storage> rows_of_side{operand.data + side * 8 * kBlocks * operand.pitch,
-                                                 operand.pitch};
-              multiply_scaled<false, false, Storage>(
-                  products, staged, 16 * lane.warp, rows_of_side,
-                  padded_depth<Storage>(int(p.value_depth), part * S::kDepth), columns, unit);
-            }
-            const auto add = [&](auto plan_of) {
-#pragma unroll
-              for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  const int block = side * kBlocks + n;
-                  const int column = at + 8 * block + lane.column + e % 2;
-                  const T plan = plan_of(s[block][e], (of_values ? terms : potentials)[column],
-                                         offsets[e / 2]);
-                  ds[block][e] += of_values
-                                      ? plan * scales[column] * (products[n][e] - etas[column])
-                                      : plan * (products[n][e] - deltas[e / 2]);
-                }
-              }
-            };
-            if (factored) {
-              add([](T, T term, T offset) { return term * offset; });
-            } else {
-              add([](T score, T term, T offset) { return power_of_two(score + term + offset); });
-            }
-          }
+          add_average_gradient(head, of, tiles, at, of_values, s, ds);
         }
-        // - C^t gbar^t - R^{t-1} a fhat^t
-        for (int64_t top = steps; top >= 1; top -= head.layout.steps_at_once) {
-          const int at_once = head.layout.steps_at_once;
-          const int count = int(top < at_once ? top : at_once);
-          if (!steps_loaded) {
-            __syncthreads();
-            load_steps(p, head, chunk, top, count, scales, step_terms);
-            __syncthreads();
-            steps_loaded = steps == count && last - first == 1;
-          }
-#pragma unroll 1
-          for (int u = 0; u < count; ++u) {
-            const int64_t t = top - u;
-            const T* column_terms = step_terms + u * 3 * S::kRows + lane.column;
-            T collected[2], distributed[2], flows[2];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int64_t i = rows.token[half];
-              const bool massless = log_mass[half] == -infinity<T>();
-              distributed[half] = massless ? infinity<T>() : head.row(t - 1, i);
-              collected[half] = log_mass[half] - distributed[half];
-              flows[half] = massless ? T(0) : head.row_adjoint(t, i) * power_of_two(log_mass[half]);
-            }
-            if (factored) {
-              const T* tops = step_terms + u * 3 * S::kRows + S::kRows;
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                collected[half] = power_of_two(collected[half] + tops[0]);
-                flows[half] *= power_of_two(tops[1] - distributed[half]);
-              }
-#pragma unroll
-              for (int n = 0; n < S::kRows / 8; ++n) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  const T* terms_of = column_terms + 8 * n + e % 2;
-                  ds[n][e] -= collected[e / 2] * terms_of[0];
-                  ds[n][e] -= flows[e / 2] * terms_of[2 * S::kRows];
-                }
-              }
-              continue;
-            }
-#pragma unroll
-            for (int n = 0; n < S::kRows / 8; ++n) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const T* terms_of = column_terms + 8 * n + e % 2;
-                ds[n][e] -=
-                    power_of_two(s[n][e] + collected[e / 2] + terms_of[0]) * terms_of[S::kRows] +
-                    power_of_two(s[n][e] - distributed[e / 2] + terms_of[2 * S::kRows]) *
-                        flows[e / 2];
-              }
-            }
-          }
-        }
-        if (factored) {
-#pragma unroll
-          for (int n = 0; n < S::kRows / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) ds[n][e] *= power_of_two(s[n][e]);
-          }
-        }
-        // E, in place of ds; 0 beyond the last reference
-        if (at + S::kRows > p.references) {
-          for_each<Storage>(ds, [&](int, int column, T& x) {
-            if (at + column >= p.references) x = T(0);
-          });
-        }
-        if (group == first_group) {
-#pragma unroll
-          for (int n = 0; n < S::kRows / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) product_sum += ds[n][e] * s[n][e];
-          }
-        }
-        const T factor = head.gaussian ? quotient(T(kLn2), head.bandwidth * head.bandwidth)
-                                       : quotient(T(1), head.epsilon);
-        T largest = 0;
-#pragma unroll
-        for (int n = 0; n < S::kRows / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) ds[n][e] *= head.gaussian ? s[n][e] * factor : factor;
-        }
-        if (!head.gaussian) {
-          scores.for_each_axis(tile, chunk, ds,
-                               [](T& x, T exponent) { x *= power_of_two(exponent); });
-        }
-        for_each<Storage>(ds, [&](int half, int, T& x) {
-          row_sums[half] += x;
-          largest = maximum(largest, x < T(0) ? -x : x);
-        });
-        T scale = 1;
-        if constexpr (kTensorCores<Storage> && std::is_same_v<Storage, __half>) {
-          scale = fitting_scale<Storage>(block_maximum<Storage>(largest, scratch));
-        }
-        store_accumulators<Storage>(ds, e_tile, scale);
-        __syncthreads();
-        const T unit = T(1) / scale;
-        if (to_references && thread_index() < S::kRows) {
-          for (int row = 0; row < S::kRows; ++row) {
-            for (int i = 0; i < Formed<Storage>::kParts; ++i) {
-              column_sum += unit * widen(e_tile.part(i)[row * e_tile.pitch + thread_index()]);
-            }
-          }
-        }
+        subtract_steps(head, of, at, last - first == 1, steps_loaded, s, ds);
+        const T unit = form_exchange(head, scores, of, tiles, at, group == first_group, s, ds,
+                                     sums.product_sum, row_sums);
+        sums.add_columns(tiles, unit);
         if (ends) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) row_sums[half] = quad_sum(row_sums[half]);
         }
-#pragma unroll
-        for (int part = 0; part < S::kGroup; ++part) {
-          const int column = first_column + part * S::kDepth;
-          if (column >= p.depth) break;
-          const int width = padded_depth<Storage>(int(p.depth), column);
-          const int d = column / S::kDepth;
-          // The columns of keys or references: compute() left them in shared memory, or they are
-          // loaded again.
-          const auto tile_of = [&](const Rows<Storage>& source, int64_t from,
-                                   const Plain<Storage>& whole) {
-            if (scores.whole_rows()) return whole;
-            __syncthreads();
-            scores.load_part(source, from, d, row_tile, staged.pitch);
-            return staged;
-          };
-          T sums[S::kDepth / 8][4];  // of the tokens, up to this chunk
-          clear(sums);
-          if (to_tokens) {
-            if (!to_references) copy(sums, kept[part]);
-            multiply_scaled<false, true, Storage>(
-                sums, e_tile, 16 * lane.warp,
-                tile_of(head.references, int64_t(at), scores.last_references(chunk)),
-                scores.columns(chunk), width, unit);
-            if (!to_references) copy(kept[part], sums);
-          }
-          if (!ends) continue;  // not yet the last chunk; with several, there is no to_references
-          const Plain<Storage> keys = tile_of(head.tokens, tile * S::kRows, scores.last_keys(tile));
-          if (to_references) {
-            multiply_scaled<true, true, Storage>(kept[part], e_tile, 16 * lane.warp, keys, S::kRows,
-                                                 width, unit);
-          }
-          if (to_tokens) {
-            if (!scores.whole_rows()) __syncthreads();  // the keys lie where the gradient goes
-            key_sum +=
-                store_token_gradient(head, tile, column, width, keys, row_sums, sums, row_tile);
-            if (!to_references) clear(kept[part]);
-          }
-        }
+        sums.add_exchange(head, scores, tiles, at, ends, unit, row_sums);
         __syncthreads();
       }
     }
-    if (to_references) {
-      T* to = head.partials(p.depth + 1) + head.split * p.references * (p.depth + 1);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t j = int64_t(first) * S::kRows + 16 * lane.warp + lane.row + 8 * half;
-        if (j >= p.references) continue;
-#pragma unroll
-        for (int part = 0; part < S::kGroup; ++part) {
-#pragma unroll
-          for (int n = 0; n < S::kDepth / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int64_t column = first_column + part * S::kDepth + 8 * n + lane.column + e;
-              if (column < p.depth) {
-                to[j * (p.depth + 1) + column] = kept[part][n][2 * half + e];
-              }
-            }
-          }
-        }
-      }
-      const int64_t j = int64_t(first) * S::kRows + thread_index();
-      if (group == 0 && thread_index() < S::kRows && j < p.references) {
-        to[j * (p.depth + 1) + p.depth] = column_sum;
-      }
-    }
+    if (to_references) sums.store(head, first);
   }
   if (!to_tokens) return;
-  product_sum = block_sum<Storage>(product_sum, scratch);
-  key_sum = block_sum<Storage>(key_sum, scratch);
+  const T product_sum = block_sum<Storage>(sums.product_sum, of.scratch);
+  const T key_sum = block_sum<Storage>(sums.key_sum, of.scratch);
   if (thread_index() == 0) {
     head.scalars[head.split * 2] = product_sum;
     head.scalars[head.split * 2 + 1] = key_sum;

@@ -62,6 +62,14 @@ struct OnClusterForward {
   static bool run(const ForwardParams& p, Stream& stream);
 };
 
+// The same for heads of which many blocks take a share each, with launches between which they merge
+// their sums: on sm_80 and later, up to 128 references.
+template <class Storage>
+struct SharedForward {
+  static int64_t workspace(const ForwardParams& p);  // in numbers of the accumulate type
+  static bool run(const ForwardParams& p, float* workspace, Stream& stream);
+};
+
 // The same for backward, with the gaussian kernel only. Leaves to other kernels the heads that need
 // logarithms: for large scores, or reference masses that are far apart.
 template <class Storage>

@@ -79,8 +79,8 @@ def test_smoke_then_speed_then_the_rest() -> None:
 
 def test_smoke_checks_run_every_family_in_every_type_and_direction() -> None:
     kernels = definition_checks.smoke_kernels()
-    assert len(set(kernels)) == len(kernels) == (2 * 4 - 1) * 2 + 2
-    for family, count in {"resident": 3, "streaming": 4, "cluster": 2}.items():
+    assert len(set(kernels)) == len(kernels) == (2 * 4 - 1) * 2 + 2 * 2
+    for family, count in {"resident": 3, "streaming": 4, "cluster": 2, "shares": 2}.items():
         assert len({x.dtype for x in kernels if x.family == family}) == count
     # a process that is lost over each of them: two tell more where nothing is alike
     first, second = kernels[:2]
@@ -94,6 +94,7 @@ def test_smoke_checks_run_the_family_they_name() -> None:
         "resident": "on_chip_kernel",
         "streaming": "step_kernel",
         "cluster": "on_cluster_kernel",
+        "shares": "on_shares_kernel",
     }
     backend = BACKENDS["cuda-emulated"]()
     emulator = Emulator(backend.module.__file__)

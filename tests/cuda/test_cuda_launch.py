@@ -74,8 +74,8 @@ def test_more_references_than_eight_steps_leave_room_for(
     assert most == p.shared(Needs.DIFFERENTIATES, resident=False) <= 99 * 1024
 
 
-@pytest.mark.parametrize(("most_ranks", "kernel"), [(8, "on_cluster"), (2, "sinkhorn_step")])
-def test_heads_stream_where_a_cluster_cannot_run(
+@pytest.mark.parametrize(("most_ranks", "kernel"), [(8, "on_cluster"), (2, "on_shares")])
+def test_heads_are_shared_out_where_a_cluster_cannot_run(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, most_ranks: int, kernel: str
 ) -> None:
     """Four blocks would share this head; the second call knows the answer."""

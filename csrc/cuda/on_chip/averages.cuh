@@ -31,17 +31,23 @@ __device__ __forceinline__ void store_outputs(const Params& p, const Place& at,
 // Factors of the sums of products, in the warp's own rooms, as pairs of references.
 struct Weights {
   const float2* pooled;   // for A
-  const float2* operand;  // further factors for the operand of distribute
+  const float2* further;  // for the operand of distribute; in a share, for A so far
 };
 
+// Adds to a number of A so far. Where its factor is 0 there is nothing yet.
+__device__ __forceinline__ void add_to_average(float& average, float kept, float x) {
+  average = kept == 0.0f ? x : fmaf(average, kept, x);
+}
+
 // Stores a lane's part of a tile of A^T, 16 columns by 8 references: in the pooled output, and in
-// the operand of distribute, where the same lane will need it.
+// the operand of distribute, where the same lane will need it. In a share, adds it to what the same
+// lane has stored before.
 template <class S>
 __device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weights, int band,
                                             int block, int lane, const float4& sum) {
   using Storage = typename S::Storage;
   const int pair = 4 * block + lane % 4, column = 16 * band + lane / 4;
-  const float2 weight = weights.pooled[pair], factor = weights.operand[pair];
+  const float2 weight = weights.pooled[pair], factor = weights.further[pair];
   const float x[2][2] = {{sum.x * weight.x, sum.y * weight.y},
                          {sum.z * weight.x, sum.w * weight.y}};
   const int width = int(p.value_depth);
@@ -51,6 +57,12 @@ __device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weig
       shared_at<uint32_t>(Memory<S>::kOperand) + (band * S::kPairs + block / 2) * 128 + 2 * lane;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    if constexpr (S::kShare) {
+      if (column + 8 * half >= width) continue;
+      if (left > 0) add_to_average(pooled[8 * half], factor.x, x[half][0]);
+      if (left > 1) add_to_average(pooled[8 * half + width], factor.y, x[half][1]);
+      continue;
+    }
     if (column + 8 * half < width) {
       if (left > 0) pooled[8 * half] = x[half][0];
       if (left > 1) pooled[8 * half + width] = x[half][1];
@@ -171,13 +183,13 @@ __device__ __forceinline__ void add_tiles(const Params& p, const Place& at, cons
   }
 }
 
-// A, from entries whose sums over the tokens are 1 / weights. The operand of distribute is also
-// multiplied by `of_operand`.
+// A times `of_pooled`, from entries whose sums over the tokens are 1 / weights. `further` are the
+// factors of Weights.
 template <class S>
 __device__ __forceinline__ void collect(const Params& p, const Place& at, const Tokens<S>& tokens,
                                         const Entries<S>& entries, const OfTokens<S>& factors,
-                                        const Spread<S>& weights, const Spread<S>& of_operand,
-                                        Exchange& exchange) {
+                                        const Spread<S>& weights, const Spread<S>& of_pooled,
+                                        const Spread<S>& further, Exchange& exchange) {
   using Storage = typename S::Storage;
   OfReferences<S> of_plan{};
   Spread<S> of_sums;
@@ -188,7 +200,11 @@ __device__ __forceinline__ void collect(const Params& p, const Place& at, const 
     to_fragments<S>(at, of_sums, of_plan);
     for_each_own(at, of_sums, [](int, float& x) { x = 1.0f / kPlanScale<Storage>; });
   }
-  const Weights of_tiles{in_room<S>(at, of_sums), in_room<S>(at, of_operand, 1)};
+#pragma unroll
+  for (int h = 0; h < S::kLanePairs; ++h) {
+    of_sums[h] = {of_sums[h].x * of_pooled[h].x, of_sums[h].y * of_pooled[h].y};
+  }
+  const Weights of_tiles{in_room<S>(at, of_sums), in_room<S>(at, further, 1)};
   const int bands = p.sizes.value_bands;
   int parity = 0;
 #pragma unroll 1

@@ -22,9 +22,9 @@ __device__ __forceinline__ void keep_scales(const Params& p, const Place& at,
 // Turns scores into C, and computes 1 / its sums over the tokens, to correct for the rounding of
 // exponents.
 template <class S>
-__device__ __forceinline__ void form_collection(const Params& p, const Place& at,
-                                                Entries<S>& entries, Solution<S>& solution,
-                                                Exchange& exchange, Spread<S>& weights) {
+__device__ __forceinline__ void form_collection(const Place& at, Entries<S>& entries,
+                                                Solution<S>& solution, Exchange& exchange,
+                                                Spread<S>& weights) {
   OfReferences<S> columns;
   to_fragments<S>(at, solution.columns, columns);
   for_each_entry<S>(entries, [&](float& x, int s, int half, int n, int e) {
@@ -48,7 +48,6 @@ __device__ __forceinline__ void form_collection(const Params& p, const Place& at
   for (int h = 0; h < S::kLanePairs; ++h) {
     weights[h] = {reciprocal_or_zero(sums[h].x), reciprocal_or_zero(sums[h].y)};
   }
-  keep_scales<S>(p, at, weights);
 }
 
 // Computes A from the entries and the solution of the keys' side.
@@ -56,7 +55,8 @@ template <class S>
 __device__ __forceinline__ void collect_side(const Params& p, const Place& at,
                                              const Tokens<S>& tokens, Entries<S>& entries,
                                              Solution<S>& solution, Exchange& exchange) {
-  Spread<S> weights, of_operand;
+  Spread<S> weights, ones, of_operand;
+  for_each_own(at, ones, [](int, float& x) { x = 1.0f; });
   for_each_own(at, of_operand, [](int, float& x) { x = 1.0f; });
   if (shared_head<S>().similarity.factored) {
     Spread<S> scales;
@@ -69,9 +69,10 @@ __device__ __forceinline__ void collect_side(const Params& p, const Place& at,
     }
     keep_scales<S>(p, at, scales);
   } else {
-    form_collection<S>(p, at, entries, solution, exchange, weights);
+    form_collection<S>(at, entries, solution, exchange, weights);
+    keep_scales<S>(p, at, weights);
   }
-  collect<S>(p, at, tokens, entries, solution.tokens, weights, of_operand, exchange);
+  collect<S>(p, at, tokens, entries, solution.tokens, weights, ones, of_operand, exchange);
 }
 
 // Computes the output and rows^T from the entries and the solution of the receivers' side.

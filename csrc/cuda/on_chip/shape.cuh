@@ -16,8 +16,9 @@ template <class StorageType, int blocks, int strips, int warps>
 struct Shape {
   using Storage = StorageType;
   static constexpr bool kClustered = false;  // whether the blocks of a cluster share a head
-  static constexpr int kBlocks = blocks;     // of 8 references
-  static constexpr int kStrips = strips;     // of 16 tokens, a warp's
+  static constexpr bool kShare = false;   // whether a block takes a share of a head of any length
+  static constexpr int kBlocks = blocks;  // of 8 references
+  static constexpr int kStrips = strips;  // of 16 tokens, a warp's
   static constexpr int kWarps = warps;
   static constexpr int kThreads = 32 * warps;
   static constexpr int kReferences = 8 * blocks;
@@ -33,6 +34,14 @@ struct Shape {
 template <class StorageType, int blocks, int strips>
 struct ClusterShape : Shape<StorageType, blocks, strips, 8> {
   static constexpr bool kClustered = true;
+};
+
+// Of a block that takes a share of a head, one part of it after the other. Of many references it
+// keeps fewer strips, so that no registers spill.
+template <class StorageType, int blocks, int strips>
+struct ShareShape : Shape<StorageType, blocks, (blocks > 8 ? 2 : strips), 8> {
+  static constexpr bool kShare = true;
+  static constexpr int kLeastStrips = blocks > 8 ? 32 : 8 * strips;  // of a share
 };
 
 inline constexpr int kMostBands = 4;  // bands of 16 columns that a warp's room holds of its rows
@@ -58,6 +67,7 @@ template <class Storage>
 struct Head : HeadTensors<Storage> {
   Similarity<float> similarity;
   Global<float> pooled;
+  int first_strip, last_strip;  // of a share: [first, last)
 
   // What a vector adds to the exponent; `square` is its square norm.
   __device__ __forceinline__ float exponent(float square) const {
@@ -128,6 +138,10 @@ struct Memory {
   static Sizes sizes(const ForwardParams& p, int ranks = 1) {
     const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
     const int warps = S::kWarps * ranks, strips = int((tokens + 16 * warps - 1) / (16 * warps));
+    return sizes_of(p, strips, ranks);
+  }
+  // For warps with so many strips.
+  static Sizes sizes_of(const ForwardParams& p, int strips, int ranks = 1) {
     Sizes sizes;
     sizes.ranks = ranks;
     sizes.bands = bands_of(p.depth);
@@ -195,18 +209,26 @@ __device__ __forceinline__ bool is_first_warp(const Place& at) {
   return at.warp == 0 && rank<S>() == 0;
 }
 
+// The strips of one side.
+template <class S>
+__device__ __forceinline__ int all_strips() {
+  return (int(shared_head<S>().tokens.count) + 15) / 16;
+}
+
 // The tokens of one side that belong to a warp.
 template <class S>
 struct Tokens {
   int first, strips;
   const uint32_t* valid;  // in the warp's own shared memory
 
-  __device__ __forceinline__ explicit Tokens(const Place& at) {
+  __device__ __forceinline__ explicit Tokens(const Place& at)
+      : Tokens(at, 0, all_strips<S>(), rank<S>() * S::kWarps + at.warp, ranks<S>() * S::kWarps) {}
+  // Of the strips from `from` on, `all` of them, which `warps` warps share: their numbers of strips
+  // differ by one at most.
+  __device__ __forceinline__ Tokens(const Place& at, int from, int all, int warp, int warps) {
     const auto& rows = shared_head<S>().tokens;
-    // the numbers of strips of two warps differ by one at most
-    const int warp = rank<S>() * S::kWarps + at.warp, warps = ranks<S>() * S::kWarps;
-    const int all = (int(rows.count) + 15) / 16, begin = all * warp / warps;
-    first = 16 * begin;
+    const int begin = all * warp / warps;
+    first = 16 * (from + begin);
     strips = all * (warp + 1) / warps - begin;
     uint32_t* words = shared_at<uint32_t>(Memory<S>::kValid) + 4 * at.warp;
 #pragma unroll

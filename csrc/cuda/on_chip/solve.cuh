@@ -44,6 +44,17 @@ __device__ __forceinline__ float reference_mass(const ForwardParams& p, int64_t 
   return x > 0.0f ? x : NAN;
 }
 
+// g^t_j log2(e), relative to g^t_0, from the columns that are kept.
+template <class S>
+__device__ __forceinline__ float potential(const ForwardParams& p, int64_t t, int j) {
+  const auto& head = shared_head<S>();
+  if (t == 0) return 0.0f;
+  const float* columns = head.columns + (t - 1) * p.references;
+  if (columns[j] == -infinity<float>()) return 0.0f;  // a head without mass has g = 0
+  return (log_two(reference_mass(p, head.b, head.h, j)) - columns[j]) -
+         (log_two(reference_mass(p, head.b, head.h, 0)) - columns[0]);
+}
+
 // a_i up to a constant; 0 for a hidden token. A negative mass makes the head NaN.
 template <class S>
 __device__ __forceinline__ float token_mass(const Tokens<S>& tokens, int i, bool valid) {
@@ -58,15 +69,16 @@ __device__ __forceinline__ float most_of_warp(float x) {
   return across_lanes<32>(x, [](float a, float b) { return most(a, b); });
 }
 
+// Stores the masses of the warp's tokens in its own shared memory: divided by the largest if
+// entries are factors, else their logarithms. Returns log2 of the largest mass, of the block or of
+// all that share the head; 0 for logarithms, and where no masses are given.
 template <class S>
-__device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Place& at,
-                                                       const Tokens<S>& tokens,
-                                                       Exchange& exchange) {
+__device__ __forceinline__ float find_masses(const Place& at, const Tokens<S>& tokens,
+                                             Exchange& exchange) {
   const auto& head = shared_head<S>();
   const bool factored = head.similarity.factored, given = !head.mass.absent();
-  Marginals<S> marginals{};
   float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens;
-  float own[(S::kStrips + 1) / 2], top = 0;
+  float own[(S::kStrips + 1) / 2], top = 0, log_largest = 0;
 #pragma unroll
   for (int word = 0; word < (S::kStrips + 1) / 2; ++word) {
     own[word] = token_mass<S>(tokens, 32 * word + at.lane, tokens.valid[word] >> at.lane & 1);
@@ -80,7 +92,7 @@ __device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Pl
     top = largest[0];
     for (int warp = 1; warp < S::kWarps; ++warp) top = most(top, largest[warp]);
     if constexpr (S::kClustered) top = most_of_ranks<S>(at, exchange, top);
-    marginals.log_largest = log_two(top);
+    log_largest = log_two(top);
   }
 #pragma unroll
   for (int word = 0; word < (S::kStrips + 1) / 2; ++word) {
@@ -93,14 +105,23 @@ __device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Pl
     if (32 * word + at.lane < S::kWarpTokens) masses[32 * word + at.lane] = x;
   }
   __syncwarp();
+  return log_largest;
+}
 
+template <class S>
+__device__ __forceinline__ Marginals<S> find_marginals(const Params& p, const Place& at,
+                                                       const Tokens<S>& tokens,
+                                                       Exchange& exchange) {
+  const auto& head = shared_head<S>();
+  Marginals<S> marginals{};
+  marginals.log_largest = find_masses<S>(at, tokens, exchange);
   const float first = reference_mass(p, head.b, head.h, 0);
   float top_reference = 0;
   for_each_own(at, marginals.references, [&](int j, float& b) {
     b = j < p.references ? reference_mass(p, head.b, head.h, j) : 0.0f;
     top_reference = most(top_reference, b);
   });
-  if (!factored) {
+  if (!head.similarity.factored) {
     marginals.log_first = log_two(first);
     for_each_own(at, marginals.references, [](int, float& b) { b = log_two(b); });
   } else if (p.reference_mass.data != nullptr) {
@@ -258,14 +279,61 @@ __device__ __forceinline__ void keep_columns(const Params& p, const Place& at, i
   });
 }
 
+// The masses of the lane's tokens, as a solution before rows are known.
+template <class S>
+__device__ __forceinline__ void begin_tokens(const Place& at, Solution<S>& solution) {
+  const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
+  for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = masses[16 * s + 8 * half]; });
+}
+
 // The state before the first step: `value` for each reference, `beyond` for those after the last.
 template <class S>
 __device__ __forceinline__ void begin(const Params& p, const Place& at, float value, float beyond,
-                                      const float* masses, Solution<S>& solution) {
+                                      Solution<S>& solution) {
   for_each_own(at, solution.references,
                [&](int j, float& x) { x = j < p.references ? value : beyond; });
-  for_each_token<S>([&](int s, int half) { solution.tokens[s][half] = masses[16 * s + 8 * half]; });
+  begin_tokens<S>(at, solution);
   solution.log_first = 0;
+}
+
+// Step t: u and the columns, from v of the step before.
+template <class S>
+__device__ __forceinline__ void step_by_factors(const Params& p, const Place& at,
+                                                const Tokens<S>& tokens, float log_largest,
+                                                const Entries<S>& entries, int t, int parity,
+                                                Exchange& exchange, Solution<S>& solution,
+                                                Spread<S>& logarithms) {
+  const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
+  const float scale = shared_head<S>().similarity.scale;
+  if (t > 0) {
+    OfReferences<S> factors;
+    to_fragments<S>(at, solution.references, factors);
+    OfTokens<S> sums;
+    sum_rows<S>(tokens, entries, factors, sums);
+    for_each_token<S>([&](int s, int half) {
+      solution.tokens[s][half] = masses[16 * s + 8 * half] * reciprocal(sums[s][half]);
+      sums[s][half] = logarithm(sums[s][half]) + (scale - solution.log_first);
+    });
+    keep_rows<S>(at, tokens, t - 1, sums);
+  }
+  Sums<S, float> columns;
+  sum_columns<S>(
+      at, parity,
+      [&](int n, int e) {
+        float sum = 0;
+        for_each_token<S>([&](int s, int half) {
+          sum = fmaf(entries[s][n][2 * half + e], solution.tokens[s][half], sum);
+        });
+        return sum;
+      },
+      columns);
+  add_ranks<S>(at, exchange, columns);
+  const float unit = log_largest + (t > 0 ? solution.log_first : scale);
+#pragma unroll
+  for (int h = 0; h < S::kLanePairs; ++h) {
+    solution.columns[h] = {columns[h].x, columns[h].y};
+    logarithms[h] = {logarithm(columns[h].x) + unit, logarithm(columns[h].y) + unit};
+  }
 }
 
 template <class S>
@@ -274,53 +342,63 @@ __device__ __forceinline__ void solve_by_factors(const Params& p, const Place& a
                                                  const Marginals<S>& marginals,
                                                  const Entries<S>& entries, Exchange& exchange,
                                                  Solution<S>& solution) {
-  const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
-  begin<S>(p, at, 1.0f, 0.0f, masses, solution);
-  const float scale = shared_head<S>().similarity.scale;
-  float& log_first = solution.log_first;  // during a step, the value of the step before
+  begin<S>(p, at, 1.0f, 0.0f, solution);
 #pragma unroll 1
   for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
-    if (t > 0) {
-      OfReferences<S> factors;
-      to_fragments<S>(at, solution.references, factors);
-      OfTokens<S> sums;
-      sum_rows<S>(tokens, entries, factors, sums);
-      for_each_token<S>([&](int s, int half) {
-        solution.tokens[s][half] = masses[16 * s + 8 * half] * reciprocal(sums[s][half]);
-        sums[s][half] = logarithm(sums[s][half]) + (scale - log_first);
-      });
-      keep_rows<S>(at, tokens, t - 1, sums);
-    }
-    Sums<S, float> columns;
-    sum_columns<S>(
-        at, t & 1,
-        [&](int n, int e) {
-          float sum = 0;
-          for_each_token<S>([&](int s, int half) {
-            sum = fmaf(entries[s][n][2 * half + e], solution.tokens[s][half], sum);
-          });
-          return sum;
-        },
-        columns);
-    add_ranks<S>(at, exchange, columns);
-    const float unit = marginals.log_largest + (t > 0 ? log_first : scale);
     Spread<S> logarithms;
-#pragma unroll
-    for (int h = 0; h < S::kLanePairs; ++h) {
-      solution.columns[h] = {columns[h].x, columns[h].y};
-      logarithms[h] = {logarithm(columns[h].x) + unit, logarithm(columns[h].y) + unit};
-    }
+    step_by_factors<S>(p, at, tokens, marginals.log_largest, entries, t, t & 1, exchange, solution,
+                       logarithms);
     keep_columns<S>(p, at, t, logarithms);
     if (t == 0) return;
-    const float first = __shfl_sync(kFullWarp, columns[0].x, 0);
+    const float first = __shfl_sync(kFullWarp, solution.columns[0].x, 0);
     if (first == 0.0f) continue;  // a head without mass has g = 0
 #pragma unroll
     for (int h = 0; h < S::kLanePairs; ++h) {
-      const float2 b = marginals.references[h];
-      solution.references[h] = {b.x * (first * reciprocal(columns[h].x)),
-                                b.y * (first * reciprocal(columns[h].y))};
+      const float2 b = marginals.references[h], column = solution.columns[h];
+      solution.references[h] = {b.x * (first * reciprocal(column.x)),
+                                b.y * (first * reciprocal(column.y))};
     }
-    log_first = marginals.log_first;
+    solution.log_first = marginals.log_first;
+  }
+}
+
+// Step t: log2 u and the columns, from g of the step before.
+template <class S>
+__device__ __forceinline__ void step_in_log_domain(const Params& p, const Place& at,
+                                                   const Tokens<S>& tokens,
+                                                   const Entries<S>& entries, int t, int parity,
+                                                   Exchange& exchange, Solution<S>& solution) {
+  const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
+  if (t > 0) {
+    OfReferences<S> potentials;
+    to_fragments<S>(at, solution.references, potentials);
+    OfTokens<S> sums;
+    log_sum_rows<S>(tokens, entries, potentials, sums);
+    for_each_token<S>([&](int s, int half) {
+      solution.tokens[s][half] = masses[16 * s + 8 * half] - sums[s][half];
+    });
+    keep_rows<S>(at, tokens, t - 1, sums);
+  }
+  Sums<S, LogSum<float>> columns;
+  sum_columns<S>(
+      at, parity,
+      [&](int n, int e) {
+        LogSum<float> sum;
+        const auto each = [&](auto visit) {
+          for_each_token<S>([&](int s, int half) {
+            visit(entries[s][n][2 * half + e] + solution.tokens[s][half]);
+          });
+        };
+        each([&](float x) { sum.largest = maximum(sum.largest, x); });
+        const float base = sum.largest == -infinity<float>() ? 0.0f : sum.largest;
+        each([&](float x) { sum.sum += power_of_two(x - base); });
+        return sum;
+      },
+      columns);
+  add_ranks<S>(at, exchange, columns);
+#pragma unroll
+  for (int h = 0; h < S::kLanePairs; ++h) {
+    solution.columns[h] = {columns[h].x.logarithm(), columns[h].y.logarithm()};
   }
 }
 
@@ -330,41 +408,10 @@ __device__ __forceinline__ void solve_in_log_domain(const Params& p, const Place
                                                     const Marginals<S>& marginals,
                                                     const Entries<S>& entries, Exchange& exchange,
                                                     Solution<S>& solution) {
-  const float* masses = shared_at<float>(Memory<S>::kMasses) + at.warp * S::kWarpTokens + at.g;
-  begin<S>(p, at, 0.0f, -infinity<float>(), masses, solution);
+  begin<S>(p, at, 0.0f, -infinity<float>(), solution);
 #pragma unroll 1
   for (int t = p.iterations > 0; t <= int(p.iterations); ++t) {
-    if (t > 0) {
-      OfReferences<S> potentials;
-      to_fragments<S>(at, solution.references, potentials);
-      OfTokens<S> sums;
-      log_sum_rows<S>(tokens, entries, potentials, sums);
-      for_each_token<S>([&](int s, int half) {
-        solution.tokens[s][half] = masses[16 * s + 8 * half] - sums[s][half];
-      });
-      keep_rows<S>(at, tokens, t - 1, sums);
-    }
-    Sums<S, LogSum<float>> columns;
-    sum_columns<S>(
-        at, t & 1,
-        [&](int n, int e) {
-          LogSum<float> sum;
-          const auto each = [&](auto visit) {
-            for_each_token<S>([&](int s, int half) {
-              visit(entries[s][n][2 * half + e] + solution.tokens[s][half]);
-            });
-          };
-          each([&](float x) { sum.largest = maximum(sum.largest, x); });
-          const float base = sum.largest == -infinity<float>() ? 0.0f : sum.largest;
-          each([&](float x) { sum.sum += power_of_two(x - base); });
-          return sum;
-        },
-        columns);
-    add_ranks<S>(at, exchange, columns);
-#pragma unroll
-    for (int h = 0; h < S::kLanePairs; ++h) {
-      solution.columns[h] = {columns[h].x.logarithm(), columns[h].y.logarithm()};
-    }
+    step_in_log_domain<S>(p, at, tokens, entries, t, t & 1, exchange, solution);
     keep_columns<S>(p, at, t, solution.columns);
     if (t == 0) return;
     const float first = __shfl_sync(kFullWarp, solution.columns[0].x, 0);

@@ -5,17 +5,6 @@
 
 namespace setformer::cuda::on_chip {
 
-// g^t_j log2(e), relative to g^t_0.
-template <class S>
-__device__ __forceinline__ float potential(const StripParams& p, int64_t t, int j) {
-  const auto& head = shared_head<S>();
-  if (t == 0) return 0.0f;
-  const float* columns = head.columns + (t - 1) * p.references;
-  if (columns[j] == -infinity<float>()) return 0.0f;  // a head without mass has g = 0
-  return (log_two(reference_mass(p, head.b, head.h, j)) - columns[j]) -
-         (log_two(reference_mass(p, head.b, head.h, 0)) - columns[0]);
-}
-
 // Stores the references' numbers for step t: gbar^t W^t (in the step that collects, (gbar^t + eta)
 // W^t) and G^{t-1}.
 template <class S>

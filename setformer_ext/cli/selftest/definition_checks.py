@@ -20,14 +20,15 @@ FUNCTIONS = ("set_attention", "set_pooling", "transport_plan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # One problem per kernel family, which every GPU solves with kernels of this family only.
-# (Exceptions: forward of half types always streams before sm_80, and where a cluster could hold the
-# head before sm_90.) 49 tokens of 32 dimensions fit one block on every GPU; the keys alone of 1100
-# tokens, 64 dimensions of 2 bytes in tiles of 64 tokens, fit one on none, and with more than 128
-# references no cluster.
+# (Exceptions: forward of half types always streams before sm_80, and before sm_90 shares out what a
+# cluster could hold.) 49 tokens of 32 dimensions fit one block on every GPU; the keys alone of 1100
+# tokens, 64 dimensions of 2 bytes in tiles of 64 tokens, fit one on none. More than 3,072 tokens
+# with 65 references fit no cluster; with more than 128 references heads are not shared out.
 FAMILIES: dict[str, dict[str, Any]] = {
     "resident": {"B": 2, "H": 2, "N": 49, "M": 17, "D": 32, "Dv": 32},
     "streaming": {"B": 1, "H": 1, "N": 1100, "M": 130, "D": 64, "Dv": 9},
     "cluster": {"B": 1, "H": 2, "N": 1100, "M": 17, "D": 64, "Dv": 9},
+    "shares": {"B": 1, "H": 1, "N": 3100, "M": 65, "D": 8, "Dv": 8},
 }
 
 EVERY_OPTION: dict[str, Any] = {
@@ -98,7 +99,7 @@ def smoke_kernels() -> list[Kernels]:
 
 
 def _exist(family: str, dtype: torch.dtype, direction: str) -> bool:
-    if family == "cluster":
+    if family in ("cluster", "shares"):
         return dtype.itemsize == 2 and direction == "forward"
     return family != "resident" or dtype != torch.float64
 

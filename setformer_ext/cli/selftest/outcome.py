@@ -31,7 +31,7 @@ Check = Callable[[torch.device], Iterable[Comparison | Timing]]
 class Kernels(NamedTuple):
     """The kernels that a smoke check runs."""
 
-    family: str  # resident, streaming or cluster
+    family: str  # resident, streaming, cluster or shares
     dtype: torch.dtype
     direction: str  # forward or backward
 

@@ -23,7 +23,11 @@ DIRECTIONS = ("forward", "backward")
 # Of kernels on chip, those that the problems need: blocks of references, strips, warps.
 SHAPES = ("Li4ELi7ELi2E", "Li7ELi4ELi1E", "Li4ELi1ELi4E", "Li7ELi1ELi1E", "Li4ELi7EEE")
 
-FORWARD_ON_CHIP: dict[Regime, str] = {"on chip": "on_chip_", "cluster": "on_chip_cluster_"}
+FORWARD_ON_CHIP: dict[Regime, str] = {
+    "on chip": "on_chip_",
+    "cluster": "on_chip_cluster_",
+    "shares": "on_chip_shares_",
+}
 
 # What launch.cu refers to beside, and no check calls.
 ABSENT = """\
@@ -50,6 +54,11 @@ ABSENT_ON_CHIP = {
 template <> bool OnChipForward<{type}>::run(const ForwardParams&, Stream&) {{ return false; }}""",
     "on_chip_cluster_": """\
 template <> bool OnClusterForward<{type}>::run(const ForwardParams&, Stream&) {{
+  return false;
+}}""",
+    "on_chip_shares_": """\
+template <> int64_t SharedForward<{type}>::workspace(const ForwardParams&) {{ return 0; }}
+template <> bool SharedForward<{type}>::run(const ForwardParams&, float*, Stream&) {{
   return false;
 }}""",
     "on_chip_backward_": """\
@@ -94,6 +103,8 @@ def translated_kernels(ptx: Path, regime: Regime) -> list[Path]:
     launched."""
 
     def is_of_regime(kernel: str) -> bool:
+        if "merge_shares" in kernel or "scale_rank" in kernel:
+            return True
         if "on_chip" in kernel:
             return regime in FORWARD_ON_CHIP and any(shape in kernel for shape in SHAPES)
         return "unit_length" in kernel or ("resident" in kernel) == (regime == "resident")

@@ -37,9 +37,9 @@ from lengths import what_depends_on_lengths
 
 LONGEST = 300  # seconds of a check
 
-# Which kernels a problem is for: forward of a half type is on chip, on a cluster or streams, never
-# resident.
-Regime = Literal["on chip", "cluster", "resident", "streaming"]
+# Which kernels a problem is for: forward of a half type is on chip, on a cluster, on shares or
+# streams, never resident.
+Regime = Literal["on chip", "cluster", "shares", "resident", "streaming"]
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,18 @@ PROBLEMS = {
     "float16 forward on a cluster": Problem(
         "float16", "cluster", False, SELF | {"iterations": 3}, device=90
     ),
+    "bfloat16 forward on shares": Problem("bfloat16", "shares", False, RESIDENT | {"N": 1000}),
+    "bfloat16 forward on shares, in parts": Problem(
+        "bfloat16", "shares", False, SELF | DEEP_AND_WIDE | {"N": 1000}, device=86
+    ),
+    "bfloat16 forward on shares, in parts, in logarithms": Problem(
+        "bfloat16", "shares", False, SELF | DEEP_AND_WIDE | IN_LOGARITHMS | {"N": 1000}, device=86
+    ),
+    "bfloat16 forward on shares, packed": Problem(
+        "bfloat16", "shares", False, RESIDENT | SAMPLES | {"N": 1300}, packed=True
+    ),
+    "bfloat16 forward on one share, then backward": Problem("bfloat16", "shares", True, SELF),
+    "float16 forward on shares": Problem("float16", "shares", False, SELF | {"N": 1000}),
     "bfloat16 on-chip backward": Problem("bfloat16", "on chip", True, RESIDENT),
     "bfloat16 on-chip backward, transposed": Problem(
         "bfloat16", "on chip", True, RESIDENT, transposed

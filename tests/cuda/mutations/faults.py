@@ -297,7 +297,7 @@ BACKWARD = (
     Fault(
         "gradient of masses of the last step alone",
         "backward.cuh",
-        "t == p.iterations && first_part == 0 ? adjoint[half] : gradient + adjoint[half];",
+        "t == head.p.iterations && is_first ? adjoint[half] : gradient + adjoint[half];",
         "adjoint[half];",
         "float32 resident backward",
     ),
@@ -339,8 +339,8 @@ BACKWARD = (
     Fault(
         "no barrier before rows are staged again",
         "gradient.cuh",
-        "                __syncthreads();\n                stage_rows(source,",
-        "                stage_rows(source,",
+        "        __syncthreads();\n        stage_rows(source,",
+        "        stage_rows(source,",
         "bfloat16 streaming backward",
     ),
     Fault(
@@ -381,8 +381,8 @@ BACKWARD = (
     Fault(
         "stale steps of another tile of references",
         "gradient.cuh",
-        "steps_loaded = steps == count && last - first == 1;",
-        "steps_loaded = steps == count;",
+        "loaded = steps == count && one_chunk;",
+        "loaded = steps == count;",
         "float32 streaming backward",
     ),
 )
@@ -440,8 +440,8 @@ ON_CHIP = on_chip(
     (
         "a warp's tokens overlap those of the one before",
         "shape.cuh",
-        "    first = 16 * begin;\n",
-        "    first = 16 * begin - (at.warp > 0);\n",
+        "    first = 16 * (from + begin);\n",
+        "    first = 16 * (from + begin) - (at.warp > 0);\n",
         "bfloat16 on-chip forward",
     ),
     (
@@ -468,22 +468,22 @@ ON_CHIP = on_chip(
     (
         "one room for the sums of all steps",
         "solve.cuh",
-        "        at, t & 1,\n        [&](int n, int e) {\n          float sum = 0;",
-        "        at, 0,\n        [&](int n, int e) {\n          float sum = 0;",
+        "marginals.log_largest, entries, t, t & 1, exchange",
+        "marginals.log_largest, entries, t, 0, exchange",
         "float16 on-chip forward",
     ),
     (
         "v_0 left in the rows that are kept",
         "solve.cuh",
-        "sums[s][half] = logarithm(sums[s][half]) + (scale - log_first);",
+        "sums[s][half] = logarithm(sums[s][half]) + (scale - solution.log_first);",
         "sums[s][half] = logarithm(sums[s][half]) + scale;",
         "bfloat16 on-chip forward, then backward",
     ),
     (
         "columns kept relative to the largest mass",
         "solve.cuh",
-        "const float unit = marginals.log_largest + (t > 0 ? log_first : scale);",
-        "const float unit = t > 0 ? log_first : scale;",
+        "const float unit = log_largest + (t > 0 ? solution.log_first : scale);",
+        "const float unit = t > 0 ? solution.log_first : scale;",
         "bfloat16 on-chip forward, then backward",
     ),
     (
@@ -534,8 +534,8 @@ ON_CLUSTER = on_chip(
     (
         "blocks of a cluster take the same tokens",
         "shape.cuh",
-        "const int warp = rank<S>() * S::kWarps + at.warp,",
-        "const int warp = at.warp,",
+        "all_strips<S>(), rank<S>() * S::kWarps + at.warp, ranks",
+        "all_strips<S>(), at.warp, ranks",
         "bfloat16 forward on a cluster",
     ),
     (
@@ -628,6 +628,128 @@ ON_CLUSTER = on_chip(
         "return at.warp == 0 && rank<S>() == 0;",
         "return at.warp == 0 && rank<S>() == ranks<S>();",
         "bfloat16 forward on a cluster, then backward",
+    ),
+)
+
+ON_SHARES = on_chip(
+    (
+        "all shares begin at the first token",
+        "share.cuh",
+        "head.first_strip = share < shares.count ? share * shares.each : -1;",
+        "head.first_strip = share < shares.count ? 0 : -1;",
+        "bfloat16 forward on shares",
+    ),
+    (
+        "a share that does not exist",
+        "share.cuh",
+        "head.first_strip = share < shares.count ? share * shares.each : -1;",
+        "head.first_strip = share * shares.each;",
+        "bfloat16 forward on shares, packed",
+    ),
+    (
+        "shares of all heads in one place",
+        "share.cuh",
+        "+ head.h * shares.count;",
+        ";",
+        "bfloat16 forward on shares",
+    ),
+    (
+        "shares of packed sequences in one place",
+        "share.cuh",
+        "b * count : b + tokens_before / (16 * least)",
+        "b * count : b",
+        "bfloat16 forward on shares, packed",
+    ),
+    (
+        "every share counts as the whole head",
+        "share.cuh",
+        "const bool alone = head.first_strip == 0 && head.last_strip == all_strips<S>();",
+        "const bool alone = true;",
+        "bfloat16 forward on shares",
+    ),
+    (
+        "g of the step itself",
+        "share.cuh",
+        "p.distributes ? p.iterations : p.t > 0 ? p.t - 1 : 0;",
+        "p.distributes ? p.iterations : p.t;",
+        "bfloat16 forward on shares",
+    ),
+    (
+        "g of the step before for the output",
+        "share.cuh",
+        "p.distributes ? p.iterations : p.t > 0 ? p.t - 1 : 0;",
+        "p.t > 0 ? p.t - 1 : 0;",
+        "bfloat16 forward on shares, in parts",
+    ),
+    (
+        "rows without the largest g",
+        "share.cuh",
+        "solution.log_first = -top;",
+        "",
+        "bfloat16 forward on one share, then backward",
+    ),
+    (
+        "A without v for the output",
+        "share.cuh",
+        "if (weighs) x = {",
+        "if (false) x = {",
+        "bfloat16 forward on shares, in parts",
+    ),
+    (
+        "A with v where plans have it",
+        "share.cuh",
+        "&& !p.cross && !kFewExponents<Storage>;",
+        ";",
+        "float16 forward on shares",
+    ),
+    (
+        "halves of a tile of A in one place",
+        "share.cuh",
+        "to[32 * half] = {words[0], words[1]};",
+        "to[0] = {words[0], words[1]};",
+        "bfloat16 forward on shares",
+    ),
+    (
+        "A of the parts before is dropped",
+        "averages.cuh",
+        "average = kept == 0.0f ? x : fmaf(average, kept, x);",
+        "average = x;",
+        "bfloat16 forward on shares, in parts",
+    ),
+    (
+        "all parts of a share weigh the same",
+        "share.cuh",
+        "part = part_of(part, both);",
+        "part = 1.0f;",
+        "bfloat16 forward on shares, in parts",
+    ),
+    (
+        "parts in logarithms weigh the same",
+        "share.cuh",
+        "kept = part_of(all, both);",
+        "kept = 1.0f;",
+        "bfloat16 forward on shares, in parts, in logarithms",
+    ),
+    (
+        "sums of a part over those that other warps still read",
+        "share.cuh",
+        "    parity ^= 1;\n",
+        "",
+        "bfloat16 forward on shares, in parts, in logarithms",
+    ),
+    (
+        "the first share is not merged",
+        "share_forward.cuh",
+        "for (int share = lane; share < count; share += 32) all.merge",
+        "for (int share = lane + 1; share < count; share += 32) all.merge",
+        "bfloat16 forward on shares",
+    ),
+    (
+        "shares weigh the same",
+        "share_forward.cuh",
+        "const float weight = part_of(*part, column);",
+        "const float weight = 1.0f;",
+        "bfloat16 forward on shares",
     ),
 )
 
@@ -764,7 +886,7 @@ IN_GROUP = tuple(
         ),
         (
             "scale replaced before all have read it",
-            "forward_kernels.cuh",
+            "merge_ranks.cuh",
             "  const T factor = inverse(scale);\n",
             "  const T factor = inverse(scale); if (threadIdx.x % 32 == 0) scale = factor;\n",
         ),
@@ -937,4 +1059,14 @@ SCALED = (
     ),
 )
 
-FAULTS = FORWARD + ON_CHIP + ON_CLUSTER + BACKWARD + ON_CHIP_BACKWARD + SCALED + IN_GROUP + PACKED
+FAULTS = (
+    FORWARD
+    + ON_CHIP
+    + ON_CLUSTER
+    + ON_SHARES
+    + BACKWARD
+    + ON_CHIP_BACKWARD
+    + SCALED
+    + IN_GROUP
+    + PACKED
+)
