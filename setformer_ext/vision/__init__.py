@@ -5,6 +5,14 @@ Importing this registers the backbone's sizes with timm, so that
 """
 
 from .backbone import Setformer
+from .fusion import fuse_norms
 from .models import setformer_base, setformer_mini, setformer_small, setformer_tiny
 
-__all__ = ["Setformer", "setformer_base", "setformer_mini", "setformer_small", "setformer_tiny"]
+__all__ = [
+    "Setformer",
+    "fuse_norms",
+    "setformer_base",
+    "setformer_mini",
+    "setformer_small",
+    "setformer_tiny",
+]

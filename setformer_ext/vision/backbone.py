@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from timm.layers import (
     ClassifierHead,
-    LayerNorm2d,
     calculate_drop_path_rates,
     get_device_dtype,
     trunc_normal_,
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ..arguments import require
 from ..controls import ATTENTIONS, MeanAttention, SoftmaxAttention, make_attention
 from ..modules import SetAttention
-from .blocks import EPSILON, Block, Stage, TokenEmbedding
+from .blocks import Block, Stage, TokenEmbedding
 
 HEAD_DIM = 32
 STRIDES = (4, 8, 16, 32)
@@ -37,9 +36,12 @@ class Setformer(nn.Module):
     r"""A hierarchical vision transformer whose attention is optimal transport onto references.
 
     Four stages at strides 4, 8, 16 and 32 of any image, whatever its size: overlapping
-    convolutions embed the tokens and lie between the stages; each block adds a depthwise
-    convolution (positions), pre-norm SeT attention on the H x W grid and a pre-norm MLP. Attention
-    costs O(N M) for N tokens and M references, so no windows are needed at any resolution.
+    convolutions embed the tokens and lie between the stages; each block adds SeT attention on the
+    H x W grid and an MLP with a depthwise convolution inside, from which tokens know their
+    positions. Attention costs O(N M) for N tokens and M references, so no windows are needed at any
+    resolution. All norms are batch norms: in training images of a batch share their statistics, in
+    eval mode they do not see one another, and :func:`fuse_norms` makes the norms part of the layers
+    before them.
 
     From the paper (Shamsolmoali et al., SeTformer, AAAI 2024): the hierarchy, SeT attention, sizes
     mini to base, and for base the parameters and FLOPs of Mask R-CNN and UPerNet on it. Widths,
@@ -59,7 +61,6 @@ class Setformer(nn.Module):
             ``ATTENTION_OPTIONS``; None for other attentions.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-        layer_scale: initial scale of each branch's channels, None for no scale.
 
     Shape:
         [B, in_chans, H, W] to [B, num_classes]. ``forward_features``: to [B, C, H / 32, W / 32],
@@ -82,7 +83,6 @@ class Setformer(nn.Module):
         attention_options: dict[str, Any] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         _require(in_chans >= 1, "in_chans", "at least 1", in_chans)
@@ -115,13 +115,13 @@ class Setformer(nn.Module):
             dim, references = dims[stage], num_references[stage]
             for rate in rates[stage]:
                 made = make_attention(attention, dim, dim // HEAD_DIM, references, options)
-                yield Block(dim, made, mlp_ratio, rate, layer_scale)
+                yield Block(dim, made, mlp_ratio, rate)
 
         self.stem = TokenEmbedding(in_chans, dims[0])
         self.stages = nn.Sequential(
             *(Stage(dims[i - 1] if i else None, dims[i], blocks(i)) for i in range(4))
         )
-        self.norm: nn.Module = LayerNorm2d(dims[-1], EPSILON)
+        self.norm: nn.Module = nn.BatchNorm2d(dims[-1])
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate
         )
@@ -235,10 +235,11 @@ class Setformer(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, SetAttention | SoftmaxAttention | MeanAttention):
         module.reset_parameters()
+        trunc_normal_(module.projection.weight, std=0.02)  # small: what is added to its input
     elif isinstance(module, nn.Linear | nn.Conv2d):
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        else:  # small, for depthwise ones too: these are added to their input
+        else:
             trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

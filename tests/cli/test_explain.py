@@ -47,11 +47,9 @@ def plans_by_hand(model: Setformer, images: Tensor) -> Tensor:  # [B, 3, H, W] -
     """Stage 3, block 2, step by step."""
     x = model.stages[1](model.stages[0](model.stem(images)))
     stage = model.stages[2]
-    tokens = stage.blocks[0](stage.downsample(x).permute(0, 2, 3, 1))
     block = stage.blocks[1]
-    tokens = tokens + block.position(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    tokens = block.attention_norm(tokens)
-    return block.attention.transport_plan(tokens.flatten(1, 2), grid=tuple(tokens.shape[1:3]))[0]
+    x = block.attention_norm(stage.blocks[0](stage.downsample(x)))
+    return block.attention.transport_plan(x.flatten(2).mT, grid=tuple(x.shape[2:]))[0]
 
 
 @pytest.mark.parametrize("block", [2, -1])

@@ -44,20 +44,20 @@ VISION = (
     Fault(
         "no activation between the convolutions of the stem",
         "vision/blocks.py",
-        "self.conv2(self.activation(self.norm1(x)))",
-        "self.conv2(self.norm1(x))",
+        "self.second(F.gelu(self.first(x.contiguous(memory_format=torch.channels_last))))",
+        "self.second(self.first(x.contiguous(memory_format=torch.channels_last)))",
     ),
     Fault(
         "MLPs of the backbone with another activation",
         "vision/blocks.py",
-        "nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))",
-        "nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))",
+        "F.gelu(self.conv_norm(self.conv(x)))",
+        "F.relu(self.conv_norm(self.conv(x)))",
     ),
     Fault(
         "norms of the backbone with another epsilon",
         "vision/blocks.py",
-        "EPSILON = 1e-5",
-        "EPSILON = 1e-6",
+        "self.attention_norm = nn.BatchNorm2d(dim)",
+        "self.attention_norm = nn.BatchNorm2d(dim, 1e-3)",
     ),
     Fault(
         "dropout before the classifier is left out",
@@ -70,6 +70,24 @@ VISION = (
         "vision/backbone.py",
         "pool_type=global_pool, drop_rate=drop_rate",
         "drop_rate=drop_rate",
+    ),
+    Fault(
+        "recomputed blocks count a batch twice",
+        "vision/blocks.py",
+        "return nullcontext(), _statistics_kept(block)",
+        "return nullcontext(), nullcontext()",
+    ),
+    Fault(
+        "a model in training is fused",
+        "vision/fusion.py",
+        "if module.training]",
+        "if False]",
+    ),
+    Fault(
+        "one kind of norm is not fused",
+        "vision/blocks.py",
+        '{"expand": "expand_norm", "conv": "conv_norm"}',
+        '{"expand": "expand_norm"}',
     ),
     Fault(
         "depthwise convolutions start as large as the others",
