@@ -8,7 +8,7 @@ without a copy.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -161,14 +161,15 @@ def _of_channels(linear: nn.Module, x: Tensor) -> Tensor:  # [B, C, H, W]
 
 
 def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """The block's output, of which backward computes the rest again."""
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_kept(block)
-
-    # What is compiled updates the statistics once, and takes no contexts.
-    more = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
-    return checkpoint(block, x, use_reentrant=False, **more)
+    """The block's output; backward computes again what is inside."""
+    if torch.compiler.is_compiling():  # counts a batch once, whatever it recomputes
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _statistics_kept(block)),
+    )
 
 
 @contextmanager

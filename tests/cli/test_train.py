@@ -48,10 +48,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def frozen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """With batch norms that are constants it does not matter how a batch is split."""
+    output = tmp_path_factory.mktemp("pretrained") / "output"
+    classify(data, output, *SHORT)
+    return (*SHORT, f"--pretrained={output / 'model.safetensors'}", "--freeze-batch-norm")
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    data: Path, frozen: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """What several processes have to give, too."""
     output = tmp_path_factory.mktemp("one") / "output"
-    classify(data, output, *SHORT, "--batch-size=16")
+    classify(data, output, *frozen, "--batch-size=16")
     return output
 
 
@@ -100,11 +110,11 @@ def test_it_learns_and_its_weights_give_the_figures_it_prints(
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch(
-    data: Path, one_process: Path, tmp_path: Path
+    data: Path, frozen: tuple[str, ...], one_process: Path, tmp_path: Path
 ) -> None:
     """Under torchrun, DDP; 31 evaluation images are no multiple of 2, and none counts twice."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "setformer_ext"]
-    two = arguments(data, tmp_path / "two", *SHORT, "--batch-size=8")
+    two = arguments(data, tmp_path / "two", *frozen, "--batch-size=8")
     # elsewhere: in a checkout its own folder would come before the installed package
     subprocess.run([sys.executable, *command, *two], check=True, timeout=100, cwd=tmp_path)
     assert_close(metrics(tmp_path / "two"), metrics(one_process))
@@ -145,9 +155,9 @@ def train_sharded(given: list[str], stop_after: int | None) -> None:
 
 @pytest.mark.slow
 def test_sharded_training_is_the_same_and_resumes(
-    data: Path, one_process: Path, tmp_path: Path
+    data: Path, frozen: tuple[str, ...], one_process: Path, tmp_path: Path
 ) -> None:
-    given = arguments(data, tmp_path / "two", *SHORT, "--shard", "--resume")
+    given = arguments(data, tmp_path / "two", *frozen, "--shard", "--resume")
     assert launch(2, train_sharded, given, 2)[0] == 7
     assert not (tmp_path / "two" / "metrics.json").exists()
     assert launch(2, train_sharded, given, None) == [0, 0]
@@ -161,9 +171,38 @@ def test_sharded_training_is_the_same_and_resumes(
     torch.testing.assert_close(weights, known, rtol=0, atol=1e-3)
 
 
-def test_accumulated_passes_are_one_batch(data: Path, tmp_path: Path) -> None:
-    whole = classify(data, tmp_path / "whole", *SHORT)
-    parts = classify(data, tmp_path / "parts", *SHORT, "--batch-size=4", "--accumulate=2")
+def remember_statistics(given: list[str], folder: Path) -> None:
+    """Train, and write what the model that is evaluated knows beside its weights."""
+    from setformer_ext.cli.train.learner import Learner
+
+    original = Learner.evaluated
+
+    def evaluated(self: Learner) -> nn.Module:
+        model = original(self)
+        save_file(dict(model.named_buffers()), folder / f"{self.accelerator.process_index}")
+        return model
+
+    Learner.evaluated = evaluated
+    run_command(given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--shard",), ("--ema-decay=0",)])
+def test_processes_evaluate_with_the_same_statistics(
+    more: tuple[str, ...], data: Path, tmp_path: Path
+) -> None:
+    given = arguments(data, tmp_path / "run", *SHORT, *more)
+    assert launch(2, remember_statistics, given, tmp_path) == [0, 0]
+    first, second = (load_file(tmp_path / str(rank)) for rank in range(2))
+    assert any(name.endswith("running_mean") for name in first)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_accumulated_passes_are_one_batch(
+    data: Path, frozen: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole = classify(data, tmp_path / "whole", *frozen)
+    parts = classify(data, tmp_path / "parts", *frozen, "--batch-size=4", "--accumulate=2")
     assert_close(parts, whole)
 
 
@@ -338,12 +377,21 @@ def test_pretrained_weights(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     shutil.copytree(data, tmp_path / "data")
     for split in ("train", "val"):
         shutil.rmtree(tmp_path / "data" / split / "9")
-    still = ("--steps=1", "--lr=0", f"--pretrained={weights}")
+    still = ("--steps=1", "--lr=0", f"--pretrained={weights}", "--freeze-batch-norm")
     classify(tmp_path / "data", tmp_path / "nine", *still)
     before, after = load_file(weights), load_file(tmp_path / "nine" / "model.safetensors")
     assert after["head.fc.weight"].shape[0] == 9
-    for name in before.keys() - {"head.fc.weight", "head.fc.bias"}:
+    counts = {name for name in before if name.endswith("num_batches_tracked")}
+    assert before.keys() - after.keys() == counts, "what is frozen counts no batches"
+    for name in after.keys() - {"head.fc.weight", "head.fc.bias"}:
         torch.testing.assert_close(after[name], before[name])
+    # Such weights are those of a model whose norms are not frozen, too.
+    frozen = tmp_path / "nine" / "model.safetensors"
+    classify(tmp_path / "data", tmp_path / "again", "--steps=1", f"--pretrained={frozen}")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == before.keys()
+    given = arguments(data, tmp_path / "out", "--freeze-batch-norm")
+    assert cli.main(given) == 1
+    assert "--freeze-batch-norm: expected with --pretrained" in capsys.readouterr().err
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     given = arguments(data, tmp_path / "out", f"--pretrained={tmp_path / 'other.safetensors'}")
     assert cli.main(given) == 1
@@ -525,7 +573,7 @@ def test_layer_decay_of_a_backbone_inside_a_detector() -> None:
     ):
         assert of[id(parameter)]["lr_scale"] == 1
         assert of[id(parameter)]["weight_decay"] == decay
-    assert of[id(backbone.stem.conv1.weight)]["lr_scale"] < 0.1
+    assert of[id(backbone.stem.first.conv.weight)]["lr_scale"] < 0.1
     with pytest.raises(TrainingError, match="--layer-decay: Linear does not say what its layers"):
         parameter_groups(nn.Linear(3, 3), weight_decay=0.1, layer_decay=0.5)
 

@@ -138,7 +138,7 @@ def test_gradient_checkpointing_runs_each_block_anew_in_backward(again: bool) ->
     for name, module in learner.model.named_modules():
         if re.fullmatch(r"stages\.\d\.blocks\.\d", name):
             module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-    learner.backward(torch.randn(1, 3, 32, 32), last=True)
+    learner.backward(torch.randn(2, 3, 32, 32), last=True)
     for stage, depth in enumerate(OfBlocks.depths):
         for block in range(depth):
             assert calls.count(f"stages.{stage}.blocks.{block}") == 1 + again

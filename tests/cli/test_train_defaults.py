@@ -36,6 +36,7 @@ ON_IMAGES = {
     "model": "setformer_tiny",
     "model_options": [],
     "pretrained": None,
+    "freeze_batch_norm": False,
     "flip": 0.5,
     "data": Path("d"),
     "max_pixels": 178_956_970,  # Pillow's own limit

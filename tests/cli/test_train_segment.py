@@ -508,8 +508,8 @@ def test_pretrained_backbone(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     for name, tensor in backbone.items():
         assert torch.equal(tensor, state[name]), name
     assert not torch.equal(
-        make_task(data).make_model().backbone.state_dict()["stem.conv1.weight"],
-        state["stem.conv1.weight"],
+        make_task(data).make_model().backbone.state_dict()["stem.first.conv.weight"],
+        state["stem.first.conv.weight"],
     )
     save_file({"other": torch.zeros(1)}, tmp_path / "classifier.safetensors")
     assert cli.main(arguments(data, tmp_path / "out", "--steps=1", path)) == 1

@@ -68,7 +68,7 @@ def test_images_of_any_sizes_and_without_objects(
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-    assert model.backbone.body.model.stem.conv1.weight.grad.abs().max() > 0
+    assert model.backbone.body.model.stem.first.conv.weight.grad.abs().max() > 0
     if make is retinanet:
         model.score_thresh = 0.0
     for image, answer in zip(images(), model.eval()(images()), strict=True):

@@ -203,7 +203,7 @@ def test_torch_counts_the_flops() -> None:
     for stage, side in enumerate((16, 8, 4, 2)):
         tokens = side**2
         total += tokens * dim * dim * 9 if stage else 0
-        total += tokens * dim * 9  # the depthwise convolution
+        total += tokens * hidden * 9  # the depthwise convolution
         linear = dim * (3 * dim + 1 + 2 * hidden)  # key, value, projection, token mass; MLP
         total += tokens * linear + dim * references  # and the references' mass
         # Similarity, collect and distribute; two multiply-adds for the one Sinkhorn step, and one
@@ -221,3 +221,17 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     other.load_state_dict(load_file(tmp_path / "model.safetensors"))
     batch = torch.randn(1, 3, 64, 64)
     assert torch.equal(other(batch), model(batch))
+
+
+@pytest.mark.slow
+def test_compiles_with_gradient_checkpointing() -> None:
+    """One graph, and the batch counts once in the running statistics."""
+    torch._dynamo.reset()
+    batch, results = torch.randn(2, 3, 64, 64), []
+    for compiled in (False, True):
+        model = make().train()
+        model.set_grad_checkpointing()
+        function = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        function(batch).square().sum().backward()
+        results.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(results[1], results[0])

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import timm
+from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
 from ... import vision  # noqa: F401 (registers the models)
@@ -22,11 +23,18 @@ def add_network(
     model: str = "backbone: a name",
     pretrained: str = "the backbone's weights to start from, of a classifier",
 ) -> None:
-    """Declare ``--model``, ``--model-options`` and ``--pretrained``, the weights to start from."""
+    """Declare ``--model``, ``--model-options``, ``--pretrained``, the weights to start from, and
+    ``--freeze-batch-norm``."""
     add_option(parser, "--model", str, "setformer_tiny", f"{model} that timm knows")
     purpose = "for timm.create_model, such as drop_path_rate=0.1"
     add_keys_and_values(parser, "--model-options", purpose)
     add_option(parser, "--pretrained FILE", Path, help=pretrained)
+    parser.add_argument(
+        "--freeze-batch-norm",
+        action="store_true",
+        help="keep the backbone's batch norms as --pretrained has them: for fine-tuning on so few "
+        "images a batch that their own statistics are poor",
+    )
 
 
 def add_flip(parser: argparse._ActionsContainer) -> None:
@@ -38,11 +46,17 @@ def require_network(options: argparse.Namespace) -> None:
     """Refuse an unknown network or missing weights, before the data are read.
 
     Raises:
-        TrainingError: for a name that timm does not know, or if the file of weights does not exist.
+        TrainingError: for a name that timm does not know, if the file of weights does not exist, or
+            if norms shall be frozen that no file has.
     """
     path = options.pretrained
     if path is not None and not path.is_file():
         raise TrainingError(f"--pretrained: cannot read weights from {path}: there is no such file")
+    if options.freeze_batch_norm and path is None:
+        raise TrainingError(
+            "--freeze-batch-norm: expected with --pretrained, whose statistics it keeps; "
+            "add that, or leave this out"
+        )
     if not timm.is_model(options.model):
         pattern = f"*{options.model}*"
         close = [*timm.list_models(f"setformer{pattern}"), *timm.list_models(pattern)][:5]
@@ -63,7 +77,8 @@ def require_backbone(options: argparse.Namespace) -> None:
 
 
 def load_backbone(body: nn.Module, options: argparse.Namespace) -> None:
-    """Load the backbone's part of a classifier's weights, if weights are given.
+    """Load the backbone's part of a classifier's weights, if weights are given, and freeze its
+    norms, if that is asked for.
 
     Raises:
         TrainingError: if the file cannot be read or is of another model.
@@ -74,10 +89,18 @@ def load_backbone(body: nn.Module, options: argparse.Namespace) -> None:
     load_pretrained(whole, options.pretrained)
     state = whole.state_dict()
     body.load_state_dict({name: state[name] for name in body.state_dict()})
+    freeze_norms(body, options)
+
+
+def freeze_norms(model: nn.Module, options: argparse.Namespace) -> None:
+    """With ``--freeze-batch-norm`` make batch norms constants, in training too."""
+    if options.freeze_batch_norm:
+        freeze_batch_norm_2d(model)
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:
-    """Load weights, except those of a classifier for another number of classes.
+    """Load weights, except those of a classifier for another number of classes. Frozen batch norms
+    were saved without their numbers of batches.
 
     Raises:
         TrainingError: if the file cannot be read or is of another model.
@@ -90,7 +113,8 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     heads = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
     if any(name in state and state[name].shape != own[name].shape for name in heads):
         state = {name: tensor for name, tensor in state.items() if name not in heads}
-    wrong = [name for name in own if name not in state and name not in heads]
+    spare = {*heads, *(name for name in own if name.endswith(".num_batches_tracked"))}
+    wrong = [name for name in own if name not in state and name not in spare]
     wrong += [name for name in state if name not in own or state[name].shape != own[name].shape]
     if wrong:
         raise TrainingError(

@@ -19,7 +19,14 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..images import add_max_pixels
-from .backbones import MODEL_ERRORS, add_flip, add_network, load_pretrained, require_network
+from .backbones import (
+    MODEL_ERRORS,
+    add_flip,
+    add_network,
+    freeze_norms,
+    load_pretrained,
+    require_network,
+)
 from .labelled_images import LabelledImages, classes_without_images, files_left_out, find_data
 from .options import add_option, fraction, not_negative, number, positive
 from .task import EVAL_LOSS, Batch, DataError, Metrics, Task, TrainingError, blaming
@@ -166,6 +173,7 @@ class Classify(Task):
             model = timm.create_model(self.options.model, **self.model_options)
         if self.options.pretrained is not None:
             load_pretrained(model, self.options.pretrained)
+        freeze_norms(model, self.options)
         return model
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

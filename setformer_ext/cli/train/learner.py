@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -49,11 +49,12 @@ class Learner:
         if options.gradient_checkpointing:
             _checkpoint_gradients(self.model)
         self.model.to(accelerator.device).train()
-        self.ema = (
-            ModelEmaV3(self.model, decay=options.ema_decay, use_warmup=True)
-            if options.ema_decay
-            else None
-        )
+        self.ema = None
+        if options.ema_decay:
+            # Sharded weights cannot be averaged together with buffers, which are whole.
+            self.ema = ModelEmaV3(
+                self.model, decay=options.ema_decay, use_warmup=True, foreach=not options.shard
+            )
         self.averaged: nn.Module = self.model if self.ema is None else self.ema.module
         self.whole = self.averaged
         self.parallel = self.model
@@ -95,9 +96,12 @@ class Learner:
             self.ema.update(self.model, number + 1)
 
     def evaluated(self) -> nn.Module:
-        """The model to evaluate: the average if there is one, complete in each process."""
+        """The model to evaluate: the average if there is one, complete and equal in each process,
+        also in the statistics of batch norms, which are those of the first process's batches."""
         if self.whole is not self.averaged:
             self.whole.load_state_dict(get_model_state_dict(self.averaged, options=parallel.WHOLE))
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.whole, self.accelerator.num_processes)
         return self.whole.eval()
 
     def state(self) -> dict[str, Any]:

@@ -74,8 +74,8 @@ VISION = (
     Fault(
         "recomputed blocks count a batch twice",
         "vision/blocks.py",
-        "return nullcontext(), _statistics_kept(block)",
-        "return nullcontext(), nullcontext()",
+        "(nullcontext(), _statistics_kept(block))",
+        "(nullcontext(), nullcontext())",
     ),
     Fault(
         "a model in training is fused",
