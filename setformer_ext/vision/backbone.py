@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -237,8 +238,9 @@ def _initialise(module: nn.Module) -> None:
         module.reset_parameters()
         trunc_normal_(module.projection.weight, std=0.02)  # small: what is added to its input
     elif isinstance(module, nn.Linear | nn.Conv2d):
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.weight[0].numel() * module.out_channels / module.in_channels
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))  # He et al., 2015
         else:
             trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

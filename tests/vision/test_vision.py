@@ -115,15 +115,16 @@ def test_is_the_network_on_its_own_weights(global_pool: str) -> None:
 
 
 def test_weights_start_at_the_size_of_their_part() -> None:
-    """Of a convolution to C channels by 3 x 3 pixels sqrt(2 / (9 C)), by which gradients keep their
-    size (He et al., 2015); of what is added to its own input less, as of other layers."""
+    """Of a convolution where C channels see each of the input's by 3 x 3 pixels sqrt(2 / (9 C)), by
+    which gradients keep their size (He et al., 2015); linear layers are small."""
     for name, module in make().named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         if ".attention." in name and not name.endswith("projection"):
             continue
-        whole = isinstance(module, nn.Conv2d) and module.groups == 1
-        expected = math.sqrt(2 / (9 * module.out_channels)) if whole else 0.02
+        expected = 0.02
+        if isinstance(module, nn.Conv2d):
+            expected = math.sqrt(2 / (9 * module.out_channels / module.groups))
         # The deviation of n numbers is known to 1 / sqrt(2 n) of itself; five times that is rare.
         error = module.weight.std().item() / expected - 1
         assert abs(error) < 5 / math.sqrt(2 * module.weight.numel()), name

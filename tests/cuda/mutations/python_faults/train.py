@@ -13,6 +13,18 @@ TRAIN = (
         "",
     ),
     Fault(
+        "norms are not frozen",
+        "cli/train/backbones.py",
+        "        freeze_batch_norm_2d(model)\n",
+        "        pass\n",
+    ),
+    Fault(
+        "processes evaluate with statistics of their own",
+        "cli/train/learner.py",
+        "if self.accelerator.num_processes > 1:",
+        "if self.accelerator.num_processes < 1:",
+    ),
+    Fault(
         "training goes on in eval mode after an evaluation",
         "cli/train/loop.py",
         "        self.learner.model.train()\n",

@@ -90,10 +90,10 @@ VISION = (
         '{"expand": "expand_norm"}',
     ),
     Fault(
-        "depthwise convolutions start as large as the others",
+        "depthwise convolutions start as if each saw all channels",
         "vision/backbone.py",
-        "if isinstance(module, nn.Conv2d) and module.groups == 1:",
-        "if isinstance(module, nn.Conv2d):",
+        "fan_out = module.weight[0].numel() * module.out_channels / module.in_channels",
+        "fan_out = 9 * module.out_channels",
     ),
     Fault(
         "images for the backbone are cut to another part",
