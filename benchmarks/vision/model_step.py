@@ -7,7 +7,8 @@ multiply-adds, milliseconds of a forward pass and of a training step (forward, b
 medians of interleaved rounds, and then where the time of setformer_small's training step goes. The
 peers are timm's Swin-T and other hierarchical transformers of its size, with attention in windows,
 in focal neighbourhoods and over channels (neighbourhood attention itself has no compiled CPU
-kernel), a convolutional network, and our backbone with softmax attention.
+kernel), a convolutional network, and our backbone with softmax attention. Our backbone also runs
+with its norms fused, for inference.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import setformer_ext.vision  # noqa: F401 (registers the models with timm)
 from setformer_ext.cli.timing import keep_memory
+from setformer_ext.vision import fuse_norms
 
 OURS = "setformer_small"
+FUSED = f"{OURS}, norms fused"
 PEERS = {
     OURS: {},
     "setformer_small, softmax attention": {"attention": "softmax"},
@@ -50,6 +52,7 @@ KINDS = {
     "aten::_slow_conv": "convolutions",
     "aten::thnn_conv": "convolutions",
     "aten::native_layer_norm": "norms",
+    "aten::native_batch_norm": "norms",
     "aten::gelu": "GELU",
     "aten::_fused_adam": "optimizer",
     "aten::copy_": "copies",
@@ -75,14 +78,18 @@ def main() -> None:
         name: timm.create_model(name.partition(",")[0], num_classes=CLASSES, **settings)
         for name, settings in PEERS.items()
     }
-    steps = {
+    steps: dict[str, tuple[Callable[[], object], ...]] = {
         name: (forward_step(model, images), training_step(model, images, labels))
         for name, model in models.items()
     }
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
+    models[FUSED] = fuse_norms(models[OURS].eval())
+    steps[FUSED] = (forward_step(models[FUSED], images),)
+    times: dict[str, tuple[list[float], ...]] = {
+        name: tuple([] for _ in of_model) for name, of_model in steps.items()
+    }
     for turn in range(options.rounds + 1):
-        for name, both in steps.items():
-            for step, taken in zip(both, times[name], strict=True):
+        for name, of_model in steps.items():
+            for step, taken in zip(of_model, times[name], strict=True):
                 start = time.perf_counter()
                 step()
                 if turn > 0:  # the first also allocates
@@ -96,7 +103,8 @@ def main() -> None:
     for name, model in models.items():
         parameters = sum(x.numel() for x in model.parameters()) / 1e6
         medians = [statistics.median(taken) for taken in times[name]]
-        cells = [f"{t:.0f} ({t / o:.2f})" for t, o in zip(medians, ours, strict=True)]
+        cells = [f"{t:.0f} ({t / o:.2f})" for t, o in zip(medians, ours, strict=False)]
+        cells += [""] * (len(ours) - len(cells))
         print(
             f"| {name} | {parameters:.1f} | {multiply_adds(model, images):.1f} "
             f"| {' | '.join(cells)} |"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageOps
@@ -125,8 +126,15 @@ def test_it_learns_and_its_weights_give_the_figures_it_prints(
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(data: Path, tmp_path: Path) -> None:
     """Five images in two processes: none counts twice, and absent classes agree."""
-    one = train(data, tmp_path / "one", "--steps=2", "--eval-every=1")
-    two = arguments(data, tmp_path / "two", "--steps=2", "--eval-every=1", "--batch-size=2")
+    options = {"dims": (32,) * 4, "depths": (1,) * 4, "num_references": (4,) * 4}
+    save_file(
+        timm.create_model("setformer_mini", **options).state_dict(),
+        tmp_path / "weights.safetensors",
+    )
+    given = ("--steps=2", "--eval-every=1", f"--pretrained={tmp_path / 'weights.safetensors'}")
+    given += ("--freeze-batch-norm",)  # else each process has norms of its own
+    one = train(data, tmp_path / "one", *given)
+    two = arguments(data, tmp_path / "two", *given, "--batch-size=2")
     assert launch(2, run_command, two) == [0, 0]
     for entry, other in zip(metrics(tmp_path / "two")["history"], one["history"], strict=True):
         assert entry == pytest.approx(other, rel=0.02, abs=0.005)
@@ -496,7 +504,6 @@ def test_options_that_do_not_work(
 
 
 def test_pretrained_backbone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    import timm
 
     options = {"dims": (32,) * 4, "depths": (1,) * 4, "num_references": (4,) * 4}
     classifier = timm.create_model("setformer_mini", num_classes=7, **options)
@@ -533,5 +540,5 @@ def run_sharded() -> None:
     model = Segmenter("setformer_mini", 3, backbone_options=sizes)
     parallel.SHARD_PARAMETERS = sum(p.numel() for p in model.encoder.model.model.parameters())
     parallel.shard(model)
-    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
     distributed.destroy_process_group()
