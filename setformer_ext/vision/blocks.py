@@ -30,7 +30,7 @@ class Downsampling(nn.Module):
         [B, in_dim, H, W] to [B, C, ceil(H / 2), ceil(W / 2)].
     """
 
-    normed: ClassVar = {"conv": "norm"}  # layers and their norms, for fuse_norms
+    normed: ClassVar = {"conv": "norm"}  # layers and the norms after them, for fuse_norms
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -70,6 +70,9 @@ class TokenEmbedding(nn.Module):
 
 class MLP(nn.Module):
     """Two linear layers around a depthwise 3 x 3 convolution, which tells tokens their positions.
+
+    Our reading: the inverted residual of MobileNetV2 (Sandler et al., 2018) with GELU, and without a
+    norm of the last layer. It was chosen on real data.
 
     Args:
         dim: width C of the tokens.
