@@ -45,9 +45,9 @@ class Setformer(nn.Module):
     before them.
 
     From the paper (Shamsolmoali et al., SeTformer, AAAI 2024): the hierarchy, SeT attention, sizes
-    mini to base, and for base the parameters and FLOPs of Mask R-CNN and UPerNet on it. MLPs, norms,
-    widths, depths, references and every option of the attention are our reading, chosen on real
-    data.
+    mini to base, and for base the parameters and FLOPs of Mask R-CNN and UPerNet on it. MLPs,
+    norms, widths, depths, references and every option of the attention are our reading, chosen on
+    real data.
 
     Args:
         in_chans: channels of the images.

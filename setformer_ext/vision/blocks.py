@@ -71,8 +71,8 @@ class TokenEmbedding(nn.Module):
 class MLP(nn.Module):
     """Two linear layers around a depthwise 3 x 3 convolution, which tells tokens their positions.
 
-    Our reading: the inverted residual of MobileNetV2 (Sandler et al., 2018) with GELU, and without a
-    norm of the last layer. It was chosen on real data.
+    Our reading: the inverted residual of MobileNetV2 (Sandler et al., 2018) with GELU, and without
+    a norm of the last layer. It was chosen on real data.
 
     Args:
         dim: width C of the tokens.
