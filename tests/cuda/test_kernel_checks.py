@@ -20,7 +20,8 @@ ON_SM_75 = ["bfloat16 resident backward, small", "bfloat16 streaming backward, t
 ORDERS = ["random"]  # the rest of the suite runs them forward, test_threads.py in reverse as well
 BACKWARD = [name for name, problem in PROBLEMS.items() if problem.backward]
 ON_CHIP = ["float16 on-chip forward", "bfloat16 on-chip forward, in logarithms"]
-ON_CHIP += [name for name, problem in PROBLEMS.items() if problem.regime in ("cluster", "shares")]
+ON_CHIP += ["bfloat16 forward on shares, in parts, in logarithms"]
+ON_CHIP += [name for name, problem in PROBLEMS.items() if problem.regime == "cluster"]
 
 
 @pytest.fixture(scope="module")
