@@ -176,6 +176,9 @@ __device__ __forceinline__ void keep_share(const ShareParams& p, const Place& at
   if (at.warp != 0) return;
   const auto& head = shared_head<S>();
   const bool alone = head.first_strip == 0 && head.last_strip == all_strips<S>();
+  if (p.collects && head.first_strip == head.last_strip) {  // no tokens: A is 0
+    for (int i = at.lane; i < int(p.references * p.value_depth); i += 32) head.pooled[i] = 0.0f;
+  }
   float* to = alone ? head.columns + (p.t > 0 ? p.t - 1 : 0) * p.references
                     : head.pooled + p.references * p.value_depth;
   for_each_own(at, columns, [&](int j, float column) {
