@@ -118,9 +118,9 @@ class Problem:
     def on_shares(self) -> "OnChip | None":
         """What a block computes at once of its share of a head, on devices that give it 163 KiB."""
         blocks, strips = next((size for most, *size in ON_CHIP if self.references <= most), (0, 0))
-        most = 2 if blocks > 8 else strips
-        parts = [OnChip(blocks, strips, 8) for strips in range(most, 0, -1)]
-        return next((part for part in parts if part.shared_of_part(self) <= MOST_ON_CHIP), None)
+        strips = 2 if blocks > 8 else strips
+        parts = [OnChip(blocks, fewer, 8) for fewer in range(strips, 0, -1)]
+        return next((x for x in parts if x.shared(self, x.strips) <= MOST_ON_CHIP), None)
 
     @property
     def on_chip_backward(self) -> "OnChipBackward | None":
@@ -189,17 +189,10 @@ class OnChip:
         """The most of a head."""
         return 16 * self.strips * self.warps * self.ranks
 
-    def shared(self, p: Problem) -> int:
-        """Memory::sizes, total in bytes."""
-        strips = divide_up(p.tokens, 16 * self.warps * self.ranks)
-        return self._shared_of_strips(p, strips)
-
-    def shared_of_part(self, p: Problem) -> int:
-        """The same of a part of a share, whose warps have `strips`."""
-        return self._shared_of_strips(p, self.strips)
-
-    def _shared_of_strips(self, p: Problem, strips: int) -> int:
-        """Memory::sizes_of, of so many strips a warp."""
+    def shared(self, p: Problem, strips: int | None = None) -> int:
+        """Memory::sizes_of, total in bytes; strips: of a warp, None: those of the whole head."""
+        if strips is None:
+            strips = divide_up(p.tokens, 16 * self.warps * self.ranks)
         references, across = 8 * self.blocks, self.warps > 1
         spread = 64 * divide_up(self.blocks, 8) * self.warps
         total = ON_CHIP_HEAD + references * 4 * (1 + 3)  # terms and positions
@@ -283,7 +276,7 @@ def dynamic_shared(kernel: str, p: Problem, arch: int = 80, collects: bool = Fal
         return p.on_cluster.shared(p)
     if kernel == "attention_forward_on_shares_kernel":
         assert p.on_shares
-        return p.on_shares.shared_of_part(p)
+        return p.on_shares.shared(p, p.on_shares.strips)
     if kernel == "attention_backward_on_chip_kernel":
         assert p.on_chip_backward
         return p.on_chip_backward.shared(p)

@@ -47,12 +47,13 @@ PASS = 128  # bytes
 ELEMENT = 2  # bytes of a bfloat16 or float16
 NUMBER = 4  # of a float32
 
+ON_SHARES = "attention_forward_on_shares_kernel"
 # Tensors of [B, H, N, D] that a launch reads or writes; kernels that are not here have none.
 TOKEN_TENSORS = {
     "attention_forward_on_chip_kernel": 3,  # k, v, o
     "attention_forward_on_cluster_kernel": 3,  # k, v, o
     "attention_backward_on_chip_kernel": 6,  # k, v, o, do, dk, dv
-    "attention_forward_on_shares_kernel": 1,  # k; of all launches one also v, one also o
+    ON_SHARES: 1,  # k; of all launches one also v, one also o
     "sinkhorn_step_kernel": 1,  # k
     "collect_kernel": 2,  # k, v
     "distribute_kernel": 2,  # k, o
@@ -61,7 +62,6 @@ TOKEN_TENSORS = {
     "sinkhorn_step_backward_kernel": 1,  # k; at step T also do and dv
     "gradient_kernel": 4,  # k, v, do, dk
 }
-ON_SHARES = {"attention_forward_on_shares_kernel"}
 ALONE = {
     "attention_forward_on_chip_kernel",
     "attention_forward_on_cluster_kernel",
@@ -136,7 +136,7 @@ def _launches(p: Problem, device: Device, pass_: str) -> Iterator[Launch]:
 def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float, moves: bool) -> Launch:
     times = row["launches"]
     scale = p.problems * longer / times
-    tensors = TOKEN_TENSORS.get(kernel, 0) + 2 / times * (kernel in ON_SHARES)
+    tensors = TOKEN_TENSORS.get(kernel, 0) + 2 / times * (kernel == ON_SHARES)
     moved = moves * tensors * p.tokens * p.depth * ELEMENT
     if kernel in ALONE:  # rows and columns of each step, and A
         moved += NUMBER * ((p.steps + 1) * (p.tokens + p.references) + p.references * p.depth)

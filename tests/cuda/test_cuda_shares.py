@@ -16,6 +16,7 @@ from emulator.device import Emulator
 from exactness import assert_as_exact_as_definition
 from setformer_ext import ops
 from setformer_ext.cli.selftest.problems import random_problem
+from test_cuda_launch import launched
 
 HALVES = (torch.bfloat16, torch.float16)
 SHARES, MERGE = "attention_forward_on_shares_kernel", "merge_shares_kernel"
@@ -39,13 +40,8 @@ def emulator(
     return emulator
 
 
-def launched(emulator: Emulator) -> list[str]:
-    """The kernels that are on shares, or merge them, and all others as they are called."""
-    known = (SHARES, MERGE)
-    return [
-        next((name for name in known if name in launch.kernel), launch.kernel)
-        for launch in emulator.launches()
-    ]
+def kernels(emulator: Emulator) -> list[str]:
+    return [name for name, _ in launched(emulator)]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -69,7 +65,7 @@ def test_as_exact_as_definition(
     assert_as_exact_as_definition(setformer_ext.set_attention, arguments, backward=False)
     steps = max(arguments["iterations"], 1)
     expected = [SHARES, MERGE] * steps * (2 if options.get("Nq") else 1) + [SHARES]
-    assert launched(emulator) == expected
+    assert kernels(emulator) == expected
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
@@ -111,7 +107,7 @@ def test_packed_sequences(emulator: Emulator) -> None:
     output = setformer_ext.set_attention_varlen(
         None, rows["key"], rows["value"], arguments["reference"], ends, **options
     )
-    assert SHARES in launched(emulator)
+    assert SHARES in kernels(emulator)
     for begin, end in pairwise(ends.tolist()):
         if begin == end:
             continue
@@ -139,4 +135,4 @@ def test_which_heads_are_shared(
     emulator.set_capability(capability)
     arguments = random_problem(B=1, H=1, N=1000, iterations=1, dtype=torch.float16, **options)
     assert_as_exact_as_definition(setformer_ext.set_attention, arguments, backward=False)
-    assert (SHARES in launched(emulator)) == shares
+    assert (SHARES in kernels(emulator)) == shares

@@ -115,6 +115,16 @@ __device__ __forceinline__ void distribute_side(const Params& p, const Place& at
   distribute<S>(p, at, tokens, entries, scales);
 }
 
+// Scales the rows that the warp's lanes are copying into its room to unit length.
+template <class S>
+__device__ __forceinline__ void scale_tokens(const Params& p, const Place& at,
+                                             const Tokens<S>& tokens) {
+  const int bytes_of_room = p.sizes.room * p.sizes.pitch * kElement;
+  wait_for_copies<0>();
+  scale_to_unit_length<typename S::Storage>(at, p.sizes.rows + at.warp * bytes_of_room,
+                                            16 * tokens.strips, p.sizes.pitch);
+}
+
 // If queries are keys and entries are factors, one pass over the tokens gives both averages.
 // Otherwise distributing takes a second pass, which forms entries again: the plan of collection has
 // overwritten the scores, or the queries have entries of their own.
@@ -135,12 +145,7 @@ __device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t
     const Tokens<S> tokens(at);
     stage<S>(p, at, tokens, shared_head<S>().tokens, 0);
     stage_references<S>(p, at, p.sizes.references, p.sizes.depth_pitch);
-    if (p.normalize) {
-      const int bytes_of_room = p.sizes.room * p.sizes.pitch * kElement;
-      wait_for_copies<0>();
-      scale_to_unit_length<typename S::Storage>(at, p.sizes.rows + at.warp * bytes_of_room,
-                                                16 * tokens.strips, p.sizes.pitch);
-    }
+    if (p.normalize) scale_tokens<S>(p, at, tokens);
     meet<S>();
     Entries<S> entries;
     form_entries<S>(p, at, tokens, entries);

@@ -209,12 +209,7 @@ __device__ __forceinline__ void attend_share(const ShareParams& p, const Place& 
     __syncwarp();
     const Tokens<S> tokens(at, from, min(head.last_strip - from, at_once), at.warp, S::kWarps);
     stage<S>(p, at, tokens, head.tokens, 0);
-    if (p.normalize) {
-      wait_for_copies<0>();
-      scale_to_unit_length<typename S::Storage>(
-          at, p.sizes.rows + at.warp * p.sizes.room * p.sizes.pitch * kElement, 16 * tokens.strips,
-          p.sizes.pitch);
-    }
+    if (p.normalize) scale_tokens<S>(p, at, tokens);
     Entries<S> entries;
     form_entries<S>(p, at, tokens, entries);
     if (p.distributes) {

@@ -947,15 +947,15 @@ SCALED = (
         (
             "keys as they are",
             "forward.cuh",
-            "    if (p.normalize) {",
-            "    if (false) {",
+            "    if (p.normalize) scale_tokens",
+            "    if (false) scale_tokens",
             "bfloat16 on-chip, scaled",
         ),
         (
             "keys of a cluster as they are",
             "forward.cuh",
-            "    if (p.normalize) {",
-            "    if (p.normalize && !S::kClustered) {",
+            "    if (p.normalize) scale_tokens",
+            "    if (p.normalize && !S::kClustered) scale_tokens",
             "bfloat16 forward on a cluster, scaled",
         ),
         (
@@ -968,7 +968,7 @@ SCALED = (
         (
             "keys scaled before they are there",
             "forward.cuh",
-            "p.sizes.pitch * kElement;\n      wait_for_copies<0>();",
+            "p.sizes.pitch * kElement;\n  wait_for_copies<0>();",
             "p.sizes.pitch * kElement;",
             "bfloat16 on-chip, scaled",
         ),
