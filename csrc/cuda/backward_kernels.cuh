@@ -346,7 +346,8 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
 }
 
 // All of backward by kernels of one pass, or by the resident one, for the heads that
-// attention_backward_on_chip_kernel has left.
+// attention_backward_on_chip_kernel has left. Where there are passes on shares, those of other
+// kernels leave heads to them, and their sums are merged with all others.
 template <class Storage>
 void stream_backward(const BackwardParams& p, const BackwardWorkspace& parts,
                      Accumulate<Storage>* workspace, const OnShares<Storage>& on_shares,

@@ -140,7 +140,8 @@ __device__ __forceinline__ int slot_bytes(const StripParams& p) {
 // One of the slots of a round, of any warp.
 template <class S>
 __device__ __forceinline__ int slot_offset(const StripParams& p, int warp, int round, int slot) {
-  return p.sizes.rows + ((warp * kRounds<S> + round % kRounds<S>)*kSlots + slot) * slot_bytes(p);
+  const int of_round = warp * kRounds<S> + round % kRounds<S>;
+  return p.sizes.rows + (of_round * kSlots + slot) * slot_bytes(p);
 }
 
 // Starts copying 16 rows, from `first` on, into a slot; rows whose bit in `valid` is 0 become 0.
