@@ -26,8 +26,8 @@ def gradient_noise(
     The gradients of both averages, O = R A and A = C^T v, are plans times differences of products,
     R (dO.A - dO.O) and C (v.dA - dA.A). Each term of a product is off by `relative` times a random
     number. The errors go on as gradients do, through the scores, the potentials and the masses. The
-    largest of a few tries is taken three times. Masses are taken as they are: kernels do not divide them by
-    their sum, which would take away what their errors have in common.
+    largest of a few tries is taken three times. Masses are taken as they are: kernels do not divide
+    them by their sum, which would take away what their errors have in common.
     """
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
     rng = torch.Generator().manual_seed(0)
