@@ -10,6 +10,10 @@ Markdown for each: the accuracy of every seed, their mean and spread, the mean t
 last 50 steps, parameters, multiply-adds of an image and time. A plot goes to ``--output``, and
 every run to ``--results``, from where it is taken the next time.
 
+Trained only when named is the backbone with one thing changed: SeT-many (references), SeT-queries
+(a projection of their own), SeT-late (attention in the last two stages alone), SeT-loud (what
+attention adds starts five times as large).
+
 ``--validate`` holds out the last 5,000 training images and measures on these: for choices.
 ``--quick`` takes one seed, the first and a minute, and fails if it learns too little.
 """
