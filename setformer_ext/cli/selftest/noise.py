@@ -36,20 +36,20 @@ def gradient_noise(
         return relative * size * torch.randn(size.shape, generator=rng, dtype=size.dtype)
 
     solves = _Solves(function, arguments | leaves, grad_output)
-    inputs = leaves | ({"token_mass": solves.keys.a} if "token_mass" in leaves else {})
-    largest = dict.fromkeys(inputs, 0.0)
+    inputs = solves.inputs(leaves)
+    largest = dict.fromkeys(leaves, 0.0)
     for _ in range(TRIES):
         errors = [(x, e) for x, e in solves.errors(random_like) if x.requires_grad]
         gradients = torch.autograd.grad(
-            *([x for x, _ in errors], list(inputs.values()), [e for _, e in errors]),
+            *([x for x, _ in errors], [x for _, x, _ in inputs], [e for _, e in errors]),
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )
-        for name, x in zip(inputs, gradients, strict=True):
-            if name == "token_mass":
-                x = x / solves.total_mass
-            largest[name] = max(largest[name], 3 * x.abs().max().item() if x.numel() else 0.0)
+        found = dict.fromkeys(leaves, 0.0)
+        for (name, _, divisor), x in zip(inputs, gradients, strict=True):
+            found[name] += 3 * (x / divisor).abs().max().item() if x.numel() else 0.0
+        largest = {name: max(largest[name], x) for name, x in found.items()}
     return largest
 
 
@@ -93,6 +93,20 @@ class _Solves:
             of_pooled = self.distribution.mT @ of_output
             self.of_distribution = _size(of_output, pooled) + _size_of_rows(of_output, output)
         self.of_plan = _size(value, of_pooled) + _size_of_rows(of_pooled, pooled).mT
+
+    def inputs(self, leaves: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor | float]]:
+        """By what to derive for each name, and what to divide that gradient by."""
+        found: list[tuple[str, Tensor, Tensor | float]] = []
+        for name, leaf in leaves.items():
+            if name == "token_mass":
+                found.append((name, self.keys.a, self.total_mass))
+            elif name == "reference_mass":
+                found.append((name, self.keys.log_b, leaf.detach()))
+                if self.receivers is not None and self.receivers is not self.keys:
+                    found.append((name, self.receivers.log_b, leaf.detach()))
+            else:
+                found.append((name, leaf, 1.0))
+        return found
 
     def errors(self, random_like: Callable[[Tensor], Tensor]) -> Errors:
         """Of the gradients of scores, potentials and masses, new ones at each call.
