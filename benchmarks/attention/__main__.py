@@ -8,7 +8,8 @@ plots into the folder. All competitors of a case run in turn, round after round;
 medians, with half the range between the quartiles. Peak memory is that of a process of its own.
 What the processor can do (products of matrices, exponentials, copies) is measured in the same run,
 and ours is given as a share of what it would take at that. Inputs have unit norm, epsilon is 0.1,
-T = 5. Where something else runs, OMP_WAIT_POLICY=passive keeps waiting threads from slowing all.
+T = 5 (--iterations). Where something else runs, OMP_WAIT_POLICY=passive keeps waiting threads from
+slowing all; with --threads 1, --processor-time leaves out the time that others had the core.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,8 +56,14 @@ def main() -> int:
         metavar="NAME",
         help=f"of {', '.join([OURS, *peers.PEERS])} (default: those installed)",
     )
+    parser.add_argument("--iterations", type=int, default=peers.ITERATIONS, help="T")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="with --threads 1: count the time that the process ran, not that of the clock",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument(
@@ -74,6 +82,9 @@ def main() -> int:
     kind.add_argument("--check", action="store_true", help="fail if a kernel became slower")
     kind.add_argument("--record", action="store_true", help="write what --check compares with")
     options = parser.parse_args()
+    if options.processor_time and options.threads != 1:
+        parser.error("--processor-time adds up the time of all threads: give --threads 1 with it")
+    clock = time.process_time if options.processor_time else time.perf_counter
     if options.check:
         problems = check()
         print("\n".join(problems), file=sys.stderr)
@@ -96,7 +107,7 @@ def main() -> int:
     rates: dict[int, Rates] = {}
     if device.type == "cpu":
         counts = {1, options.threads} if options.scaling else {options.threads}
-        rates = {count: measure_rates(count) for count in sorted(counts)}
+        rates = {count: measure_rates(count, clock=clock) for count in sorted(counts)}
         print("\n".join(map(str, rates.values())) + "\n")
     print(HEADER)
     results: list[Result] = []
@@ -104,7 +115,8 @@ def main() -> int:
     for case in _cases(options, str(device)):
         taking_part = _taking_part(case, names, options)
         taking_part = [name for name in taking_part if (name, case.gradient) not in slow]
-        found = measure(case, taking_part, options.rounds, LONGEST if options.lengths else math.inf)
+        longest = LONGEST if options.lengths else math.inf
+        found = measure(case, taking_part, options.rounds, longest, clock)
         slow |= {(n, case.gradient) for n in taking_part} - {
             (result.competitor, case.gradient) for result in found
         }
@@ -132,7 +144,9 @@ def _cases(options: argparse.Namespace, device: str) -> Iterator[Case]:
                 for direction in options.directions:
                     for threads in counts:
                         gradient = DIRECTIONS[direction]
-                        yield Case(operation, shape, dtype, gradient, threads, device)
+                        yield Case(
+                            operation, shape, dtype, gradient, threads, device, options.iterations
+                        )
 
 
 def _taking_part(case: Case, names: list[str], options: argparse.Namespace) -> list[str]:

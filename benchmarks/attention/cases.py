@@ -9,6 +9,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from limits import Work, count_work
 from peers import EPSILON, ITERATIONS, Attention, peer
 
 from setformer_ext import set_attention, set_pooling
-from setformer_ext.cli.timing import DTYPES, Shape, inputs, milliseconds, step
+from setformer_ext.cli.timing import DTYPES, Shape, by_the_clock, inputs, milliseconds, step
 
 OURS = "setformer_ext"
 # The kernels themselves, on inputs of unit length: the peers scale nothing either.
@@ -42,6 +43,7 @@ class Case:
     gradient: bool
     threads: int
     device: str = "cpu"
+    iterations: int = ITERATIONS
 
     @property
     def direction(self) -> str:
@@ -51,7 +53,7 @@ class Case:
     def work(self) -> Work:
         """What the operation cannot do without."""
         element_bytes = DTYPES[self.dtype].itemsize
-        return count_work(self.shape, ITERATIONS, self.gradient, element_bytes)
+        return count_work(self.shape, self.iterations, self.gradient, element_bytes)
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Result:
 def competitor(case: Case, name: str) -> Attention:
     """Ours or a peer, as a function of key, value and references."""
     if name != OURS:
-        return peer(name)
-    return partial(OPERATIONS[case.operation], epsilon=EPSILON, iterations=ITERATIONS)
+        return peer(name, case.iterations)
+    return partial(OPERATIONS[case.operation], epsilon=EPSILON, iterations=case.iterations)
 
 
 def prepared(case: Case, name: str) -> Callable[[], object]:
@@ -95,23 +97,33 @@ def prepared(case: Case, name: str) -> Callable[[], object]:
 
 
 def measure(
-    case: Case, names: Iterable[str], rounds: int, longest: float = float("inf")
+    case: Case,
+    names: Iterable[str],
+    rounds: int,
+    longest: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Result]:
     """Times of all competitors, in turn, round after round, so that a change of the machine's speed
     meets them alike; one untimed round before. Who takes longer than `longest` seconds in that one
-    is left out.
+    is left out. `clock` tells the time on the CPU.
     """
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
+
+    def taken(run: Callable[[], object]) -> list[float]:
+        if device.type == "cpu":
+            return by_the_clock(run, 1, clock)
+        return milliseconds(run, device, 1)
+
     steps = {name: prepared(case, name) for name in names}
     for name, run in list(steps.items()):
         run()  # compiles, allocates
-        if milliseconds(run, device, 1)[0] > 1e3 * longest:
+        if taken(run)[0] > 1e3 * longest:
             del steps[name]
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, run in steps.items():
-            times[name] += milliseconds(run, device, 1)
+            times[name] += taken(run)
     return [Result(case, name, measured) for name, measured in times.items()]
 
 

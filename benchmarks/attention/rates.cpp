@@ -53,6 +53,7 @@ double multiply_adds(int) {
 // 2^x of an array that stays in the first-level cache.
 double exponentials(int) {
   constexpr int count = 2048, repeats = 1000;
+  static_assert(count % (kPack * kLanes<float>) == 0);
   alignas(64) float x[count], y[count];
   for (int i = 0; i < count; ++i) x[i] = -20.0f * float(i) / count;
   for (int repeat = 0; repeat < repeats; ++repeat) {

@@ -22,11 +22,9 @@ struct Shape {
   int64_t batch, heads, tokens, depth, references;
 };
 
-constexpr Shape kShapes[] = {{"v1", 8, 3, 3136, 32, 49},
-                             {"v2", 8, 6, 784, 32, 49},
-                             {"v3", 8, 12, 196, 32, 49},
-                             {"lang", 8, 12, 512, 64, 64},
-                             {"long", 1, 8, 16384, 64, 128}};
+constexpr Shape kShapes[] = {{"v1", 8, 3, 3136, 32, 49},   {"v2", 8, 6, 784, 32, 49},
+                             {"v3", 8, 12, 196, 32, 49},   {"v4", 8, 24, 49, 32, 49},
+                             {"lang", 8, 12, 512, 64, 64}, {"long", 1, 8, 16384, 64, 128}};
 
 // A contiguous [a, b, c, d] array that owns its memory.
 struct Array {

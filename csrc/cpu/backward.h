@@ -9,13 +9,14 @@ template <class Storage>
 class BackwardHead : public Head<Storage, BackwardParams> {
   using Base = Head<Storage, BackwardParams>;
   using Base::index, Base::steps, Base::leave;
-  using Base::p_, Base::b_, Base::h_, Base::widths_, Base::keys_, Base::queries_, Base::marginal_;
+  using Base::p_, Base::b_, Base::h_, Base::widths_, Base::keys_, Base::queries_, Base::references_;
 
  public:
   using typename Base::T;
 
-  BackwardHead(const BackwardParams& p, int64_t b, int64_t h)
-      : Base(p, b, h, true),
+  BackwardHead(const BackwardParams& p, int64_t b, int64_t h,
+               const References<Storage>* shared = nullptr)
+      : Base(p, b, h, shared, true),
         distributes_(p.distribute && p.grad_output.data != nullptr),
         of_keys_(p, b, h, keys_, p.grad_key, true, distributes_ && !p.cross),
         of_queries_(p, b, h, queries_, p.grad_query, false, distributes_) {}
@@ -131,9 +132,7 @@ class BackwardHead : public Head<Storage, BackwardParams> {
     const int64_t depth = widths_.value_depth;
     fill(pooled_.eta, widths_.references, T(0));
     for (int64_t j = 0; j < p_.references; ++j) {
-      for (int64_t c = 0; c < depth; ++c) {
-        pooled_.eta[j] += pooled_.values[j * depth + c] * pooled_.gradient[j * depth + c];
-      }
+      pooled_.eta[j] = dot(pooled_.values + j * depth, pooled_.gradient + j * depth, depth);
     }
   }
 
@@ -170,8 +169,8 @@ class BackwardHead : public Head<Storage, BackwardParams> {
     double sum = 0;
     for (int64_t j = 0; j < p_.references; ++j) sum += double(grad_log_b_[j]);
     for (int64_t j = 0; j < p_.references; ++j) {
-      const double share = double(grad_log_b_[j]) / double(marginal_.b[j]);
-      grad_mass[j] = T((share - sum) / double(marginal_.total));
+      const double share = double(grad_log_b_[j]) / double(references_.b[j]);
+      grad_mass[j] = T((share - sum) / double(references_.total_mass));
     }
   }
 

@@ -14,7 +14,9 @@ class ForwardHead : public Head<Storage, ForwardParams> {
  public:
   using typename Base::T;
 
-  ForwardHead(const ForwardParams& p, int64_t b, int64_t h) : Base(p, b, h, false) {}
+  ForwardHead(const ForwardParams& p, int64_t b, int64_t h,
+              const References<Storage>* shared = nullptr)
+      : Base(p, b, h, shared, false) {}
 
   void place(Arena& arena) {
     Base::place(arena);
@@ -79,8 +81,8 @@ class ForwardHead : public Head<Storage, ForwardParams> {
       const TokenRows<Storage> values(p_.value, b_, h_, p_.value_depth);
       const int64_t depth = widths_.value_depth;
       T* rows = tile.worker.values;
-      values.load(tile.begin, tile.count, keys_.similarity().valid(), rows);
-      scale_rows(rows, tile.count, depth, tile.worker.row_factors);
+      values.load_scaled(tile.begin, tile.count, keys_.similarity().valid(),
+                         tile.worker.row_factors, rows);
       multiply(p_.references, depth, tile.count, matrix, 1, widths_.references, rows,
                pooled_.of(tile.span), true, values.next_tile(tile.begin));
     };
@@ -165,11 +167,7 @@ class ForwardHead : public Head<Storage, ForwardParams> {
       const T* matrix = side.distribution(steps, tile, scores);
       multiply(tile.count, depth, p_.references, matrix, widths_.references, 1, pooled, rows,
                false);
-      scale_rows(rows, tile.count, depth, factors);
-      for (int64_t i = 0; i < tile.count; ++i) {
-        if (!side.similarity().valid()[tile.begin + i]) fill(rows + i * depth, depth, T(0));
-      }
-      outputs.store(tile.begin, tile.count, rows);
+      outputs.store_scaled(tile.begin, tile.count, side.similarity().valid(), factors, rows);
     });
   }
 

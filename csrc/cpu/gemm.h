@@ -15,8 +15,8 @@ inline constexpr int kAccumulators = kVectorRegisters == 32 ? 24 : 12;
 inline constexpr int kWidestTile = kVectorRegisters == 32 ? 4 : 2;  // vectors
 constexpr int most_rows(int vectors) { return smaller(kAccumulators / vectors, 8); }
 
-// C [rows, columns] (+)= A B [depth, columns]. The strides of A are free, so that the same product
-// serves A and its transpose.
+// C [rows, columns] = start + A B [depth, columns]. The strides of A are free, so that the same
+// product serves A and its transpose.
 template <class T>
 struct Product {
   const T* a;
@@ -24,7 +24,8 @@ struct Product {
   const T* b;
   T* c;
   int64_t columns, depth;
-  bool accumulate;
+  const T* start = nullptr;  // C itself, a row that all rows of C start from, or null for 0
+  int64_t start_row = 0;
 };
 
 template <class T, int Rows, int Vectors>
@@ -32,8 +33,8 @@ struct RegisterTile {
   // The tile of C that begins at row i and column j.
   static void compute(const Product<T>& p, int64_t i, int64_t j) {
     expand(std::make_integer_sequence<int, Rows * Vectors>{},
-           std::make_integer_sequence<int, Rows>{}, std::make_integer_sequence<int, Vectors>{},
-           p.a + i * p.a_row, p.b + j, p.c + i * p.columns + j, p);
+           std::make_integer_sequence<int, Rows>{}, std::make_integer_sequence<int, Vectors>{}, p,
+           i, j);
   }
 
  private:
@@ -46,11 +47,17 @@ struct RegisterTile {
   template <int... I, int... R, int... V>
   static SETFORMER_INLINE void expand(std::integer_sequence<int, I...>,
                                       std::integer_sequence<int, R...>,
-                                      std::integer_sequence<int, V...>, const T* a, const T* b,
-                                      T* c, const Product<T>& p) {
+                                      std::integer_sequence<int, V...>, const Product<T>& p,
+                                      int64_t i, int64_t j) {
     constexpr int lanes = kLanes<T>;
+    const T *a = p.a + i * p.a_row, *b = p.b + j;
+    T* c = p.c + i * p.columns + j;
     const int64_t columns = p.columns, a_depth = p.a_depth;
     Vector<T> sum[Rows * Vectors] = {((void)I, Vector<T>{})...};
+    if (p.start != nullptr) {
+      const T* start = p.start + i * p.start_row + j;
+      ((sum[I] = load<T>(start + (I / Vectors) * p.start_row + (I % Vectors) * lanes)), ...);
+    }
     const T* row[Rows] = {(a + R * p.a_row)...};
     for (int64_t k = 0; k < p.depth; ++k) {
       const Vector<T> right[Vectors] = {load<T>(b + V * lanes)...};
@@ -58,9 +65,6 @@ struct RegisterTile {
       (add_row<R>(sum, splat<T>(*row[R]), right, std::make_integer_sequence<int, Vectors>{}), ...);
       ((row[R] += a_depth), ...);
       b += columns;
-    }
-    if (p.accumulate) {
-      ((sum[I] += load<T>(c + (I / Vectors) * columns + (I % Vectors) * lanes)), ...);
     }
     (store<T>(c + (I / Vectors) * columns + (I % Vectors) * lanes, sum[I]), ...);
   }
@@ -79,24 +83,24 @@ void multiply_panel(const Product<T>& p, int64_t rows, int64_t j, Upcoming& upco
                     int64_t upcoming_rows) {
   // Blocks of nearly equal height: 49 rows are 7 x 7, not 6 x 8 + 1.
   const int64_t blocks = (rows + most_rows(Vectors) - 1) / most_rows(Vectors);
+  const int64_t least = rows / larger<int64_t>(blocks, 1), higher = rows - blocks * least;
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
-    const int height = int((rows - i + blocks - block - 1) / (blocks - block));
+    const int height = int(least + (block < higher ? 1 : 0));
     upcoming.ask_for(upcoming_rows);
     tile_of<T, Vectors>(height, std::make_integer_sequence<int, most_rows(Vectors)>{})(p, i, j);
     i += height;
   }
 }
 
-// C[i][j] (+)= sum_k a[i * a_row + k * a_depth] * b[k * columns + j] for i < rows, k < depth, where
-// `columns` is a multiple of the lanes. Prefetches the `upcoming` rows meanwhile.
+// The product's `rows` rows; its columns are a multiple of the lanes. Prefetches the `upcoming`
+// rows meanwhile.
 template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
-              int64_t a_depth, const T* b, T* c, bool accumulate, Upcoming upcoming = {}) {
+void multiply(const Product<T>& p, int64_t rows, Upcoming upcoming = {}) {
   constexpr int64_t lanes = kLanes<T>, tile = kAccumulators * lanes;
+  const int64_t columns = p.columns;
   // An estimate: there are a few more if some are not full.
   const int64_t tiles = larger<int64_t>(1, (rows * columns + tile - 1) / tile);
   const int64_t share = (upcoming.rows() + tiles - 1) / tiles;
-  const Product<T> p{a, a_row, a_depth, b, c, columns, depth, accumulate};
   int64_t j = 0;
   if constexpr (kWidestTile >= 4) {
     for (; j + 4 * lanes <= columns; j += 4 * lanes) {
@@ -107,6 +111,14 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
     multiply_panel<T, 2>(p, rows, j, upcoming, share);
   }
   if (j < columns) multiply_panel<T, 1>(p, rows, j, upcoming, share);
+}
+
+// C[i][j] (+)= sum_k a[i * a_row + k * a_depth] * b[k * columns + j] for i < rows, k < depth.
+template <class T>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
+              int64_t a_depth, const T* b, T* c, bool accumulate, Upcoming upcoming = {}) {
+  const T* start = accumulate ? c : nullptr;
+  multiply(Product<T>{a, a_row, a_depth, b, c, columns, depth, start, columns}, rows, upcoming);
 }
 
 }  // namespace setformer::cpu::SETFORMER_ISA

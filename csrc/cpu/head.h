@@ -26,9 +26,10 @@ struct Progress {
 
 // The work on a head is cut into phases where sums over all its tokens are needed. If several ranks
 // hold the tokens, these sums are merged between the phases.
-template <class Storage, class ParamsOfCall>
+template <class StorageOfCall, class ParamsOfCall>
 class Head {
  public:
+  using Storage = StorageOfCall;
   using Params = ParamsOfCall;
   using T = Accumulate<Storage>;
 
@@ -39,14 +40,20 @@ class Head {
     Shared numbers[2];
   };
 
-  Head(const Params& p, int64_t b, int64_t h, bool backward)
+  // `shared` references are prepared already; without them the head prepares its own.
+  Head(const Params& p, int64_t b, int64_t h, const References<Storage>* shared, bool backward)
       : p_(p),
         b_(b),
         h_(h),
         widths_(p),
-        keys_(p, {p.tokens, p.key, p.mask, p.token_positions}, b, h, backward),
+        has_own_(shared == nullptr),
+        references_(has_own_ ? own_ : *shared),
+        keys_(p, {p.tokens, p.key, p.mask, p.token_positions}, b, h, references_, backward),
         queries_(p, {p.cross ? p.queries : 0, p.query, p.query_mask, p.query_positions}, b, h,
-                 backward) {}
+                 references_, backward) {}
+  // Its sides refer to it.
+  Head(const Head&) = delete;
+  Head& operator=(const Head&) = delete;
 
   int64_t spans() const { return larger(keys_.spans().count, queries_.spans().count); }
   const Leavings& leavings() const { return leavings_; }
@@ -62,8 +69,7 @@ class Head {
   void place(Arena& arena) {
     keys_.place(arena);
     if (p_.cross) queries_.place(arena);
-    marginal_.b = arena.take<T>(widths_.references);
-    marginal_.log2_b = arena.take<T>(widths_.references);
+    if (has_own_) own_.place(arena, p_);
     masses_ = arena.take<T>(3);
   }
 
@@ -78,7 +84,7 @@ class Head {
   // The first phase. All ranks need the total masses, and how many ranks have an error, before they
   // go on.
   Status prepare(const Team<T>& team) {
-    Status status = load_marginal();
+    Status status = has_own_ ? own_.prepare(p_, b_, h_) : Status::kOk;
     if (status != Status::kOk) return status;
     status = prepare(keys_, p_.token_mass, p_.rows, p_.columns, steps() + 1, team);
     if (queried()) prepare(queries_, Tensor{}, p_.query_rows, p_.query_columns, steps(), team);
@@ -92,41 +98,17 @@ class Head {
   const Params& p_;
   const int64_t b_, h_;
   Widths<T> widths_;
+  const bool has_own_;
+  References<Storage> own_;
+  const References<Storage>& references_;
   Transport<Storage> keys_, queries_;
-  ReferenceMarginal<T> marginal_{};
   Leavings leavings_;
 
  private:
   Status prepare(Transport<Storage>& side, const Tensor& mass, const Tensor& rows,
                  const Tensor& columns, int64_t column_rows, const Team<T>& team) {
-    return side.prepare(mass, marginal_,
-                        at<T>(rows, 0) + index() * (p_.iterations + 1) * side.spans().tokens,
+    return side.prepare(mass, at<T>(rows, 0) + index() * (p_.iterations + 1) * side.spans().tokens,
                         at<T>(columns, 0) + index() * column_rows * p_.references, team.workers[0]);
-  }
-
-  // The marginal b from the references' masses; uniform where none are given.
-  Status load_marginal() {
-    const T* mass = at<const T>(p_.reference_mass, b_, h_);
-    double total = 0;
-    fill(marginal_.b, widths_.references, T(0));
-    for (int64_t j = 0; j < p_.references; ++j) {
-      marginal_.b[j] = mass == nullptr ? T(1) : mass[j * p_.reference_mass.stride[2]];
-      if (marginal_.b[j] <= T(0)) return Status::kNonPositiveReferenceMass;
-      total += double(marginal_.b[j]);
-    }
-    marginal_.total = T(total);
-    for (int64_t j = 0; j < p_.references; ++j) marginal_.b[j] = T(double(marginal_.b[j]) / total);
-    for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
-      store<T>(marginal_.log2_b + j, log2<T>(load(marginal_.b + j)));
-    }
-    // The fast log2 gives -inf below the smallest normal number of T, but large similarities can
-    // make even such a b count.
-    for (int64_t j = 0; j < p_.references; ++j) {
-      if (marginal_.b[j] >= kSmallestNormal<T>) continue;
-      const T given = mass == nullptr ? T(1) : mass[j * p_.reference_mass.stride[2]];
-      marginal_.log2_b[j] = T(__builtin_log2(double(given)) - __builtin_log2(total));
-    }
-    return Status::kOk;
   }
 
   T* masses_ = nullptr;  // [3] of keys, of queries, and the ranks that failed

@@ -93,6 +93,41 @@ struct Workplace {
   }
 };
 
+// The references of every head, prepared once for all samples, if the samples share them.
+template <class Storage>
+class SharedReferences {
+ public:
+  explicit SharedReferences(const ForwardParams& p)
+      : heads_(References<Storage>::are_shared(p) ? p.heads : 0) {
+    Arena size;
+    place(p, size);
+    if (size.used() > kMostBytes) heads_ = 0;
+  }
+  void place(const ForwardParams& p, Arena& arena) {
+    of_heads_ = arena.take<References<Storage>>(heads_);
+    for (int64_t h = 0; h < heads_; ++h) {
+      References<Storage> references;
+      references.place(arena, p);
+      if (of_heads_ != nullptr) new (of_heads_ + h) References<Storage>(references);
+    }
+  }
+  Status prepare(const ForwardParams& p) const {
+    Status status = Status::kOk;
+    for (int64_t h = 0; h < heads_ && status == Status::kOk; ++h) {
+      status = of_heads_[h].prepare(p, 0, h);
+    }
+    return status;
+  }
+  // Null where the samples share none.
+  const References<Storage>* of(int64_t h) const { return heads_ == 0 ? nullptr : of_heads_ + h; }
+
+ private:
+  // References of more bytes take long to compute with, and little of that to prepare.
+  static constexpr int64_t kMostBytes = int64_t{4} << 20;
+  int64_t heads_;
+  References<Storage>* of_heads_ = nullptr;
+};
+
 // Each head goes through all its phases before the thread, or the team, takes the next one.
 template <class Head>
 Status run_alone(const typename Head::Params& p) {
@@ -101,15 +136,21 @@ Status run_alone(const typename Head::Params& p) {
   Head sample(longest, 0, 0);
   const Workplace<Head> workplace(p, sample);
   const int64_t heads_at_once = workplace.over_heads ? workplace.threads : 1;
-  Block block(workplace.bytes(heads_at_once));
+  SharedReferences<typename Head::Storage> shared(p);
+  Arena size;
+  shared.place(p, size);
+  Block block(size.used() + workplace.bytes(heads_at_once));
   if (block.data() == nullptr) return Status::kOutOfMemory;
   Arena memory(block.data());
+  shared.place(p, memory);
+  const Status prepared = shared.prepare(p);
+  if (prepared != Status::kOk) return prepared;
   char* of_heads = memory.take<char>(heads_at_once * workplace.head_bytes);
   auto* workers = workplace.place_workers(p, memory);
   const auto run_head = [&](int64_t i, int thread, const auto& team) {
     // Each packed sequence is a problem of its own.
     const auto own = packed ? sequence(p, i / p.heads) : p;
-    Head head(own, packed ? 0 : i / p.heads, i % p.heads);
+    Head head(own, packed ? 0 : i / p.heads, i % p.heads, shared.of(i % p.heads));
     Arena arena(of_heads + thread * workplace.head_bytes);
     head.place(arena);
     Status status = Status::kOk;

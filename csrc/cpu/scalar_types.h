@@ -112,25 +112,58 @@ void fill(T* x, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) x[i] = value;
 }
 
-// row[0 .. width) = `count` elements `stride` apart, then zeros.
+// Less than a vector: `count` elements `stride` apart, then zeros.
+template <class T, class Storage>
+SETFORMER_INLINE Vector<T> load_some(const Storage* from, int64_t stride, int64_t count) {
+  T elements[kLanes<T>] = {};
+  for (int64_t c = 0; c < smaller<int64_t>(count, kLanes<T>); ++c) {
+    elements[c] = to_accumulate(from[c * stride]);
+  }
+  return load(elements);
+}
+template <class T, class Storage>
+SETFORMER_INLINE void store_some(Vector<T> x, int64_t count, Storage* to, int64_t stride) {
+  T elements[kLanes<T>];
+  store<T>(elements, x);
+  for (int64_t c = 0; c < smaller<int64_t>(count, kLanes<T>); ++c) {
+    to_storage(elements[c], to + c * stride);
+  }
+}
+
+// row[0 .. width) = `count` elements `stride` apart, then zeros; each(x, c) maps the vector at c.
+template <class Storage, class T, class Each>
+SETFORMER_INLINE void load_row(const Storage* from, int64_t stride, int64_t count, T* row,
+                               int64_t width, Each each) {
+  int64_t c = 0;
+  if (stride == 1) {
+    for (; c + kLanes<T> <= count; c += kLanes<T>)
+      store<T>(row + c, each(load_vector(from + c), c));
+  }
+  for (; c < width; c += kLanes<T>) {
+    store<T>(row + c, each(load_some<T>(from + c * stride, stride, count - c), c));
+  }
+}
 template <class Storage, class T>
 SETFORMER_INLINE void load_row(const Storage* from, int64_t stride, int64_t count, T* row,
                                int64_t width) {
-  int64_t c = 0;
-  if (stride == 1) {
-    for (; c + kLanes<T> <= count; c += kLanes<T>) store<T>(row + c, load_vector(from + c));
-  }
-  for (; c < count; ++c) row[c] = to_accumulate(from[c * stride]);
-  for (; c < width; ++c) row[c] = T(0);
+  load_row(from, stride, count, row, width,
+           [](Vector<T> x, int64_t) SETFORMER_LAMBDA { return x; });
 }
 
-template <class Storage, class T>
-SETFORMER_INLINE void store_row(const T* row, int64_t count, Storage* to, int64_t stride) {
+template <class Storage, class T, class Each>
+SETFORMER_INLINE void store_row(const T* row, int64_t count, Storage* to, int64_t stride,
+                                Each each) {
   int64_t c = 0;
   if (stride == 1) {
-    for (; c + kLanes<T> <= count; c += kLanes<T>) store_vector(load(row + c), to + c);
+    for (; c + kLanes<T> <= count; c += kLanes<T>) store_vector(each(load(row + c)), to + c);
   }
-  for (; c < count; ++c) to_storage(row[c], to + c * stride);
+  for (; c < count; c += kLanes<T>) {
+    store_some<T>(each(load(row + c)), count - c, to + c * stride, stride);
+  }
+}
+template <class Storage, class T>
+SETFORMER_INLINE void store_row(const T* row, int64_t count, Storage* to, int64_t stride) {
+  store_row(row, count, to, stride, [](Vector<T> x) SETFORMER_LAMBDA { return x; });
 }
 
 }  // namespace setformer::cpu::SETFORMER_ISA

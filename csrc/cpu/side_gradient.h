@@ -236,13 +236,6 @@ class SideGradient {
   void load_rows(const TokenRows<Storage>& rows, const Tile<T>& tile, T* to) const {
     rows.load(tile.begin, tile.count, transport_.similarity().valid(), to);
   }
-  static T dot(const T* x, const T* y, int64_t width) {
-    Vector<T> sum{};
-    for (int64_t c = 0; c < width; c += kLanes<T>) {
-      sum += load(x + c) * load(y + c);
-    }
-    return sum_of<T>(sum);
-  }
 
   // Step t of one tile: fhat, da, h and the tile's share of the next gbar. If it collects also dv,
   // for which pooled.gradient must already be scaled by the column factors.
@@ -265,8 +258,7 @@ class SideGradient {
     for (int64_t i = 0; i < count; ++i) fhat[i] *= -worker.row_factors[i];
     if (collects) {
       for (int64_t i = 0; i < count; ++i) worker.row_factors[i] *= a[i];
-      scale_rows(worker.outputs, count, depth, worker.row_factors);
-      grad_values_.store(tile.begin, count, worker.outputs);
+      grad_values_.store_scaled(tile.begin, count, Validity(), worker.row_factors, worker.outputs);
     }
     for (int64_t i = 0; i < count; ++i) da_[tile.begin + i] += fhat[i];
     if (t == 0) return;

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #ifndef SETFORMER_ISA
 #define SETFORMER_ISA baseline
 #endif
@@ -92,14 +96,23 @@ SETFORMER_INLINE Vector<T> splat(T x) {
          Vector<T>{};  // x - 0 is x for every x, -0 and NaN included: a broadcast, no arithmetic
 }
 
-// min(x, bound) and max(x, bound) that keep a NaN in x: written with the operands in this order,
-// one instruction on x86.
+// min(x, bound) and max(x, bound) that keep a NaN in x. Written with the operands in this order
+// they are one instruction of SSE and AVX; of AVX-512 compilers make a comparison and a choice.
+// (The mask selects all lanes: GCC warns of the functions without one.)
 template <class T>
 SETFORMER_INLINE Vector<T> at_most(Vector<T> x, Vector<T> bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_min_ps(__mmask16(-1), bound, x);
+  if constexpr (sizeof(T) == 8) return _mm512_maskz_min_pd(__mmask8(-1), bound, x);
+#endif
   return bound < x ? bound : x;
 }
 template <class T>
 SETFORMER_INLINE Vector<T> at_least(Vector<T> x, Vector<T> bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_max_ps(__mmask16(-1), bound, x);
+  if constexpr (sizeof(T) == 8) return _mm512_maskz_max_pd(__mmask8(-1), bound, x);
+#endif
   return bound > x ? bound : x;
 }
 
@@ -118,7 +131,7 @@ constexpr N larger(N a, N b) {
 // The functions below work on several vectors at once: one operation on all of them, then the next
 // operation. Operations on one vector wait for each other, and a processor that looks ahead only
 // some tens of operations would not find enough others to do meanwhile.
-inline constexpr int kPack = 4;
+inline constexpr int kPack = kVectorRegisters == 32 ? 8 : 4;
 // For each index i of the Count vectors, unrolled.
 #define SETFORMER_EACH _Pragma("GCC unroll 8") for (int i = 0; i < Count; ++i)
 

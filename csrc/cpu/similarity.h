@@ -7,22 +7,10 @@
 #pragma once
 
 #include "gemm.h"
+#include "references.h"
 #include "team.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
-
-// Divides rows by their lengths; whole vectors are stored to `lengths`.
-template <class T>
-void to_unit_length(T* rows, int64_t count, int64_t width, T* lengths) {
-  row_sums(rows, count, width, rows, lengths,
-           [](Vector<T> x, Vector<T>) SETFORMER_LAMBDA { return x * x; });
-  for (int64_t i = 0; i < count; ++i) {
-    const T length = T(__builtin_sqrt(lengths[i]));
-    lengths[i] = length <= T(kShortest) ? T(1) : length;
-    const T factor = 1 / lengths[i];
-    scale_rows(rows + i * width, 1, width, &factor);
-  }
-}
 
 // Turns the gradient by a row of unit length, u = centred + center, into that by the row as given:
 // (du - u <u, du>) / length.
@@ -44,32 +32,22 @@ class Similarity {
   using T = Accumulate<Storage>;
 
  public:
-  // Of head (b, h).
-  Similarity(const ForwardParams& p, const Tokens& tokens, int64_t b, int64_t h)
-      : p_(p), tokens_(tokens), b_(b), h_(h) {}
+  // Of head (b, h), whose prepared references are `references`.
+  Similarity(const ForwardParams& p, const Tokens& tokens, int64_t b, int64_t h,
+             const References<Storage>& references)
+      : p_(p), tokens_(tokens), b_(b), h_(h), references_(references) {}
 
-  void place(Arena& arena) {
-    references_ = arena.take<T>(p_.references * widths_.depth);
-    reference_lengths_ = arena.take<T>(widths_.references);
-    center_ = arena.take<T>(widths_.depth);
-    square_weights_ = arena.take<T>(widths_.depth);
-    right_ = arena.take<T>(p_.depth * widths_.references);
-    reference_norms_ = arena.take<T>(widths_.references);
-    reference_positions_ = arena.take<T>(p_.position_depth * widths_.references);
-  }
-
-  // `worker` is the scratch memory of any thread.
+  // Once the references are prepared. `worker` is the scratch memory of any thread.
   void prepare(const Worker<T>& worker) {
-    epsilon_ = at<const T>(p_.epsilon, h_)[0];
-    bandwidth_ = p_.bandwidth.data == nullptr ? T(1) : at<const T>(p_.bandwidth, h_)[0];
-    scale_ = kLog2E / epsilon_;
-    load_references();
+    const T epsilon = references_.epsilon;
+    scale_ = kLog2E / epsilon;
+    position_scale_ = T(-kLog2E / (p_.position_bandwidth * p_.position_bandwidth));
 
     // The range of S / epsilon bounds the potentials. Up to the ranges below, solving by scaling
     // can neither overflow nor underflow (transport.h); everything else, NaN included, is solved in
     // the log domain.
     const T largest = gaussian_ || p_.normalize ? T(1) : largest_product(worker);
-    const T range = (gaussian_ ? T(1) : T(2) * largest) / epsilon_;
+    const T range = (gaussian_ ? T(1) : T(2) * largest) / epsilon;
     log_domain_ = !(range <= (sizeof(T) == 4 ? T(32) : T(256)));
     // All ranks of a group must choose the same, although their keys differ.
     if (p_.group != nullptr && !gaussian_) log_domain_ = true;
@@ -83,14 +61,21 @@ class Similarity {
 
   // worker.keys = the tile's keys, scaled and centred.
   void load_keys(const Tile<T>& tile) const {
-    T* keys = tile.worker.keys;
+    T *keys = tile.worker.keys, *lengths = tile.worker.lengths;
+    const T* center = references_.center;
+    const int64_t width = widths_.depth;
+    if (!p_.normalize) {
+      rows_.load(tile.begin, tile.count, valid_, keys,
+                 [center](Vector<T> key, int64_t, int64_t d)
+                     SETFORMER_LAMBDA { return key - load(center + d); });
+      return;
+    }
     rows_.load(tile.begin, tile.count, valid_, keys);
-    if (p_.normalize) to_unit_length(keys, tile.count, widths_.depth, tile.worker.lengths);
-    if (!gaussian_) return;
+    lengths_of(keys, tile.count, width, lengths);
     for (int64_t i = 0; i < tile.count; ++i) {
-      T* key = keys + i * widths_.depth;
-      for (int64_t d = 0; d < widths_.depth; d += kLanes<T>) {
-        store<T>(key + d, load(key + d) - load(center_ + d));
+      const Vector<T> factor = splat(1 / lengths[i]);
+      for (int64_t at = i * width, d = 0; d < width; at += kLanes<T>, d += kLanes<T>) {
+        store<T>(keys + at, load(keys + at) * factor - load(center + d));
       }
     }
   }
@@ -100,10 +85,12 @@ class Similarity {
   void compute(const Tile<T>& tile, T* scores, T* factors) const {
     load_keys(tile);
     const Worker<T>& worker = tile.worker;
-    multiply(tile.count, widths_.references, p_.depth, worker.keys, widths_.depth, 1, right_,
-             scores, false, rows_.next_tile(tile.begin));
+    multiply(Product<T>{worker.keys, widths_.depth, 1, references_.right, scores,
+                        widths_.references, p_.depth, gaussian_ ? references_.norms : nullptr},
+             tile.count, rows_.next_tile(tile.begin));
     if (gaussian_) {
-      weighted_squares(worker.keys, tile.count, widths_.depth, square_weights_, worker.norms);
+      weighted_squares(worker.keys, tile.count, widths_.depth, references_.square_weights,
+                       worker.norms);
     }
     int64_t i = 0;
     for (; i + kPack <= tile.count; i += kPack) finish_rows<kPack>(tile, i, scores, factors);
@@ -114,7 +101,8 @@ class Similarity {
   //   gaussian  dk_i = sum_j E_ij (y_j - k_i),  dy_j = sum_i E_ij (k_i - y_j)
   //   linear    dk_i = sum_j E_ij y_j,          dy_j = sum_i E_ij k_i
   T gradient_scale() const {
-    return gaussian_ ? 1 / (epsilon_ * bandwidth_ * bandwidth_) : 1 / epsilon_;
+    const T bandwidth = references_.bandwidth;
+    return 1 / (references_.epsilon * (gaussian_ ? bandwidth * bandwidth : T(1)));
   }
 
   // Sums over tokens, of a span or of all.
@@ -131,7 +119,7 @@ class Similarity {
     const Worker<T>& worker = tile.worker;
     const T* e = worker.gradient;
     T* grad_keys = worker.grad_keys;
-    multiply(count, depth, p_.references, e, columns, 1, references_, grad_keys, false,
+    multiply(count, depth, p_.references, e, columns, 1, references_.rows, grad_keys, false,
              rows_.next_tile(tile.begin));
     multiply(p_.references, depth, count, e, 1, columns, worker.keys, gradient.references, true,
              upcoming);
@@ -161,8 +149,8 @@ class Similarity {
     if (!p_.normalize) return;
     for (int64_t i = 0; i < tile.count; ++i) {
       const int64_t at = i * widths_.depth;
-      through_unit_length(tile.worker.keys + at, center_, tile.worker.lengths[i], widths_.depth,
-                          tile.worker.grad_keys + at);
+      through_unit_length(tile.worker.keys + at, references_.center, tile.worker.lengths[i],
+                          widths_.depth, tile.worker.grad_keys + at);
     }
   }
 
@@ -181,70 +169,38 @@ class Similarity {
   //   linear    dL/depsilon   = -sum <k, dk> / epsilon
   void store_gradient(const Gradient& gradient, const Results& results, bool accumulate) const {
     const auto put = [accumulate](T value, T* to) { *to = accumulate ? *to + value : value; };
-    T products = gradient.scalars[1];
+    const int64_t width = widths_.depth;
+    const T bandwidth = references_.bandwidth, epsilon = references_.epsilon;
+    Vector<T> inner{};  // lanes of sum <y, dy>
     for (int64_t j = 0; j < p_.references; ++j) {
-      const T* reference = references_ + j * widths_.depth;
-      T* row = gradient.references + j * widths_.depth;
-      for (int64_t d = 0; gaussian_ && d < p_.depth; ++d) {
-        row[d] -= gradient.columns[j] * reference[d];
-        products += row[d] * reference[d];
+      const T* reference = references_.rows + j * width;
+      T *row = gradient.references + j * width, *result = results.reference + j * p_.depth;
+      const Vector<T> total = splat(gaussian_ ? gradient.columns[j] : T(0));
+      for (int64_t d = 0; d < width; d += kLanes<T>) {
+        const Vector<T> y = load(reference + d), dy = load(row + d) - total * y;
+        inner += dy * y;
+        store<T>(row + d, dy);
       }
       if (p_.normalize) {
-        through_unit_length(reference, center_, reference_lengths_[j], widths_.depth, row);
+        through_unit_length(reference, references_.center, references_.lengths[j], width, row);
       }
-      for (int64_t d = 0; d < p_.depth; ++d) put(row[d], results.reference + j * p_.depth + d);
+      if (accumulate) {
+        for (int64_t d = 0; d < p_.depth; ++d) result[d] += row[d];
+      } else {
+        store_row(row, p_.depth, result, 1);
+      }
     }
+    // Of the linear kernel, dk gives the same sum.
+    const T products = gradient.scalars[1] + (gaussian_ ? sum_of<T>(inner) : T(0));
     if (results.bandwidth != nullptr) {
-      put(gaussian_ ? -products / bandwidth_ : T(0), results.bandwidth);
+      put(gaussian_ ? -products / bandwidth : T(0), results.bandwidth);
     }
-    put(gaussian_ ? -gradient.scalars[0] * bandwidth_ * bandwidth_ / epsilon_
-                  : -products / epsilon_,
+    put(gaussian_ ? -gradient.scalars[0] * bandwidth * bandwidth / epsilon : -products / epsilon,
         results.epsilon);
   }
 
  private:
   static constexpr T kLog2E = T(1.4426950408889634074);
-
-  void load_references() {
-    const int64_t count = p_.references, depth = p_.depth, width = widths_.depth;
-    TokenRows<Storage>(p_.reference, b_, h_, depth).load(0, count, Validity(), references_);
-    if (p_.normalize) to_unit_length(references_, count, width, reference_lengths_);
-    fill(center_, width, T(0));
-    // In base 2: -|k - y|^2 c = k.(2 c y) - c |k|^2 - c |y|^2 with c = log2(e) / (2 bandwidth^2).
-    T factor = 1;
-    if (gaussian_) {
-      const T c = kLog2E / (2 * bandwidth_ * bandwidth_);
-      factor = 2 * c;
-      fill(square_weights_, width, -c);
-      center_references();
-      weighted_squares(references_, count, width, square_weights_, reference_norms_);
-    }
-    fill(reference_norms_ + count, widths_.references - count, T(0));
-    for (int64_t d = 0; d < depth; ++d) {
-      T* row = right_ + d * widths_.references;
-      for (int64_t j = 0; j < count; ++j) row[j] = factor * references_[j * width + d];
-      fill(row + count, widths_.references - count, T(0));
-    }
-    if (!has_positions_) return;
-    for (int64_t axis = 0; axis < p_.position_depth; ++axis) {
-      load_row(at<const T>(p_.reference_positions, 0, axis), p_.reference_positions.stride[0],
-               count, reference_positions_ + axis * widths_.references, widths_.references);
-    }
-    position_scale_ = T(-kLog2E / (p_.position_bandwidth * p_.position_bandwidth));
-  }
-
-  void center_references() {
-    const int64_t width = widths_.depth;
-    for (int64_t d = 0; d < width; d += kLanes<T>) {
-      Vector<T> sum{};
-      for (int64_t j = 0; j < p_.references; ++j) sum += load(references_ + j * width + d);
-      const Vector<T> mean = sum / T(p_.references);
-      store<T>(center_ + d, mean);
-      for (int64_t j = 0; j < p_.references; ++j) {
-        store<T>(references_ + j * width + d, load(references_ + j * width + d) - mean);
-      }
-    }
-  }
 
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.
   T largest_product(const Worker<T>& worker) const {
@@ -254,7 +210,7 @@ class Similarity {
       load_keys({0, begin, count, worker});
       key_square = largest_square(worker.keys, count, key_square);
     }
-    const T reference_square = largest_square(references_, p_.references, 0);
+    const T reference_square = largest_square(references_.rows, p_.references, 0);
     return T(__builtin_sqrt(double(key_square) * double(reference_square)));
   }
 
@@ -280,14 +236,13 @@ class Similarity {
     Vector<T> squares{};
     for (int64_t axis = 0; axis < p_.position_depth; ++axis) {
       const Vector<T> difference = splat(position[axis * tokens_.positions.stride[1]]) -
-                                   load(reference_positions_ + axis * widths_.references + j);
+                                   load(references_.positions + axis * widths_.references + j);
       squares += difference * difference;
     }
     return squares * position_scale_;
   }
 
-  // From the products k.(2 c y) (gaussian) or k.y (linear) to the scores of `Count` of a tile's
-  // rows.
+  // From k.(2 c y) - c |y|^2 (gaussian) or k.y (linear) to the scores of `Count` of a tile's rows.
   template <int Count>
   SETFORMER_INLINE void finish_rows(const Tile<T>& tile, int64_t row, T* scores, T* factors) const {
     // Local copies: the compiler then knows that stores to `score` do not change them.
@@ -301,8 +256,7 @@ class Similarity {
       Vector<T> x[Count], weight[Count] = {};
       SETFORMER_EACH x[i] = load(score + i * columns);
       if (gaussian) {
-        const Vector<T> norm = load(reference_norms_ + j);
-        SETFORMER_EACH weight[i] = x[i] + (norm + splat(tile.worker.norms[row + i]));
+        SETFORMER_EACH weight[i] = x[i] + splat(tile.worker.norms[row + i]);
         // Rounding may leave a distance just below 0, but solving by scaling relies on S <= 1.
         SETFORMER_EACH weight[i] = at_most<T>(weight[i], Vector<T>{});
       }
@@ -327,6 +281,7 @@ class Similarity {
   const ForwardParams& p_;
   const Tokens tokens_;
   const int64_t b_, h_;
+  const References<Storage>& references_;
   const Widths<T> widths_{p_};
   const TokenRows<Storage> rows_{tokens_.rows, b_, h_, p_.depth};
   const Validity valid_{tokens_.mask, b_};
@@ -334,15 +289,7 @@ class Similarity {
   const bool has_positions_ =
       tokens_.positions.data != nullptr && p_.reference_positions.data != nullptr;
   bool log_domain_ = false;
-  T bandwidth_ = 1, epsilon_ = 1, scale_ = 1, shift_ = 0, position_scale_ = 0;
-
-  T* references_ = nullptr;         // [M, depth] y, scaled, centred
-  T* reference_lengths_ = nullptr;  // [references] what they were divided by, where they are scaled
-  T* center_ = nullptr;             // [depth] 0 for the linear kernel
-  T* square_weights_ = nullptr;     // [depth] -c
-  T* right_ = nullptr;              // [D, references] 2 c y transposed (gaussian), y (linear)
-  T* reference_norms_ = nullptr;    // [references] -c |y_j|^2
-  T* reference_positions_ = nullptr;  // [P, references]
+  T scale_ = 1, shift_ = 0, position_scale_ = 0;
 };
 
 }  // namespace setformer::cpu::SETFORMER_ISA

@@ -16,16 +16,15 @@ inline constexpr int64_t kTileTokens = 48;
 inline constexpr int64_t kMostTileTokens = 64;
 inline int64_t tokens_of_tile(int64_t left) { return left > kMostTileTokens ? kTileTokens : left; }
 
-template <class T, class Term, int... R>
-SETFORMER_INLINE Vector<T> row_block_sums(const T* matrix, int64_t rows, int64_t columns,
-                                          const T* weights, Term term,
-                                          std::integer_sequence<int, R...>) {
+// Of as many rows as there are lanes; step(i) is the distance from row i to the next.
+template <class T, class Term, class Step, int... R>
+SETFORMER_INLINE Vector<T> row_block_sums(const T* matrix, int64_t columns, const T* weights,
+                                          Term term, Step step, std::integer_sequence<int, R...>) {
   Vector<T> sum[] = {((void)R, Vector<T>{})...};
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
     const Vector<T> weight = load(weights + j);
     const T* row = matrix + j;
-    // With fewer rows than lanes the last row is added again; those sums are not used.
-    ((sum[R] += term(load(row), weight), row += R + 1 < rows ? columns : 0), ...);
+    ((sum[R] += term(load(row), weight), row += step(R)), ...);
   }
   return sums_of<T>(sum);
 }
@@ -37,12 +36,14 @@ SETFORMER_INLINE void row_sums(const T* matrix, int64_t count, int64_t columns, 
   constexpr int64_t lanes = kLanes<T>;
   constexpr auto rows = std::make_integer_sequence<int, lanes>{};
   int64_t i = 0;
+  const auto whole = [columns](int) SETFORMER_LAMBDA { return columns; };
   for (; i + lanes <= count; i += lanes) {
-    store<T>(sums + i, row_block_sums(matrix + i * columns, lanes, columns, weights, term, rows));
+    store<T>(sums + i, row_block_sums(matrix + i * columns, columns, weights, term, whole, rows));
   }
-  if (count - i > lanes / 4) {
-    store<T>(sums + i,
-             row_block_sums(matrix + i * columns, count - i, columns, weights, term, rows));
+  if (const int64_t left = count - i; left > lanes / 4) {
+    // The last row is added again for the rows that are missing; those sums are not used.
+    const auto step = [=](int row) SETFORMER_LAMBDA { return row + 1 < left ? columns : 0; };
+    store<T>(sums + i, row_block_sums(matrix + i * columns, columns, weights, term, step, rows));
     return;
   }
   for (; i < count; ++i) {
@@ -112,6 +113,14 @@ void add_transposed_product(const T* matrix, int64_t count, int64_t columns, con
     column_block_sums(matrix + j, count, columns, weights, sums + j,
                       std::make_integer_sequence<int, 1>{});
   }
+}
+
+// Of rows of whole vectors.
+template <class T>
+T dot(const T* x, const T* y, int64_t width) {
+  Vector<T> sum{};
+  for (int64_t c = 0; c < width; c += kLanes<T>) sum += load(x + c) * load(y + c);
+  return sum_of<T>(sum);
 }
 
 // matrix[i][:] *= factors[i].

@@ -60,22 +60,44 @@ class TokenRows {
         depth_(depth) {}
 
   // Copies tokens [begin, begin + count) into rows of whole vectors; invalid tokens and the padding
-  // become 0, whatever they hold.
-  void load(int64_t begin, int64_t count, const Validity& valid, T* rows) const {
+  // become 0, whatever they hold. `each` (x, i, c) maps the vector at channel c of row i.
+  template <class Each>
+  void load(int64_t begin, int64_t count, const Validity& valid, T* rows, Each each) const {
     const int64_t width = round_up(depth_, kLanes<T>);
     const Storage* from = first_ + begin * token_stride_;
     for (int64_t i = 0; i < count; ++i, from += token_stride_, rows += width) {
-      if (valid[begin + i]) {
-        load_row(from, stride_, depth_, rows, width);
-      } else {
-        fill(rows, width, T(0));
-      }
+      const int64_t depth = valid[begin + i] ? depth_ : 0;
+      load_row(from, stride_, depth, rows, width,
+               [&](Vector<T> x, int64_t c) SETFORMER_LAMBDA { return each(x, i, c); });
     }
+  }
+  void load(int64_t begin, int64_t count, const Validity& valid, T* rows) const {
+    load(begin, count, valid, rows,
+         [](Vector<T> x, int64_t, int64_t) SETFORMER_LAMBDA { return x; });
+  }
+  // Times a factor for each row.
+  void load_scaled(int64_t begin, int64_t count, const Validity& valid, const T* factors,
+                   T* rows) const {
+    load(begin, count, valid, rows, [factors](Vector<T> x, int64_t i, int64_t) SETFORMER_LAMBDA {
+      return x * splat(factors[i]);
+    });
   }
   void store(int64_t begin, int64_t count, const T* rows) const {
     Storage* to = first_ + begin * token_stride_;
     for (int64_t i = 0; i < count; ++i, to += token_stride_) {
       store_row(rows + i * round_up(depth_, kLanes<T>), depth_, to, stride_);
+    }
+  }
+  // Times a factor for each row; invalid tokens become 0.
+  void store_scaled(int64_t begin, int64_t count, const Validity& valid, const T* factors,
+                    const T* rows) const {
+    Storage* to = first_ + begin * token_stride_;
+    const int64_t width = round_up(depth_, kLanes<T>);
+    for (int64_t i = 0; i < count; ++i, to += token_stride_, rows += width) {
+      const bool keep = valid[begin + i];
+      const Vector<T> factor = splat(factors[i]);
+      store_row(rows, depth_, to, stride_,
+                [=](Vector<T> x) SETFORMER_LAMBDA { return keep ? x * factor : Vector<T>{}; });
     }
   }
   void clear(int64_t count) const {

@@ -32,25 +32,17 @@
 
 namespace setformer::cpu::SETFORMER_ISA {
 
-// The references' marginal b of one head.
-template <class T>
-struct ReferenceMarginal {
-  T* b;       // [references] 0 in the padding
-  T* log2_b;  // [references] -inf in the padding
-  T total;    // of the masses as given
-};
-
 template <class Storage>
 class Transport {
   using T = Accumulate<Storage>;
 
  public:
-  // Of head (b, h).
-  Transport(const ForwardParams& p, const Tokens& tokens, int64_t b, int64_t h, bool backward)
-      : p_(p), tokens_(tokens), b_(b), h_(h), backward_(backward) {}
+  // Of head (b, h), whose prepared references are `references`.
+  Transport(const ForwardParams& p, const Tokens& tokens, int64_t b, int64_t h,
+            const References<Storage>& references, bool backward)
+      : p_(p), tokens_(tokens), b_(b), h_(h), references_(references), backward_(backward) {}
 
   void place(Arena& arena) {
-    similarity_.place(arena);
     a_ = arena.take<T>(tokens_.count);
     potentials_ = arena.take<T>((p_.iterations + 1) * widths_.references);
     column_potentials_ = arena.take<T>(larger<int64_t>(p_.iterations, 1) * widths_.references);
@@ -68,17 +60,11 @@ class Transport {
     if (backward_) factor_cache_ = arena.take<T>(rows * widths_.references);
   }
 
-  // Prepares everything except what normalize_masses does. token_mass (optional) [B, H, N]; this
-  // head's normalisers, rows [T + 1, N] and columns [max(T, 1), M], are written by the steps and
-  // read by all else.
-  Status prepare(const Tensor& token_mass, const ReferenceMarginal<T>& marginal, T* rows,
-                 T* columns, const Worker<T>& worker) {
-    const T* bandwidth = at<const T>(p_.bandwidth, h_);
-    const auto is_good = [](T x) { return x > 0 && __builtin_isfinite(x); };
-    if (bandwidth != nullptr && !is_good(*bandwidth)) return Status::kNonPositiveBandwidth;
-    if (!is_good(*at<const T>(p_.epsilon, h_))) return Status::kNonPositiveEpsilon;
+  // Prepares everything except what normalize_masses does; the references must be prepared.
+  // token_mass (optional) [B, H, N]; this head's normalisers, rows [T + 1, N] and columns [max(T,
+  // 1), M], are written by the steps and read by all else.
+  Status prepare(const Tensor& token_mass, T* rows, T* columns, const Worker<T>& worker) {
     similarity_.prepare(worker);
-    marginal_ = marginal;
     rows_ = rows;
     columns_ = columns;
     fresh_ = true;
@@ -324,14 +310,19 @@ class Transport {
   void set_potentials(int64_t t) {
     const T* columns = column_normalizers(t);
     T* column_terms = column_potential(t);
-    fill(column_terms, widths_.references, log_domain() ? -T(__builtin_inf()) : T(0));
-    for (int64_t j = 0; j < p_.references; ++j) {
-      column_terms[j] = log_domain() ? -columns[j] : 1 / columns[j];
+    if (log_domain()) {
+      for (int64_t j = 0; j < p_.references; ++j) column_terms[j] = -columns[j];
+    } else {
+      for (int64_t j = 0; j < p_.references; ++j) column_terms[j] = 1 / columns[j];
     }
+    fill(column_terms + p_.references, widths_.references - p_.references,
+         log_domain() ? -T(__builtin_inf()) : T(0));
     if (t == 0) return;
-    for (int64_t j = 0; j < widths_.references; ++j) {
-      potential(t)[j] =
-          log_domain() ? marginal_.log2_b[j] + column_terms[j] : marginal_.b[j] * column_terms[j];
+    T* w = potential(t);
+    for (int64_t j = 0; j < widths_.references; j += kLanes<T>) {
+      const Vector<T> term = load(column_terms + j);
+      store<T>(w + j,
+               log_domain() ? load(references_.log2_b + j) + term : load(references_.b + j) * term);
     }
   }
 
@@ -374,11 +365,11 @@ class Transport {
   const ForwardParams& p_;
   const Tokens tokens_;
   const int64_t b_, h_;
+  const References<Storage>& references_;
   const bool backward_;
   const Widths<T> widths_{p_};
   const Spans spans_{tokens_.count};
-  Similarity<Storage> similarity_{p_, tokens_, b_, h_};
-  ReferenceMarginal<T> marginal_{};
+  Similarity<Storage> similarity_{p_, tokens_, b_, h_, references_};
   double total_mass_ = 0;
   bool fresh_ = true;   // no pass over the tokens is complete yet: the cache is not filled
   int64_t cached_ = 0;  // the scores of tiles that begin before this token are kept
