@@ -36,13 +36,12 @@ def set_attention(
     of_tokens = transport(key, reference, mask=mask, **options)
     pooled = of_tokens.collect().mT @ zero_invalid(value, mask)  # A_j = sum_i C_ij v_i
     if query is None or query is key:
-        s, g = of_tokens.s, of_tokens.g
+        receivers = of_tokens
     else:  # a second solve, with uniform marginals
         options |= {"mask": query_mask, "token_mass": None, "token_positions": query_positions}
-        s, _, _, _, _, g = transport(query, reference, **options)
+        receivers = transport(query, reference, **options)
         mask = query_mask
-    distribution = torch.softmax(s + g.unsqueeze(-2), dim=-1)  # R_ij, rows sum to 1
-    return zero_invalid(distribution @ pooled, mask)
+    return zero_invalid(receivers.distribution() @ pooled, mask)
 
 
 def set_pooling(
@@ -82,6 +81,10 @@ class Transport(NamedTuple):
         """C_ij = softmax_i(s_ij + f_i) = a_i exp(s_ij - rows_i - columns_j): columns sum to 1."""
         exponent = self.s - self.rows.unsqueeze(-1) - self.columns.unsqueeze(-2)
         return self.a.unsqueeze(-1) * exponent.clamp(max=_largest_exponent(self.s)).exp()
+
+    def distribution(self) -> Tensor:  # [B, H, N, M]
+        """R_ij = softmax_j(s_ij + g_j): rows sum to 1."""
+        return torch.softmax(self.s + self.g.unsqueeze(-2), dim=-1)
 
 
 def transport(

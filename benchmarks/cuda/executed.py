@@ -7,7 +7,7 @@
 
 The emulator tells how often warps execute each stretch of nvcc's PTX, and so what passes the
 tensor cores, the special-function units and the memories. What a multiprocessor issues is counted
-in the SASS for sm_80, of kernels of clusters in that for sm_90: a line of the source has so many
+in the SASS for sm_80, of what differs with 9.0 in that for sm_90: a line of the source has so many
 instructions there, and as many trips as its PTX has on average. "shared" and "global" count 128
 bytes each; blocks are those of all launches. All is of bfloat16, the Gaussian kernel and epsilon =
 0.1, without masks and masses.
@@ -70,7 +70,7 @@ HEADS = (
     (16384, 64, 128),
 )
 ON_CHIP = (HEADS[0], HEADS[1], HEADS[2], HEADS[4])
-ON_CLUSTERS = ((3136, 32, 49),)  # forward of them
+AT_CLUSTERS = ((3136, 32, 49, "forward"), (16384, 64, 128, "backward"))  # what differs there
 STEPS = (1, 2, 5)  # between the last two model.py interpolates
 SLACK = 0.02
 MOST_UNKNOWN = 0.01  # of a kernel's SASS, of lines that its PTX does not have
@@ -96,9 +96,10 @@ def main() -> None:
     rows = [row for head in HEADS for steps in STEPS for row in counted.head(*head, steps)]
     rows += [
         row
-        for head in ON_CLUSTERS
+        for *head, only in AT_CLUSTERS
         for steps in STEPS
         for row in counted.head(*head, steps, CLUSTERS)
+        if row[COLUMNS.index("pass")] == only
     ]
     if options.write:
         with TABLE.open("w", newline="", encoding="utf-8") as file:
@@ -169,7 +170,7 @@ class Counted:
         capability: int = ARCHITECTURE,
         is_scaled: bool = False,
     ) -> Iterator[tuple[str | int, ...]]:
-        """Rows of one head's forward and, where no cluster is needed, backward."""
+        """Rows of one head's forward and backward."""
         torch.manual_seed(0)
         key, value, points = (
             normalize(torch.randn(size), dim=-1).bfloat16().requires_grad_()
@@ -182,9 +183,10 @@ class Counted:
             options = {"epsilon": 0.1, "iterations": steps, "normalize": is_scaled}
             output.append(setformer_ext.set_attention(None, key, value, points, **options))
 
-        passes: dict[str, Callable[[], None]] = {"forward": forward}
-        if capability < CLUSTERS:
-            passes["backward"] = lambda: output[0].backward(torch.ones_like(output[0]))
+        passes: dict[str, Callable[[], None]] = {
+            "forward": forward,
+            "backward": lambda: output[0].backward(torch.ones_like(output[0])),
+        }
         sizes = (capability, tokens, depth, references, steps)
         try:
             with self.emulator.of_capability(capability):

@@ -132,6 +132,17 @@ class Problem:
         alone = self.tokens <= 64 and divide_up(blocks, 2) * groups <= 4
         return OnChipBackward(blocks, 1 if alone else 4)
 
+    def on_shares_backward(self, arch: int) -> "OnChipBackward | None":
+        """The shape of backward on shares of a head; None: there is none."""
+        if self.references > 128 or divide_up(self.depth, 32) > 2:
+            return None
+        one_range = self.references <= 64
+        shapes = (
+            [OnChipBackward(8, 4)] if one_range else [OnChipBackward(16, 8), OnChipBackward(16, 4)]
+        )
+        most = MOST_ON_CLUSTER if arch in (90, 100) else MOST_ON_CHIP
+        return next((shape for shape in shapes if shape.shared(self) <= most), None)
+
     def resident(self, needs: Needs) -> bool:
         """Whether one block holds a head's keys, on devices that give it 163 KiB (sm_80, sm_90)."""
         return self.shared(needs, resident=True) <= MOST_RESIDENT
@@ -211,7 +222,8 @@ class OnChip:
 
 @dataclass(frozen=True)
 class OnChipBackward:
-    """StripShape of on_chip/strip.cuh: blocks of 8 references, and warps with a strip each."""
+    """StripShape of on_chip/strip.cuh: blocks of 8 references, and warps with a strip each. More
+    than 8 blocks are two ranges, beside which rows of one round fit instead of two."""
 
     blocks: int
     warps: int
@@ -222,13 +234,14 @@ class OnChipBackward:
         spread = 64 * divide_up(self.blocks, 8) * self.warps
         total = ON_CHIP_HEAD + references * 4 * (1 + 3) + 8 * 4 + 16 * self.warps
         total += 4 * 16 * self.warps + 2 * 4 * spread + (self.warps > 1) * 2 * 8 * spread
-        total += 384 + 4 * references * 4 + 4 * self.warps  # gradients, of references, units
+        ranges = 2 if self.blocks > 8 else 1
+        total += 384 + 4 * references * 4 + 4 * self.warps * ranges  # gradients, numbers, units
         total += 4 * 16 * self.warps  # lengths
         total = 16 * divide_up(total, 16)
         pitch = 32 * divide_up(p.depth, 32) + 8
         total += 5 * 16 * pairs * pitch * 2  # references, A and dA in two parts each
         total += self.warps * 16 * (16 * pairs + 8) * 2  # plan
-        total += self.warps * 2 * 3 * 16 * pitch * 2  # rows
+        total += self.warps * (2 // ranges) * 3 * 16 * pitch * 2  # rows
         return total + max(p.steps, 1) * 2 * references * 4
 
 
@@ -255,6 +268,7 @@ NOTHING = {
     "merge_pooled_kernel",
     "merge_shares_kernel",
     "scale_rank_kernel",
+    "select_shared_heads_kernel",
     "merge_sums_kernel",
     "merge_blocks_kernel",
     "rescale_pooled_kernel",
@@ -280,6 +294,10 @@ def dynamic_shared(kernel: str, p: Problem, arch: int = 80, collects: bool = Fal
     if kernel == "attention_backward_on_chip_kernel":
         assert p.on_chip_backward
         return p.on_chip_backward.shared(p)
+    if kernel == "attention_backward_on_shares_kernel":
+        shape = p.on_shares_backward(arch)
+        assert shape
+        return shape.shared(p)
     if kernel in HEAD_ONLY:
         return p.storage.head
     needs = Needs.DISTRIBUTES if collects else NEEDS[kernel]

@@ -48,6 +48,7 @@ ELEMENT = 2  # bytes of a bfloat16 or float16
 NUMBER = 4  # of a float32
 
 ON_SHARES = "attention_forward_on_shares_kernel"
+BACKWARD_ON_SHARES = "attention_backward_on_shares_kernel"
 # Tensors of [B, H, N, D] that a launch reads or writes; kernels that are not here have none.
 TOKEN_TENSORS = {
     "attention_forward_on_chip_kernel": 3,  # k, v, o
@@ -57,11 +58,13 @@ TOKEN_TENSORS = {
     "sinkhorn_step_kernel": 1,  # k
     "collect_kernel": 2,  # k, v
     "distribute_kernel": 2,  # k, o
+    BACKWARD_ON_SHARES: 1,  # k; of all launches one also o and do, one v, dv, one v, do, dk
     "output_product_kernel": 2,  # o, do
     "distribute_backward_kernel": 2,  # k, do
     "sinkhorn_step_backward_kernel": 1,  # k; at step T also do and dv
     "gradient_kernel": 4,  # k, v, do, dk
 }
+OF_SOME_LAUNCHES = {ON_SHARES: 2, BACKWARD_ON_SHARES: 7}  # the tensors beside k
 ALONE = {
     "attention_forward_on_chip_kernel",
     "attention_forward_on_cluster_kernel",
@@ -120,23 +123,26 @@ def _launches(p: Problem, device: Device, pass_: str) -> Iterator[Launch]:
         raise ValueError(f"executed.csv has no head of {p.tokens} x {p.depth}, {p.references}")
     longer = p.tokens / tokens  # where kernels stream, work is in proportion to the tokens
     by_steps = _executed()[80, tokens, p.depth, p.references]
-    if longer == 1 and device.capability >= 90:
-        by_steps = by_steps | _executed().get((90, tokens, p.depth, p.references), {})
+    if device.capability >= 90:  # a cluster holds heads of exactly so many tokens
+        own = _executed().get((90, tokens, p.depth, p.references), {})
+        by_steps = by_steps | {
+            key: rows for key, rows in own.items() if longer == 1 or key[1] == "backward"
+        }
     # Each step from the second on is as much work; T = 0 is taken for T = 1, an upper bound.
     first, last, part = (2, 5, (p.steps - 2) / 3) if p.steps > 1 else (1, 1, 0)
     at_first, at_last = by_steps[first, pass_], by_steps[last, pass_]
-    alone = ALONE & at_first.keys()
+    on_chip = {*ALONE, BACKWARD_ON_SHARES} & at_first.keys()
     for kernel, row in at_first.items():
         end = at_last[kernel]
         counts = {n: x + (end[n] - x) * part for n, x in row.items()}
-        # what is launched beside a kernel that computes all of a head finds nothing to do
-        yield _launch(kernel, counts, p, longer, moves=kernel in alone or not alone)
+        # what is launched beside a kernel that makes a head's passes finds no tokens left
+        yield _launch(kernel, counts, p, longer, moves=kernel in on_chip or not on_chip)
 
 
 def _launch(kernel: str, row: dict[str, float], p: Problem, longer: float, moves: bool) -> Launch:
     times = row["launches"]
     scale = p.problems * longer / times
-    tensors = TOKEN_TENSORS.get(kernel, 0) + 2 / times * (kernel == ON_SHARES)
+    tensors = TOKEN_TENSORS.get(kernel, 0) + OF_SOME_LAUNCHES.get(kernel, 0) / times
     moved = moves * tensors * p.tokens * p.depth * ELEMENT
     if kernel in ALONE:  # rows and columns of each step, and A
         moved += NUMBER * ((p.steps + 1) * (p.tokens + p.references) + p.references * p.depth)

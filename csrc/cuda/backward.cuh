@@ -375,7 +375,7 @@ __device__ __forceinline__ void store_column_adjoints(const BackwardHead<Storage
     if (resident || head.splits == 1) {
       head.column_adjoint(of.t - 1, j) = -sum;
     } else {
-      head.partials(1)[head.split * head.p.references + j] = sum;
+      head.partials(1)[head.split * head.p.references + j] = -sum;
     }
   }
 }

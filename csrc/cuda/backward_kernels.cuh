@@ -16,8 +16,9 @@ struct SelectBackward {
   bool of_queries;
   int needs;
   bool resident = false;
+  float least = kPassesOnChip;  // from which on the head is left to kernels on chip
   __device__ bool operator()(int64_t index, int64_t split) const {
-    if (is_done_on_chip(parts, workspace, index)) return false;
+    if (is_on_chip(parts, workspace, index, least)) return false;
     BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
     if (thread_index() == 0) {
       const Span span =
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
                                  const BackwardWorkspace parts,
                                  Accumulate<Storage>* const workspace, const int64_t splits) {
   constexpr int kWarps = Shape<Storage>::kWarps;
-  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kHeadAlone};
+  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kHeadAlone, false, kAllOnChip};
   at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
     const int64_t j = group * kWarps + thread_index() / 32;
     const int64_t own = shared_head<BackwardHead<Storage>>().splits;
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int64_t at = (first + blockIdx.x) * kMergeThreads + threadIdx.x;
   if (at >= p.batch * p.heads * references) return;
   const int64_t head = at / references, j = at % references;
-  if (is_done_on_chip(parts, workspace, head)) return;
+  if (is_on_chip(parts, workspace, head, kAllOnChip)) return;
   const int64_t b = head / p.heads;
   const Share share = share_of<T>(p, side, side.span(b), b, head % p.heads);
   if (share.count == 1) return;
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   for (int64_t split = 0; split < share.count; ++split) {
     sum += partial[(share.before + split) * references + j];
   }
-  results[head * results_of_head + j] = -sum;
+  results[head * results_of_head + j] = sum;
 }
 
 // Adds up the sums of all blocks that share a head, [heads, splits, numbers], in the place of the
@@ -153,7 +154,8 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
                           const BackwardWorkspace parts, Accumulate<Storage>* const workspace,
                           const bool of_queries) {
   constexpr int kWarps = Shape<Storage>::kWarps;
-  const SelectBackward<Storage> select{p, parts, workspace, of_queries, kHeadAlone};
+  const SelectBackward<Storage> select{p,          parts, workspace, of_queries,
+                                       kHeadAlone, false, kAllOnChip};
   at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
     const int64_t j = group * kWarps + thread_index() / 32;
     if (j < p.references) finish_reference_gradient<Storage>(j, of_queries);
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(kMergeThreads)
                          const Accumulate<Storage>* const workspace) {
   constexpr int kWarps = kMergeThreads / 32;
   const int64_t head = (first + blockIdx.x) * kWarps + thread_index() / 32;
-  if (head >= p.batch * p.heads || is_done_on_chip(parts, workspace, head)) return;
+  if (head >= p.batch * p.heads || is_on_chip(parts, workspace, head, kAllOnChip)) return;
   const int64_t b = head / p.heads, h = head % p.heads;
   const Side keys = keys_of(p), queries = queries_of(p);
   const Share of_keys = share_of<Storage>(p, keys, keys.span(b), b, h);
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
                                        const BackwardWorkspace parts,
                                        Accumulate<Storage>* const workspace) {
   const int64_t index = first + blockIdx.x;
-  if (is_done_on_chip(parts, workspace, index)) return;
+  if (is_on_chip(parts, workspace, index, kAllOnChip)) return;
 #pragma unroll 1
   for (int phase = 0; phase < (p.cross ? 3 : 2); ++phase) {
     __syncthreads();
@@ -283,10 +285,26 @@ BackwardWorkspace BackwardKernels<Storage>::workspace(const BackwardParams& p) {
   return parts;
 }
 
+// Launches the passes on shares, if there are any: those of the problem with rows as given.
+template <class Storage>
+struct OnShares {
+  const BackwardParams* problem;  // null where there are none
+  const BackwardWorkspace& parts;
+  Accumulate<Storage>* workspace;
+  Stream& stream;
+  void operator()(Pass pass, bool of_queries, int64_t t = 0) const {
+    if constexpr (kIsHalf<Storage>) {
+      if (problem == nullptr) return;
+      SharedBackward<Storage>::run(*problem, parts, workspace, pass, of_queries, t, stream);
+    }
+  }
+};
+
 // The steps of one side and the gradient of its tokens, references, bandwidth and epsilon.
 template <class Storage>
 void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& parts,
-                          Accumulate<Storage>* workspace, bool of_queries, Stream& stream) {
+                          Accumulate<Storage>* workspace, bool of_queries,
+                          const OnShares<Storage>& on_shares, Stream& stream) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads, references = p.references;
@@ -296,6 +314,7 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
   const auto bytes = [&](int needs) { return streaming_bytes<Storage>(p, needs, stream); };
   for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
     if (t == 0 && of_queries) break;
+    on_shares(Pass::kStep, of_queries, t);
     launch<sinkhorn_step_backward_kernel<Storage>>(
         stream, "sinkhorn_step_backward_kernel", heads * shares, S::kThreads,
         bytes(step_needs(p, of_queries, t)), p, parts, workspace, of_queries, t);
@@ -310,6 +329,7 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
     const Shared shared{adjoints, heads, references, adjoints_of_head, Merge::kSum};
     merge(p, stream, &shared, 1);
   }
+  on_shares(Pass::kGradients, of_queries);
   const bool in_one = gradient_in_one<Storage>(p);
   const int64_t groups = divide_up(p.depth, S::kGroup * S::kDepth);
   launch<gradient_kernel<Storage>>(stream, "gradient_kernel", heads * shares, S::kThreads,
@@ -326,15 +346,17 @@ void launch_side_backward(const BackwardParams& p, const BackwardWorkspace& part
 }
 
 // All of backward by kernels of one pass, or by the resident one, for the heads that
-// attention_backward_on_chip_kernel has left.
+// attention_backward_on_chip_kernel has left. Where there are passes on shares, those of other
+// kernels leave heads to them, and their sums are merged with all others.
 template <class Storage>
 void stream_backward(const BackwardParams& p, const BackwardWorkspace& parts,
-                     Accumulate<Storage>* workspace, Stream& stream) {
+                     Accumulate<Storage>* workspace, const OnShares<Storage>& on_shares,
+                     Stream& stream) {
   using S = Shape<Storage>;
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads, references = p.references;
   if constexpr (kResident<Storage>) {
-    if (fits_one_block<Storage>(p, kDifferentiates, stream)) {
+    if (on_shares.problem == nullptr && fits_one_block<Storage>(p, kDifferentiates, stream)) {
       launch<attention_backward_resident_kernel<Storage>>(
           stream, "attention_backward_resident_kernel", heads, S::kThreads,
           resident_bytes<Storage>(p, kDifferentiates, stream), p, parts, workspace);
@@ -345,6 +367,7 @@ void stream_backward(const BackwardParams& p, const BackwardWorkspace& parts,
   const int64_t shares = most_shares<Storage>(p, receivers_of(p));
   const bool distributes = p.distribute && p.grad_output.data != nullptr;
   if (distributes) {
+    on_shares(Pass::kDistribution, p.cross);
     launch<output_product_kernel<Storage>>(stream, "output_product_kernel", heads * shares,
                                            S::kThreads, kHeadBytes<Storage>, p, parts, workspace);
     launch<distribute_backward_kernel<Storage>>(stream, "distribute_backward_kernel",
@@ -365,8 +388,8 @@ void stream_backward(const BackwardParams& p, const BackwardWorkspace& parts,
   launch<merge_pooled_gradient_kernel<Storage>>(
       stream, "merge_pooled_gradient_kernel", heads * divide_up(references, S::kWarps), S::kThreads,
       kHeadBytes<Storage>, p, parts, workspace, partials);
-  launch_side_backward<Storage>(p, parts, workspace, false, stream);
-  if (p.cross) launch_side_backward<Storage>(p, parts, workspace, true, stream);
+  launch_side_backward<Storage>(p, parts, workspace, false, on_shares, stream);
+  if (p.cross) launch_side_backward<Storage>(p, parts, workspace, true, on_shares, stream);
   launch<head_gradient_kernel<Storage>>(stream, "head_gradient_kernel",
                                         divide_up(heads, kMergeThreads / 32), kMergeThreads, 0, p,
                                         parts, static_cast<const T*>(workspace));
@@ -377,16 +400,19 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
   using T = Accumulate<Storage>;
   BackwardWorkspace parts = workspace(p);
   T* workspace = static_cast<T*>(memory);
-  bool on_chip = false;
+  bool on_chip = false, shared = false;
   if constexpr (kIsHalf<Storage>) {
     on_chip = OnChipBackward<Storage>::run(p, parts, workspace, stream);
+    shared = !on_chip && SharedBackward<Storage>::begin(p, parts, workspace, stream);
   }
-  if (!on_chip) parts.on_chip = -1;
-  if (!p.normalize) return stream_backward<Storage>(p, parts, workspace, stream);
-  const Done done{on_chip ? workspace + parts.on_chip : nullptr};
-  stream_backward<Storage>(scaled<Storage>(p, parts.scaled, workspace, done, stream), parts,
-                           workspace, stream);
-  finish_gradients<Storage>(p, done, stream);
+  if (!on_chip && !shared) parts.on_chip = -1;
+  const OnShares<Storage> on_shares{shared ? &p : nullptr, parts, workspace, stream};
+  if (!p.normalize) return stream_backward<Storage>(p, parts, workspace, on_shares, stream);
+  const T* flags = on_chip || shared ? workspace + parts.on_chip : nullptr;
+  const Done tokens{flags, kPassesOnChip}, references{flags, kAllOnChip};
+  stream_backward<Storage>(scaled<Storage>(p, parts.scaled, workspace, tokens, references, stream),
+                           parts, workspace, on_shares, stream);
+  finish_gradients<Storage>(p, tokens, references, stream);
 }
 
 }  // namespace setformer::cuda

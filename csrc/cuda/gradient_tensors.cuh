@@ -91,7 +91,11 @@ struct NoOtherTensors {};
 template <class Storage>
 using GradientTensors = WithGradients<Storage, NoOtherTensors>;
 
-// Whether attention_backward_on_chip_kernel handles head b H + h: its scores must be factors, and
+// How much of a head's backward runs on chip: nothing; the passes over its tokens, on shares of
+// them; or all.
+inline constexpr float kNotOnChip = 0, kPassesOnChip = 1, kAllOnChip = 2;
+
+// Whether kernels on chip handle head b H + h: its scores must be factors, and
 // no reference mass may differ by more than a factor of 2^30 from the first one, to which
 // potentials are relative. To be called by all `threads` threads of a block.
 template <class Storage>
@@ -114,11 +118,11 @@ __device__ __forceinline__ bool is_for_chip(const BackwardParams& p, int64_t ind
   return !__syncthreads_or(far);
 }
 
-// Whether it has: later kernels then leave the head alone.
+// Whether so much of the head does: other kernels then leave that to them.
 template <class T>
-__device__ __forceinline__ bool is_done_on_chip(const BackwardWorkspace& parts, const T* workspace,
-                                                int64_t head) {
-  return parts.on_chip >= 0 && workspace[parts.on_chip + head] != T(0);
+__device__ __forceinline__ bool is_on_chip(const BackwardWorkspace& parts, const T* workspace,
+                                           int64_t head, float least) {
+  return parts.on_chip >= 0 && workspace[parts.on_chip + head] >= T(least);
 }
 
 // d epsilon, d bandwidth and d reference mass of a head, by one warp, from the sums that the passes

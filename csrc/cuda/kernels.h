@@ -36,8 +36,8 @@ struct BackwardWorkspace {
   int64_t column_adjoints[2] = {};     // [B, H, T + 1, M]
   int64_t scalars[2] = {};             // [shares, 2]
   int64_t reference_products[2] = {};  // [B, H, M]
-  // [B, H]: not 0 where attention_backward_on_chip_kernel has computed the head; -1 where it was
-  // not launched
+  // [B, H]: kNotOnChip, kPassesOnChip or kAllOnChip of gradient_tensors.cuh; -1 where nothing runs
+  // on chip
   int64_t on_chip = 0;
   int64_t partial = 0, total = 0;
   UnitLengthWorkspace scaled;  // after all others
@@ -76,6 +76,20 @@ template <class Storage>
 struct OnChipBackward {
   static bool run(const BackwardParams& p, const BackwardWorkspace& parts, void* workspace,
                   Stream& stream);
+};
+
+enum class Pass { kDistribution, kStep, kGradients };  // over the tokens of one side, in backward
+
+// The passes of backward on shares, up to 128 references; other kernels merge their sums. Returns
+// false, and launches nothing, as OnChipBackward does.
+template <class Storage>
+struct SharedBackward {
+  // Finds the heads that the passes compute. To be called before any pass.
+  static bool begin(const BackwardParams& p, const BackwardWorkspace& parts, float* workspace,
+                    Stream& stream);
+  // Step t, or another pass.
+  static void run(const BackwardParams& p, const BackwardWorkspace& parts, float* workspace,
+                  Pass pass, bool of_queries, int64_t t, Stream& stream);
 };
 
 template <class Storage>

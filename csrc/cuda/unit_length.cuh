@@ -9,9 +9,10 @@ namespace setformer::cuda {
 
 inline constexpr int64_t kRowsOfBlock = 512;  // rows of one head that a block scales
 
-// Where a head's flag is that says that it is done already, and needs no scaled rows.
+// Which heads need no scaled rows: those whose flags are at least `least`.
 struct Done {
   const void* flags = nullptr;  // accumulate [B, H], optional
+  float least = 0;
 };
 
 // The part of a head's rows that a block scales, and the head.
@@ -32,7 +33,9 @@ struct PartOfHead {
     rows.hide(side.mask, b);
     begin = index % parts * kRowsOfBlock;
     end = begin + kRowsOfBlock < span.count ? begin + kRowsOfBlock : span.count;
-    if (done.flags != nullptr && static_cast<const T*>(done.flags)[head] != T(0)) end = begin;
+    if (done.flags != nullptr && static_cast<const T*>(done.flags)[head] >= T(done.least)) {
+      end = begin;
+    }
   }
 
   // Calls visit(i, row, length) for the rows that are not hidden, by the lanes of a warp.
@@ -133,10 +136,10 @@ UnitLengthWorkspace unit_length_workspace(const ForwardParams& p, int64_t& total
   return parts;
 }
 
-// The problem with its rows scaled, but for heads that are done.
+// The problem with its rows scaled, but for tokens or references of heads that need none.
 template <class Storage, class Params>
 Params scaled(const Params& given, const UnitLengthWorkspace& parts, Accumulate<Storage>* workspace,
-              const Done& done, Stream& stream) {
+              const Done& tokens, const Done& references, Stream& stream) {
   Params p = given;
   p.normalize = false;
   const auto scale = [&](Tensor& rows, const Side& side, int64_t at, const Done& done) {
@@ -147,29 +150,30 @@ Params scaled(const Params& given, const UnitLengthWorkspace& parts, Accumulate<
     launch<unit_length_kernel<Storage>>(stream, "unit_length_kernel", blocks_of_rows(side, p.heads),
                                         kMergeThreads, 0, side, p.heads, p.depth, done, rows);
   };
-  scale(p.key, keys_of(given), parts.key, done);
-  if (p.cross) scale(p.query, queries_of(given), parts.query, done);
+  scale(p.key, keys_of(given), parts.key, tokens);
+  if (p.cross) scale(p.query, queries_of(given), parts.query, tokens);
   const int64_t samples = batch_of_references(given);
   const bool shared = samples < p.batch;
-  scale(p.reference, references_of(given, samples), parts.reference, shared ? Done{} : done);
+  scale(p.reference, references_of(given, samples), parts.reference, shared ? Done{} : references);
   if (shared) p.reference.stride[0] = 0;
   return p;
 }
 
-// Turns gradients by scaled rows into gradients by the rows that were given, but for heads that are
-// done.
+// Turns gradients by scaled rows into gradients by the rows that were given, but for tokens or
+// references of heads that need no scaled rows.
 template <class Storage>
-void finish_gradients(const BackwardParams& p, const Done& done, Stream& stream) {
-  const auto finish = [&](auto kind, const Side& side, const Tensor& gradient) {
+void finish_gradients(const BackwardParams& p, const Done& tokens, const Done& references,
+                      Stream& stream) {
+  const auto finish = [&](auto kind, const Side& side, const Tensor& gradient, const Done& done) {
     launch<unit_length_backward_kernel<Storage, decltype(kind)>>(
         stream, "unit_length_backward_kernel", blocks_of_rows(side, p.heads), kMergeThreads, 0,
         side, p.heads, p.depth, done, gradient);
   };
-  finish(Storage{}, keys_of(p), p.grad_key);
-  if (p.cross) finish(Storage{}, queries_of(p), p.grad_query);
+  finish(Storage{}, keys_of(p), p.grad_key, tokens);
+  if (p.cross) finish(Storage{}, queries_of(p), p.grad_query, tokens);
   const int64_t of_head = p.references * p.depth;
   finish(Accumulate<Storage>{}, references_of(p, p.batch),
-         {p.grad_reference.data, {p.heads * of_head, of_head, p.depth, 1}});
+         {p.grad_reference.data, {p.heads * of_head, of_head, p.depth, 1}}, references);
 }
 
 }  // namespace setformer::cuda

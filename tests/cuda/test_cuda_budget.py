@@ -381,6 +381,7 @@ def test_docs_have_the_figures_of_the_model(
         Problem(1, 2, tokens=40, depth=20, references=5, steps=2),  # on chip, a warp for backward
         Problem(1, 1, tokens=100, depth=40, references=49, steps=3),  # on chip, four warps
         Problem(1, 1, tokens=300, depth=72, references=70, steps=1),
+        Problem(1, 1, tokens=300, depth=20, references=70, steps=1),  # backward on shares
         Problem(1, 1, tokens=2200, depth=16, references=7, steps=2),  # one tile of references
         Problem(1, 1, tokens=520, depth=72, references=70, steps=2),  # several of all
     ],

@@ -1,8 +1,12 @@
 """Outputs and gradients against the float64 definition, over shapes, options and types."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
+import setformer_ext
 from conftest import Backend
 from exactness import assert_as_exact_as_definition, noise_of_masses_of_zero
 from setformer_ext import set_attention
@@ -12,8 +16,9 @@ from setformer_ext.cli.selftest.problems import (
     output_gradient,
     random_problem,
     run,
+    used,
 )
-from setformer_ext.cli.selftest.tolerance import largest
+from setformer_ext.cli.selftest.tolerance import compare_with_definition, largest
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FUNCTIONS = ["set_attention", "set_pooling", "transport_plan"]
@@ -47,6 +52,29 @@ def test_chosen_problems(
         options = {"B": 1, "H": 2} | options  # a quarter of a minute each otherwise
     arguments = random_problem(7, dtype=dtype, device=backend.device, **options)
     assert_as_exact_as_definition(getattr(backend, function), arguments)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wrong_gradients_do_not_pass(function: str, dtype: torch.dtype) -> None:
+    """One that is half as large again is beyond the tolerance; in bfloat16, whose terms may cancel
+    to little more than their errors, one that is three times as large."""
+    factor = 3 if dtype == torch.bfloat16 else 1.5
+    sizes = {"B": 1, "N": 196, "M": 49, "D": 32, "Dv": 32, "Nq": 150}
+    options = {"masked": True, "token_mass": True, "reference_mass": "learned"}
+    options |= {"bandwidth": "learned", "epsilon": "learned"}
+    arguments = random_problem(7, dtype=dtype, **sizes, **options)
+    right = getattr(setformer_ext, function)
+    for name in filter(partial(used, right), differentiable(arguments)):
+
+        def wrong(*, spoilt: str = name, **given: Any) -> torch.Tensor:
+            given[spoilt] = given[spoilt].clone()
+            given[spoilt].register_hook(lambda gradient: factor * gradient)
+            return right(**given)
+
+        wrong.__name__ = function
+        failed = [x.name for x in compare_with_definition(wrong, arguments) if not x.passed]
+        assert failed == [name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

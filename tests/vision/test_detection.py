@@ -23,7 +23,6 @@ from setformer_ext.vision.detection import (
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "vision"))
 
-import fashion_mnist
 import model_sizes
 
 TINY = {"dims": (32,) * 4, "depths": (1,) * 4, "num_references": (4,) * 4}
@@ -245,15 +244,3 @@ def test_the_count_takes_torchvisions_own_heads() -> None:
     assert model.rpn._post_nms_top_n["testing"] == 1000
     assert heads.detections_per_img == 100
     assert heads.box_predictor.cls_score.out_features == 81
-
-
-def test_networks_that_are_compared_cost_the_same() -> None:
-    counted = {}
-    for name in fashion_mnist.COMPARED:
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in fashion_mnist.Network(name).parameters())
-        counted[name] = (parameters, fashion_mnist.multiply_adds(name))
-    for name, (parameters, multiply_adds) in counted.items():
-        attention = name in ("softmax", "mean", "none")
-        assert parameters == pytest.approx(counted["SeT"][0], rel=0.002 if attention else 0.05)
-        assert attention or multiply_adds == pytest.approx(counted["SeT"][1], rel=0.05)

@@ -23,13 +23,10 @@
 namespace setformer::cuda {
 namespace on_chip {
 
-// One side: the keys, which collect, or the queries.
+// Stores what all sweeps need of the references; the caller must call meet() before it is read.
 template <class S>
-__device__ __forceinline__ void side_backward(const StripParams& p, const Place& at,
-                                              Scales& scales) {
+__device__ __forceinline__ void begin_side(const StripParams& p, const Place& at) {
   using Storage = typename S::Storage;
-  const auto& head = shared_head<S>();
-  const auto& gradients = shared_gradients<S>();
   stage_references<S>(p, at, p.sizes.references, p.sizes.pitch);
   if constexpr (16 * S::kPairs > S::kReferences) {  // products read whole pairs of blocks
     Storage* beyond = shared_at<Storage>(p.sizes.references) + S::kReferences * p.sizes.pitch;
@@ -41,8 +38,19 @@ __device__ __forceinline__ void side_backward(const StripParams& p, const Place&
     shared_at<float>(StripMemory<S>::kDistribution)[j] =
         j < p.references ? power_of_two(potential<S>(p, p.iterations, j)) : 0.0f;
   }
+}
+
+// One side: the keys, which collect, or the queries.
+template <class S>
+__device__ __forceinline__ void side_backward(const StripParams& p, const Place& at,
+                                              Scales& scales) {
+  const auto& head = shared_head<S>();
+  const auto& gradients = shared_gradients<S>();
+  begin_side<S>(p, at);
   meet<S>();
-  if (gradients.distributes) distribute_backward<S>(p, at);
+  if (gradients.distributes) {
+    distribute_backward<S>(p, at, gradients.pooled_gradient, int(p.value_depth));
+  }
   if (p.cross != gradients.collects) scales.unit = finish_pooled_gradient<S>(p, at);
   meet<S>();
   scales.largest = largest_mass<S>(at);
@@ -50,7 +58,7 @@ __device__ __forceinline__ void side_backward(const StripParams& p, const Place&
   for (int64_t t = p.iterations; t > 1; --t) {
     prepare_step<S>(p, at, t, scales);
     meet<S>();
-    sweep_of_step<S>(p, at, t, scales);
+    sweep_of_step<S>(p, at, t, scales, &gradients.column_adjoint(t - 1, 0));
   }
   prepare_step<S>(p, at, p.iterations > 0 ? 1 : 0, scales);
   meet<S>();
@@ -70,7 +78,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
   const Place at = place();
   Scales scales{1, 1};
   const bool is_own = is_for_chip<Storage>(p, first + blockIdx.x, S::kThreads);
-  if (at.thread == 0) p.workspace[p.parts.on_chip + first + blockIdx.x] = is_own ? 1.0f : 0.0f;
+  if (at.thread == 0) {
+    p.workspace[p.parts.on_chip + first + blockIdx.x] = is_own ? kAllOnChip : kNotOnChip;
+  }
   if (!is_own) return;  // other kernels handle the head
 #pragma unroll 1
   for (int pass = 0; pass <= int(p.cross); ++pass) {
@@ -79,6 +89,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps == 1 ? 8 : 2)
     if (at.thread == 0) {
       auto& head = shared_head<S>();
       const Span span = head.select(p, first + blockIdx.x, of_queries);
+      head.first_strip = 0;
+      head.last_strip = all_strips<S>();
       shared_gradients<S>().select_gradients(p, p.parts, p.workspace, head, span, head.index,
                                              of_queries);
     }

@@ -30,15 +30,40 @@ __device__ __forceinline__ void output_products(const StripParams& p, const Plac
   }
 }
 
-// Stores R of a strip, times kPlanScale, as the warp's plan; adds sum_i R_ij delta_i, from the same
-// rounded numbers, to `columns`.
+// Stores R of a strip and a range of references, times kPlanScale, in the warp's plan; adds sum_i
+// R_ij delta_i, from the same rounded numbers, to `columns`.
+template <class S>
+__device__ __forceinline__ void distribute_range(const StripParams& p, const Place& at, int first,
+                                                 int slot, int range, const float (&factors)[2],
+                                                 const float (&deltas)[2],
+                                                 OfReferences<S>& columns) {
+  using Storage = typename S::Storage;
+  Strip<S> entries;
+  form_strip<S>(p, at, first, slot, range, entries);
+  entries_of_strip<S>(entries);
+  for_each_with(entries, pairs_at<S>(StripMemory<S>::kDistribution, at, range),
+                [&](float& x, float of_reference, int half) { x *= factors[half] * of_reference; });
+  PackedStrip<S> plan;
+  pack_strip<S>(entries, plan);
+  store_plan<S>(p, at, plan, range);
+  // gbar^T is the difference of two sums; rounding errors of R cancel in it if both use the same R
+#pragma unroll
+  for (int n = 0; n < kRangeBlocks<S>; ++n) {
+    float (&of_block)[2] = columns[kRangeBlocks<S> * range + n];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 x = unpack<Storage>(plan[n / 2][2 * (n % 2) + half]);
+      of_block[0] = fmaf(x.x, deltas[half], of_block[0]);
+      of_block[1] = fmaf(x.y, deltas[half], of_block[1]);
+    }
+  }
+}
+
 template <class S>
 __device__ __forceinline__ void distribute_strip(const StripParams& p, const Place& at,
                                                  const OwnTokens<S>& tokens, int slot,
-                                                 Strip<S>& entries, OfReferences<S>& columns) {
-  using Storage = typename S::Storage;
+                                                 OfReferences<S>& columns) {
   const auto& gradients = shared_gradients<S>();
-  entries_of_strip<S>(entries);
   float deltas[2], factors[2];
   output_products<S>(p, at, slot + slot_bytes(p), deltas);
   tokens.factors(p.iterations, factors);
@@ -46,42 +71,33 @@ __device__ __forceinline__ void distribute_strip(const StripParams& p, const Pla
   for (int half = 0; half < 2; ++half) {
     const int i = tokens.token(half);
     if (at.c == 0 && i < gradients.token_count) gradients.delta[i] = deltas[half];
-    factors[half] *= kPlanScale<Storage>;
+    factors[half] *= kPlanScale<typename S::Storage>;
   }
-  for_each_with(entries, pairs_at(StripMemory<S>::kDistribution, at),
-                [&](float& x, float of_reference, int half) { x *= factors[half] * of_reference; });
-  PackedStrip<S> plan;
-  pack_strip<S>(entries, plan);
-  store_plan<S>(p, at, plan);
-  // gbar^T is the difference of two sums; rounding errors of R cancel in it if both use the same R
 #pragma unroll
-  for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 x = unpack<Storage>(plan[n / 2][2 * (n % 2) + half]);
-      columns[n][0] = fmaf(x.x, deltas[half], columns[n][0]);
-      columns[n][1] = fmaf(x.y, deltas[half], columns[n][1]);
-    }
+  for (int range = 0; range < kRanges<S>; ++range) {
+    distribute_range<S>(p, at, tokens.own - at.g, slot, range, factors, deltas, columns);
   }
 }
 
-// Computes delta and sum_i R_ij dO_i in the workspace, and kPlanScale sum_i R_ij delta_i in totals.
+// Computes delta in the workspace, sum_i R_ij dO_i in `pooled` [M, pitch], and kPlanScale sum_i
+// R_ij delta_i in totals.
 template <class S>
-__device__ __forceinline__ void distribute_backward(const StripParams& p, const Place& at) {
+__device__ __forceinline__ void distribute_backward(const StripParams& p, const Place& at,
+                                                    float* pooled, int pitch) {
   const auto& gradients = shared_gradients<S>();
   const int groups = p.sizes.value_groups, width = int(p.value_depth);
   OfUnits<S> sums;
   OfReferences<S> columns = {};
   sweep<S>(p, at, &gradients.output_gradients, &shared_head<S>().outputs,
-           [&](int round, const OwnTokens<S>& tokens, int slot, Strip<S>& entries) {
-             distribute_strip<S>(p, at, tokens, slot, entries, columns);
+           [&](int round, const OwnTokens<S>& tokens, int slot) {
+             distribute_strip<S>(p, at, tokens, slot, columns);
              meet<S>();
              sum_over_tokens<S, false>(p, at, round, 1, groups, sums);
              meet<S>();
            });
   for_each_sum<S>(p, at, groups, sums, [&](int j, int column, float x) {
     if (column < width) {
-      gradients.pooled_gradient[j * width + column] = x * (1.0f / kPlanScale<typename S::Storage>);
+      pooled[j * pitch + column] = x * (1.0f / kPlanScale<typename S::Storage>);
     }
   });
   add_columns<S>(at, columns);
@@ -94,6 +110,24 @@ __device__ __forceinline__ void store_parts(Storage* to, int rest, float x) {
   const Storage rounded = narrow<Storage>(x);
   to[0] = rounded;
   to[rest] = narrow<Storage>(x - widen(rounded));
+}
+
+// Stores numbers [M, Dv] times `scale` as an operand.
+template <class S>
+__device__ __forceinline__ void store_operand(const StripParams& p, const Place& at, int operand,
+                                              const Global<float>& numbers, float scale) {
+  using Storage = typename S::Storage;
+  const int width = int(p.value_depth), pitch = p.sizes.pitch;
+#pragma unroll 1
+  for (int j = at.warp; j < 16 * S::kPairs; j += S::kWarps) {
+#pragma unroll
+    for (int i = 0; i < kMostGroups; ++i) {
+      const int c = at.lane + kColumns * i;
+      if (i >= p.sizes.value_groups) break;
+      store_parts(shared_at<Storage>(operand) + j * pitch + c, 16 * S::kPairs * pitch,
+                  j < p.references && c < width ? numbers[j * width + c] * scale : 0.0f);
+    }
+  }
 }
 
 // Stores A and dA of reference j as operands, eta and gbar^T, by one warp; returns the lane's
@@ -149,15 +183,7 @@ __device__ __forceinline__ float finish_pooled_gradient(const StripParams& p, co
   if constexpr (!kFewExponents<Storage>) return 1.0f;
   largest = of_block<S>(at, largest, [](float a, float b) { return most(a, b); });
   const float scale = fitting_scale<Storage>(largest);
-  const int width = int(p.value_depth), pitch = p.sizes.pitch;
-#pragma unroll 1
-  for (int j = at.warp; j < int(p.references); j += S::kWarps) {
-    for (int c = at.lane; c < width; c += 32) {
-      store_parts(shared_at<Storage>(p.sizes.pooled_gradient) + j * pitch + c,
-                  16 * S::kPairs * pitch,
-                  shared_gradients<S>().pooled_gradient[j * width + c] * scale);
-    }
-  }
+  store_operand<S>(p, at, p.sizes.pooled_gradient, shared_gradients<S>().pooled_gradient, scale);
   return 1.0f / scale;
 }
 

@@ -98,10 +98,10 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
 }
 
 // Applies w_ij, the penalty of positions, to a strip: to exponents if the kernel is gaussian, else
-// to similarities.
-template <class S>
+// to similarities. The strip's first block of references is `from`.
+template <class S, int blocks>
 __device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const Place& at,
-                                                   int first, float (&strip)[S::kBlocks][4]) {
+                                                   int first, float (&strip)[blocks][4], int from) {
   const auto& head = shared_head<S>();
 #pragma unroll 1
   for (int axis = 0; axis < int(p.position_depth); ++axis) {
@@ -114,9 +114,9 @@ __device__ __forceinline__ void weigh_by_positions(const ForwardParams& p, const
                       : 0.0f;
     }
     const float2* positions =
-        shared_at<float2>(Memory<S>::kPositions) + axis * (S::kReferences / 2) + at.c;
+        shared_at<float2>(Memory<S>::kPositions) + axis * (S::kReferences / 2) + 4 * from + at.c;
 #pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
+    for (int n = 0; n < blocks; ++n) {
       const float2 pair = positions[4 * n];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -139,11 +139,12 @@ __device__ __forceinline__ void for_each_of_strip(float (&strip)[blocks][4], Vis
   }
 }
 
-// Turns products into similarities, for one strip whose tokens have the square norms `squares`.
-template <class S>
+// Turns products into similarities, for one strip whose tokens have the square norms `squares`,
+// and whose first block of references is `from`.
+template <class S, int blocks>
 __device__ __forceinline__ void similarities_of_strip(const ForwardParams& p, const Place& at,
                                                       int first, const float (&squares)[2],
-                                                      float (&strip)[S::kBlocks][4]) {
+                                                      float (&strip)[blocks][4], int from = 0) {
   const auto& head = shared_head<S>();
   const Similarity<float>& similarity = head.similarity;
   // Each strip loads its data again: kept from strip to strip, it would take registers of the
@@ -151,10 +152,10 @@ __device__ __forceinline__ void similarities_of_strip(const ForwardParams& p, co
   asm volatile("" ::: "memory");
   if (similarity.gaussian) {
     const float of_tokens[2] = {head.exponent(squares[0]), head.exponent(squares[1])};
-    const float2* of_references = shared_at<float2>(Memory<S>::kTerms) + at.c;
+    const float2* of_references = shared_at<float2>(Memory<S>::kTerms) + 4 * from + at.c;
     const float twice = 2.0f * similarity.distance_scale;
 #pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
+    for (int n = 0; n < blocks; ++n) {
       const float2 pair = of_references[4 * n];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -165,13 +166,13 @@ __device__ __forceinline__ void similarities_of_strip(const ForwardParams& p, co
       }
     }
   }
-  if (similarity.has_positions) weigh_by_positions<S>(p, at, first, strip);
+  if (similarity.has_positions) weigh_by_positions<S>(p, at, first, strip, from);
   if (similarity.gaussian) for_each_of_strip(strip, [](float& x) { x = power_of_two(x); });
 }
 
 // Turns similarities into entries.
-template <class S>
-__device__ __forceinline__ void entries_of_strip(float (&strip)[S::kBlocks][4]) {
+template <class S, int blocks>
+__device__ __forceinline__ void entries_of_strip(float (&strip)[blocks][4]) {
   const Similarity<float>& similarity = shared_head<S>().similarity;
   const float scale = similarity.scale;
   if (similarity.factored) {

@@ -67,7 +67,7 @@ template <class Storage>
 struct Head : HeadTensors<Storage> {
   Similarity<float> similarity;
   Global<float> pooled;
-  int first_strip, last_strip;  // of a share: [first, last)
+  int first_strip, last_strip;  // of the block's share: [first, last)
 
   // What a vector adds to the exponent; `square` is its square norm.
   __device__ __forceinline__ float exponent(float square) const {

@@ -9,70 +9,72 @@ namespace setformer::cuda::on_chip {
 template <class S>
 __device__ __forceinline__ void differentiate_distribution(const StripParams& p, const Place& at,
                                                            const OwnTokens<S>& tokens, int slot,
-                                                           Strip<S>& ds) {
+                                                           int range, Strip<S>& ds) {
   const auto& gradients = shared_gradients<S>();
   if (!gradients.distributes) return clear(ds);
-  multiply_by_rows<S, 2>(p, at, slot, p.sizes.pooled, p.sizes.value_groups, ds);
+  multiply_by_rows<S, 2>(p, at, slot, p.sizes.pooled, p.sizes.value_groups, range, ds);
   float factors[2], shares[2];
   tokens.factors(p.iterations, factors);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     shares[half] = tokens.valid(half) ? -factors[half] * gradients.delta[tokens.token(half)] : 0.0f;
   }
-  for_each_with(ds, pairs_at(StripMemory<S>::kDistribution, at),
+  for_each_with(ds, pairs_at<S>(StripMemory<S>::kDistribution, at, range),
                 [&](float& x, float of_reference, int half) {
                   x = fmaf(x, factors[half], shares[half]) * of_reference;
                 });
 }
 
 // Adds to ds / K the shares of all steps and of the collection, from eta and from W_j H_ij
-// (`weighed`). `last_flows` are those of step 1 (step 0 if T = 0), which backward reaches last.
+// (`weighed`). `last_flows` are those of step 1 (step 0 if T = 0), if this sweep has gone back
+// through it.
 template <class S>
 __device__ __forceinline__ void differentiate_steps(const StripParams& p, const Place& at,
-                                                    const OwnTokens<S>& tokens,
+                                                    const OwnTokens<S>& tokens, int range,
                                                     const Scales& scales, const Flows& last_flows,
                                                     const Strip<S>& weighed, Strip<S>& ds) {
   const auto& gradients = shared_gradients<S>();
 #pragma unroll 1
   for (int64_t t = p.iterations; t >= (p.iterations > 0 ? 1 : 0); --t) {
     Flows flows = last_flows;
-    if (t > 1) {
+    if (t > 1 || !kStepsWithGradients<S>) {
       float factors[2];
       tokens.factors(t - 1, factors);
       tokens.drawn(factors, scales.largest, flows.drawn);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = tokens.token(half);
-        flows.adjoints[half] = i < gradients.token_count ? gradients.row_adjoint(t, i) : 0.0f;
+        flows.adjoints[half] =
+            t > 0 && i < gradients.token_count ? gradients.row_adjoint(t, i) : 0.0f;
       }
     }
     if (t == p.iterations && gradients.collects) {
 #pragma unroll
-      for (int n = 0; n < S::kBlocks; ++n) {
+      for (int n = 0; n < kRangeBlocks<S>; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) ds[n][e] = fmaf(weighed[n][e], flows.drawn[e / 2], ds[n][e]);
       }
     }
-    for_each_with(ds, pairs_at(step_offset<S>(p, t, 0), at),
+    for_each_with(ds, pairs_at<S>(step_offset<S>(p, t, 0), at, range),
                   [&](float& x, float adjoint, int half) { x -= flows.drawn[half] * adjoint; });
     if (t == 0) return;
-    for_each_with(ds, pairs_at(step_offset<S>(p, t, 1), at),
+    for_each_with(ds, pairs_at<S>(step_offset<S>(p, t, 1), at, range),
                   [&](float& x, float factor, int half) { x -= flows.adjoints[half] * factor; });
   }
 }
 
-// E = ds S of a strip: in place of its entries, as the first operand of products, and as the warp's
-// plan. Adds sum_ij E_ij to `total`. Returns the factor that turns the stored numbers into E.
-// Beyond the last reference E is 0, because all numbers of such references are.
+// E = ds S of a strip and a range: in place of its entries, as the first operand of products, and
+// in the warp's plan. Adds sum_ij E_ij to `total`. Returns the factor that turns the stored numbers
+// into E. Beyond the last reference E is 0, because all numbers of such references are.
 template <class S>
-__device__ __forceinline__ float form_exchange(const StripParams& p, const Place& at,
+__device__ __forceinline__ float form_exchange(const StripParams& p, const Place& at, int range,
                                                const Strip<S>& similarities, const Strip<S>& ds,
                                                Strip<S>& entries, float& total,
                                                PackedStrip<S>& plan) {
   using Storage = typename S::Storage;
   float top = 0, unit = 1;
 #pragma unroll
-  for (int n = 0; n < S::kBlocks; ++n) {
+  for (int n = 0; n < kRangeBlocks<S>; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       float& x = entries[n][e];
@@ -85,18 +87,57 @@ __device__ __forceinline__ float form_exchange(const StripParams& p, const Place
     const float scale = fitting_scale<Storage>(most_of_warp(top));
     for_each_of_strip(entries, [&](float& x) { x *= scale; });
     unit = 1.0f / scale;
-    if (at.lane == 0) shared_at<float>(StripMemory<S>::kUnitsOfPlans)[at.warp] = unit;
+    if (at.lane == 0) {
+      shared_at<float>(StripMemory<S>::kUnitsOfPlans)[at.warp * kRanges<S> + range] = unit;
+    }
   }
   pack_strip<S>(entries, plan);
-  store_plan<S>(p, at, plan);
+  store_plan<S>(p, at, plan, range);
   return unit;
+}
+
+// sum_j E_ij y_j of a strip's tokens, and sum_j E_ij, in all four numbers of each token.
+struct TokenSums {
+  float rows[kMostGroups][2 * kBands][4] = {}, ones[4] = {};
+};
+
+// Adds the share of a range of references. The packed E is to be multiplied by `unit`.
+template <class S>
+__device__ __forceinline__ void add_exchange(const StripParams& p, const Place& at, int range,
+                                             const PackedStrip<S>& plan, float unit,
+                                             TokenSums& of) {
+  using Storage = typename S::Storage;
+  const uint32_t one = pack<Storage>(1.0f, 1.0f);
+  float sums[2 * kBands][4] = {};
+  const auto add = [&](float (&to)[4], float (&sum)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      to[e] = fmaf(sum[e], unit, to[e]);
+      sum[e] = 0;
+    }
+  };
+#pragma unroll
+  for (int pair = 0; pair < kRangePairs<S>; ++pair) {
+    multiply_block<Storage>(kFewExponents<Storage> ? sums[0] : of.ones, plan[pair], one, one);
+  }
+  if (kFewExponents<Storage>) add(of.ones, sums[0]);
+#pragma unroll
+  for (int group = 0; group < kMostGroups; ++group) {
+    if (group >= p.sizes.groups) break;
+    auto& rows = of.rows[group];
+    multiply_by_references<S>(p, at, plan, p.sizes.references, range, group,
+                              kFewExponents<Storage> ? sums : rows);
+#pragma unroll
+    for (int tile = 0; kFewExponents<Storage> && tile < 2 * kBands; ++tile) {
+      add(rows[tile], sums[tile]);
+    }
+  }
 }
 
 // Calls visit(first column, which of the two tokens, number, number of the next column) for what a
 // lane holds of a strip's rows.
 template <class Visit>
-__device__ __forceinline__ void for_each_pair_of_columns(const StripParams& p,
-                                                         float (&rows)[kMostGroups][2 * kBands][4],
+__device__ __forceinline__ void for_each_pair_of_columns(const StripParams& p, TokenSums& sums,
                                                          Visit visit) {
 #pragma unroll
   for (int group = 0; group < kMostGroups; ++group) {
@@ -105,40 +146,38 @@ __device__ __forceinline__ void for_each_pair_of_columns(const StripParams& p,
     for (int tile = 0; tile < 2 * kBands; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float (&numbers)[4] = rows[group][tile];
+        float (&numbers)[4] = sums.rows[group][tile];
         visit(kColumns * group + 8 * tile, half, numbers[2 * half], numbers[2 * half + 1]);
       }
     }
   }
 }
 
-// dk_i = unit sum_j E_ij (y_j - k_i) of a strip, by way of the slot after its keys, to the tensor.
-// Where k_i is a key scaled to unit length, the derivative by the key itself is (dk_i - k_i
-// k_i.dk_i) / length. Returns the lane's share of sum_i k_i.dk_i.
+// 1 / (epsilon bandwidth^2), the factor of E = ds S in dk and dy.
+template <class S>
+__device__ __forceinline__ float of_similarity() {
+  const Similarity<float>& similarity = shared_head<S>().similarity;
+  return quotient(1.0f, similarity.epsilon * similarity.bandwidth * similarity.bandwidth);
+}
+
+// dk_i = sum_j E_ij (y_j - k_i) / (epsilon bandwidth^2) of a strip, by way of the slot after its
+// keys, to the tensor. Where k_i is a key scaled to unit length, the derivative by the key itself
+// is (dk_i - k_i k_i.dk_i) / length. Returns the lane's share of sum_i k_i.dk_i.
 template <class S>
 __device__ __forceinline__ float store_token_gradient(const StripParams& p, const Place& at,
-                                                      int first, int slot,
-                                                      const PackedStrip<S>& plan, float unit) {
+                                                      int first, int slot, TokenSums& sums) {
   using Storage = typename S::Storage;
   const int pitch = p.sizes.pitch;
-  const uint32_t one = pack<Storage>(1.0f, 1.0f);
-  float ones[4] = {};  // sum_j E_ij, in all columns
-#pragma unroll
-  for (int pair = 0; pair < S::kPairs; ++pair) multiply_block<Storage>(ones, plan[pair], one, one);
+  const float unit = of_similarity<S>();
   const int own = (at.g * pitch + 2 * at.c) * kElement;
   const uint32_t* keys = shared_at<uint32_t>(slot + own);
   uint32_t* to = shared_at<uint32_t>(slot + slot_bytes(p) + own);
   __syncwarp();  // all lanes have read what is there
-  float sums[kMostGroups][2 * kBands][4] = {}, products[2] = {};
-#pragma unroll
-  for (int group = 0; group < kMostGroups; ++group) {
-    if (group >= p.sizes.groups) break;
-    multiply_by_references<S>(p, at, plan, p.sizes.references, group, sums[group]);
-  }
+  float products[2] = {};
   for_each_pair_of_columns(p, sums, [&](int column, int half, float& x, float& y) {
     const float2 key = unpack<Storage>(keys[(8 * half * pitch + column) / 2]);
-    x = (x - key.x * ones[2 * half]) * unit;
-    y = (y - key.y * ones[2 * half]) * unit;
+    x = (x - key.x * sums.ones[2 * half]) * unit;
+    y = (y - key.y * sums.ones[2 * half]) * unit;
     products[half] = fmaf(key.x, x, fmaf(key.y, y, products[half]));
   });
   const float product = products[0] + products[1];
@@ -164,39 +203,35 @@ __device__ __forceinline__ float store_token_gradient(const StripParams& p, cons
   return product;
 }
 
-// 1 / (epsilon bandwidth^2), the factor of E = ds S in dk and dy.
+// The last sweep for a strip and a range: ds, and its share of dk; before that, if not another
+// sweep has done so, back through step 1 (step 0 if T = 0). Leaves E in the warp's plan.
 template <class S>
-__device__ __forceinline__ float of_similarity() {
-  const Similarity<float>& similarity = shared_head<S>().similarity;
-  return quotient(1.0f, similarity.epsilon * similarity.bandwidth * similarity.bandwidth);
-}
-
-// The last sweep for one strip: backward through step 1 (step 0 if T = 0), then ds and dk. Leaves E
-// in the warp's plan.
-template <class S>
-__device__ __forceinline__ void differentiate_strip(const StripParams& p, const Place& at,
-                                                    const OwnTokens<S>& tokens, int slot,
-                                                    const Scales& scales,
-                                                    const Strip<S>& similarities, float& total,
-                                                    float& by_distance) {
+__device__ __forceinline__ void differentiate_range(const StripParams& p, const Place& at,
+                                                    const OwnTokens<S>& tokens, int slot, int range,
+                                                    const Scales& scales, float& total,
+                                                    TokenSums& sums) {
   const auto& gradients = shared_gradients<S>();
   const int values = slot + slot_bytes(p), output_gradients = values + slot_bytes(p);
-  const int64_t t = p.iterations > 0 ? 1 : 0;
-  const bool collects = gradients.collects && t == p.iterations;
-  Strip<S> entries, ds, weighed;
-  copy(entries, similarities);
-  entries_of_strip<S>(entries);
-  differentiate_distribution<S>(p, at, tokens, output_gradients, ds);
-  if (gradients.collects) weigh_values<S>(p, at, values, scales, weighed);
+  Strip<S> similarities, entries[1], ds, weighed;
+  form_strip<S>(p, at, tokens.own - at.g, slot, range, similarities);
+  copy(entries[0], similarities);
+  entries_of_strip<S>(entries[0]);
+  differentiate_distribution<S>(p, at, tokens, output_gradients, range, ds);
+  if (gradients.collects) weigh_values<S>(p, at, values, range, scales, weighed);
   Flows flows = {};
-  if (t > 0 || collects) {
-    step_backward<S>(p, at, t, tokens, values, entries, weighed, collects, scales, flows);
+  if constexpr (kStepsWithGradients<S>) {
+    const int64_t t = p.iterations > 0 ? 1 : 0;
+    const bool collects = gradients.collects && t == p.iterations;
+    float of_step[2] = {};
+    if (t > 0 || collects) {
+      add_to_sums<S>(p, at, t, range, entries[0], weighed, collects, of_step);
+      step_backward<S>(p, at, t, tokens, values, entries, of_step, collects, scales, flows);
+    }
   }
-  differentiate_steps<S>(p, at, tokens, scales, flows, weighed, ds);
+  differentiate_steps<S>(p, at, tokens, range, scales, flows, weighed, ds);
   PackedStrip<S> plan;
-  const float unit = form_exchange<S>(p, at, similarities, ds, entries, total, plan);
-  by_distance +=
-      store_token_gradient<S>(p, at, tokens.own - at.g, slot, plan, unit * of_similarity<S>());
+  const float unit = form_exchange<S>(p, at, range, similarities, ds, entries[0], total, plan);
+  add_exchange<S>(p, at, range, plan, unit, sums);
 }
 
 // The last sweep. Stores the sums for dy in `partial` [M, D + 1], and sum_ij ds_ij s_ij and sum_i
@@ -210,8 +245,13 @@ __device__ __forceinline__ void sweep_of_gradients(const StripParams& p, const P
   OfUnits<S> sums;
   sweep<S>(p, at, gradients.collects ? &head.values : nullptr,
            gradients.distributes ? &gradients.output_gradients : nullptr,
-           [&](int round, const OwnTokens<S>& tokens, int slot, Strip<S>& similarities) {
-             differentiate_strip<S>(p, at, tokens, slot, scales, similarities, total, by_distance);
+           [&](int round, const OwnTokens<S>& tokens, int slot) {
+             TokenSums of_tokens;
+#pragma unroll 1
+             for (int range = 0; range < kRanges<S>; ++range) {
+               differentiate_range<S>(p, at, tokens, slot, range, scales, total, of_tokens);
+             }
+             by_distance += store_token_gradient<S>(p, at, tokens.own - at.g, slot, of_tokens);
              meet<S>();
              sum_over_tokens<S, true>(p, at, round, 0, p.sizes.groups, sums);
              meet<S>();

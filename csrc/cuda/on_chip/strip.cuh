@@ -1,9 +1,10 @@
 // Backward works on a strip of 16 tokens at a time, against all references.
 //
 // In a round each warp of a block takes a strip of its own. Rows of the next round's tokens are
-// copied into the warp's slots meanwhile. Entries against the references are computed again in each
-// sweep over the tokens, as accumulators (shape.cuh). Sums over the tokens are products, in which
-// each warp owns some of the references and reads the strips of all warps.
+// copied into the warp's slots meanwhile, where there is room. Entries against the references are
+// computed again in each sweep over the tokens, as accumulators (shape.cuh), a range of at most 64
+// references at a time. Sums over the tokens are products, in which each warp owns some of the
+// references and reads the strips of all warps.
 #pragma once
 
 #include "../gradient_tensors.cuh"
@@ -15,17 +16,34 @@ template <class Storage, int blocks, int warps>
 using StripShape = Shape<Storage, blocks, 1, warps>;
 
 template <class S>
-using Strip = float[S::kBlocks][4];
+inline constexpr int kRanges = S::kBlocks > 8 ? 2 : 1;  // of references
 template <class S>
-using PackedStrip = uint32_t[S::kPairs][4];  // as the first operand of products
+inline constexpr int kRangeBlocks = S::kBlocks / kRanges<S>;  // of 8 references
+template <class S>
+inline constexpr int kRangePairs = (kRangeBlocks<S> + 1) / 2;
+
+template <class S>
+using Strip = float[kRangeBlocks<S>][4];  // a strip's numbers for the references of a range
+template <class S>
+using Ranges = Strip<S>[kRanges<S>];
+template <class S>
+using PackedStrip = uint32_t[kRangePairs<S>][4];  // as the first operand of products
+
+// Whether the last sweep goes back through step 1 as well: then its entries are of one range.
+template <class S>
+inline constexpr bool kStepsWithGradients = kRanges<S> == 1;
 
 inline constexpr int kSlots = 3;              // slots of a round: keys and two other tensors
 inline constexpr int kColumns = 16 * kBands;  // columns of a group, which products take at once
 inline constexpr int kMostGroups = 2;
+// Rounds whose rows are in shared memory: that of the next as well, but beside many references.
+template <class S>
+inline constexpr int kRounds = kRanges<S> == 1 ? 2 : 1;
 inline constexpr int kMostSteps = 256;  // the largest T: shared memory has numbers of each step
 // Tiles of sums that a warp keeps: each 16 references by kColumns columns.
 template <class S>
-inline constexpr int kUnits = S::kWarps == 1 ? 4 : 2;
+inline constexpr int kUnits =
+    S::kWarps == 1 ? 4 : (kMostGroups * S::kPairs + S::kWarps - 1) / S::kWarps;
 
 struct StripSizes {
   int groups, value_groups;  // of kColumns columns
@@ -40,33 +58,40 @@ struct StripParams : BackwardParams {
   StripSizes sizes;
 };
 
+// The gradients of a head, and which share of it the block has.
+template <class Storage>
+struct GradientsOfBlock : GradientTensors<Storage> {
+  int64_t share;  // among those of all heads
+  bool is_alone;  // whether the head has no other
+};
+
 // A block's shared memory, in bytes from its start: the first parts of Memory, up to the columns,
 // then
 //
-//   gradients        GradientTensors
+//   gradients        GradientsOfBlock
 //   eta              [kReferences]                  float
 //   distribution     [kReferences]                  float: 2^(g^T_j)
 //   collection       [kReferences]                  float: 2^(-columns^T_j), times the largest mass
 //   totals           [kReferences]                  float
-//   units            [kWarps]                       float: what plans of float16 are divided by
+//   units            [kWarps, kRanges]              float: what plans of float16 are divided by
 //   lengths          [kWarps, 16]                   float: 1 / |k_i|, where keys are scaled
 //   references       [16 kPairs, pitch]             storage
 //   pooled           [2, 16 kPairs, pitch]          storage: A, and what rounding left of it
 //   pooled_gradient  [2, 16 kPairs, pitch]          storage: of dA
 //   plan             [kWarps, 16, 16 kPairs + 8]    storage
-//   rows             [kWarps, 2, kSlots, 16, pitch] storage: of this round and of the next
+//   rows             [kWarps, kRounds, kSlots, 16, pitch]  storage
 //   steps            [max(T, 1), 2, kReferences]    float: what steps know of the references
 template <class S>
 struct StripMemory {
   static constexpr int kOfReferences = S::kReferences * 4;
   static constexpr int kGradients = Memory<S>::kSums;
   static constexpr int kEta = kGradients + 384;
-  static_assert(sizeof(GradientTensors<typename S::Storage>) <= kEta - kGradients);
+  static_assert(sizeof(GradientsOfBlock<typename S::Storage>) <= kEta - kGradients);
   static constexpr int kDistribution = kEta + kOfReferences;
   static constexpr int kCollection = kDistribution + kOfReferences;
   static constexpr int kTotals = kCollection + kOfReferences;
   static constexpr int kUnitsOfPlans = kTotals + kOfReferences;
-  static constexpr int kLengths = kUnitsOfPlans + 4 * S::kWarps;
+  static constexpr int kLengths = kUnitsOfPlans + 4 * S::kWarps * kRanges<S>;
   static constexpr int kFixed = (kLengths + 4 * 16 * S::kWarps + 15) / 16 * 16;
   static constexpr int kPlanPitch = 16 * S::kPairs + 8;
 
@@ -86,7 +111,7 @@ struct StripMemory {
     sizes.pooled = take(2 * 16 * S::kPairs * sizes.pitch * kElement);
     sizes.pooled_gradient = take(2 * 16 * S::kPairs * sizes.pitch * kElement);
     sizes.plan = take(S::kWarps * 16 * kPlanPitch * kElement);
-    sizes.rows = take(S::kWarps * 2 * kSlots * 16 * sizes.pitch * kElement);
+    sizes.rows = take(S::kWarps * kRounds<S> * kSlots * 16 * sizes.pitch * kElement);
     sizes.steps = take(int(steps_kept(p)) * 2 * kOfReferences);
     sizes.total = end;
     return sizes;
@@ -94,12 +119,13 @@ struct StripMemory {
 };
 
 template <class S>
-__device__ __forceinline__ GradientTensors<typename S::Storage>& shared_gradients() {
-  return *shared_at<GradientTensors<typename S::Storage>>(StripMemory<S>::kGradients);
+__device__ __forceinline__ GradientsOfBlock<typename S::Storage>& shared_gradients() {
+  return *shared_at<GradientsOfBlock<typename S::Storage>>(StripMemory<S>::kGradients);
 }
-// The numbers of the references in a lane's accumulators: pair 4 n + c belongs to block n.
-__device__ __forceinline__ const float2* pairs_at(int offset, const Place& at) {
-  return shared_at<float2>(offset) + at.c;
+// The numbers of a range's references in a lane's accumulators: pair 4 n + c belongs to block n.
+template <class S>
+__device__ __forceinline__ const float2* pairs_at(int offset, const Place& at, int range) {
+  return shared_at<float2>(offset) + 4 * kRangeBlocks<S> * range + at.c;
 }
 // Where the references' numbers of step t begin: `which` = 0 for C^t, 1 for R^{t-1}.
 template <class S>
@@ -114,7 +140,8 @@ __device__ __forceinline__ int slot_bytes(const StripParams& p) {
 // One of the slots of a round, of any warp.
 template <class S>
 __device__ __forceinline__ int slot_offset(const StripParams& p, int warp, int round, int slot) {
-  return p.sizes.rows + ((warp * 2 + round % 2) * kSlots + slot) * slot_bytes(p);
+  const int of_round = warp * kRounds<S> + round % kRounds<S>;
+  return p.sizes.rows + (of_round * kSlots + slot) * slot_bytes(p);
 }
 
 // Starts copying 16 rows, from `first` on, into a slot; rows whose bit in `valid` is 0 become 0.

@@ -17,6 +17,11 @@ __device__ __forceinline__ uint32_t tile_matrices(const Place& at, int offset, i
   return shared_address(offset) + kElement * ((8 * down + line) * pitch + 8 * right);
 }
 
+template <class S>
+__device__ __forceinline__ int first_reference(int range) {
+  return 8 * kRangeBlocks<S> * range;
+}
+
 // Calls visit(entry, number of its reference, which of the two tokens); `numbers` come from
 // pairs_at.
 template <int blocks, class Number, class Visit>
@@ -30,16 +35,20 @@ __device__ __forceinline__ void for_each_with(Number (&strip)[blocks][4], const 
   }
 }
 
-// x_i.z_j of a slot's rows x and an operand's rows z. z is the sum of the operand's parts, of 16
-// kPairs rows each. With `squares` also |x_i|^2, from the diagonal of x x^T.
+// x_i.z_j of a slot's rows x and an operand's rows z, those of a range of references. z is the sum
+// of the operand's parts, of 16 kPairs rows each. With `squares` also |x_i|^2, from the diagonal of
+// x x^T.
 template <class S, int parts>
 __device__ __forceinline__ void multiply_by_rows(const StripParams& p, const Place& at, int slot,
-                                                 int operand, int groups, Strip<S>& products,
+                                                 int operand, int groups, int range,
+                                                 Strip<S>& products,
                                                  float (*squares)[2] = nullptr) {
   using Storage = typename S::Storage;
   const int pitch = p.sizes.pitch;
   uint32_t rows = tile_matrices(at, slot, pitch, false);
-  uint32_t columns = shared_address(operand) + kElement * (at.lane % 8 * pitch + at.lane / 8 * 8);
+  uint32_t columns =
+      shared_address(operand) +
+      kElement * ((first_reference<S>(range) + at.lane % 8) * pitch + at.lane / 8 * 8);
   float upper[4] = {}, lower[4] = {};
   clear(products);
 #pragma unroll
@@ -55,7 +64,7 @@ __device__ __forceinline__ void multiply_by_rows(const StripParams& p, const Pla
       multiply_block<Storage>(lower, x[b], x[b][1], x[b][3]);
     }
 #pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
+    for (int n = 0; n < kRangeBlocks<S>; ++n) {
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
         uint32_t z[4];
@@ -73,16 +82,19 @@ __device__ __forceinline__ void multiply_by_rows(const StripParams& p, const Pla
   (*squares)[1] = __shfl_sync(kFullWarp, at.g % 2 ? lower[3] : lower[2], source);
 }
 
-// sum_j plan_ij z_j [16, kColumns] for the tokens of a packed strip and an operand's rows z.
+// Adds sum_j plan_ij z_j [16, kColumns] for the tokens of a packed strip and an operand's rows z,
+// those of a range of references.
 template <class S>
 __device__ __forceinline__ void multiply_by_references(const StripParams& p, const Place& at,
                                                        const PackedStrip<S>& plan, int operand,
-                                                       int group, float (&sums)[2 * kBands][4]) {
+                                                       int range, int group,
+                                                       float (&sums)[2 * kBands][4]) {
   using Storage = typename S::Storage;
   const int pitch = p.sizes.pitch;
-  const uint32_t z_of_lane = tile_matrices(at, operand + kColumns * kElement * group, pitch, false);
+  const int first = first_reference<S>(range) * pitch + kColumns * group;
+  const uint32_t z_of_lane = tile_matrices(at, operand + kElement * first, pitch, false);
 #pragma unroll
-  for (int pair = 0; pair < S::kPairs; ++pair) {
+  for (int pair = 0; pair < kRangePairs<S>; ++pair) {
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
       uint32_t z[4];
@@ -98,25 +110,25 @@ template <class S>
 __device__ __forceinline__ void pack_strip(const Strip<S>& strip, PackedStrip<S>& packed) {
   using Storage = typename S::Storage;
 #pragma unroll
-  for (int n = 0; n < 2 * S::kPairs; ++n) {
+  for (int n = 0; n < 2 * kRangePairs<S>; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float (&x)[4] = strip[n < S::kBlocks ? n : 0];
+      const float (&x)[4] = strip[n < kRangeBlocks<S> ? n : 0];
       packed[n / 2][2 * (n % 2) + half] =
-          n < S::kBlocks ? pack<Storage>(x[2 * half], x[2 * half + 1]) : 0;
+          n < kRangeBlocks<S> ? pack<Storage>(x[2 * half], x[2 * half + 1]) : 0;
     }
   }
 }
 
-// Stores a packed strip as the warp's own plan.
+// Stores a packed strip in the warp's own plan, at a range of references.
 template <class S>
 __device__ __forceinline__ void store_plan(const StripParams& p, const Place& at,
-                                           const PackedStrip<S>& packed) {
+                                           const PackedStrip<S>& packed, int range) {
   constexpr int kPitch = StripMemory<S>::kPlanPitch;
-  uint32_t* to =
-      shared_at<uint32_t>(p.sizes.plan + ((16 * at.warp + at.g) * kPitch + 2 * at.c) * kElement);
+  const int first = (16 * at.warp + at.g) * kPitch + first_reference<S>(range) + 2 * at.c;
+  uint32_t* to = shared_at<uint32_t>(p.sizes.plan + first * kElement);
 #pragma unroll
-  for (int n = 0; n < 2 * S::kPairs; ++n) {
+  for (int n = 0; n < 2 * kRangePairs<S>; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       to[4 * n + 4 * kPitch * half] = packed[n / 2][2 * (n % 2) + half];
@@ -160,7 +172,9 @@ __device__ __forceinline__ void sum_over_tokens(const StripParams& p, const Plac
       uint32_t of_plan[4];
       load_matrices<true>(of_plan, plan);
       float own[2 * kBands + 1][4] = {};
-      const float unit = kInUnits ? shared_at<float>(StripMemory<S>::kUnitsOfPlans)[warp] : 1.0f;
+      const int of_range = warp * kRanges<S> + reference / (8 * kRangeBlocks<S>);
+      const float unit =
+          kInUnits ? shared_at<float>(StripMemory<S>::kUnitsOfPlans)[of_range] : 1.0f;
       const auto add = [&](int tile, float (&sums)[4], uint32_t x, uint32_t y) {
         if constexpr (kInUnits) {
           multiply_block<Storage>(own[tile], of_plan, x, y);
@@ -179,7 +193,7 @@ __device__ __forceinline__ void sum_over_tokens(const StripParams& p, const Plac
       }
       if constexpr (with_ones) add(2 * kBands, of.ones[i], one, one);
       plan += 16 * kPitch * kElement;
-      rows += 2 * kSlots * slot_bytes(p);
+      rows += kRounds<S> * kSlots * slot_bytes(p);
     }
   });
 }
@@ -212,13 +226,14 @@ __device__ __forceinline__ void for_each_one(const StripParams& p, const Place& 
   });
 }
 
-// The similarities of the strip in a slot with all references.
+// The similarities of the strip in a slot with a range of references.
 template <class S>
 __device__ __forceinline__ void form_strip(const StripParams& p, const Place& at, int first,
-                                           int slot, Strip<S>& similarities) {
+                                           int slot, int range, Strip<S>& similarities) {
   float squares[2];
-  multiply_by_rows<S, 1>(p, at, slot, p.sizes.references, p.sizes.groups, similarities, &squares);
-  similarities_of_strip<S>(p, at, first, squares, similarities);
+  multiply_by_rows<S, 1>(p, at, slot, p.sizes.references, p.sizes.groups, range, similarities,
+                         &squares);
+  similarities_of_strip<S>(p, at, first, squares, similarities, kRangeBlocks<S> * range);
 }
 
 }  // namespace setformer::cuda::on_chip

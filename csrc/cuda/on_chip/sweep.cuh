@@ -1,4 +1,4 @@
-// A sweep over the tokens of one side: the data of each strip, and sums over all strips.
+// A sweep over the block's tokens of one side: the data of each strip, and sums over all strips.
 #pragma once
 
 #include "strip_products.cuh"
@@ -8,7 +8,7 @@ namespace setformer::cuda::on_chip {
 // Numbers that all tokens share.
 struct Scales {
   float unit;     // dA is its operand times this power of two
-  float largest;  // the largest mass
+  float largest;  // the largest mass of the block's tokens
 };
 
 // A lane's two tokens of a strip.
@@ -70,7 +70,8 @@ __device__ __forceinline__ float largest_mass(const Place& at) {
   const auto& head = shared_head<S>();
   if (head.mass.absent()) return 1.0f;
   float top = 0;
-  for (int i = at.thread; i < int(head.tokens.count); i += S::kThreads) {
+  const int end = min(16 * head.last_strip, int(head.tokens.count));
+  for (int i = 16 * head.first_strip + at.thread; i < end; i += S::kThreads) {
     if (!head.tokens.valid(i)) continue;
     const float x = head.mass[i * head.mass_stride];
     top = most(top, x >= 0.0f ? x : NAN);
@@ -84,24 +85,26 @@ __device__ __forceinline__ uint32_t valid_tokens(const Place& at, int first) {
   return __ballot_sync(kFullWarp, at.lane < 16 && shared_head<S>().tokens.valid(first + at.lane));
 }
 
-// Calls visit(round, tokens, offset of slot 0, similarities), for a strip per warp in each round;
-// rows beyond the last token are 0. Slot 0 holds the keys, scaled to unit length if wanted; slots 1
-// and 2 the rows `first` and `second`, if given.
+// Calls visit(round, tokens, offset of slot 0), for a strip per warp in each round; rows beyond the
+// last token are 0. Slot 0 holds the keys, scaled to unit length if wanted; slots 1 and 2 the rows
+// `first` and `second`, if given.
 template <class S, class Visit>
 __device__ __forceinline__ void sweep(const StripParams& p, const Place& at,
                                       const Rows<typename S::Storage>* first,
                                       const Rows<typename S::Storage>* second, Visit visit) {
+  constexpr int kAhead = kRounds<S> - 1;
   const auto& keys = shared_head<S>().tokens;
-  const int strips = (int(keys.count) + 15) / 16;
+  const int begin = shared_head<S>().first_strip, strips = shared_head<S>().last_strip - begin;
   const int rounds = (strips + S::kWarps - 1) / S::kWarps;
   uint32_t valid = 0;
 #pragma unroll 1
-  for (int round = -1; round < rounds; ++round) {
-    const int next = 16 * ((round + 1) * S::kWarps + at.warp), own = next - 16 * S::kWarps;
+  for (int round = -kAhead; round < rounds; ++round) {
+    const int next = 16 * (begin + (round + kAhead) * S::kWarps + at.warp);
+    const int own = next - 16 * kAhead * S::kWarps;
     uint32_t valid_next = 0;
-    if (round + 1 < rounds) {
+    if (round + kAhead < rounds) {
       valid_next = valid_tokens<S>(at, next);
-      const int slot = slot_offset<S>(p, at.warp, round + 1, 0);
+      const int slot = slot_offset<S>(p, at.warp, round + kAhead, 0);
 #pragma unroll 1
       for (int i = 0; i < kSlots; ++i) {
         const auto* rows = i == 0 ? &keys : i == 1 ? first : second;
@@ -111,32 +114,32 @@ __device__ __forceinline__ void sweep(const StripParams& p, const Place& at,
       }
     }
     commit_copies();
+    if (kAhead == 0) valid = valid_next;
     if (round >= 0) {
       const int slot = slot_offset<S>(p, at.warp, round, 0);
-      wait_for_copies<1>();
+      wait_for_copies<kAhead>();
       if (p.normalize) {
         scale_to_unit_length<typename S::Storage>(
             at, slot, 16, p.sizes.pitch, shared_at<float>(StripMemory<S>::kLengths) + 16 * at.warp);
       }
       __syncwarp();
-      Strip<S> similarities;
-      form_strip<S>(p, at, own, slot, similarities);
-      visit(round, OwnTokens<S>(at, own, valid), slot, similarities);
+      visit(round, OwnTokens<S>(at, own, valid), slot);
       __syncwarp();
     }
     valid = valid_next;
   }
 }
 
-// Adds a lane's share of sum_i K_ij x_i.
+// Adds a lane's share of sum_i K_ij x_i, for a range of references.
 template <class S>
 __device__ __forceinline__ void add_to_columns(const Strip<S>& entries, const float (&x)[2],
-                                               OfReferences<S>& columns) {
+                                               int range, OfReferences<S>& columns) {
 #pragma unroll
-  for (int n = 0; n < S::kBlocks; ++n) {
+  for (int n = 0; n < kRangeBlocks<S>; ++n) {
+    float (&of_block)[2] = columns[kRangeBlocks<S> * range + n];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      columns[n][e % 2] = fmaf(entries[n][e], x[e / 2], columns[n][e % 2]);
+      of_block[e % 2] = fmaf(entries[n][e], x[e / 2], of_block[e % 2]);
     }
   }
 }

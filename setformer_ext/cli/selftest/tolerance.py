@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import reference as definition
 from ...problem import accumulate_dtype
+from .noise import gradient_noise
 from .problems import Arguments, move, output_gradient, run
 
 # The derivative by a mass of 0 is the exponential of an unbounded difference: above this it only
@@ -115,9 +116,7 @@ def rounding(
        distance of the type's smallest numbers.
     2. A score s is off by eps (1 + |s|), plus the error of the terms that it is formed of. So are
        the logarithms of the weights of the averages.
-    3. The gradient of s is a difference of terms dO.v: its error is that of item 2, times
-       such a term. Errors of terms that are summed add up like random signs; the largest of many
-       such sums is about three standard deviations.
+    3. So are the numbers from which the gradient of s follows: see `gradient_noise`.
 
     If float32's functions are approximate, an exponential and a quotient are off by 2 units each,
     and a logarithm by 2^-22, which is 1.4 units of e^x. A weight is the quotient of an exponential
@@ -126,17 +125,15 @@ def rounding(
     """
     dtype = arguments["key"].dtype
     wide = move(arguments, dtype=torch.float64, device="cpu")
-    key, value, reference = wide["key"], wide["value"], wide["reference"]
+    key, reference = wide["key"], wide["reference"]
     epsilon, bandwidth = (torch.as_tensor(wide[x]).min().item() for x in ("epsilon", "bandwidth"))
     tokens = key if wide["query"] is None else torch.cat([key, wide["query"]], dim=-2)
     norm_x, norm_y = tokens.norm(dim=-1).unsqueeze(-1), reference.norm(dim=-1).unsqueeze(-2)
     if wide["kernel"] == "gaussian":
         formed_of = (norm_x**2 + norm_y**2) / (2 * bandwidth**2)
         s = definition.similarity(tokens, reference, bandwidth=bandwidth) * (1 + formed_of)
-        slope = 1 / bandwidth
     else:
         s = norm_x * norm_y
-        slope = max(typical(norm_x), typical(norm_y))
     s = s / epsilon
     approximate = approximate and accumulate_dtype(dtype) == torch.float32
 
@@ -152,21 +149,11 @@ def rounding(
     noise = {name: (storage + inner) * largest(x) + smallest for name, x in exact.items()}
     if grad_output is None:
         return noise
-    term = 3 * typical(grad_output.double().cpu())
-    if function.__name__ != "transport_plan":
-        term *= typical(value) * value.shape[-1] ** 0.5
-    # the difference may use the stored, rounded output, and every iteration computes s again
-    iterations = (1 + wide["iterations"]) ** 0.5
-    term *= storage + errors(typical(s)) * iterations
-    by_tokens, by_references = tokens.shape[-2] ** 0.5, reference.shape[-2] ** 0.5
-    # Times the growth of the sum of terms; masses are at least 0.1.
-    derivative_of_s = {"epsilon": typical(s) / epsilon * by_tokens}
-    derivative_of_s |= dict.fromkeys(("query", "key"), slope / epsilon * by_references)
-    derivative_of_s |= dict.fromkeys(("reference", "bandwidth"), slope / epsilon * by_tokens)
-    derivative_of_s |= {"token_mass": 10 * by_references, "reference_mass": 10 * by_tokens}
-    for name in exact.keys() & derivative_of_s.keys():
-        noise[name] += term * derivative_of_s[name]
-    return noise
+    # products may use the stored, rounded output, and every iteration computes s again
+    relative = storage + errors(typical(s)) * (1 + wide["iterations"]) ** 0.5
+    upstream = grad_output.to("cpu", torch.float64)
+    of_gradients = gradient_noise(function, wide, upstream, relative, exact.keys() - {"output"})
+    return noise | {name: noise[name] + x for name, x in of_gradients.items()}
 
 
 def largest(x: Tensor) -> float:

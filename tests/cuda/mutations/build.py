@@ -21,13 +21,26 @@ TYPES = {
 HALVES = ("bfloat16", "float16")
 DIRECTIONS = ("forward", "backward")
 # Of kernels on chip, those that the problems need: blocks of references, strips, warps.
-SHAPES = ("Li4ELi7ELi2E", "Li7ELi4ELi1E", "Li4ELi1ELi4E", "Li7ELi1ELi1E", "Li4ELi7EEE")
+SHAPES = (
+    *("Li4ELi7ELi2E", "Li7ELi4ELi1E", "Li4ELi1ELi4E", "Li7ELi1ELi1E", "Li4ELi7EEE"),
+    *("Li8ELi1ELi4E", "Li16ELi1ELi8E"),
+)
 
 FORWARD_ON_CHIP: dict[Regime, str] = {
     "on chip": "on_chip_",
     "cluster": "on_chip_cluster_",
     "shares": "on_chip_shares_",
 }
+# Of backward's other kernels, those that a problem needs.
+BESIDE: dict[Regime, Regime] = {
+    **dict.fromkeys(FORWARD_ON_CHIP, "resident"),
+    "backward on shares": "streaming",
+}
+BACKWARD_ON_CHIP: dict[Regime, str] = {
+    "on chip": "on_chip_backward_",
+    "backward on shares": "on_chip_shares_backward_",
+}
+ON_CHIP = {*FORWARD_ON_CHIP, *BACKWARD_ON_CHIP}
 
 # What launch.cu refers to beside, and no check calls.
 ABSENT = """\
@@ -64,6 +77,11 @@ template <> bool SharedForward<{type}>::run(const ForwardParams&, float*, Stream
     "on_chip_backward_": """\
 template <> bool OnChipBackward<{type}>::run(
     const BackwardParams&, const BackwardWorkspace&, void*, Stream&) {{ return false; }}""",
+    "on_chip_shares_backward_": """\
+template <> bool SharedBackward<{type}>::begin(
+    const BackwardParams&, const BackwardWorkspace&, float*, Stream&) {{ return false; }}
+template <> void SharedBackward<{type}>::run(
+    const BackwardParams&, const BackwardWorkspace&, float*, Pass, bool, int64_t, Stream&) {{}}""",
 }
 
 
@@ -81,9 +99,9 @@ def build_module(
         wanted = {} if on_chip is None else {on_chip + storage: regime}
         wanted[f"forward_{storage}"] = "streaming"
     if backward:
-        wanted[f"backward_{storage}"] = "resident" if regime in FORWARD_ON_CHIP else regime
-        if regime == "on chip":
-            wanted[f"on_chip_backward_{storage}"] = regime
+        wanted[f"backward_{storage}"] = BESIDE.get(regime, regime)
+        if regime in BACKWARD_ON_CHIP:
+            wanted[BACKWARD_ON_CHIP[regime] + storage] = regime
     objects = build.extension_objects(build.SOURCES)
     for name in ("launch.cu", "device.cu"):
         host, _ = build.compile_cuda(sources / "cuda" / name, architecture, [sources])
@@ -103,10 +121,10 @@ def translated_kernels(ptx: Path, regime: Regime) -> list[Path]:
     launched."""
 
     def is_of_regime(kernel: str) -> bool:
-        if "merge_shares" in kernel or "scale_rank" in kernel:
+        if any(name in kernel for name in ("merge_shares", "scale_rank", "shared_heads")):
             return True
         if "on_chip" in kernel:
-            return regime in FORWARD_ON_CHIP and any(shape in kernel for shape in SHAPES)
+            return regime in ON_CHIP and any(shape in kernel for shape in SHAPES)
         return "unit_length" in kernel or ("resident" in kernel) == (regime == "resident")
 
     def is_wanted(source: Path) -> bool:

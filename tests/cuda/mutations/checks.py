@@ -38,8 +38,8 @@ from lengths import what_depends_on_lengths
 LONGEST = 300  # seconds of a check
 
 # Which kernels a problem is for: forward of a half type is on chip, on a cluster, on shares or
-# streams, never resident.
-Regime = Literal["on chip", "cluster", "shares", "resident", "streaming"]
+# streams, never resident; beside backward on shares it streams.
+Regime = Literal["on chip", "cluster", "shares", "backward on shares", "resident", "streaming"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,24 @@ PROBLEMS = {
     ),
     "bfloat16 forward on one share, then backward": Problem("bfloat16", "shares", True, SELF),
     "float16 forward on shares": Problem("float16", "shares", False, SELF | {"N": 1000}),
+    "bfloat16 backward on shares": Problem(
+        "bfloat16", "backward on shares", True, SELF | {"N": 520, "iterations": 3}
+    ),
+    "bfloat16 backward on shares, packed": Problem(
+        "bfloat16", "backward on shares", True, RESIDENT | SAMPLES | SHARED, packed=True
+    ),
+    "bfloat16 backward on shares, scaled": Problem(
+        "bfloat16", "backward on shares", True, SELF | SCALED | {"N": 520}
+    ),
+    "bfloat16 backward on shares, in logarithms": Problem(
+        "bfloat16", "backward on shares", True, SELF | IN_LOGARITHMS
+    ),
+    "bfloat16 backward on one share, two ranges": Problem(
+        "bfloat16", "backward on shares", True, RESIDENT | {"M": 90}
+    ),
+    "float16 backward on shares, two ranges": Problem(
+        "float16", "backward on shares", True, SELF | {"N": 520, "M": 90}
+    ),
     "bfloat16 on-chip backward": Problem("bfloat16", "on chip", True, RESIDENT),
     "bfloat16 on-chip backward, transposed": Problem(
         "bfloat16", "on chip", True, RESIDENT, transposed

@@ -753,12 +753,129 @@ ON_SHARES = on_chip(
     ),
 )
 
+BACKWARD_ON_SHARES = (
+    *on_chip(
+        (
+            "backward: all shares begin at the first token",
+            "share_backward.cuh",
+            "share < splits.count ? int(share) * strips : -1",
+            "share < splits.count ? 0 : -1",
+            "bfloat16 backward on shares",
+        ),
+        (
+            "backward: blocks beyond the shares of a short sequence",
+            "share_backward.cuh",
+            "share < splits.count ? int(share) * strips : -1",
+            "int(share) * strips",
+            "bfloat16 backward on shares, packed",
+        ),
+        (
+            "backward: sums of all shares in one place",
+            "share_backward.cuh",
+            "parts.partial + share * references * width",
+            "parts.partial",
+            "bfloat16 backward on shares",
+        ),
+        (
+            "backward: sums of a share that is alone are left to be merged",
+            "share_backward.cuh",
+            "gradients.is_alone && p.t > 1",
+            "false",
+            "bfloat16 backward on one share, two ranges",
+        ),
+        (
+            "backward: what shares sum of delta is left out",
+            "share_backward.cuh",
+            "totals[j] * (1.0f / kPlanScale<typename S::Storage>)",
+            "0.0f",
+            "bfloat16 backward on shares",
+        ),
+        (
+            "backward: eta of shares is 0",
+            "share_backward.cuh",
+            "j < p.references ? gradients.eta[j] : 0.0f",
+            "0.0f",
+            "bfloat16 backward on shares",
+        ),
+        (
+            "backward: dA of float16 on shares keeps its scale",
+            "share_backward.cuh",
+            "return 1.0f / scale;",
+            "return 1.0f;",
+            "float16 backward on shares, two ranges",
+        ),
+        (
+            "backward: only the last step is prepared for gradients on shares",
+            "share_backward.cuh",
+            "t > 0 || t == p.iterations; --t",
+            "t == p.iterations; --t",
+            "bfloat16 backward on shares",
+        ),
+        (
+            "backward: heads that need logarithms on shares",
+            "share_backward.cuh",
+            "is_own ? kPassesOnChip : kNotOnChip",
+            "kPassesOnChip",
+            "bfloat16 backward on shares, in logarithms",
+        ),
+        (
+            "the second range has the references of the first",
+            "strip_products.cuh",
+            "return 8 * kRangeBlocks<S> * range;",
+            "return 0;",
+            "bfloat16 backward on one share, two ranges",
+        ),
+        (
+            "the second range has the numbers of the first",
+            "strip.cuh",
+            "+ 4 * kRangeBlocks<S> * range + at.c",
+            "+ at.c",
+            "bfloat16 backward on one share, two ranges",
+        ),
+        (
+            "units of float16 of the first range",
+            "strip_products.cuh",
+            "warp * kRanges<S> + reference / (8 * kRangeBlocks<S>)",
+            "warp * kRanges<S>",
+            "float16 backward on shares, two ranges",
+        ),
+        (
+            "sums of tokens have the unit of the last range",
+            "similarity_backward.cuh",
+            "to[e] = fmaf(sum[e], unit, to[e]);",
+            "to[e] = (to[e] + sum[e]) * unit;",
+            "float16 backward on shares, two ranges",
+        ),
+        (
+            "flows of step 1 are not kept",
+            "steps_backward.cuh",
+            "if (t > 1 || !kStepsWithGradients<S>) gradients",
+            "if (t > 1) gradients",
+            "bfloat16 backward on one share, two ranges",
+        ),
+    ),
+    Fault(
+        "references of heads on shares are not scaled",
+        "backward_kernels.cuh",
+        "references{flags, kAllOnChip}",
+        "references{flags, kPassesOnChip}",
+        "bfloat16 backward on shares, scaled",
+    ),
+    Fault(
+        "gradients of tokens of heads on shares scaled again",
+        "backward_kernels.cuh",
+        "tokens{flags, kPassesOnChip}",
+        "tokens{flags, kAllOnChip}",
+        "bfloat16 backward on shares, scaled",
+    ),
+)
+
 ON_CHIP_BACKWARD = on_chip(
     (
         "slots staged for the round after read as this one's",
         "strip.cuh",
-        "((warp * 2 + round % 2) * kSlots + slot)",
-        "(warp * 2 * kSlots + slot)",
+        "warp * kRounds<S> + round % kRounds<S>;",
+        "warp * kRounds<S>;",
         "bfloat16 on-chip backward",
     ),
     (
@@ -792,15 +909,15 @@ ON_CHIP_BACKWARD = on_chip(
     (
         "strips of the first warp alone",
         "strip_products.cuh",
-        "      rows += 2 * kSlots * slot_bytes(p);\n",
+        "      rows += kRounds<S> * kSlots * slot_bytes(p);\n",
         "\n",
         "bfloat16 on-chip backward",
     ),
     (
         "plans of float16 of another warp's unit",
         "strip_products.cuh",
-        "shared_at<float>(StripMemory<S>::kUnitsOfPlans)[warp] : 1.0f",
-        "shared_at<float>(StripMemory<S>::kUnitsOfPlans)[0] : 1.0f",
+        "const int of_range = warp * kRanges<S> +",
+        "const int of_range =",
         "float16 on-chip backward",
     ),
     (
@@ -855,8 +972,8 @@ ON_CHIP_BACKWARD = on_chip(
     (
         "flows of the last step for those before",
         "similarity_backward.cuh",
-        "    if (t > 1) {\n",
-        "    if (t > 2) {\n",
+        "    if (t > 1 || !kStepsWithGradients<S>) {\n",
+        "    if (t > 2 || !kStepsWithGradients<S>) {\n",
         "bfloat16 on-chip backward",
     ),
     (
@@ -1039,8 +1156,8 @@ SCALED = (
     Fault(
         "gradients of heads that are done scaled again",
         "unit_length.cuh",
-        "static_cast<const T*>(done.flags)[head] != T(0)",
-        "static_cast<const T*>(done.flags)[head] == T(2)",
+        "static_cast<const T*>(done.flags)[head] >= T(done.least)",
+        "static_cast<const T*>(done.flags)[head] > T(2)",
         "bfloat16 on-chip backward, scaled",
     ),
     Fault(
@@ -1066,6 +1183,7 @@ FAULTS = (
     + ON_SHARES
     + BACKWARD
     + ON_CHIP_BACKWARD
+    + BACKWARD_ON_SHARES
     + SCALED
     + IN_GROUP
     + PACKED
