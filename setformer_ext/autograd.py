@@ -82,7 +82,9 @@ class SetAttentionFunction(torch.autograd.Function):
         problem_as_computed = problem.in_storage_type(solution.output.dtype)
         given = Backward(grad_output, grad_pooled, solution, problem_as_computed)
         gradients = differentiable_call("set_attention_backward", *given.arguments())
-        return gradients_of_inputs(problem, Gradients(*gradients)._asdict())
+        wanted = dict(zip(Problem._fields, ctx.needs_input_grad, strict=True))
+        named = Gradients(*gradients)._asdict()
+        return gradients_of_inputs(problem, {n: x for n, x in named.items() if wanted[n]})
 
 
 def save_solved(ctx: Any, problem: Problem, solution: Solution) -> None:

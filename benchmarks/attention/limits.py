@@ -36,13 +36,15 @@ class Rates:
 
     threads: int
     multiply_add: float  # operations, two for each multiply-add, of registers alone
+    bfloat16_multiply_add: float  # the same of AVX512_BF16's products; 0 where there are none
     sgemm: float  # operations of torch's product of large matrices
     exponential: float
     copy: float  # bytes, read and written
 
     def __str__(self) -> str:
         return (
-            f"{self.threads} threads: multiply-add {self.multiply_add / 1e9:.0f} Gflop/s, sgemm "
+            f"{self.threads} threads: multiply-add {self.multiply_add / 1e9:.0f} Gflop/s (bfloat16 "
+            f"{self.bfloat16_multiply_add / 1e9:.0f}), sgemm "
             f"{self.sgemm / 1e9:.0f} Gflop/s, exp {self.exponential / 1e9:.1f} G/s, copy "
             f"{self.copy / 1e9:.1f} GB/s"
         )
@@ -87,12 +89,18 @@ def measure_rates(
     with tempfile.TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(_compile(Path(folder))))
         found = []
-        for name in ("multiply_add_rate", "exponential_rate", "copy_rate"):
+        for name in (
+            "multiply_add_rate",
+            "bfloat16_multiply_add_rate",
+            "exponential_rate",
+            "copy_rate",
+        ):
             function = getattr(library, name)
             function.argtypes, function.restype = (ctypes.c_int, ctypes.c_double), ctypes.c_double
             found.append(function(threads, seconds))
-    multiply_add, exponential, copy = found
-    return Rates(threads, multiply_add, _sgemm_rate(threads, seconds, clock), exponential, copy)
+    multiply_add, bfloat16, exponential, copy = found
+    sgemm = _sgemm_rate(threads, seconds, clock)
+    return Rates(threads, multiply_add, bfloat16, sgemm, exponential, copy)
 
 
 def _compile(folder: Path) -> Path:

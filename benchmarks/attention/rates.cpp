@@ -50,6 +50,26 @@ double multiply_adds(int) {
   return 2.0 * chains * kLanes<float> * steps;
 }
 
+// The same with products of pairs of bfloat16, where the processor has them.
+double bfloat16_multiply_adds(int) {
+#if defined(__AVX512BF16__)
+  constexpr int chains = 20, steps = 200000;
+  __m512 sum[chains];
+  for (int i = 0; i < chains; ++i) sum[i] = _mm512_set1_ps(float(i));
+  const auto pairs = __m512bh(_mm512_set1_epi32(0x3b003b02));
+  for (int step = 0; step < steps; ++step) {
+#pragma GCC unroll 20
+    for (int i = 0; i < chains; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], pairs, pairs);
+  }
+  __m512 total = sum[0];
+  for (int i = 1; i < chains; ++i) total += sum[i];
+  sink = total[0];
+  return 2.0 * 2 * chains * kLanes<float> * steps;
+#else
+  return 0;
+#endif
+}
+
 // 2^x of an array that stays in the first-level cache.
 double exponentials(int) {
   constexpr int count = 2048, repeats = 1000;
@@ -73,6 +93,10 @@ double exponentials(int) {
 
 extern "C" double multiply_add_rate(int threads, double seconds) {
   return best_rate(threads, seconds, multiply_adds);
+}
+
+extern "C" double bfloat16_multiply_add_rate(int threads, double seconds) {
+  return best_rate(threads, seconds, bfloat16_multiply_adds);
 }
 
 extern "C" double exponential_rate(int threads, double seconds) {
