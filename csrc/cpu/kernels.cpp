@@ -97,24 +97,23 @@ struct Workplace {
 template <class Storage>
 class SharedReferences {
  public:
-  explicit SharedReferences(const ForwardParams& p)
-      : heads_(References<Storage>::are_shared(p) ? p.heads : 0) {
-    Arena size;
-    place(p, size);
-    if (size.used() > kMostBytes) heads_ = 0;
+  explicit SharedReferences(const ForwardParams& p) : p_(p) {
+    if (!References<Storage>::are_shared(p)) return;
+    Arena of_one;
+    References<Storage>().place(of_one, p);
+    of_one.take<References<Storage>>(1);
+    bytes_of_head_ = of_one.used();
+    heads_ = p.heads <= kMostSharedBytes / bytes_of_head_ ? p.heads : 0;
   }
-  void place(const ForwardParams& p, Arena& arena) {
-    of_heads_ = arena.take<References<Storage>>(heads_);
-    for (int64_t h = 0; h < heads_; ++h) {
-      References<Storage> references;
-      references.place(arena, p);
-      if (of_heads_ != nullptr) new (of_heads_ + h) References<Storage>(references);
-    }
-  }
-  Status prepare(const ForwardParams& p) const {
+  int64_t bytes() const { return heads_ * bytes_of_head_; }
+
+  Status prepare(Arena& memory) {
+    of_heads_ = memory.take<References<Storage>>(heads_);
     Status status = Status::kOk;
     for (int64_t h = 0; h < heads_ && status == Status::kOk; ++h) {
-      status = of_heads_[h].prepare(p, 0, h);
+      auto* references = new (of_heads_ + h) References<Storage>;
+      references->place(memory, p_);
+      status = references->prepare(p_, 0, h);
     }
     return status;
   }
@@ -123,8 +122,9 @@ class SharedReferences {
 
  private:
   // References of more bytes take long to compute with, and little of that to prepare.
-  static constexpr int64_t kMostBytes = int64_t{4} << 20;
-  int64_t heads_;
+  static constexpr int64_t kMostSharedBytes = int64_t{4} << 20;
+  const ForwardParams& p_;
+  int64_t heads_ = 0, bytes_of_head_ = 0;
   References<Storage>* of_heads_ = nullptr;
 };
 
@@ -137,13 +137,10 @@ Status run_alone(const typename Head::Params& p) {
   const Workplace<Head> workplace(p, sample);
   const int64_t heads_at_once = workplace.over_heads ? workplace.threads : 1;
   SharedReferences<typename Head::Storage> shared(p);
-  Arena size;
-  shared.place(p, size);
-  Block block(size.used() + workplace.bytes(heads_at_once));
+  Block block(shared.bytes() + workplace.bytes(heads_at_once));
   if (block.data() == nullptr) return Status::kOutOfMemory;
   Arena memory(block.data());
-  shared.place(p, memory);
-  const Status prepared = shared.prepare(p);
+  const Status prepared = shared.prepare(memory);
   if (prepared != Status::kOk) return prepared;
   char* of_heads = memory.take<char>(heads_at_once * workplace.head_bytes);
   auto* workers = workplace.place_workers(p, memory);

@@ -24,9 +24,9 @@ from setformer_ext.cli.selftest.problems import (
 )
 
 
-def constant(name: str) -> int:
+def constant(name: str, file: str = "transport.h") -> int:
     """Of the CPU's kernels, in bytes."""
-    text = (SOURCES / "cpu" / "transport.h").read_text(encoding="utf-8")
+    text = (SOURCES / "cpu" / file).read_text(encoding="utf-8")
     (found,) = re.findall(rf"{name} = int64_t{{(\d+)}} << (\d+);", text)
     return int(found[0]) << int(found[1])
 
@@ -102,6 +102,25 @@ def of(backend: Backend, **options: Any) -> Arguments:
 def test_scores_beyond_those_that_are_kept(name: str) -> None:
     sizes: dict[str, Any] = {"B": 1, "H": 1, "M": M, "D": 2, "Dv": 2, "iterations": 1}
     assert_as_exact_as_definition(set_attention, random_problem(**sizes | BEYOND[name]))
+
+
+@pytest.mark.parametrize("beyond", [False, True], ids=["prepared once", "too many for that"])
+def test_references_that_samples_share(beyond: bool) -> None:
+    """They have the bits of references that each sample has for itself."""
+    most = constant("kMostSharedBytes", "kernels.cpp")
+    D = 24 if not beyond else most // (torch.float64.itemsize * M) + 1
+    arguments = random_problem(B=3, H=2, N=50, M=M, D=D, Dv=9, iterations=2, dtype=torch.float64)
+    key, value, reference = (arguments[name].detach() for name in ("key", "value", "reference"))
+    copies = reference.expand(3, -1, -1, -1).contiguous()
+    results = []
+    for references in (reference, copies):
+        tensors = [x.requires_grad_() for x in (key, value, references)]
+        output = set_attention(None, *tensors, iterations=2)
+        results.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
+    *shared, of_shared = results[0]
+    *own, of_own = results[1]
+    assert all(torch.equal(a, b) for a, b in zip(shared, own, strict=True))
+    assert torch.equal(of_shared, of_own.sum(0))
 
 
 @pytest.mark.parametrize("name", TILES)
