@@ -37,9 +37,9 @@ def set_attention(
     pooled = of_tokens.collect().mT @ zero_invalid(value, mask)  # A_j = sum_i C_ij v_i
     if query is None or query is key:
         receivers = of_tokens
-    else:  # a second solve, with uniform marginals
-        options |= {"mask": query_mask, "token_mass": None, "token_positions": query_positions}
-        receivers = transport(query, reference, **options)
+    else:
+        options |= {"query_mask": query_mask, "query_positions": query_positions}
+        receivers = transport_of_queries(query, reference, **options)
         mask = query_mask
     return zero_invalid(receivers.distribution() @ pooled, mask)
 
@@ -107,6 +107,19 @@ def transport(
     a = token_marginal(s, token_mass, mask)
     log_b = log_reference_marginal(s, reference_mass)
     return Transport(s, a, log_b, *sinkhorn(s, a, log_b, iterations))
+
+
+def transport_of_queries(
+    query: Tensor,  # [B, H, Nq, D]
+    reference: Tensor,  # [H, M, D] or [B, H, M, D]
+    *,
+    query_mask: Tensor | None,  # [B, Nq] bool
+    query_positions: Tensor | None,  # [Nq, P]
+    **options: Any,  # of `transport`, as for the keys
+) -> Transport:
+    """The second solve of cross attention, with uniform marginals."""
+    options |= {"mask": query_mask, "token_mass": None, "token_positions": query_positions}
+    return transport(query, reference, **options)
 
 
 def unit(x: Tensor) -> Tensor:  # [..., D]

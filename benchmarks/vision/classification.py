@@ -123,8 +123,15 @@ def multiply_adds(name: str, channels: int, classes: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
-    """Declare what all these commands take; ``steps`` is the default length of a training."""
+def command(program: str, steps: int, output: str) -> argparse.ArgumentParser:
+    """What all these commands take.
+
+    Args:
+        program: its docstring.
+        steps: the default length of a training.
+        output: the default of the plot.
+    """
+    parser = argparse.ArgumentParser(description=program.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--quick", action="store_true", help="one seed, a minute: does it learn?")
     parser.add_argument("--validate", action="store_true", help="measure on what is kept to choose")
@@ -132,8 +139,9 @@ def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument(
         "--steps", type=int, default=steps, help="of 64 images each (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help="the plot")
+    parser.add_argument("--output", type=Path, default=Path(output), help="the plot")
     parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="keep each run here")
+    return parser
 
 
 def parse(parser: argparse.ArgumentParser, quick_steps: int) -> argparse.Namespace:
@@ -167,9 +175,8 @@ def compare(images: Images, options: argparse.Namespace, quick_accuracy: float) 
             for seed in range(options.seeds)
         ]
         print(_row(name, runs[name]), flush=True)
-    if options.output is not None:
-        _plot(runs, images.source, options.output)
-        print(f"\nPlot: {options.output}")
+    _plot(runs, images.source, options.output)
+    print(f"\nPlot: {options.output}")
     if options.quick:
         worst = min(run.accuracy for of_name in runs.values() for run in of_name)
         if worst < quick_accuracy:

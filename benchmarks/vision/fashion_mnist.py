@@ -20,14 +20,13 @@ attention adds starts five times as large).
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from classification import add_options, compare, parse
+from classification import command, compare, parse
 from torch import Tensor
 
 from setformer_ext.cli.demo.data import Images
@@ -40,9 +39,7 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-f
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, STEPS)
-    parser.set_defaults(output=Path("fashion_mnist.png"))
+    parser = command(__doc__, STEPS, "fashion_mnist.png")
     parser.add_argument("--data", type=Path, default=FOLDER, help="folder of the four .gz files")
     options = parse(parser, QUICK_STEPS)
     if not options.data.is_dir():

@@ -15,7 +15,6 @@ first and a minute, and fails if it learns too little.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from classification import SIZE, add_options, compare, parse
+from classification import SIZE, command, compare, parse
 from PIL import Image
 from torch import Tensor
 
@@ -45,9 +44,7 @@ Thing = TypeVar("Thing")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, STEPS)
-    parser.set_defaults(output=Path("kinds.png"))
+    parser = command(__doc__, STEPS, "kinds.png")
     parser.add_argument("--data", type=Path, default=FOLDER, help="with stamps and templates in it")
     options = parse(parser, QUICK_STEPS)
     for folder in ("stamps", "templates"):

@@ -7,6 +7,8 @@
 
 namespace setformer::cpu::SETFORMER_ISA {
 
+inline constexpr double kLog2E = 1.4426950408889634074;
+
 // What rows are divided by to have unit length; whole vectors are stored to `lengths`.
 template <class T>
 void lengths_of(const T* rows, int64_t count, int64_t width, T* lengths) {
@@ -69,8 +71,6 @@ class References {
   }
 
  private:
-  static constexpr T kLog2E = T(1.4426950408889634074);
-
   // b from the references' masses; uniform where none are given.
   Status load_marginal(const ForwardParams& p, const T* mass) {
     const int64_t count = p.references, width = Widths<T>(p).references;
@@ -110,7 +110,7 @@ class References {
     fill(center, widths.depth, T(0));
     T factor = 1;
     if (p.kernel == Kernel::kGaussian) {
-      const T c = kLog2E / (2 * bandwidth * bandwidth);
+      const T c = T(kLog2E) / (2 * bandwidth * bandwidth);
       factor = 2 * c;
       fill(square_weights, widths.depth, -c);
       center_rows(count, widths.depth);

@@ -40,8 +40,8 @@ class Similarity {
   // Once the references are prepared. `worker` is the scratch memory of any thread.
   void prepare(const Worker<T>& worker) {
     const T epsilon = references_.epsilon;
-    scale_ = kLog2E / epsilon;
-    position_scale_ = T(-kLog2E / (p_.position_bandwidth * p_.position_bandwidth));
+    scale_ = T(kLog2E) / epsilon;
+    position_scale_ = T(-T(kLog2E) / (p_.position_bandwidth * p_.position_bandwidth));
 
     // The range of S / epsilon bounds the potentials. Up to the ranges below, solving by scaling
     // can neither overflow nor underflow (transport.h); everything else, NaN included, is solved in
@@ -200,8 +200,6 @@ class Similarity {
   }
 
  private:
-  static constexpr T kLog2E = T(1.4426950408889634074);
-
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.
   T largest_product(const Worker<T>& worker) const {
     T key_square = 0;

@@ -15,8 +15,8 @@ struct SelectBackward {
   Accumulate<Storage>* workspace;
   bool of_queries;
   int needs;
-  bool resident = false;
   float least = kPassesOnChip;  // from which on the head is left to kernels on chip
+  bool resident = false;
   __device__ bool operator()(int64_t index, int64_t split) const {
     if (is_on_chip(parts, workspace, index, least)) return false;
     BackwardHead<Storage>& head = shared_head<BackwardHead<Storage>>();
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
                                  const BackwardWorkspace parts,
                                  Accumulate<Storage>* const workspace, const int64_t splits) {
   constexpr int kWarps = Shape<Storage>::kWarps;
-  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kHeadAlone, false, kAllOnChip};
+  const SelectBackward<Storage> select{p, parts, workspace, p.cross, kHeadAlone, kAllOnChip};
   at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
     const int64_t j = group * kWarps + thread_index() / 32;
     const int64_t own = shared_head<BackwardHead<Storage>>().splits;
@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
                           const BackwardWorkspace parts, Accumulate<Storage>* const workspace,
                           const bool of_queries) {
   constexpr int kWarps = Shape<Storage>::kWarps;
-  const SelectBackward<Storage> select{p,          parts, workspace, of_queries,
-                                       kHeadAlone, false, kAllOnChip};
+  const SelectBackward<Storage> select{p, parts, workspace, of_queries, kHeadAlone, kAllOnChip};
   at_work(first, 1, divide_up(p.references, kWarps), select, [&](int64_t group) {
     const int64_t j = group * kWarps + thread_index() / 32;
     if (j < p.references) finish_reference_gradient<Storage>(j, of_queries);
@@ -238,8 +237,8 @@ __global__ void __launch_bounds__(Shape<Storage>::kThreads, 2)
     __syncthreads();
     if (phase == 0 || p.cross) {
       const bool of_queries = p.cross && phase != 1;
-      SelectBackward<Storage>{p, parts, anew(workspace), of_queries, kDifferentiates, true}(index,
-                                                                                            0);
+      SelectBackward<Storage>{p,          parts, anew(workspace), of_queries, kDifferentiates,
+                              kAllOnChip, true}(index, 0);
       load_resident<Storage>();
     }
     if (phase == 0) {
@@ -409,10 +408,9 @@ void BackwardKernels<Storage>::run(const BackwardParams& p, void* memory, Stream
   const OnShares<Storage> on_shares{shared ? &p : nullptr, parts, workspace, stream};
   if (!p.normalize) return stream_backward<Storage>(p, parts, workspace, on_shares, stream);
   const T* flags = on_chip || shared ? workspace + parts.on_chip : nullptr;
-  const Done tokens{flags, kPassesOnChip}, references{flags, kAllOnChip};
-  stream_backward<Storage>(scaled<Storage>(p, parts.scaled, workspace, tokens, references, stream),
-                           parts, workspace, on_shares, stream);
-  finish_gradients<Storage>(p, tokens, references, stream);
+  stream_backward<Storage>(scaled<Storage>(p, parts.scaled, workspace, flags, stream), parts,
+                           workspace, on_shares, stream);
+  finish_gradients<Storage>(p, flags, stream);
 }
 
 }  // namespace setformer::cuda

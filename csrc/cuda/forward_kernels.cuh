@@ -163,7 +163,7 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
   }
   if (p.normalize) {
     const UnitLengthWorkspace parts = ForwardKernels::workspace(p).scaled;
-    return run(scaled<Storage>(p, parts, partial, Done{}, Done{}, stream), workspace, stream);
+    return run(scaled<Storage>(p, parts, partial, nullptr, stream), workspace, stream);
   }
   if constexpr (kResident<Storage> && !kIsHalf<Storage>) {
     if (fits_one_block<Storage>(p, kDistributes, stream)) {

@@ -91,10 +91,6 @@ struct NoOtherTensors {};
 template <class Storage>
 using GradientTensors = WithGradients<Storage, NoOtherTensors>;
 
-// How much of a head's backward runs on chip: nothing; the passes over its tokens, on shares of
-// them; or all.
-inline constexpr float kNotOnChip = 0, kPassesOnChip = 1, kAllOnChip = 2;
-
 // Whether kernels on chip handle head b H + h: its scores must be factors, and
 // no reference mass may differ by more than a factor of 2^30 from the first one, to which
 // potentials are relative. To be called by all `threads` threads of a block.

@@ -28,6 +28,10 @@ struct ForwardWorkspace {
   int64_t partial = 0, total = 0;
   UnitLengthWorkspace scaled;  // after all others
 };
+// How much of a head's backward runs on chip: nothing; the passes over its tokens, on shares of
+// them; or all.
+inline constexpr float kNotOnChip = 0, kPassesOnChip = 1, kAllOnChip = 2;
+
 struct BackwardWorkspace {
   int64_t delta = 0;                   // [B, H, receivers]
   int64_t pooled_gradient = 0;         // [B, H, M, Dv]
@@ -36,8 +40,7 @@ struct BackwardWorkspace {
   int64_t column_adjoints[2] = {};     // [B, H, T + 1, M]
   int64_t scalars[2] = {};             // [shares, 2]
   int64_t reference_products[2] = {};  // [B, H, M]
-  // [B, H]: kNotOnChip, kPassesOnChip or kAllOnChip of gradient_tensors.cuh; -1 where nothing runs
-  // on chip
+  // [B, H]: kNotOnChip, kPassesOnChip or kAllOnChip; -1 where nothing runs on chip
   int64_t on_chip = 0;
   int64_t partial = 0, total = 0;
   UnitLengthWorkspace scaled;  // after all others

@@ -72,7 +72,7 @@ __host__ __device__ inline Side receivers_of(const ForwardParams& p) {
   return p.cross ? queries_of(p) : keys_of(p);
 }
 
-__host__ __device__ inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+__host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Which tokens a block takes. This depends only on their number (or a knob), so that results do not
 // depend on the batch or the device. With four tiles a block, the work done once per block

@@ -15,6 +15,13 @@ struct Done {
   float least = 0;
 };
 
+// Those whose rows kernels on chip scale, by BackwardWorkspace::on_chip of all heads (optional).
+struct DoneOnChip {
+  Done tokens, references;
+  explicit DoneOnChip(const void* flags)
+      : tokens{flags, kPassesOnChip}, references{flags, kAllOnChip} {}
+};
+
 // The part of a head's rows that a block scales, and the head.
 template <class Storage>
 struct PartOfHead {
@@ -136,10 +143,12 @@ UnitLengthWorkspace unit_length_workspace(const ForwardParams& p, int64_t& total
   return parts;
 }
 
-// The problem with its rows scaled, but for tokens or references of heads that need none.
+// The problem with its rows scaled, but for those that kernels on chip scale themselves. `flags`
+// are BackwardWorkspace::on_chip of all heads, optional.
 template <class Storage, class Params>
 Params scaled(const Params& given, const UnitLengthWorkspace& parts, Accumulate<Storage>* workspace,
-              const Done& tokens, const Done& references, Stream& stream) {
+              const Accumulate<Storage>* flags, Stream& stream) {
+  const DoneOnChip done(flags);
   Params p = given;
   p.normalize = false;
   const auto scale = [&](Tensor& rows, const Side& side, int64_t at, const Done& done) {
@@ -150,30 +159,30 @@ Params scaled(const Params& given, const UnitLengthWorkspace& parts, Accumulate<
     launch<unit_length_kernel<Storage>>(stream, "unit_length_kernel", blocks_of_rows(side, p.heads),
                                         kMergeThreads, 0, side, p.heads, p.depth, done, rows);
   };
-  scale(p.key, keys_of(given), parts.key, tokens);
-  if (p.cross) scale(p.query, queries_of(given), parts.query, tokens);
+  scale(p.key, keys_of(given), parts.key, done.tokens);
+  if (p.cross) scale(p.query, queries_of(given), parts.query, done.tokens);
   const int64_t samples = batch_of_references(given);
   const bool shared = samples < p.batch;
-  scale(p.reference, references_of(given, samples), parts.reference, shared ? Done{} : references);
+  scale(p.reference, references_of(given, samples), parts.reference,
+        shared ? Done{} : done.references);
   if (shared) p.reference.stride[0] = 0;
   return p;
 }
 
-// Turns gradients by scaled rows into gradients by the rows that were given, but for tokens or
-// references of heads that need no scaled rows.
+// Turns gradients by rows that `scaled` has scaled into gradients by the rows that were given.
 template <class Storage>
-void finish_gradients(const BackwardParams& p, const Done& tokens, const Done& references,
-                      Stream& stream) {
+void finish_gradients(const BackwardParams& p, const Accumulate<Storage>* flags, Stream& stream) {
+  const DoneOnChip done(flags);
   const auto finish = [&](auto kind, const Side& side, const Tensor& gradient, const Done& done) {
     launch<unit_length_backward_kernel<Storage, decltype(kind)>>(
         stream, "unit_length_backward_kernel", blocks_of_rows(side, p.heads), kMergeThreads, 0,
         side, p.heads, p.depth, done, gradient);
   };
-  finish(Storage{}, keys_of(p), p.grad_key, tokens);
-  if (p.cross) finish(Storage{}, queries_of(p), p.grad_query, tokens);
+  finish(Storage{}, keys_of(p), p.grad_key, done.tokens);
+  if (p.cross) finish(Storage{}, queries_of(p), p.grad_query, done.tokens);
   const int64_t of_head = p.references * p.depth;
   finish(Accumulate<Storage>{}, references_of(p, p.batch),
-         {p.grad_reference.data, {p.heads * of_head, of_head, p.depth, 1}}, references);
+         {p.grad_reference.data, {p.heads * of_head, of_head, p.depth, 1}}, done.references);
 }
 
 }  // namespace setformer::cuda

@@ -121,8 +121,7 @@ bool visit_strip_shape(const BackwardParams& p, int64_t block_bytes, Launch laun
   const auto visit = [&](auto alone, auto together) {
     return (tokens <= 64 && fits(alone)) || fits(together);
   };
-  if (p.depth > kMostGroups * kColumns || p.value_depth > kMostGroups * kColumns) return false;
-  if (p.iterations > kMostSteps) return false;
+  if (!can_go_by_strips(p)) return false;
   if (p.references <= 32) return visit(StripShape<Storage, 4, 1>{}, StripShape<Storage, 4, 4>{});
   if (p.references <= 56) return visit(StripShape<Storage, 7, 1>{}, StripShape<Storage, 7, 4>{});
   if (p.references <= 64) return visit(StripShape<Storage, 8, 1>{}, StripShape<Storage, 8, 4>{});
@@ -136,7 +135,7 @@ bool OnChipBackward<Storage>::run(const BackwardParams& p, const BackwardWorkspa
                                   void* workspace, Stream& stream) {
   // A block takes as long as its head is; of longer heads several blocks share the tokens.
   constexpr int64_t kMostTokens = 4096;
-  if (stream.stages == 1 || !stream.resident || p.kernel != Kernel::kGaussian) return false;
+  if (stream.stages == 1 || !stream.resident) return false;
   if (p.group != nullptr) return false;  // ranks merge between launches
   if (p.tokens > kMostTokens || (p.cross && p.queries > kMostTokens)) return false;
   bool launched = false;

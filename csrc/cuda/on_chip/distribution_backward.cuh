@@ -181,8 +181,7 @@ __device__ __forceinline__ float finish_pooled_gradient(const StripParams& p, co
     largest = most(largest, finish_pooled_row<S>(p, at, j));
   }
   if constexpr (!kFewExponents<Storage>) return 1.0f;
-  largest = of_block<S>(at, largest, [](float a, float b) { return most(a, b); });
-  const float scale = fitting_scale<Storage>(largest);
+  const float scale = fitting_scale<Storage>(most_of_block<S>(at, largest));
   store_operand<S>(p, at, p.sizes.pooled_gradient, shared_gradients<S>().pooled_gradient, scale);
   return 1.0f / scale;
 }

@@ -66,8 +66,7 @@ __device__ __forceinline__ float load_pooled_gradient(const SharedStripParams& p
     for (int i = at.thread; i < int(p.references * p.value_depth); i += S::kThreads) {
       largest = most(largest, fabsf(gradients.pooled_gradient[i]));
     }
-    scale = fitting_scale<Storage>(
-        of_block<S>(at, largest, [](float a, float b) { return most(a, b); }));
+    scale = fitting_scale<Storage>(most_of_block<S>(at, largest));
   }
   store_operand<S>(p, at, p.sizes.pooled_gradient, gradients.pooled_gradient, scale);
   return 1.0f / scale;
@@ -141,8 +140,7 @@ bool visit_shared_strip_shape(const BackwardParams& p, int64_t block_bytes, Laun
     const bool divides = cuda::Shape<Storage>::kRows / 16 << p.tiles_shift >= S::kWarps;
     return divides && sizes.total <= block_bytes && launch(shape, sizes);
   };
-  if (p.kernel != Kernel::kGaussian || p.iterations > kMostSteps) return false;
-  if (p.depth > kMostGroups * kColumns || p.value_depth > kMostGroups * kColumns) return false;
+  if (!can_go_by_strips(p)) return false;
   if (p.tokens > kMostTokens || p.queries > kMostTokens) return false;
   if (p.references <= 64) return fits(StripShape<Storage, 8, 4>{});
   if (p.references > 128) return false;

@@ -43,7 +43,7 @@ inline constexpr int kMostSteps = 256;  // the largest T: shared memory has numb
 // Tiles of sums that a warp keeps: each 16 references by kColumns columns.
 template <class S>
 inline constexpr int kUnits =
-    S::kWarps == 1 ? 4 : (kMostGroups * S::kPairs + S::kWarps - 1) / S::kWarps;
+    S::kWarps == 1 ? 4 : int(divide_up(kMostGroups * S::kPairs, S::kWarps));
 
 struct StripSizes {
   int groups, value_groups;  // of kColumns columns
@@ -117,6 +117,13 @@ struct StripMemory {
     return sizes;
   }
 };
+
+// Whether backward can go strip by strip, whatever the shape.
+inline bool can_go_by_strips(const BackwardParams& p) {
+  constexpr int64_t kMostColumns = kMostGroups * kColumns;
+  return p.kernel == Kernel::kGaussian && p.iterations <= kMostSteps && p.depth <= kMostColumns &&
+         p.value_depth <= kMostColumns;
+}
 
 template <class S>
 __device__ __forceinline__ GradientsOfBlock<typename S::Storage>& shared_gradients() {

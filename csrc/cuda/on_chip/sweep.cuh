@@ -66,6 +66,11 @@ __device__ __forceinline__ float of_block(const Place& at, float x, Combine comb
 }
 
 template <class S>
+__device__ __forceinline__ float most_of_block(const Place& at, float x) {
+  return of_block<S>(at, x, [](float a, float b) { return most(a, b); });
+}
+
+template <class S>
 __device__ __forceinline__ float largest_mass(const Place& at) {
   const auto& head = shared_head<S>();
   if (head.mass.absent()) return 1.0f;
@@ -76,7 +81,7 @@ __device__ __forceinline__ float largest_mass(const Place& at) {
     const float x = head.mass[i * head.mass_stride];
     top = most(top, x >= 0.0f ? x : NAN);
   }
-  return of_block<S>(at, top, [](float a, float b) { return most(a, b); });
+  return most_of_block<S>(at, top);
 }
 
 // Which of a strip's 16 tokens are valid, a bit for each.

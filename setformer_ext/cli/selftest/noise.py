@@ -63,9 +63,7 @@ class _Solves:
         query, key, value, reference = (
             options.pop(name, None) for name in ("query", "key", "value", "reference")
         )
-        query_mask, query_positions = (
-            options.pop(name, None) for name in ("query_mask", "query_positions")
-        )
+        of_queries = {name: options.pop(name, None) for name in ("query_mask", "query_positions")}
         mask = options.get("mask")
         self.keys = definition.transport(key, reference, **options)
         if options.get("token_mass") is not None:
@@ -84,9 +82,10 @@ class _Solves:
         if function.__name__ == "set_attention":
             self.receivers = self.keys
             if query is not None:
-                mask = query_mask
-                options |= {"mask": mask, "token_mass": None, "token_positions": query_positions}
-                self.receivers = definition.transport(query, reference, **options)
+                mask = of_queries["query_mask"]
+                self.receivers = definition.transport_of_queries(
+                    query, reference, **options | of_queries
+                )
             of_output = definition.zero_invalid(grad_output, mask)
             self.distribution = self.receivers.distribution().detach()
             output = self.distribution @ pooled

@@ -856,14 +856,14 @@ BACKWARD_ON_SHARES = (
     ),
     Fault(
         "references of heads on shares are not scaled",
-        "backward_kernels.cuh",
+        "unit_length.cuh",
         "references{flags, kAllOnChip}",
         "references{flags, kPassesOnChip}",
         "bfloat16 backward on shares, scaled",
     ),
     Fault(
         "gradients of tokens of heads on shares scaled again",
-        "backward_kernels.cuh",
+        "unit_length.cuh",
         "tokens{flags, kPassesOnChip}",
         "tokens{flags, kAllOnChip}",
         "bfloat16 backward on shares, scaled",
