@@ -126,10 +126,14 @@ else()
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1) # whose PTX has no st.async: empty kernels
     set(SETFORMER_CLUSTER_CODE ${SETFORMER_CUDA_CODE})
   endif()
-  # Profilers show source lines; ptxas tells of registers that do not fit; compressed, the
-  # architectures and their line tables take a fifth of the room.
-  set(SETFORMER_CUDA_OPTIONS
-      -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all)
+  # ptxas tells of registers that do not fit; compressed, the architectures take a fifth of the room.
+  set(SETFORMER_CUDA_OPTIONS --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all)
+  # Profilers show source lines. For many architectures these would be more than half of the module,
+  # and whoever profiles compiles for one.
+  list(LENGTH CMAKE_CUDA_ARCHITECTURES architectures)
+  if(architectures LESS 4)
+    list(APPEND SETFORMER_CUDA_OPTIONS -lineinfo)
+  endif()
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13) # whose drivers all read it
     list(APPEND SETFORMER_CUDA_OPTIONS --compress-mode=size)
   endif()

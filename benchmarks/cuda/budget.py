@@ -90,7 +90,8 @@ def row_of(kernel: Kernel) -> Row:
     base, *types = re.split(r"[<>, ]+", kernel.name)
     if is_on_chip(kernel.name):
         blocks, strips, *rest = map(int, filter(None, types[2:]))
-        one = Problem(1, 1, tokens=1, depth=32, references=1, steps=1)
+        storage = STORAGES[types[1]]
+        one = Problem(1, 1, tokens=1, depth=32, references=1, steps=1, storage=storage)
         if "backward" in base:
             dynamic = OnChipBackward(blocks, rest[0]).shared(one)
         elif "on_cluster" in base:

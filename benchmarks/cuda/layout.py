@@ -45,6 +45,11 @@ class Storage:
         return 16 // self.element
 
     @property
+    def parts(self) -> int:
+        """kParts: of a factor of products on chip."""
+        return 1 if self.element == 2 else 3
+
+    @property
     def head(self) -> int:
         """kHeadBytes"""
         return 2304 + (0 if self.element == 2 else MOST_DEPTH * self.accumulate)
@@ -93,8 +98,9 @@ class Problem:
 
     @property
     def on_chip(self) -> "OnChip | None":
-        """The shape that holds a head, of a half type, in a block's registers; None: no shape."""
-        for most, blocks, strips in ON_CHIP:
+        """The shape that holds a head in a block's registers; None: no shape."""
+        for most, blocks, *strips_of_parts in ON_CHIP:
+            strips = strips_of_parts[self.storage.parts > 1]
             if self.references > most:
                 continue
             alone = [OnChip(blocks, 4, 1)] if blocks == 7 else []
@@ -107,7 +113,9 @@ class Problem:
     @property
     def on_cluster(self) -> "OnChip | None":
         """The same for the smallest cluster that shares a head which no block holds (sm_90)."""
-        blocks, strips = next((size for most, *size in ON_CHIP if self.references <= most), (0, 0))
+        blocks, strips, _ = next(
+            (size for most, *size in ON_CHIP if self.references <= most), (0, 0, 0)
+        )
         shapes = [OnChip(blocks, strips, 8, ranks) for ranks in (2, 4, 8) if blocks]
         for shape in shapes:
             if self.tokens <= shape.tokens and shape.shared(self) <= MOST_ON_CLUSTER:
@@ -117,7 +125,9 @@ class Problem:
     @property
     def on_shares(self) -> "OnChip | None":
         """What a block computes at once of its share of a head, on devices that give it 163 KiB."""
-        blocks, strips = next((size for most, *size in ON_CHIP if self.references <= most), (0, 0))
+        blocks, strips, _ = next(
+            (size for most, *size in ON_CHIP if self.references <= most), (0, 0, 0)
+        )
         strips = 2 if blocks > 8 else strips
         parts = [OnChip(blocks, fewer, 8) for fewer in range(strips, 0, -1)]
         return next((x for x in parts if x.shared(self, x.strips) <= MOST_ON_CHIP), None)
@@ -213,11 +223,13 @@ class OnChip:
         total += across * 2 * self.warps * 4 * 32 * 16  # sums
         if self.ranks > 1:  # received, tiles, barriers
             total += 2 * 8 * (64 * divide_up(self.blocks, 8) * 8 + 4 * 32 * 16) + 2 * 8
-        bands = 2 * divide_up(p.depth, 32)
-        total += bands * divide_up(self.blocks, 2) * 32 * 16  # operand
-        total += references * (16 * bands + 8) * 2
+        bands, parts = 2 * divide_up(p.depth, 32), p.storage.parts
+        total += (parts > 1) * MOST_DEPTH * 4  # center
+        total += parts * bands * divide_up(self.blocks, 2) * 32 * 16  # operand
+        total += references * (parts * 16 * bands + 8) * 2
         # a warp's room has them by twos
-        return total + 32 * divide_up(strips, 2) * self.warps * (16 * min(bands, 4) + 8) * 2
+        pitch = parts * 16 * min(bands, 4) + 8
+        return total + 32 * divide_up(strips, 2) * self.warps * pitch * 2
 
 
 @dataclass(frozen=True)
@@ -246,7 +258,8 @@ class OnChipBackward:
 
 
 ON_CHIP_HEAD = 320
-ON_CHIP = ((32, 4, 7), (56, 7, 7), (64, 8, 6), (128, 16, 3))  # most references, blocks, strips
+# Most references, blocks, strips of half types and of float32.
+ON_CHIP = ((32, 4, 7, 6), (56, 7, 7, 4), (64, 8, 6, 4), (128, 16, 3, 2))
 MOST_ON_CHIP = 163 * 1024  # what sm_80 gives a block
 MOST_ON_CLUSTER = 227 * 1024  # what sm_90 does
 MOST_ON_CHIP_BACKWARD = 4096  # tokens

@@ -142,7 +142,7 @@ ForwardWorkspace ForwardKernels<Storage>::workspace(const ForwardParams& p) {
   parts.total = wanted(keys_of(p), states > sums ? states : sums);
   const int64_t of_queries = p.cross ? wanted(queries_of(p), states) : 0;
   if (parts.total < of_queries) parts.total = of_queries;
-  if constexpr (kIsHalf<Storage>) {
+  if constexpr (kRunsOnChip<Storage>) {
     const int64_t of_shares = SharedForward<Storage>::workspace(p);
     if (parts.total < of_shares) parts.total = of_shares;
   }
@@ -156,9 +156,11 @@ void ForwardKernels<Storage>::run(const ForwardParams& p, void* workspace, Strea
   using T = Accumulate<Storage>;
   const int64_t heads = p.batch * p.heads;
   T* partial = static_cast<T*>(workspace);
-  if constexpr (kIsHalf<Storage>) {
+  if constexpr (kRunsOnChip<Storage>) {
     if (OnChipForward<Storage>::run(p, stream)) return;
-    if (OnClusterForward<Storage>::run(p, stream)) return;
+    if constexpr (kIsHalf<Storage>) {
+      if (OnClusterForward<Storage>::run(p, stream)) return;
+    }
     if (SharedForward<Storage>::run(p, partial, stream)) return;
   }
   if (p.normalize) {

@@ -52,14 +52,14 @@ struct ForwardKernels {
   static void run(const ForwardParams& p, void* workspace, Stream& stream);
 };
 
-// Heads that stay on the chip: half types on sm_80 and later. Returns false, and launches nothing,
-// if there is no kernel for the problem or the device has no room for it.
+// Heads that stay on the chip: all types but float64, on sm_80 and later. Returns false, and
+// launches nothing, if there is no kernel for the problem or the device has no room for it.
 template <class Storage>
 struct OnChipForward {
   static bool run(const ForwardParams& p, Stream& stream);
 };
 
-// The same for heads that the blocks of a cluster share: on sm_90 and later.
+// The same for heads that the blocks of a cluster share: half types, on sm_90 and later.
 template <class Storage>
 struct OnClusterForward {
   static bool run(const ForwardParams& p, Stream& stream);

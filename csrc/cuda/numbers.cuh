@@ -16,6 +16,10 @@ using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, f
 template <class Storage>
 inline constexpr bool kIsHalf = sizeof(Storage) == 2;
 
+// Whether there are kernels that keep 2^s on the chip: its products are those of tensor cores.
+template <class Storage>
+inline constexpr bool kRunsOnChip = !std::is_same_v<Storage, double>;
+
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }

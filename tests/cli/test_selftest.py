@@ -100,7 +100,8 @@ def test_smoke_checks_run_the_family_they_name() -> None:
     emulator = Emulator(backend.module.__file__)
     with emulator.of_capability(90):
         for task in definition_checks.smoke_tasks():
-            if task.smoke.dtype == torch.bfloat16 and task.smoke.direction == "forward":
+            types = (torch.bfloat16, torch.float32)
+            if task.smoke.dtype in types and task.smoke.direction == "forward":
                 emulator.clear_launches()
                 ops._C = backend.module
                 assert execute(task, CPU).status == "ok"

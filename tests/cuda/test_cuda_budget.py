@@ -18,7 +18,7 @@ import executed
 import model
 import sass
 from devices import A100, H200, Device
-from layout import Problem, dynamic_shared
+from layout import STORAGES, Problem, dynamic_shared
 from occupancy import Occupancy, occupancy
 
 KIB = 1024
@@ -366,6 +366,9 @@ def test_the_output_says_that_nothing_was_measured(
     assert "| v3 | 1 | A100 | attention_forward_on_chip_kernel | 1 | 1536 |" in printed
 
 
+FLOAT = STORAGES["float"]
+
+
 def test_docs_have_the_figures_of_the_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,14 +387,18 @@ def test_docs_have_the_figures_of_the_model(
         Problem(1, 1, tokens=300, depth=20, references=70, steps=1),  # backward on shares
         Problem(1, 1, tokens=2200, depth=16, references=7, steps=2),  # one tile of references
         Problem(1, 1, tokens=520, depth=72, references=70, steps=2),  # several of all
+        Problem(1, 2, tokens=40, depth=20, references=5, steps=2, storage=FLOAT),  # on chip
+        Problem(1, 1, tokens=150, depth=40, references=49, steps=3, storage=FLOAT),  # on shares
+        Problem(1, 1, tokens=300, depth=72, references=130, steps=1, storage=FLOAT),
     ],
 )
 def test_launches_ask_for_the_shared_memory_of_the_layout(backend: Backend, p: Problem) -> None:
     if not backend.emulated:
         pytest.skip("only the emulated device keeps a list of launches")
+    dtype = torch.half if p.storage.element == 2 else torch.float32
     shape = (p.batch, p.heads, p.tokens, p.depth)
-    key, value = (torch.randn(shape).half().requires_grad_() for _ in range(2))
-    reference = torch.randn(p.heads, p.references, p.depth).half().requires_grad_()
+    key, value = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+    reference = torch.randn(p.heads, p.references, p.depth).to(dtype).requires_grad_()
     emulator = Emulator(backend.module.__file__)
     emulator.clear_launches()
     output = backend.set_attention(None, key, value, reference, iterations=p.steps, normalize=False)

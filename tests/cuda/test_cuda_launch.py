@@ -120,7 +120,7 @@ def test_scaling_to_unit_length_takes_no_launch(
 def test_a_launch_between_anothers_limit_and_start(fresh: ModuleType) -> None:
     """As another host thread's may come: here a smaller one of the same kernel."""
     emulator = Emulator(fresh.__file__)
-    arrays, smaller = problem(100), problem(30)
+    arrays, smaller = problem(190), problem(120)
     kernels: list[int] = []
 
     def launch_smaller() -> None:
@@ -167,11 +167,13 @@ def launched(emulator: Emulator) -> list[tuple[str, int]]:
     return [(names[launch.kernel].split("<")[0], launch.grid[0]) for launch in launches]
 
 
-def attended(module: ModuleType, monkeypatch: pytest.MonkeyPatch, N: int) -> list[tuple[str, int]]:
-    """The launches of attention and its gradient over N tokens, whose results are right."""
+def attended(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[tuple[str, int]]:
+    """The launches of attention and its gradient, whose results are right."""
     monkeypatch.setattr(ops, "_C", module)
     emulator = Emulator(module.__file__)
-    arguments = random_problem(B=1, H=2, N=N, M=5, D=8, Dv=8, dtype=torch.float32, iterations=2)
+    arguments = random_problem(B=1, H=2, D=8, Dv=8, iterations=2, **options)
     assert_as_exact_as_definition(setformer_ext.set_attention, arguments)
     return launched(emulator)
 
@@ -181,7 +183,8 @@ def test_residency(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str, resident: bool
 ) -> None:
     monkeypatch.setenv("SETFORMER_CUDA_RESIDENT", value)
-    names = {name for name, _ in attended(fresh, monkeypatch, 70)}
+    more = {"M": 129}  # references than kernels on chip take
+    names = {name for name, _ in attended(fresh, monkeypatch, N=70, dtype=torch.float32, **more)}
     assert ("attention_forward_resident_kernel" in names) == resident
     assert ("attention_backward_resident_kernel" in names) == resident
     assert ("sinkhorn_step_kernel" in names) == ("gradient_kernel" in names) == (not resident)
@@ -191,10 +194,9 @@ def test_residency(
 def test_tiles_of_a_block(
     fresh: ModuleType, monkeypatch: pytest.MonkeyPatch, tiles: str, splits: int
 ) -> None:
-    """Of 7 tiles of 64 tokens."""
+    """Of 7 tiles of 32 tokens: float64 always streams."""
     monkeypatch.setenv("SETFORMER_CUDA_TILES", tiles)
-    monkeypatch.setenv("SETFORMER_CUDA_RESIDENT", "off")
-    launches = attended(fresh, monkeypatch, 7 * 64 - 20)
+    launches = attended(fresh, monkeypatch, N=7 * 32 - 10, M=5, dtype=torch.float64)
     for kernel in ("sinkhorn_step_kernel", "collect_kernel", "distribute_kernel"):
         assert {blocks for name, blocks in launches if name == kernel} == {2 * splits}
     assert {blocks for name, blocks in launches if name == "gradient_kernel"} == {2 * splits}

@@ -45,7 +45,7 @@ def kernels(emulator: Emulator) -> list[str]:
     return [name for name, _ in launched(emulator)]
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", (*HALVES, torch.float32), ids=str)
 @pytest.mark.parametrize(
     "options",
     [
@@ -69,12 +69,13 @@ def test_as_exact_as_definition(
     assert kernels(emulator) == expected
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 @pytest.mark.parametrize("emulator", [{"SETFORMER_CUDA_TILES": "16"}], indirect=True)
-def test_shares_of_many_parts(emulator: Emulator, epsilon: float) -> None:
+def test_shares_of_many_parts(emulator: Emulator, epsilon: float, dtype: torch.dtype) -> None:
     """A and columns of the parts are added as they come; those of the first tokens have no mass."""
     sizes = {"N": 3000, "M": 120, "D": 24, "Dv": 20, "iterations": 2, "epsilon": epsilon}
-    arguments = random_problem(B=1, H=2, dtype=torch.bfloat16, **sizes, **MASSES)
+    arguments = random_problem(B=1, H=2, dtype=dtype, **sizes, **MASSES)
     arguments["mask"][:, :300] = False
     assert_as_exact_as_definition(setformer_ext.set_attention, arguments, backward=False)
     assert max(launch.grid[0] for launch in emulator.launches() if SHARES in launch.kernel) == 4

@@ -2,6 +2,7 @@
 exact size, on sm_80 and on sm_75: devices before sm_80 have 64 KiB of shared memory a block, no
 copies in the background and no tensor cores for bfloat16, hence another layout and product."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ BACKWARD = [name for name, problem in PROBLEMS.items() if problem.backward]
 ON_CHIP = ["float16 on-chip forward", "bfloat16 on-chip forward, in logarithms"]
 ON_CHIP += ["bfloat16 forward on shares, in parts, in logarithms"]
 ON_CHIP += [name for name, problem in PROBLEMS.items() if problem.regime == "cluster"]
+ON_CHIP += [name for name in PROBLEMS if re.match("float32 (on-chip|forward on shares)", name)]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,10 @@ __device__ __forceinline__ void store_outputs(const Params& p, const Place& at,
                                               const Tokens<S>& tokens, int first_column) {
   const auto& rows = shared_head<S>().outputs;
   const int count = min(16 * tokens.strips, int(rows.count) - tokens.first);
+  if constexpr (kParts<typename S::Storage> > 1) {
+    store_float_rows(p, at, rows, tokens.first, count, first_column);
+    return;
+  }
   store_rows(at, rows, tokens.first, count, first_column, p.sizes.pitch,
              p.sizes.rows + at.warp * p.sizes.room * p.sizes.pitch * kElement);
 }
@@ -67,8 +71,14 @@ __device__ __forceinline__ void keep_pooled(const Params& p, const Weights& weig
       if (left > 0) pooled[8 * half] = x[half][0];
       if (left > 1) pooled[8 * half + width] = x[half][1];
     }
-    operand[64 * half + block % 2] = pack<Storage>(x[half][0] * factor.x, x[half][1] * factor.y);
-    if (S::kBlocks % 2 == 1 && block == S::kBlocks - 1) operand[64 * half + 1] = 0;
+    uint32_t parts[kParts<Storage>];
+    pack_parts<Storage>(x[half][0] * factor.x, x[half][1] * factor.y, parts);
+#pragma unroll
+    for (int part = 0; part < kParts<Storage>; ++part) {
+      uint32_t* to = operand + part * p.sizes.value_bands * S::kPairs * 128 + 64 * half;
+      to[block % 2] = parts[part];
+      if (S::kBlocks % 2 == 1 && block == S::kBlocks - 1) to[1] = 0;
+    }
   }
 }
 
@@ -89,15 +99,20 @@ __device__ __forceinline__ void pool_tiles(const Params& p, const Place& at,
 #pragma unroll
   for (int s = 0; s < S::kStrips; ++s) {
     if (s >= tokens.strips) continue;
-    uint32_t columns[kBands][4];
+    uint32_t columns[kParts<Storage>][kBands][4];
 #pragma unroll
-    for (int b = 0; b < kBands; ++b)
-      load_matrices<true>(columns[b], values + kStep * (s * pitch + b));
+    for (int part = 0; part < kParts<Storage>; ++part) {
+#pragma unroll
+      for (int b = 0; b < kBands; ++b) {
+        load_matrices<true>(columns[part][b],
+                            values + part * p.sizes.part * kElement + kStep * (s * pitch + b));
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       if (block + i >= S::kBlocks) continue;
       const int n = block + i < S::kBlocks ? block + i : 0;
-      uint32_t plan[2];
+      uint32_t plan[2][kParts<Storage>];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float x[2];
@@ -106,11 +121,18 @@ __device__ __forceinline__ void pool_tiles(const Params& p, const Place& at,
           x[e] = entries[s][n][2 * half + e] * factors[s][half];
           if (kFewExponents<Storage>) x[e] *= of_plan[n][e];
         }
-        plan[half] = transposed(pack<Storage>(x[0], x[1]));
+        pack_parts<Storage>(x[0], x[1], plan[half]);
+#pragma unroll
+        for (int part = 0; part < kParts<Storage>; ++part) {
+          plan[half][part] = transposed(plan[half][part]);
+        }
       }
 #pragma unroll
       for (int b = 0; b < kBands; ++b) {
-        multiply_block<Storage>(tiles[i][b], columns[b], plan[0], plan[1]);
+        for_each_product<Storage>([&](int one, int other) {
+          multiply_block<Part<Storage>>(tiles[i][b], columns[one][b], plan[0][other],
+                                        plan[1][other]);
+        });
       }
     }
   }
@@ -225,11 +247,79 @@ __device__ __forceinline__ void collect(const Params& p, const Place& at, const 
   }
 }
 
-// O = R A. R is the entries times `scales`, which are 0 for hidden tokens.
+// Adds sum_j R_ij A_j, in `bands` bands of columns, for the tokens of a strip, whose entries are
+// split on the way. `step` leads from part to part of A.
 template <class S>
-__device__ __forceinline__ void distribute(const Params& p, const Place& at,
-                                           const Tokens<S>& tokens, const Entries<S>& entries,
-                                           const OfTokens<S>& scales) {
+__device__ __forceinline__ void distribute_strip(const float (&entries)[S::kBlocks][4],
+                                                 const uint2* operand, int step, int bands,
+                                                 float (&sums)[2 * kMostBands][4]) {
+  using Storage = typename S::Storage;
+  constexpr int kParts = on_chip::kParts<Storage>;
+#pragma unroll
+  for (int pair = 0; pair < S::kPairs; ++pair) {
+    uint32_t plan[4][kParts];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int n = 2 * pair + i / 2;
+      const float (&x)[4] = entries[n < S::kBlocks ? n : 0];
+      const bool exists = n < S::kBlocks;
+      pack_parts<Storage>(exists ? x[2 * (i % 2)] : 0.0f, exists ? x[2 * (i % 2) + 1] : 0.0f,
+                          plan[i]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2 * kMostBands; ++half) {
+      if (half / 2 >= bands) break;
+      uint2 pooled[kParts];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        pooled[part] = operand[part * step + (half / 2 * S::kPairs + pair) * 64 + half % 2 * 32];
+      }
+      for_each_product<Storage>([&](int one, int other) {
+        const uint32_t a[4] = {plan[0][one], plan[1][one], plan[2][one], plan[3][one]};
+        multiply_block<Part<Storage>>(sums[half], a, pooled[other].x, pooled[other].y);
+      });
+    }
+  }
+}
+
+// distribute() strip by strip, so that few parts of entries are in registers.
+template <class S>
+__device__ __forceinline__ void distribute_in_parts(const Params& p, const Place& at,
+                                                    const Tokens<S>& tokens,
+                                                    const Entries<S>& entries,
+                                                    const OfTokens<S>& scales) {
+  const int bands = p.sizes.value_bands, pitch = p.sizes.pitch * kElement;
+  const int room = p.sizes.rows + (at.warp * p.sizes.room + at.g) * pitch + 2 * at.c * 4;
+  const uint2* operand = shared_at<uint2>(Memory<S>::kOperand) + at.lane;
+#pragma unroll 1
+  for (int band = 0; band < bands; band += kMostBands) {
+    const int left = min(bands - band, kMostBands);
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+      if (s >= tokens.strips) break;
+      float sums[2 * kMostBands][4] = {};
+      distribute_strip<S>(entries[s], operand + band * S::kPairs * 64, bands * S::kPairs * 64, left,
+                          sums);
+#pragma unroll
+      for (int i = 0; i < 4 * kMostBands; ++i) {
+        if (i / 4 >= left) break;
+        const float* x = sums[i / 2] + 2 * (i % 2);
+        *shared_at<float2>(room + (16 * s + 8 * (i % 2)) * pitch + 8 * (i / 2) * 4) = {
+            x[0] * scales[s][i % 2], x[1] * scales[s][i % 2]};
+      }
+    }
+    __syncwarp();
+    store_outputs<S>(p, at, tokens, 16 * band);
+    __syncwarp();
+  }
+}
+
+// distribute() for all strips at once, so that A is loaded once.
+template <class S>
+__device__ __forceinline__ void distribute_at_once(const Params& p, const Place& at,
+                                                   const Tokens<S>& tokens,
+                                                   const Entries<S>& entries,
+                                                   const OfTokens<S>& scales) {
   using Storage = typename S::Storage;
   uint32_t plan[S::kStrips][2 * S::kPairs][2];
 #pragma unroll
@@ -279,6 +369,18 @@ __device__ __forceinline__ void distribute(const Params& p, const Place& at,
       store_outputs<S>(p, at, tokens, 16 * (band / kMostBands * kMostBands));
       __syncwarp();
     }
+  }
+}
+
+// O = R A. R is the entries times `scales`, which are 0 for hidden tokens.
+template <class S>
+__device__ __forceinline__ void distribute(const Params& p, const Place& at,
+                                           const Tokens<S>& tokens, const Entries<S>& entries,
+                                           const OfTokens<S>& scales) {
+  if constexpr (kParts<typename S::Storage> > 1) {
+    distribute_in_parts<S>(p, at, tokens, entries, scales);
+  } else {
+    distribute_at_once<S>(p, at, tokens, entries, scales);
   }
 }
 

@@ -115,16 +115,6 @@ __device__ __forceinline__ void distribute_side(const Params& p, const Place& at
   distribute<S>(p, at, tokens, entries, scales);
 }
 
-// Scales the rows that the warp's lanes are copying into its room to unit length.
-template <class S>
-__device__ __forceinline__ void scale_tokens(const Params& p, const Place& at,
-                                             const Tokens<S>& tokens) {
-  const int bytes_of_room = p.sizes.room * p.sizes.pitch * kElement;
-  wait_for_copies<0>();
-  scale_to_unit_length<typename S::Storage>(at, p.sizes.rows + at.warp * bytes_of_room,
-                                            16 * tokens.strips, p.sizes.pitch);
-}
-
 // If queries are keys and entries are factors, one pass over the tokens gives both averages.
 // Otherwise distributing takes a second pass, which forms entries again: the plan of collection has
 // overwritten the scores, or the queries have entries of their own.
@@ -143,8 +133,9 @@ __device__ __forceinline__ void attend(const Params& p, const Place& at, int64_t
     meet<S>();
     if (p.distribute && (p.cross || !similarity.factored)) passes = 2;
     const Tokens<S> tokens(at);
-    stage<S>(p, at, tokens, shared_head<S>().tokens, 0);
-    stage_references<S>(p, at, p.sizes.references, p.sizes.depth_pitch);
+    if constexpr (kParts<typename S::Storage> > 1) find_center<S>(p, at);
+    stage<S>(p, at, tokens, shared_head<S>().tokens, 0, true);
+    stage_references<S>(p, at);
     if (p.normalize) scale_tokens<S>(p, at, tokens);
     meet<S>();
     Entries<S> entries;
@@ -206,26 +197,28 @@ bool visit_warps(const ForwardParams& p, int64_t block_bytes, Launch launch) {
   return fits(Shape<Storage, blocks, strips, 2>{}) || fits(Shape<Storage, blocks, strips, 8>{});
 }
 
-// Blocks of references, and the most strips of which a warp's registers hold the entries.
-template <int blocks_, int strips_>
+// Blocks of references, and the most strips of which a warp's registers hold the entries: fewer
+// where operands have parts.
+template <class Storage, int blocks_, int strips_, int strips_in_parts>
 struct WarpSize {
-  static constexpr int blocks = blocks_, strips = strips_;
+  static constexpr int blocks = blocks_;
+  static constexpr int strips = kParts<Storage> > 1 ? strips_in_parts : strips_;
 };
 
 // Calls visit(WarpSize) with the smallest that holds the references. Returns what it returns, or
 // false if there is none.
-template <class Visit>
+template <class Storage, class Visit>
 bool visit_references(const ForwardParams& p, Visit visit) {
-  if (p.references <= 32) return visit(WarpSize<4, 7>{});
-  if (p.references <= 56) return visit(WarpSize<7, 7>{});
-  if (p.references <= 64) return visit(WarpSize<8, 6>{});
-  if (p.references <= 128) return visit(WarpSize<16, 3>{});
+  if (p.references <= 32) return visit(WarpSize<Storage, 4, 7, 6>{});
+  if (p.references <= 56) return visit(WarpSize<Storage, 7, 7, 4>{});
+  if (p.references <= 64) return visit(WarpSize<Storage, 8, 6, 4>{});
+  if (p.references <= 128) return visit(WarpSize<Storage, 16, 3, 2>{});
   return false;
 }
 
 template <class Storage, class Launch>
 bool visit_shape(const ForwardParams& p, int64_t block_bytes, Launch launch) {
-  return visit_references(p, [&](auto size) {
+  return visit_references<Storage>(p, [&](auto size) {
     return visit_warps<Storage, size.blocks, size.strips>(p, block_bytes, launch);
   });
 }

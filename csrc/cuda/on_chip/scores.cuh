@@ -1,9 +1,23 @@
 // The entries of a head: scores s_ij log2(e), or factors 2^(s_ij - scale) <= 1 made of them.
 #pragma once
 
-#include "unit_length.cuh"
+#include "rows_in_parts.cuh"
 
 namespace setformer::cuda::on_chip {
+
+// Stores the positions of the references in shared memory, for all warps.
+template <class S>
+__device__ __forceinline__ void stage_positions(const ForwardParams& p, const Place& at) {
+  if (!shared_head<S>().similarity.has_positions) return;
+  const Tensor& from = p.reference_positions;
+  for (int i = at.thread; i < int(p.position_depth) * S::kReferences; i += S::kThreads) {
+    const int axis = i / S::kReferences, j = i % S::kReferences;
+    shared_at<float>(Memory<S>::kPositions)[i] =
+        j < p.references
+            ? static_cast<const float*>(from.data)[j * from.stride[0] + axis * from.stride[1]]
+            : 0.0f;
+  }
+}
 
 // Copies the references into shared memory, from `room` on, for all warps, scaled to unit length if
 // wanted; the caller must call meet() before they are read.
@@ -42,15 +56,30 @@ __device__ __forceinline__ void stage_references(const ForwardParams& p, const P
     }
     if (at.lane < 8) shared_at<float>(Memory<S>::kTerms)[j] = head.exponent(square);
   }
-  if (!head.similarity.has_positions) return;
-  const Tensor& from = p.reference_positions;
-  for (int i = at.thread; i < int(p.position_depth) * S::kReferences; i += S::kThreads) {
-    const int axis = i / S::kReferences, j = i % S::kReferences;
-    shared_at<float>(Memory<S>::kPositions)[i] =
-        j < p.references
-            ? static_cast<const float*>(from.data)[j * from.stride[0] + axis * from.stride[1]]
-            : 0.0f;
+  stage_positions<S>(p, at);
+}
+
+// The references of forward.
+template <class S>
+__device__ __forceinline__ void stage_references(const Params& p, const Place& at) {
+  if constexpr (kParts<typename S::Storage> > 1) {
+    stage_references_in_parts<S>(p, at);
+    stage_positions<S>(p, at);
+  } else {
+    stage_references<S>(p, at, p.sizes.references, p.sizes.depth_pitch);
   }
+}
+
+// Scales the rows that the warp's lanes are copying into its room to unit length; of float32 they
+// are.
+template <class S>
+__device__ __forceinline__ void scale_tokens(const Params& p, const Place& at,
+                                             const Tokens<S>& tokens) {
+  if constexpr (kParts<typename S::Storage> > 1) return;
+  const int bytes_of_room = p.sizes.room * p.sizes.pitch * kElement;
+  wait_for_copies<0>();
+  scale_to_unit_length<typename S::Storage>(at, p.sizes.rows + at.warp * bytes_of_room,
+                                            16 * tokens.strips, p.sizes.pitch);
 }
 
 // Adds the share of kBands bands of the depth to k.y, for `together` strips against all references,
@@ -63,20 +92,30 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
   const int room_pitch = p.sizes.pitch, pitch = p.sizes.depth_pitch;
   constexpr int kStep = 16 * kElement;  // of a band
   const uint32_t rows = strip_matrices<S>(p, at, false) + kStep * (band % kMostBands);
-  uint32_t keys[together][kBands][4];
+  constexpr int kParts = on_chip::kParts<Storage>;
+  uint32_t keys[together][kParts][kBands][4];
   const int source = (at.lane & ~3) | at.g / 2;
 #pragma unroll
   for (int i = 0; i < together; ++i) {
     const int s = from + i;
     if (s >= S::kStrips) continue;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int b = 0; b < kBands; ++b) {
+        load_matrices<false>(keys[i][part][b],
+                             rows + part * p.sizes.part * kElement + kStep * (s * room_pitch + b));
+      }
+    }
     float upper[4] = {}, lower[4] = {};
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
-      const uint32_t (&k)[4] = keys[i][b];
-      load_matrices<false>(keys[i][b], rows + kStep * (s * room_pitch + b));
-      // k as the second operand consists of the same matrices, for tokens 0 to 7 and 8 to 15
-      multiply_block<Storage>(upper, k, k[0], k[2]);
-      multiply_block<Storage>(lower, k, k[1], k[3]);
+      for_each_product<Storage>([&](int one, int other) {
+        // k as the second operand consists of the same matrices, for tokens 0 to 7 and 8 to 15
+        const uint32_t (&k)[4] = keys[i][other][b];
+        multiply_block<Part<Storage>>(upper, keys[i][one][b], k[0], k[2]);
+        multiply_block<Part<Storage>>(lower, keys[i][one][b], k[1], k[3]);
+      });
     }
     squares[s][0] += __shfl_sync(kFullWarp, at.g % 2 ? upper[1] : upper[0], source);
     squares[s][1] += __shfl_sync(kFullWarp, at.g % 2 ? lower[3] : lower[2], source);
@@ -85,14 +124,20 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
                               kElement * (at.lane % 8 * pitch + at.lane / 8 * 8);
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
-    uint32_t y[4];
-    load_matrices<false>(y, references + 8 * kElement * n * pitch);
+    uint32_t y[kParts][4];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      load_matrices<false>(
+          y[part], references + part * p.sizes.depth_part * kElement + 8 * kElement * n * pitch);
+    }
 #pragma unroll
     for (int i = 0; i < together; ++i) {
       const int s = from + i;
       if (s >= S::kStrips) continue;
-      multiply_block<Storage>(entries[s][n], keys[i][0], y[0], y[1]);
-      multiply_block<Storage>(entries[s][n], keys[i][1], y[2], y[3]);
+      for_each_product<Storage>([&](int one, int other) {
+        multiply_block<Part<Storage>>(entries[s][n], keys[i][one][0], y[other][0], y[other][1]);
+        multiply_block<Part<Storage>>(entries[s][n], keys[i][one][1], y[other][2], y[other][3]);
+      });
     }
   }
 }
@@ -195,7 +240,7 @@ __device__ __forceinline__ void form_entries(const Params& p, const Place& at,
   do {
     if (band % kMostBands == 0) {
       __syncwarp();
-      if (band > 0) stage<S>(p, at, tokens, shared_head<S>().tokens, 16 * band);
+      if (band > 0) stage<S>(p, at, tokens, shared_head<S>().tokens, 16 * band, true);
       wait_for_copies<0>();
       __syncwarp();
     }

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "../problem.cuh"
-#include "instructions.cuh"
+#include "parts.cuh"
 
 namespace setformer::cuda::on_chip {
 
@@ -27,7 +27,7 @@ struct Shape {
   static constexpr int kTokens = warps * kWarpTokens;  // a block's
   static constexpr int kPairs = (blocks + 1) / 2;      // of blocks: a product's depth of 16
   // Blocks that a multiprocessor should hold: it has 65536 registers, a thread at most 255.
-  static constexpr int kBlocksAtOnce = warps == 1 ? 12 : 8 / warps;
+  static constexpr int kBlocksAtOnce = warps == 1 && kParts<Storage> == 1 ? 12 : 8 / warps;
 };
 
 // Of each block of a cluster.
@@ -89,8 +89,9 @@ struct Head : HeadTensors<Storage> {
 // registers or are computed again.
 struct Sizes {
   int bands, value_bands;  // of keys and values
-  int pitch, depth_pitch;  // elements from row to row of rooms and of references, so that rows
-                           // start in different banks
+  int part, depth_part;    // elements from part to part of a row of rooms and of references
+  int pitch, depth_pitch;  // elements from row to row of these, so that rows start in different
+                           // banks
   int room;                // rows of a warp's room: its strips, by twos
   int ranks;               // blocks that share the head: those of a cluster, or 1
   int references, rows;    // where these begin, in bytes
@@ -114,9 +115,11 @@ struct Params : ForwardParams {
 //   received    [2, kMostRanks, 64 kLanePairs]   float2: the same of each block of a cluster
 //   tiles       [2, kMostRanks, kGroup, kBands, 32]  float4: the same
 //   barriers    [2]                              uint64_t: of what blocks send
-//   operand     [bands, kPairs, 2, 32]           uint2: A in the order of fragments
-//   references  [kReferences, depth pitch]       storage
-//   rows        [kWarps, room, pitch]            storage, a warp's own: keys, values, outputs
+//   center      [kMostDepth]                     float: the mean of the references, if float32
+//   operand     [kParts, bands, kPairs, 2, 32]   uint2: A in the order of fragments
+//   references  [kReferences, depth pitch]       storage, as parts
+//   rows        [kWarps, room, pitch]            storage, a warp's own: keys and values as parts,
+//                                                outputs
 template <class S>
 struct Memory {
   static constexpr int kAcross = S::kWarps > 1;  // whether warps exchange sums
@@ -133,7 +136,9 @@ struct Memory {
   static constexpr int kTiles = kReceived + S::kClustered * 2 * kMostRanks * 64 * S::kLanePairs * 8;
   static constexpr int kBarriers =
       kTiles + S::kClustered * 2 * kMostRanks * kGroup * kBands * 32 * 16;
-  static constexpr int kOperand = kBarriers + S::kClustered * 16;
+  static constexpr int kCenter = kBarriers + S::kClustered * 16;
+  static constexpr int kOfParts = kParts<typename S::Storage>;
+  static constexpr int kOperand = kCenter + (kOfParts > 1) * kMostDepth * 4;
 
   static Sizes sizes(const ForwardParams& p, int ranks = 1) {
     const int64_t tokens = p.cross && p.queries > p.tokens ? p.queries : p.tokens;
@@ -147,10 +152,12 @@ struct Memory {
     sizes.bands = bands_of(p.depth);
     sizes.value_bands = bands_of(p.value_depth);
     const int most = sizes.bands > sizes.value_bands ? sizes.bands : sizes.value_bands;
-    sizes.pitch = 16 * (most < kMostBands ? most : kMostBands) + 8;
-    sizes.depth_pitch = 16 * sizes.bands + 8;
+    sizes.part = 16 * (most < kMostBands ? most : kMostBands);
+    sizes.depth_part = 16 * sizes.bands;
+    sizes.pitch = kOfParts * sizes.part + 8;
+    sizes.depth_pitch = kOfParts * sizes.depth_part + 8;
     sizes.room = 16 * (strips + strips % 2);
-    sizes.references = kOperand + sizes.value_bands * S::kPairs * 32 * 16;
+    sizes.references = kOperand + kOfParts * sizes.value_bands * S::kPairs * 32 * 16;
     sizes.rows = sizes.references + S::kReferences * sizes.depth_pitch * 2;
     sizes.total = sizes.rows + S::kWarps * sizes.room * sizes.pitch * 2;
     return sizes;
@@ -161,7 +168,7 @@ struct Memory {
   }
 };
 
-inline constexpr int kElement = 2;  // bytes of a storage type
+inline constexpr int kElement = 2;  // bytes of a part
 
 // An address in the form that ldmatrix and cp.async need.
 __device__ __forceinline__ uint32_t shared_address(int offset) {
@@ -245,114 +252,6 @@ struct Tokens {
     return valid[strip / 2] >> (16 * (strip % 2) + 8 * half) & 1u << g;
   }
 };
-
-// Eight elements of a row; those after the first `left` are 0.
-template <class Storage>
-__device__ __forceinline__ uint4 gather_piece(const Storage* from, int64_t stride, int left) {
-  uint32_t words[4] = {};
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (e >= left) continue;
-    const uint32_t half = *reinterpret_cast<const uint16_t*>(from + e * stride);
-    words[e / 2] |= half << 16 * (e % 2);
-  }
-  return {words[0], words[1], words[2], words[3]};
-}
-
-inline constexpr int kShortPitch = 16 * kBands + 8;  // of rows of 4 pieces; others have 8
-
-// The piece of 8 columns that a lane copies, in one of every `at_once` rows. Eight lanes copy a
-// piece of each of eight short rows, or one long row, without bank conflicts.
-struct Piece {
-  int row, column, at_once, bytes;  // bytes from the first row
-  __device__ __forceinline__ Piece(bool is_short, int pitch, const Place& at) {
-    at_once = is_short ? 8 : 4;
-    row = is_short ? at.lane % 8 : at.lane / 8;
-    column = 8 * (is_short ? at.lane / 8 : at.lane % 8);
-    bytes = (row * pitch + column) * kElement;
-  }
-};
-
-// Starts copying columns of the warp's tokens, from `first_column` on, into its room; hidden tokens
-// and what is beyond the end become 0.
-template <class S, bool is_short>
-__device__ __forceinline__ void stage_pieces(const Params& p, const Place& at,
-                                             const Tokens<S>& tokens,
-                                             const Rows<typename S::Storage>& rows,
-                                             int first_column) {
-  using Storage = typename S::Storage;
-  const int room = p.sizes.room, pitch = p.sizes.pitch;
-  const Piece own(is_short, pitch, at);
-  const int left = rows.depth - first_column - own.column;
-  const bool whole = rows.vectors && left >= 8;
-  int to = p.sizes.rows + at.warp * room * pitch * kElement + own.bytes;
-  const Storage* from = rows.data + (tokens.first + own.row) * rows.row_stride +
-                        (first_column + own.column) * rows.column_stride;
-  const int64_t step = own.at_once * rows.row_stride;
-  const int step_of_room = own.at_once * pitch * kElement;
-  if (whole) {
-    uint32_t address = shared_address(to);
-#pragma unroll
-    for (int first = 0; first < S::kWarpTokens; first += 32) {
-      if (first >= room) break;
-      const uint32_t valid = tokens.valid[first / 32] >> own.row;
-#pragma unroll
-      for (int i = 0; i < 32; i += own.at_once) {
-        copy_async(address, from, valid & 1u << i ? 16 : 0);
-        from += step;
-        address += step_of_room;
-      }
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int row = own.row; row < room; row += own.at_once) {
-    const bool valid = row < 16 * tokens.strips && rows.valid(tokens.first + row);
-    *shared_at<uint4>(to) = gather_piece(from, rows.column_stride, valid ? left : 0);
-    from += step;
-    to += step_of_room;
-  }
-}
-
-template <class S>
-__device__ __forceinline__ void stage(const Params& p, const Place& at, const Tokens<S>& tokens,
-                                      const Rows<typename S::Storage>& rows, int first_column) {
-  if (p.sizes.pitch == kShortPitch) {
-    stage_pieces<S, true>(p, at, tokens, rows, first_column);
-  } else {
-    stage_pieces<S, false>(p, at, tokens, rows, first_column);
-  }
-  commit_copies();
-}
-
-// The warp stores `count` rows of shared memory to rows from `first` on, columns from
-// `first_column` on.
-template <class Storage>
-__device__ __forceinline__ void store_rows(const Place& at, const Rows<Storage>& rows, int first,
-                                           int count, int first_column, int pitch, int from) {
-  const Piece own(pitch == kShortPitch, pitch, at);
-  const int left = rows.depth - first_column - own.column;
-  if (left <= 0) return;
-  const bool whole = rows.vectors && left >= 8;
-  from += own.bytes;
-  Storage* to = rows.data + (first + own.row) * rows.row_stride +
-                (first_column + own.column) * rows.column_stride;
-  const int64_t step = own.at_once * rows.row_stride;
-  const int next = own.at_once * pitch * kElement;
-#pragma unroll 1
-  for (int i = own.row; i < count; i += own.at_once) {
-    if (whole) {
-      *reinterpret_cast<uint4*>(to) = *shared_at<uint4>(from);
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < 8 && e < left; ++e) {
-        to[e * rows.column_stride] = shared_at<Storage>(from)[e];
-      }
-    }
-    from += next;
-    to += step;
-  }
-}
 
 // The address that a lane gives to ldmatrix in the room. The four matrices are rows 0 to 7 and 8 to
 // 15 of a strip at columns 0 to 7, then both at columns 8 to 15; with `transposed` first both

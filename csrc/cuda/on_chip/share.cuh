@@ -92,13 +92,14 @@ __device__ __forceinline__ void load_pooled(const ShareParams& p, const Place& a
   const bool weighs = head.similarity.factored && !p.cross && !kFewExponents<Storage>;
   const float2* factors = in_room<S>(at, solution.references);
   const int width = int(p.value_depth);
+  const int tiles = p.sizes.value_bands * S::kPairs;
 #pragma unroll 1
-  for (int tile = at.warp; tile < p.sizes.value_bands * S::kPairs; tile += S::kWarps) {
+  for (int tile = at.warp; tile < tiles; tile += S::kWarps) {
     const int column = 16 * (tile / S::kPairs) + at.g;
     uint2* to = shared_at<uint2>(Memory<S>::kOperand) + tile * 64 + at.lane;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t words[2];
+      uint32_t words[2][kParts<Storage>];
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
         const int pair = 4 * (tile % S::kPairs * 2 + block) + at.c;
@@ -106,9 +107,12 @@ __device__ __forceinline__ void load_pooled(const ShareParams& p, const Place& a
         const int left = column + 8 * half < width ? int(p.references) - 2 * pair : 0;
         float2 x = {left > 0 ? from[0] : 0.0f, left > 1 ? from[width] : 0.0f};
         if (weighs) x = {x.x * factors[pair].x, x.y * factors[pair].y};
-        words[block] = pack<Storage>(x.x, x.y);
+        pack_parts<Storage>(x.x, x.y, words[block]);
       }
-      to[32 * half] = {words[0], words[1]};
+#pragma unroll
+      for (int part = 0; part < kParts<Storage>; ++part) {
+        to[32 * half + part * tiles * 64] = {words[0][part], words[1][part]};
+      }
     }
   }
 }
@@ -194,7 +198,8 @@ __device__ __forceinline__ void attend_share(const ShareParams& p, const Place& 
   if (at.thread == 0) select_share<S>(p, work);
   meet<S>();
   if (head.first_strip < 0) return;
-  stage_references<S>(p, at, p.sizes.references, p.sizes.depth_pitch);
+  if constexpr (kParts<typename S::Storage> > 1) find_center<S>(p, at);
+  stage_references<S>(p, at);
   Exchange exchange;
   Solution<S> solution;
   Spread<S> columns;
@@ -208,7 +213,7 @@ __device__ __forceinline__ void attend_share(const ShareParams& p, const Place& 
   for (int from = head.first_strip; from < head.last_strip; from += at_once) {
     __syncwarp();
     const Tokens<S> tokens(at, from, min(head.last_strip - from, at_once), at.warp, S::kWarps);
-    stage<S>(p, at, tokens, head.tokens, 0);
+    stage<S>(p, at, tokens, head.tokens, 0, true);
     if (p.normalize) scale_tokens<S>(p, at, tokens);
     Entries<S> entries;
     form_entries<S>(p, at, tokens, entries);

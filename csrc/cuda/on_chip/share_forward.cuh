@@ -135,7 +135,7 @@ template <class Storage>
 int64_t SharedForward<Storage>::workspace(const ForwardParams& p) {
   using namespace on_chip;
   int64_t numbers = 0;
-  visit_references(p, [&](auto size) {
+  visit_references<Storage>(p, [&](auto size) {
     using S = ShareShape<Storage, size.blocks, size.strips>;
     const auto visit = [&](const Side& side) {
       const int64_t count = Shares(p, S::kLeastStrips, side.count).count;
@@ -157,7 +157,7 @@ bool SharedForward<Storage>::run(const ForwardParams& p, float* workspace, Strea
   constexpr int64_t kMostTokens = int64_t{1} << 30;  // strips and tokens are counted as int
   if (stream.stages == 1 || !can_scale(p)) return false;
   if (p.tokens > kMostTokens || p.queries > kMostTokens) return false;
-  return visit_references(p, [&](auto size) {
+  return visit_references<Storage>(p, [&](auto size) {
     using S = ShareShape<Storage, size.blocks, size.strips>;
     // newer devices can also run compute_75's PTX, in which this kernel has no body
     if (ptx_version<attention_forward_on_shares_kernel<S>>(stream) < 80) return false;

@@ -3,7 +3,7 @@
 // workspace (csrc/cuda/unit_length.cuh): forward and backward see the same ones, whoever scales.
 #pragma once
 
-#include "shape.cuh"
+#include "rows.cuh"
 
 namespace setformer::cuda::on_chip {
 

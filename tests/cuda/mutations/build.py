@@ -19,11 +19,12 @@ TYPES = {
     "float16": "__half",
 }
 HALVES = ("bfloat16", "float16")
+IN_PARTS = ("on_chip_", "on_chip_shares_")  # what there is in float32 as well
 DIRECTIONS = ("forward", "backward")
 # Of kernels on chip, those that the problems need: blocks of references, strips, warps.
 SHAPES = (
     *("Li4ELi7ELi2E", "Li7ELi4ELi1E", "Li4ELi1ELi4E", "Li7ELi1ELi1E", "Li4ELi7EEE"),
-    *("Li8ELi1ELi4E", "Li16ELi1ELi8E"),
+    *("Li8ELi1ELi4E", "Li16ELi1ELi8E", "Li4ELi6E"),
 )
 
 FORWARD_ON_CHIP: dict[Regime, str] = {
@@ -94,8 +95,8 @@ def build_module(
     Raises: BuildError, PtxError.
     """
     wanted: dict[str, Regime] = {f"forward_{storage}": regime}
-    if storage in HALVES:
-        on_chip = FORWARD_ON_CHIP.get(regime)
+    on_chip = FORWARD_ON_CHIP.get(regime)
+    if storage in HALVES or on_chip is not None:
         wanted = {} if on_chip is None else {on_chip + storage: regime}
         wanted[f"forward_{storage}"] = "streaming"
     if backward:
@@ -146,8 +147,8 @@ def absent_kernels(present: set[str]) -> Path:
     ]
     definitions += [
         definition.format(type=TYPES[name])
-        for name in HALVES
         for prefix, definition in ABSENT_ON_CHIP.items()
+        for name in (*HALVES, *["float32"] * (prefix in IN_PARTS))
         if prefix + name not in present
     ]
     text = ABSENT.format(definitions="\n".join(definitions))

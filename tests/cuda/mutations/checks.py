@@ -222,6 +222,17 @@ PROBLEMS = {
     "float32 streaming backward, scaled, many tokens": Problem(
         "float32", "streaming", True, STREAMING | SCALED | {"N": 515}
     ),
+    "float32 on-chip forward": Problem("float32", "on chip", False, RESIDENT),
+    "float32 on-chip forward, transposed": Problem(
+        "float32", "on chip", False, RESIDENT, transposed
+    ),
+    "float32 on-chip forward, deep": Problem(
+        "float32", "on chip", False, RESIDENT | DEEP_AND_WIDE
+    ),
+    "float32 on-chip forward, scaled": Problem("float32", "on chip", False, RESIDENT | SCALED),
+    "float32 forward on shares": Problem(
+        "float32", "shares", False, RESIDENT | {"N": 900, "Nq": 800}
+    ),
     "bfloat16 small forward": Problem("bfloat16", "streaming", False, RESIDENT),
     "bfloat16 small forward, transposed": Problem(
         "bfloat16", "streaming", False, RESIDENT, transposed

@@ -412,8 +412,8 @@ ON_CHIP = on_chip(
     (
         "more columns than the room has: the first ones again",
         "scores.cuh",
-        "if (band > 0) stage<S>(p, at, tokens, shared_head<S>().tokens, 16 * band);",
-        "if (band > 0) stage<S>(p, at, tokens, shared_head<S>().tokens, 0);",
+        "if (band > 0) stage<S>(p, at, tokens, shared_head<S>().tokens, 16 * band, true);",
+        "if (band > 0) stage<S>(p, at, tokens, shared_head<S>().tokens, 0, true);",
         "bfloat16 on-chip forward, deep",
     ),
     (
@@ -425,14 +425,14 @@ ON_CHIP = on_chip(
     ),
     (
         "rows beyond the last are read",
-        "shape.cuh",
+        "rows.cuh",
         "copy_async(address, from, valid & 1u << i ? 16 : 0);",
         "copy_async(address, from, 16);",
         "bfloat16 on-chip forward",
     ),
     (
         "rows that are not aligned taken for such that are",
-        "shape.cuh",
+        "rows.cuh",
         "const bool whole = rows.vectors && left >= 8;\n  int to",
         "const bool whole = left >= 8;\n  int to",
         "bfloat16 on-chip forward, transposed",
@@ -489,8 +489,8 @@ ON_CHIP = on_chip(
     (
         "registers of the operand swapped",
         "averages.cuh",
-        "operand[64 * half + block % 2] = pack",
-        "operand[half + 64 * (block % 2)] = pack",
+        "+ 64 * half;\n      to[block % 2] = parts[part];",
+        "+ half;\n      to[64 * (block % 2)] = parts[part];",
         "bfloat16 on-chip forward",
     ),
     (
@@ -705,8 +705,8 @@ ON_SHARES = on_chip(
     (
         "halves of a tile of A in one place",
         "share.cuh",
-        "to[32 * half] = {words[0], words[1]};",
-        "to[0] = {words[0], words[1]};",
+        "to[32 * half + part * tiles * 64] = {",
+        "to[part * tiles * 64] = {",
         "bfloat16 forward on shares",
     ),
     (
@@ -894,7 +894,7 @@ ON_CHIP_BACKWARD = on_chip(
     ),
     (
         "columns that are not neighbours stored as such",
-        "shape.cuh",
+        "rows.cuh",
         "to[e * rows.column_stride] = shared_at<Storage>(from)[e];",
         "to[e] = shared_at<Storage>(from)[e];",
         "bfloat16 on-chip backward, transposed",
@@ -1058,6 +1058,123 @@ PACKED = tuple(
     )
 )
 
+# float32 in three parts.
+IN_PARTS = on_chip(
+    (
+        "the last part left out",
+        "parts.cuh",
+        "    if (part + 1 == kParts<Storage>) break;",
+        "    if (part > 0) x = 0, y = 0;\n    if (part + 1 == kParts<Storage>) break;",
+        "float32 on-chip forward",
+    ),
+    (
+        "three products instead of six",
+        "parts.cuh",
+        "for (int both = kParts<Storage> - 1; both >= 0; --both) {",
+        "for (int both = kParts<Storage> > 1; both >= 0; --both) {",
+        "float32 on-chip forward",
+    ),
+    (
+        "keys are not centred",
+        "rows_in_parts.cuh",
+        "      center_eight<S>(factor, first_column + own.column, x);",
+        "",
+        "float32 on-chip forward",
+    ),
+    (
+        "all columns centred by the first ones",
+        "rows_in_parts.cuh",
+        "      center_eight<S>(factor, first_column + own.column, x);",
+        "      center_eight<S>(factor, own.column, x);",
+        "float32 on-chip forward, deep",
+    ),
+    (
+        "rows beyond the last are read, of float32",
+        "rows_in_parts.cuh",
+        "load_eight(rows, from, valid ? left : 0, x);",
+        "load_eight(rows, from, left, x);",
+        "float32 on-chip forward",
+    ),
+    (
+        "rows of float32 that are not aligned taken for such that are",
+        "rows_in_parts.cuh",
+        "  if (rows.vectors && left >= 8) {",
+        "  if (left >= 8) {",
+        "float32 on-chip forward, transposed",
+    ),
+    (
+        "parts of a row in one place",
+        "rows_in_parts.cuh",
+        "    store_parts(to, p.sizes.part * kElement, x);",
+        "    store_parts(to, 16 * kElement, x);",
+        "float32 on-chip forward",
+    ),
+    (
+        "the mean taken before all lengths are there",
+        "rows_in_parts.cuh",
+        "  meet<S>();\n  const float weight",
+        "  const float weight",
+        "float32 on-chip forward, scaled",
+    ),
+    (
+        "references centred before the mean is there",
+        "rows_in_parts.cuh",
+        "Center)[column] = sum * weight;\n  }\n  meet<S>();",
+        "Center)[column] = sum * weight;\n  }",
+        "float32 on-chip forward",
+    ),
+    (
+        "norms of references before they are scaled",
+        "rows_in_parts.cuh",
+        "    const float factor = terms[j];",
+        "    const float factor = 1;",
+        "float32 on-chip forward, scaled",
+    ),
+    (
+        "columns beyond the depth stored",
+        "rows_in_parts.cuh",
+        "if (column + e < columns) to[",
+        "to[",
+        "float32 on-chip forward",
+    ),
+    (
+        "outputs of float32 stored before all lanes have theirs",
+        "averages.cuh",
+        "            x[0] * scales[s][i % 2], x[1] * scales[s][i % 2]};\n      }\n    }\n"
+        "    __syncwarp();",
+        "            x[0] * scales[s][i % 2], x[1] * scales[s][i % 2]};\n      }\n    }",
+        "float32 on-chip forward",
+    ),
+    (
+        "later columns of A are the first ones",
+        "averages.cuh",
+        "operand + band * S::kPairs * 64, bands",
+        "operand, bands",
+        "float32 on-chip forward, deep",
+    ),
+    (
+        "parts of A in one place",
+        "averages.cuh",
+        "operand + part * p.sizes.value_bands * S::kPairs * 128 + 64 * half;",
+        "operand + part * 128 + 64 * half;",
+        "float32 on-chip forward",
+    ),
+    (
+        "parts of A in one place, on shares",
+        "share.cuh",
+        "to[32 * half + part * tiles * 64] = {",
+        "to[32 * half + part * 64] = {",
+        "float32 forward on shares",
+    ),
+    (
+        "a share has no mean",
+        "share.cuh",
+        "  if constexpr (kParts<typename S::Storage> > 1) find_center<S>(p, at);",
+        "",
+        "float32 forward on shares",
+    ),
+)
+
 # Scaling to unit length.
 SCALED = (
     *on_chip(
@@ -1077,14 +1194,14 @@ SCALED = (
         ),
         (
             "a warp scales the room of the next one",
-            "forward.cuh",
+            "scores.cuh",
             "p.sizes.rows + at.warp * bytes_of_room",
             "p.sizes.rows + (at.warp ^ 1) * bytes_of_room",
             "bfloat16 on-chip, scaled",
         ),
         (
             "keys scaled before they are there",
-            "forward.cuh",
+            "scores.cuh",
             "p.sizes.pitch * kElement;\n  wait_for_copies<0>();",
             "p.sizes.pitch * kElement;",
             "bfloat16 on-chip, scaled",
@@ -1181,6 +1298,7 @@ FAULTS = (
     + ON_CHIP
     + ON_CLUSTER
     + ON_SHARES
+    + IN_PARTS
     + BACKWARD
     + ON_CHIP_BACKWARD
     + BACKWARD_ON_SHARES

@@ -1,0 +1,3 @@
+#include "on_chip/forward.cuh"
+
+template struct setformer::cuda::OnChipForward<float>;

@@ -1,0 +1,3 @@
+#include "on_chip/share_forward.cuh"
+
+template struct setformer::cuda::SharedForward<float>;
