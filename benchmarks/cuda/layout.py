@@ -227,9 +227,10 @@ class OnChip:
         total += (parts > 1) * MOST_DEPTH * 4  # center
         total += parts * bands * divide_up(self.blocks, 2) * 32 * 16  # operand
         total += references * (parts * 16 * bands + 8) * 2
-        # a warp's room has them by twos
-        pitch = parts * 16 * min(bands, 4) + 8
-        return total + 32 * divide_up(strips, 2) * self.warps * pitch * 2
+        # a warp's room: rows by twos of strips, and 64 columns; in parts exactly, and 32
+        pitch = parts * 16 * min(bands, 2 if parts > 1 else 4) + 8
+        rows = 16 * strips if parts > 1 else 32 * divide_up(strips, 2)
+        return total + rows * self.warps * pitch * 2
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ __device__ __forceinline__ void collect(const Params& p, const Place& at, const 
   int parity = 0;
 #pragma unroll 1
   for (int band = 0; band < bands; band += kBands) {
-    if (band > 0 && band % kMostBands == 0) {
+    if (band > 0 && band % kMostBands<Storage> == 0) {
       __syncwarp();
       stage<S>(p, at, tokens, shared_head<S>().values, 16 * band);
     }
@@ -240,19 +240,20 @@ __device__ __forceinline__ void collect(const Params& p, const Place& at, const 
 #pragma unroll
     for (int block = 0; block < S::kBlocks; block += kGroup) {
       Tiles tiles = {};
-      pool_tiles<S>(p, at, tokens, band % kMostBands, block, entries, factors, of_plan, tiles);
+      pool_tiles<S>(p, at, tokens, band % kMostBands<Storage>, block, entries, factors, of_plan,
+                    tiles);
       add_tiles<S>(p, at, of_tiles, band, block, parity, exchange, tiles);
       parity ^= 1;
     }
   }
 }
 
-// Adds sum_j R_ij A_j, in `bands` bands of columns, for the tokens of a strip, whose entries are
+// Adds sum_j R_ij A_j, in kBands bands of columns, for the tokens of a strip, whose entries are
 // split on the way. `step` leads from part to part of A.
 template <class S>
 __device__ __forceinline__ void distribute_strip(const float (&entries)[S::kBlocks][4],
-                                                 const uint2* operand, int step, int bands,
-                                                 float (&sums)[2 * kMostBands][4]) {
+                                                 const uint2* operand, int step,
+                                                 float (&sums)[2 * kBands][4]) {
   using Storage = typename S::Storage;
   constexpr int kParts = on_chip::kParts<Storage>;
 #pragma unroll
@@ -267,8 +268,7 @@ __device__ __forceinline__ void distribute_strip(const float (&entries)[S::kBloc
                           plan[i]);
     }
 #pragma unroll
-    for (int half = 0; half < 2 * kMostBands; ++half) {
-      if (half / 2 >= bands) break;
+    for (int half = 0; half < 2 * kBands; ++half) {
       uint2 pooled[kParts];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -288,21 +288,20 @@ __device__ __forceinline__ void distribute_in_parts(const Params& p, const Place
                                                     const Tokens<S>& tokens,
                                                     const Entries<S>& entries,
                                                     const OfTokens<S>& scales) {
+  static_assert(kMostBands<typename S::Storage> == kBands);
   const int bands = p.sizes.value_bands, pitch = p.sizes.pitch * kElement;
   const int room = p.sizes.rows + (at.warp * p.sizes.room + at.g) * pitch + 2 * at.c * 4;
   const uint2* operand = shared_at<uint2>(Memory<S>::kOperand) + at.lane;
 #pragma unroll 1
-  for (int band = 0; band < bands; band += kMostBands) {
-    const int left = min(bands - band, kMostBands);
+  for (int band = 0; band < bands; band += kBands) {
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
       if (s >= tokens.strips) break;
-      float sums[2 * kMostBands][4] = {};
-      distribute_strip<S>(entries[s], operand + band * S::kPairs * 64, bands * S::kPairs * 64, left,
+      float sums[2 * kBands][4] = {};
+      distribute_strip<S>(entries[s], operand + band * S::kPairs * 64, bands * S::kPairs * 64,
                           sums);
 #pragma unroll
-      for (int i = 0; i < 4 * kMostBands; ++i) {
-        if (i / 4 >= left) break;
+      for (int i = 0; i < 4 * kBands; ++i) {
         const float* x = sums[i / 2] + 2 * (i % 2);
         *shared_at<float2>(room + (16 * s + 8 * (i % 2)) * pitch + 8 * (i / 2) * 4) = {
             x[0] * scales[s][i % 2], x[1] * scales[s][i % 2]};
@@ -339,7 +338,7 @@ __device__ __forceinline__ void distribute_at_once(const Params& p, const Place&
   const uint2* operand = shared_at<uint2>(Memory<S>::kOperand) + at.lane;
 #pragma unroll 1
   for (int band = 0; band < bands; ++band) {
-    Storage* own = room + 16 * (band % kMostBands);
+    Storage* own = room + 16 * (band % kMostBands<Storage>);
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       float sums[S::kStrips][4] = {};
@@ -364,9 +363,10 @@ __device__ __forceinline__ void distribute_at_once(const Params& p, const Place&
         }
       }
     }
-    if (band % kMostBands == kMostBands - 1 || band == bands - 1) {
+    constexpr int kMost = kMostBands<Storage>;
+    if (band % kMost == kMost - 1 || band == bands - 1) {
       __syncwarp();
-      store_outputs<S>(p, at, tokens, 16 * (band / kMostBands * kMostBands));
+      store_outputs<S>(p, at, tokens, 16 * (band / kMost * kMost));
       __syncwarp();
     }
   }

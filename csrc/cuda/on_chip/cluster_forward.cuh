@@ -34,7 +34,7 @@ bool visit_ranks(const ForwardParams& p, const Stream& stream, Launch launch) {
 
 template <class Storage>
 bool OnClusterForward<Storage>::run(const ForwardParams& p, Stream& stream) {
-  if (!stream.resident || p.group != nullptr || !on_chip::can_scale(p)) return false;
+  if (!stream.resident || p.group != nullptr || !on_chip::can_scale<Storage>(p)) return false;
   return on_chip::visit_references<Storage>(p, [&](auto size) {
     using S = on_chip::ClusterShape<Storage, size.blocks, size.strips>;
     constexpr auto kKernel = on_chip::attention_forward_on_cluster_kernel<S>;

@@ -176,7 +176,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
 
 // Whether rows can be scaled to unit length on the chip, where this is wanted: a warp's room must
 // hold them whole.
-inline bool can_scale(const ForwardParams& p) { return !p.normalize || p.depth <= 16 * kMostBands; }
+template <class Storage>
+bool can_scale(const ForwardParams& p) {
+  return !p.normalize || kParts<Storage> > 1 || p.depth <= 16 * kMostBands<Storage>;
+}
 
 // Calls launch(shape, sizes) with the smallest shape that holds the tokens and references of a
 // head. Returns false if there is none, or if the device has no room for it.
@@ -228,7 +231,7 @@ bool visit_shape(const ForwardParams& p, int64_t block_bytes, Launch launch) {
 template <class Storage>
 bool OnChipForward<Storage>::run(const ForwardParams& p, Stream& stream) {
   if (stream.stages == 1 || !stream.resident || p.group != nullptr) return false;
-  if (!on_chip::can_scale(p)) return false;
+  if (!on_chip::can_scale<Storage>(p)) return false;
   bool launched = false;
   on_chip::visit_shape<Storage>(
       p, stream.block_bytes, [&](auto shape, const on_chip::Sizes& sizes) {

@@ -60,6 +60,20 @@ __device__ __forceinline__ void store_parts(int to, int step, const Eight& x) {
   }
 }
 
+// What a row is multiplied by to have unit length. Four lanes ask for it together, which have
+// pieces of its columns from `column` on, every 32; a row that does not exist is 0.
+__device__ __forceinline__ float factor_of_row(const Rows<float>& rows, const float* row,
+                                               int column, bool exists) {
+  float square = 0;
+#pragma unroll 1
+  for (; column < rows.depth; column += 32) {
+    Eight x;
+    load_eight(rows, row + column * rows.column_stride, exists ? rows.depth - column : 0, x);
+    square += square_of(x);
+  }
+  return exact_inverse_length(square_of_row(square, true));
+}
+
 // Columns of the warp's tokens, from `first_column` on, into its room; what is beyond the end
 // becomes 0, and so do values of hidden tokens.
 template <class S>
@@ -67,22 +81,19 @@ __device__ __forceinline__ void stage_in_parts(const Params& p, const Place& at,
                                                const Tokens<S>& tokens, const Rows<float>& rows,
                                                int first_column, bool of_keys) {
   const int room = p.sizes.room, pitch = p.sizes.pitch;
-  const bool is_short = p.sizes.part == 16 * kBands;
-  const Piece own(is_short, pitch, at);
-  const int left = rows.depth - first_column - own.column;
-  const float* from = rows.data + (tokens.first + own.row) * rows.row_stride +
-                      (first_column + own.column) * rows.column_stride;
+  const Piece own(true, pitch, at);
+  const int column = first_column + own.column;
+  const float* from = rows.data + (tokens.first + own.row) * rows.row_stride;
   const int64_t step = own.at_once * rows.row_stride;
   int to = p.sizes.rows + at.warp * room * pitch * kElement + own.bytes;
 #pragma unroll 2
   for (int row = own.row; row < room; row += own.at_once) {
     const bool valid = tokens.valid[row / 32] >> row % 32 & 1;
     Eight x;
-    load_eight(rows, from, valid ? left : 0, x);
+    load_eight(rows, from + column * rows.column_stride, valid ? rows.depth - column : 0, x);
     if (of_keys) {
-      float factor = 1;
-      if (p.normalize) factor = exact_inverse_length(square_of_row(square_of(x), is_short));
-      center_eight<S>(factor, first_column + own.column, x);
+      const float factor = p.normalize ? factor_of_row(rows, from, own.column, valid) : 1.0f;
+      center_eight<S>(factor, column, x);
     }
     store_parts(to, p.sizes.part * kElement, x);
     from += step;
@@ -106,15 +117,12 @@ __device__ __forceinline__ void find_center(const Params& p, const Place& at) {
   rows.select(p.reference, head.b, head.h, p.references, p.depth);
   float* factors = shared_at<float>(Memory<S>::kTerms);
   for_each_reference<S>(at, [&](int j) {
-    float square = 0;
-    for (int column = at.lane / 8 * 8; p.normalize && column < p.sizes.depth_part; column += 32) {
-      Eight x;
-      load_eight(rows, rows.data + j * rows.row_stride + column * rows.column_stride,
-                 j < p.references ? rows.depth - column : 0, x);
-      square += square_of(x);
+    float factor = 1;
+    if (p.normalize) {
+      factor =
+          factor_of_row(rows, rows.data + j * rows.row_stride, at.lane / 8 * 8, j < p.references);
     }
-    square = square_of_row(square, true);
-    if (at.lane < 8) factors[j] = p.normalize ? exact_inverse_length(square) : 1.0f;
+    if (at.lane < 8) factors[j] = factor;
   });
   meet<S>();
   const float weight = quotient(1.0f, float(p.references));

@@ -91,7 +91,7 @@ __device__ __forceinline__ void multiply_strips(const Params& p, const Place& at
   using Storage = typename S::Storage;
   const int room_pitch = p.sizes.pitch, pitch = p.sizes.depth_pitch;
   constexpr int kStep = 16 * kElement;  // of a band
-  const uint32_t rows = strip_matrices<S>(p, at, false) + kStep * (band % kMostBands);
+  const uint32_t rows = strip_matrices<S>(p, at, false) + kStep * (band % kMostBands<Storage>);
   constexpr int kParts = on_chip::kParts<Storage>;
   uint32_t keys[together][kParts][kBands][4];
   const int source = (at.lane & ~3) | at.g / 2;
@@ -232,13 +232,13 @@ __device__ __forceinline__ void entries_of_strip(float (&strip)[blocks][4]) {
 template <class S>
 __device__ __forceinline__ void form_entries(const Params& p, const Place& at,
                                              const Tokens<S>& tokens, Entries<S>& entries) {
-  constexpr int kTogether = 2;
+  constexpr int kTogether = kParts<typename S::Storage> > 1 ? 1 : 2;
   OfTokens<S> squares = {};
   for_each_entry<S>(entries, [](float& x, int, int, int, int) { x = 0.0f; });
   int band = 0;
 #pragma unroll 1
   do {
-    if (band % kMostBands == 0) {
+    if (band % kMostBands<typename S::Storage> == 0) {
       __syncwarp();
       if (band > 0) stage<S>(p, at, tokens, shared_head<S>().tokens, 16 * band, true);
       wait_for_copies<0>();

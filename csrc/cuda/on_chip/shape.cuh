@@ -44,7 +44,10 @@ struct ShareShape : Shape<StorageType, blocks, (blocks > 8 ? 2 : strips), 8> {
   static constexpr int kLeastStrips = blocks > 8 ? 32 : 8 * strips;  // of a share
 };
 
-inline constexpr int kMostBands = 4;  // bands of 16 columns that a warp's room holds of its rows
+// Bands of 16 columns that a warp's room holds of its rows. In parts these take three times the
+// room.
+template <class Storage>
+inline constexpr int kMostBands = kParts<Storage> > 1 ? 2 : 4;
 inline constexpr int kBands = 2;      // bands that products take at once
 inline constexpr int kGroup = 2;      // blocks of references that collect takes at once
 inline constexpr int kMostRanks = 8;  // of a cluster that any device of 9.0 can hold as a whole
@@ -92,7 +95,7 @@ struct Sizes {
   int part, depth_part;    // elements from part to part of a row of rooms and of references
   int pitch, depth_pitch;  // elements from row to row of these, so that rows start in different
                            // banks
-  int room;                // rows of a warp's room: its strips, by twos
+  int room;                // rows of a warp's room: its strips, by twos except in parts
   int ranks;               // blocks that share the head: those of a cluster, or 1
   int references, rows;    // where these begin, in bytes
   int total;               // bytes
@@ -152,11 +155,12 @@ struct Memory {
     sizes.bands = bands_of(p.depth);
     sizes.value_bands = bands_of(p.value_depth);
     const int most = sizes.bands > sizes.value_bands ? sizes.bands : sizes.value_bands;
-    sizes.part = 16 * (most < kMostBands ? most : kMostBands);
+    constexpr int kMost = kMostBands<typename S::Storage>;
+    sizes.part = 16 * (most < kMost ? most : kMost);
     sizes.depth_part = 16 * sizes.bands;
     sizes.pitch = kOfParts * sizes.part + 8;
     sizes.depth_pitch = kOfParts * sizes.depth_part + 8;
-    sizes.room = 16 * (strips + strips % 2);
+    sizes.room = 16 * (kOfParts > 1 ? strips : strips + strips % 2);
     sizes.references = kOperand + kOfParts * sizes.value_bands * S::kPairs * 32 * 16;
     sizes.rows = sizes.references + S::kReferences * sizes.depth_pitch * 2;
     sizes.total = sizes.rows + S::kWarps * sizes.room * sizes.pitch * 2;

@@ -155,7 +155,7 @@ template <class Storage>
 bool SharedForward<Storage>::run(const ForwardParams& p, float* workspace, Stream& stream) {
   using namespace on_chip;
   constexpr int64_t kMostTokens = int64_t{1} << 30;  // strips and tokens are counted as int
-  if (stream.stages == 1 || !can_scale(p)) return false;
+  if (stream.stages == 1 || !can_scale<Storage>(p)) return false;
   if (p.tokens > kMostTokens || p.queries > kMostTokens) return false;
   return visit_references<Storage>(p, [&](auto size) {
     using S = ShareShape<Storage, size.blocks, size.strips>;
