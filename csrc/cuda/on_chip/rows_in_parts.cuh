@@ -161,6 +161,7 @@ __device__ __forceinline__ void stage_references_in_parts(const Params& p, const
                   p.sizes.depth_part * kElement, x);
     }
     square = square_of_row(square, true);
+    __syncwarp();  // four lanes have read it
     if (at.lane < 8) terms[j] = head.exponent(square);
   });
 }

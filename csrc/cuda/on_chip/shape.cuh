@@ -229,6 +229,8 @@ __device__ __forceinline__ int all_strips() {
 // The tokens of one side that belong to a warp.
 template <class S>
 struct Tokens {
+  // Of bits for 32 tokens each. Compilers load three as four.
+  static constexpr int kWords = S::kStrips > 4 ? 4 : (S::kStrips + 1) / 2;
   int first, strips;
   const uint32_t* valid;  // in the warp's own shared memory
 
@@ -243,7 +245,7 @@ struct Tokens {
     strips = all * (warp + 1) / warps - begin;
     uint32_t* words = shared_at<uint32_t>(Memory<S>::kValid) + 4 * at.warp;
 #pragma unroll
-    for (int word = 0; word < (S::kStrips + 1) / 2; ++word) {
+    for (int word = 0; word < kWords; ++word) {
       const int i = 32 * word + at.lane;
       const uint32_t bits = __ballot_sync(kFullWarp, i < 16 * strips && rows.valid(first + i));
       if (at.lane == 0) words[word] = bits;
