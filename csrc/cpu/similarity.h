@@ -83,14 +83,10 @@ class Similarity {
   // scores[i][j] = 2^(s_ij - shift) for scaling, s_ij log2(e) for the log domain; factors[i][j]
   // (optional) = what dS_ij must be multiplied by, see add_gradient.
   void compute(const Tile<T>& tile, T* scores, T* factors) const {
-    load_keys(tile);
-    const Worker<T>& worker = tile.worker;
-    multiply(Product<T>{worker.keys, widths_.depth, 1, references_.right, scores,
-                        widths_.references, p_.depth, gaussian_ ? references_.norms : nullptr},
-             tile.count, rows_.next_tile(tile.begin));
-    if (gaussian_) {
-      weighted_squares(worker.keys, tile.count, widths_.depth, references_.square_weights,
-                       worker.norms);
+    if constexpr (kInPairs<Storage>) {
+      multiply_in_pairs(tile, scores);
+    } else {
+      multiply_centred(tile, scores);
     }
     int64_t i = 0;
     for (; i + kPack <= tile.count; i += kPack) finish_rows<kPack>(tile, i, scores, factors);
@@ -200,6 +196,36 @@ class Similarity {
   }
 
  private:
+  void multiply_centred(const Tile<T>& tile, T* scores) const {
+    load_keys(tile);
+    const Worker<T>& worker = tile.worker;
+    multiply(Product<T>{worker.keys, widths_.depth, 1, references_.right, scores,
+                        widths_.references, p_.depth, gaussian_ ? references_.norms : nullptr},
+             tile.count, rows_.next_tile(tile.begin));
+    if (gaussian_) {
+      weighted_squares(worker.keys, tile.count, widths_.depth, references_.square_weights,
+                       worker.norms);
+    }
+  }
+  // Of keys and references as they are given: their products are exact, and are scaled
+  // afterwards. worker.row_terms = 1 / length.
+  void multiply_in_pairs(const Tile<T>& tile, T* scores) const {
+    const Worker<T>& worker = tile.worker;
+    const auto keys = rows_.pairs_along(tile.begin, tile.count, valid_, worker.key_pairs);
+    multiply(Product<T, Pair>{keys.first, keys.stride, 1, references_.pairs, scores,
+                              widths_.references, pairs_of(p_.depth)},
+             tile.count, rows_.next_tile(tile.begin));
+    T* squares = worker.norms;
+    squares_of_pairs(keys.first, keys.stride, tile.count, keys.width, squares);
+    const T c = gaussian_ ? -references_.square_weights[0] : T(0);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const T length = T(__builtin_sqrt(squares[i]));
+      const T factor = !p_.normalize || length <= T(kShortest) ? T(1) : 1 / length;
+      worker.row_terms[i] = factor;
+      worker.norms[i] = -c * squares[i] * factor * factor;
+    }
+  }
+
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.
   T largest_product(const Worker<T>& worker) const {
     T key_square = 0;
@@ -253,6 +279,11 @@ class Similarity {
       // log2.
       Vector<T> x[Count], weight[Count] = {};
       SETFORMER_EACH x[i] = load(score + i * columns);
+      if constexpr (kInPairs<Storage>) {
+        const Vector<T> of_column = load(references_.column_scales + j);
+        const Vector<T> term = load(references_.column_terms + j);
+        SETFORMER_EACH x[i] = x[i] * (of_column * splat(tile.worker.row_terms[row + i])) + term;
+      }
       if (gaussian) {
         SETFORMER_EACH weight[i] = x[i] + splat(tile.worker.norms[row + i]);
         // Rounding may leave a distance just below 0, but solving by scaling relies on S <= 1.

@@ -115,7 +115,9 @@ class Transport {
   }
   // Are the tile's keys in worker.keys? They are if this pass computed its scores, rather than took
   // them from the cache.
-  bool keys_loaded(const Tile<T>& tile) const { return fresh_ || tile.begin >= cached_; }
+  bool keys_loaded(const Tile<T>& tile) const {
+    return !kInPairs<Storage> && (fresh_ || tile.begin >= cached_);
+  }
 
   // Step t, 1 <= t <= T (t = 0 if T = 0): computes rows^{t-1}, and in column_sums() the columns^t
   // of these tokens. If `pooled` is given, pool(tile, scores) is called for every tile to add to
