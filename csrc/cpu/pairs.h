@@ -97,20 +97,24 @@ SETFORMER_INLINE void store_pairs_across(const float* rows, int64_t count, int64
   }
 }
 
-// |x|^2 of `count` rows of pairs, `width` each, a multiple of the lanes; whole vectors are stored.
-inline void squares_of_pairs(const Pair* rows, int64_t stride, int64_t count, int64_t width,
-                             float* squares) {
+// Rows of pairs, `width` each: a multiple of the lanes.
+struct PairRows {
+  const Pair* first;
+  int64_t stride, width;
+};
+
+// Inner products of `count` rows with those of the same index; whole vectors are stored.
+inline void inner_products(const PairRows& a, const PairRows& b, int64_t count, float* products) {
   constexpr int lanes = kLanes<float>;
   for (int64_t i = 0; i < count; i += lanes) {
     Vector<float> sums[lanes] = {};
     for (int row = 0; row < lanes && i + row < count; ++row) {
-      const Pair* from = rows + (i + row) * stride;
-      for (int64_t c = 0; c < width; c += lanes) {
-        const Vector<Pair> x = load<Pair>(from + c);
-        add_product(sums[row], x, x);
+      const Pair *x = a.first + (i + row) * a.stride, *y = b.first + (i + row) * b.stride;
+      for (int64_t c = 0; c < a.width; c += lanes) {
+        add_product(sums[row], load<Pair>(x + c), load<Pair>(y + c));
       }
     }
-    store<float>(squares + i, sums_of<float>(sums));
+    store<float>(products + i, sums_of<float>(sums));
   }
 }
 

@@ -34,6 +34,7 @@ class References {
   T* right = nullptr;           // [D, references] 2 c y transposed (gaussian), y (linear)
   T* norms = nullptr;           // [references] -c |y_j|^2
   // Of products in pairs, whose factors are rows as they are given:
+  Pair* row_pairs = nullptr;   // [pairs_of(M), depth] y as in `rows`
   Pair* pairs = nullptr;       // [pairs_of(D), references]
   T* column_scales = nullptr;  // [references] 2 c / length (gaussian), 1 / length (linear)
   T* column_terms = nullptr;   // [references] -c |y_j|^2, scaled but not centred (gaussian), 0
@@ -51,6 +52,7 @@ class References {
     right = arena.take<T>(p.depth * widths.references);
     norms = arena.take<T>(widths.references);
     if constexpr (kInPairs<Storage>) {
+      row_pairs = arena.take<Pair>(pairs_of(p.references) * widths.depth);
       pairs = arena.take<Pair>(pairs_of(p.depth) * widths.references);
       column_scales = arena.take<T>(widths.references);
       column_terms = arena.take<T>(widths.references);
@@ -125,6 +127,9 @@ class References {
       fill(square_weights, widths.depth, -c);
       center_rows(count, widths.depth);
       weighted_squares(rows, count, widths.depth, square_weights, norms);
+    }
+    if constexpr (kInPairs<Storage>) {
+      store_pairs_across(rows, count, widths.depth, row_pairs, [](int64_t) { return 1.0f; });
     }
     fill(norms + count, widths.references - count, T(0));
     for (int64_t d = 0; d < depth; ++d) {

@@ -59,6 +59,12 @@ struct Columns {
   }
 };
 
+// Numbers from row to row of `left`.
+template <class Storage>
+int64_t left_stride(const Columns& columns) {
+  return kInPairs<Storage> ? round_up(columns.total(), 2 * kLanes<Pair>) : columns.total();
+}
+
 // One side of the problem in backward: its solve and the gradient through it.
 template <class Storage>
 class SideGradient {
@@ -90,6 +96,10 @@ class SideGradient {
   void place(Arena& arena) {
     const Spans& spans = transport_.spans();
     right_ = arena.take<T>(columns_.total() * widths_.references);
+    if constexpr (kInPairs<Storage>) {
+      right_pairs_ = arena.take<Pair>(pairs_of(columns_.total()) * widths_.references);
+      gradient_pairs_ = arena.take<Pair>(pairs_of(p_.references) * widths_.value_depth);
+    }
     factors_ = arena.take<T>(widths_.references);
     gbar_ = arena.take<T>(widths_.references);
     weights_ = arena.take<T>(widths_.references);
@@ -119,6 +129,7 @@ class SideGradient {
     transport_.sum_pass(team, {&sums_, &matrix_sums_}, [&](const Tile<T>& tile, const T* scores) {
       const Worker<T>& worker = tile.worker;
       const T* matrix = transport_.distribution(steps, tile, scores);
+      if constexpr (kInPairs<Storage>) return distribute_in_pairs(tile, matrix);
       load_rows(grad_outputs_, tile, worker.values);
       load_rows(outputs_, tile, worker.outputs);
       Upcoming outputs = outputs_.next_tile(tile.begin);
@@ -167,6 +178,10 @@ class SideGradient {
       T* eta = set_right(columns_.collect(), pooled.gradient);
       for (int64_t j = 0; j < widths_.references; ++j) eta[j] = pooled.eta[j] * factors_[j];
       scale_rows(pooled.gradient, p_.references, widths_.value_depth, factors_);
+      if constexpr (kInPairs<Storage>) {
+        store_pairs_across(pooled.gradient, p_.references, widths_.value_depth, gradient_pairs_,
+                           [](int64_t) { return 1.0f; });
+      }
     }
     if (t > 0) {
       transport_.distribution_columns(t - 1, factors_);
@@ -195,6 +210,10 @@ class SideGradient {
   void finish(const Team<T>& team, const typename Similarity<Storage>::Results& results,
               bool accumulate) {
     const Similarity<Storage>& similarity = transport_.similarity();
+    if constexpr (kInPairs<Storage>) {
+      store_pairs_across(right_, columns_.total(), widths_.references, right_pairs_,
+                         [](int64_t) { return 1.0f; });
+    }
     const auto body = [&](const Tile<T>& tile, const T* scores) {
       fill_left(tile);
       score_gradient(tile, scores);
@@ -217,6 +236,28 @@ class SideGradient {
   }
 
  private:
+  void distribute_in_pairs(const Tile<T>& tile, const T* matrix) const {
+    const Worker<T>& worker = tile.worker;
+    const Validity& valid = transport_.similarity().valid();
+    const int64_t columns = widths_.references, depth = widths_.value_depth;
+    T* delta = delta_ + tile.begin;
+    T products[kMostTileTokens];
+    inner_products(grad_outputs_.pairs_along(tile.begin, tile.count, valid, worker.value_pairs),
+                   outputs_.pairs_along(tile.begin, tile.count, valid, worker.output_pairs),
+                   tile.count, products);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      delta[i] = products[i];
+      worker.row_terms[i] = delta[i] * worker.row_factors[i];
+    }
+    grad_outputs_.load_pairs_across(tile.begin, tile.count, valid, worker.value_pairs);
+    store_pairs_across(matrix, tile.count, columns, worker.matrix_pairs,
+                       [&](int64_t i) { return worker.row_factors[i]; });
+    T* sums = matrix_sums_.of(tile.span);
+    multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.value_pairs, sums, depth,
+                              pairs_of(tile.count), sums, depth},
+             p_.references, grad_outputs_.next_tile(tile.begin));
+    add_transposed_product(matrix, tile.count, columns, worker.row_terms, sums_.of(tile.span));
+  }
   T* right(int64_t column) const { return right_ + column * widths_.references; }
   // Sets columns of `right`, from `first` on, to rows [M, value_depth] times factors_; returns the
   // column after them.
@@ -249,8 +290,15 @@ class SideGradient {
     multiply_vector(matrix, count, widths_.references, weights_, fhat);
     if (collects) {
       load_rows(values_, tile, worker.values);
-      multiply(count, depth, p_.references, matrix, widths_.references, 1, pooled.gradient,
-               worker.outputs, false, values_.next_tile(tile.begin));
+      if constexpr (kInPairs<Storage>) {
+        store_pairs_along(matrix, count * widths_.references, worker.matrix_pairs);
+        multiply(Product<T, Pair>{worker.matrix_pairs, widths_.references / 2, 1, gradient_pairs_,
+                                  worker.outputs, depth, pairs_of(p_.references)},
+                 count, values_.next_tile(tile.begin));
+      } else {
+        multiply(count, depth, p_.references, matrix, widths_.references, 1, pooled.gradient,
+                 worker.outputs, false, values_.next_tile(tile.begin));
+      }
       for (int64_t i = 0; i < count; ++i) {
         fhat[i] -= dot(worker.values + i * depth, worker.outputs + i * depth, depth);
       }
@@ -300,13 +348,14 @@ class SideGradient {
   // factors.
   void set_left(int64_t column, const Tile<T>& tile, const T* numbers) const {
     T* left = tile.worker.left + column;
-    for (int64_t i = 0; i < tile.count; ++i) left[i * columns_.total()] = numbers[i];
+    const int64_t stride = left_stride<Storage>(columns_);
+    for (int64_t i = 0; i < tile.count; ++i) left[i * stride] = numbers[i];
   }
   void set_left(int64_t first, const Tile<T>& tile, const TokenRows<Storage>& rows,
                 const T* factors) const {
     load_rows(rows, tile, tile.worker.values);
     for (int64_t i = 0; i < tile.count; ++i) {
-      T* left = tile.worker.left + i * columns_.total() + first;
+      T* left = tile.worker.left + i * left_stride<Storage>(columns_) + first;
       const T* row = tile.worker.values + i * widths_.value_depth;
       for (int64_t c = 0; c < p_.value_depth; ++c) left[c] = row[c] * factors[i];
     }
@@ -318,7 +367,12 @@ class SideGradient {
     const int64_t size = tile.count * widths_.references, steps = p_.iterations;
     const T* ds = worker.gradient;
     if (!transport_.log_domain()) {
-      multiply_group({0, columns_.total()}, tile, values_.next_tile(tile.begin));
+      const Upcoming upcoming = values_.next_tile(tile.begin);
+      if constexpr (kInPairs<Storage>) {
+        multiply_in_pairs(tile, upcoming);
+      } else {
+        multiply_group({0, columns_.total()}, tile, upcoming);
+      }
       ds = scores;
     } else {
       fill(worker.gradient, size, T(0));
@@ -342,7 +396,20 @@ class SideGradient {
   void multiply_group(const Group& group, const Tile<T>& tile,
                       const Upcoming& upcoming = {}) const {
     multiply(tile.count, widths_.references, group.depth, tile.worker.left + group.offset,
-             columns_.total(), 1, right(group.offset), tile.worker.product, false, upcoming);
+             left_stride<Storage>(columns_), 1, right(group.offset), tile.worker.product, false,
+             upcoming);
+  }
+  // The same over all columns.
+  void multiply_in_pairs(const Tile<T>& tile, const Upcoming& upcoming) const {
+    const Worker<T>& worker = tile.worker;
+    const int64_t stride = left_stride<Storage>(columns_), total = columns_.total();
+    for (int64_t i = 0; i < tile.count; ++i) {
+      fill(worker.left + i * stride + total, total % 2, T(0));  // the second of the last pair
+    }
+    store_pairs_along(worker.left, tile.count * stride, worker.left_pairs);
+    multiply(Product<T, Pair>{worker.left_pairs, stride / 2, 1, right_pairs_, worker.product,
+                              widths_.references, pairs_of(total)},
+             tile.count, upcoming);
   }
 
   // worker.gradient += matrix * (left right) over the group's columns, if it has any.
@@ -363,16 +430,18 @@ class SideGradient {
   Columns columns_;
   bool contracts_ = false;  // the current step cannot make gbar grow
 
-  T* right_ = nullptr;         // [L, references]
-  T* factors_ = nullptr;       // [references]
-  T* gbar_ = nullptr;          // [references] dL/dg of the current step
-  T* weights_ = nullptr;       // [references]
-  T* delta_ = nullptr;         // [tokens]
-  T* row_adjoints_ = nullptr;  // [T, tokens] fbar^t r_R^{t-1}
-  T* da_ = nullptr;            // [tokens] dL/da
-  Partials<T> sums_{};         // [references] per span
-  Partials<T> matrix_sums_{};  // [M, value_depth or depth] per span
-  Partials<T> scalar_sums_{};  // [2] per span
+  T* right_ = nullptr;              // [L, references]
+  Pair* right_pairs_ = nullptr;     // [pairs_of(L), references]
+  Pair* gradient_pairs_ = nullptr;  // [pairs_of(M), value_depth] dA times factors
+  T* factors_ = nullptr;            // [references]
+  T* gbar_ = nullptr;               // [references] dL/dg of the current step
+  T* weights_ = nullptr;            // [references]
+  T* delta_ = nullptr;              // [tokens]
+  T* row_adjoints_ = nullptr;       // [T, tokens] fbar^t r_R^{t-1}
+  T* da_ = nullptr;                 // [tokens] dL/da
+  Partials<T> sums_{};              // [references] per span
+  Partials<T> matrix_sums_{};       // [M, value_depth or depth] per span
+  Partials<T> scalar_sums_{};       // [2] per span
 };
 
 }  // namespace setformer::cpu::SETFORMER_ISA

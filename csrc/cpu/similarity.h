@@ -115,10 +115,24 @@ class Similarity {
     const Worker<T>& worker = tile.worker;
     const T* e = worker.gradient;
     T* grad_keys = worker.grad_keys;
-    multiply(count, depth, p_.references, e, columns, 1, references_.rows, grad_keys, false,
-             rows_.next_tile(tile.begin));
-    multiply(p_.references, depth, count, e, 1, columns, worker.keys, gradient.references, true,
-             upcoming);
+    if constexpr (kInPairs<Storage>) {
+      const auto as_it_is = [](int64_t) { return 1.0f; };
+      T* sums = gradient.references;
+      store_pairs_along(e, count * columns, worker.matrix_pairs);
+      multiply(Product<T, Pair>{worker.matrix_pairs, columns / 2, 1, references_.row_pairs,
+                                grad_keys, depth, pairs_of(p_.references)},
+               count, rows_.next_tile(tile.begin));
+      store_pairs_across(e, count, columns, worker.matrix_pairs, as_it_is);
+      store_pairs_across(worker.keys, count, depth, worker.key_pairs, as_it_is);
+      multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.key_pairs, sums, depth,
+                                pairs_of(count), sums, depth},
+               p_.references, upcoming);
+    } else {
+      multiply(count, depth, p_.references, e, columns, 1, references_.rows, grad_keys, false,
+               rows_.next_tile(tile.begin));
+      multiply(p_.references, depth, count, e, 1, columns, worker.keys, gradient.references, true,
+               upcoming);
+    }
     if (gaussian_) {
       T ones[kMostTileTokens];
       fill(ones, kMostTileTokens, T(1));
@@ -216,7 +230,7 @@ class Similarity {
                               widths_.references, pairs_of(p_.depth)},
              tile.count, rows_.next_tile(tile.begin));
     T* squares = worker.norms;
-    squares_of_pairs(keys.first, keys.stride, tile.count, keys.width, squares);
+    inner_products(keys, keys, tile.count, squares);
     const T c = gaussian_ ? -references_.square_weights[0] : T(0);
     for (int64_t i = 0; i < tile.count; ++i) {
       const T length = T(__builtin_sqrt(squares[i]));

@@ -43,7 +43,9 @@ struct Worker {
   // Where products are computed in pairs.
   Pair* key_pairs;     // [tile, pair width of the depth]
   Pair* matrix_pairs;  // [tile, references / 2] or [tile / 2, references]
-  Pair* value_pairs;   // [tile / 2, value_depth]
+  Pair* value_pairs;   // [tile / 2, value_depth] or [tile, pair width of the value depth]
+  Pair* output_pairs;  // [tile, pair width of the value depth]
+  Pair* left_pairs;    // [tile, left_width / 2]
   // In backward.
   T* gradient;   // [tile, references] ds and then E
   T* product;    // [tile, references] left right (side_gradient.h)
@@ -61,7 +63,10 @@ struct Worker {
     if constexpr (kInPairs<BFloat16>) {
       key_pairs = arena.take<Pair>(kMostTileTokens * round_up(widths.depth, 32) / 2);
       matrix_pairs = arena.take<Pair>(kMostTileTokens * widths.references / 2);
-      value_pairs = arena.take<Pair>(kMostTileTokens * widths.value_depth / 2);
+      const int64_t of_values = kMostTileTokens * round_up(widths.value_depth, 32) / 2;
+      value_pairs = arena.take<Pair>(of_values);
+      output_pairs = arena.take<Pair>(of_values);
+      left_pairs = arena.take<Pair>(kMostTileTokens * left_width / 2);
     }
     if (left_width == 0) return;
     gradient = take(widths.references);

@@ -85,10 +85,6 @@ class TokenRows {
   // Pairs of neighbours in each row, `width` of them: a multiple of the lanes, with zeros beyond
   // the depth and for invalid tokens. They are where the caller has them if these lie so already,
   // else in `room`.
-  struct PairRows {
-    const Pair* first;
-    int64_t stride, width;
-  };
   static int64_t pair_width(int64_t depth) { return round_up(depth, 2 * kLanes<Pair>) / 2; }
   PairRows pairs_along(int64_t begin, int64_t count, const Validity& valid, Pair* room) const {
     const int64_t width = pair_width(depth_);
