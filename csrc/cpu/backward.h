@@ -32,7 +32,7 @@ class BackwardHead : public Head<Storage, BackwardParams> {
   }
   // Columns of Worker::left.
   static int64_t left_width(const BackwardParams& p) {
-    return left_stride<Storage>(Columns{p.value_depth, p.iterations, true, true});
+    return Columns{p.value_depth, p.iterations, true, true}.total();
   }
 
   bool done() const { return progress_.phase == Phase::kDone; }

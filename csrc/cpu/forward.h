@@ -182,7 +182,7 @@ class ForwardHead : public Head<Storage, ForwardParams> {
     }
     side.sum_pass(team, {}, [&](const Tile<T>& tile, const T* scores) {
       T *rows = tile.worker.outputs, *factors = tile.worker.row_factors;
-      side.normalize_rows(steps, tile, scores);
+      side.normalize_rows(steps, tile, scores, true);
       const T* matrix = side.distribution(steps, tile, scores);
       if constexpr (kInPairs<Storage>) {
         store_pairs_along(matrix, tile.count * widths_.references, tile.worker.matrix_pairs);

@@ -68,6 +68,23 @@ SETFORMER_INLINE Vector<Pair> pairs_across(Vector<float> first, Vector<float> se
 #endif
 }
 
+// x as products in pairs take it.
+SETFORMER_INLINE Vector<float> rounded_to_bfloat16(Vector<float> x) {
+#if defined(__AVX512BF16__)
+  const auto halves = (__m256i)_mm512_cvtneps_pbh(x);
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
+  return from_bfloat16<Vector<float> >(to_bfloat16<Vector<float>, Bits32>(x));
+#endif
+}
+// In place; `count` is a multiple of the lanes.
+inline void round_to_bfloat16(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    store<float>(x + i, rounded_to_bfloat16(load(x + i)));
+  }
+}
+SETFORMER_INLINE Vector<double> rounded_to_bfloat16(Vector<double> x) { return x; }  // no pairs
+
 // Stores the pairs of neighbours in a row of `width` numbers, a multiple of the lanes.
 SETFORMER_INLINE void store_pairs_along(const float* row, int64_t width, Pair* to) {
   int64_t c = 0;

@@ -34,14 +34,15 @@ class References {
   T* right = nullptr;           // [D, references] 2 c y transposed (gaussian), y (linear)
   T* norms = nullptr;           // [references] -c |y_j|^2
   // Of products in pairs, whose factors are rows as they are given:
-  Pair* row_pairs = nullptr;   // [pairs_of(M), depth] y as in `rows`
-  Pair* pairs = nullptr;       // [pairs_of(D), references]
-  T* column_scales = nullptr;  // [references] 2 c / length (gaussian), 1 / length (linear)
-  T* column_terms = nullptr;   // [references] -c |y_j|^2, scaled but not centred (gaussian), 0
-  T* positions = nullptr;      // [P, references]
-  T* b = nullptr;              // [references] the marginal b, 0 in the padding
-  T* log2_b = nullptr;         // [references] -inf in the padding
-  T total_mass = 0;            // of the masses as given
+  Pair* row_pairs = nullptr;     // [pairs_of(M), depth]
+  Pair* pairs = nullptr;         // [pairs_of(D), references]
+  T* inverse_lengths = nullptr;  // [references]
+  T* column_scales = nullptr;    // [references] 2 c / length (gaussian), 1 / length (linear)
+  T* column_terms = nullptr;     // [references] -c |y_j|^2, scaled but not centred (gaussian), 0
+  T* positions = nullptr;        // [P, references]
+  T* b = nullptr;                // [references] the marginal b, 0 in the padding
+  T* log2_b = nullptr;           // [references] -inf in the padding
+  T total_mass = 0;              // of the masses as given
 
   void place(Arena& arena, const ForwardParams& p) {
     const Widths<T> widths(p);
@@ -54,6 +55,7 @@ class References {
     if constexpr (kInPairs<Storage>) {
       row_pairs = arena.take<Pair>(pairs_of(p.references) * widths.depth);
       pairs = arena.take<Pair>(pairs_of(p.depth) * widths.references);
+      inverse_lengths = arena.take<T>(widths.references);
       column_scales = arena.take<T>(widths.references);
       column_terms = arena.take<T>(widths.references);
     }
@@ -128,9 +130,6 @@ class References {
       center_rows(count, widths.depth);
       weighted_squares(rows, count, widths.depth, square_weights, norms);
     }
-    if constexpr (kInPairs<Storage>) {
-      store_pairs_across(rows, count, widths.depth, row_pairs, [](int64_t) { return 1.0f; });
-    }
     fill(norms + count, widths.references - count, T(0));
     for (int64_t d = 0; d < depth; ++d) {
       T* row = right + d * widths.references;
@@ -145,10 +144,15 @@ class References {
     const Widths<T> widths(p);
     const T c = T(kLog2E) / (2 * bandwidth * bandwidth);
     const bool gaussian = p.kernel == Kernel::kGaussian;
-    lengths_of(rows, count, widths.depth, lengths);
+    if (p.normalize) {
+      lengths_of(rows, count, widths.depth, lengths);
+    } else {
+      fill(lengths, widths.references, T(1));
+    }
+    store_pairs_across(rows, count, widths.depth, row_pairs, [](int64_t) { return 1.0f; });
     for (int64_t j = 0; j < count; ++j) {
       const T* row = rows + j * widths.depth;
-      const T factor = p.normalize ? 1 / lengths[j] : T(1);
+      const T factor = inverse_lengths[j] = 1 / lengths[j];
       column_scales[j] = gaussian ? 2 * c * factor : factor;
       column_terms[j] = gaussian ? -c * dot(row, row, widths.depth) * factor * factor : T(0);
       for (int64_t d = 0; d < depth; d += 2) {
@@ -158,7 +162,8 @@ class References {
       }
     }
     for (int64_t j = count; j < widths.references; ++j) {
-      column_scales[j] = column_terms[j] = T(0);
+      column_scales[j] = column_terms[j] = inverse_lengths[j] = T(0);
+      lengths[j] = T(0);
       for (int64_t d = 0; d < pairs_of(depth); ++d) pairs[d * widths.references + j] = 0;
     }
   }

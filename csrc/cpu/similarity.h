@@ -108,6 +108,23 @@ class Similarity {
     T* scalars;     // [2] sum_ij E_ij, sum_i <k_i, dk_i>
   };
 
+  // worker.gradient = E, from e(index). In pairs it is E_ij / |y_j|, rounded: then it is multiplied
+  // by references as they are given, exactly, and all sums are of the same numbers. (Both cancel.)
+  template <class E>
+  SETFORMER_INLINE void finish_score_gradient(const Tile<T>& tile, E e) const {
+    const int64_t columns = widths_.references;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      for (int64_t j = 0; j < columns; j += kLanes<T>) {
+        const int64_t at = i * columns + j;
+        Vector<T> x = e(at);
+        if constexpr (kInPairs<Storage>) {
+          x = rounded_to_bfloat16(x * load(references_.inverse_lengths + j));
+        }
+        store<T>(tile.worker.gradient + at, x);
+      }
+    }
+  }
+
   // Adds the share of the tile, whose E is worker.gradient, and writes dk to worker.grad_keys;
   // worker.keys must hold its keys.
   void add_gradient(const Tile<T>& tile, const Gradient& gradient, const Upcoming& upcoming) const {
@@ -116,17 +133,7 @@ class Similarity {
     const T* e = worker.gradient;
     T* grad_keys = worker.grad_keys;
     if constexpr (kInPairs<Storage>) {
-      const auto as_it_is = [](int64_t) { return 1.0f; };
-      T* sums = gradient.references;
-      store_pairs_along(e, count * columns, worker.matrix_pairs);
-      multiply(Product<T, Pair>{worker.matrix_pairs, columns / 2, 1, references_.row_pairs,
-                                grad_keys, depth, pairs_of(p_.references)},
-               count, rows_.next_tile(tile.begin));
-      store_pairs_across(e, count, columns, worker.matrix_pairs, as_it_is);
-      store_pairs_across(worker.keys, count, depth, worker.key_pairs, as_it_is);
-      multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.key_pairs, sums, depth,
-                                pairs_of(count), sums, depth},
-               p_.references, upcoming);
+      multiply_gradient_in_pairs(tile, gradient, upcoming);
     } else {
       multiply(count, depth, p_.references, e, columns, 1, references_.rows, grad_keys, false,
                rows_.next_tile(tile.begin));
@@ -137,12 +144,18 @@ class Similarity {
       T ones[kMostTileTokens];
       fill(ones, kMostTileTokens, T(1));
       add_transposed_product(e, count, columns, ones, gradient.columns);
-      row_sums(e, count, columns, worker.row_terms);
+      if (kInPairs<Storage>) {
+        multiply_vector(e, count, columns, references_.lengths, worker.row_terms);
+      } else {
+        row_sums(e, count, columns, worker.row_terms);
+      }
       for (int64_t i = 0; i < count; ++i) {
         const Vector<T> row_total = splat(worker.row_terms[i]);
         for (int64_t d = 0; d < depth; d += kLanes<T>) {
           const int64_t at = i * depth + d;
-          store<T>(grad_keys + at, load(grad_keys + at) - row_total * load(worker.keys + at));
+          Vector<T> key = load(worker.keys + at);
+          if (kInPairs<Storage>) key += load(references_.center + d);
+          store<T>(grad_keys + at, load(grad_keys + at) - row_total * key);
         }
         gradient.scalars[0] += worker.row_terms[i];
       }
@@ -187,7 +200,9 @@ class Similarity {
       T *row = gradient.references + j * width, *result = results.reference + j * p_.depth;
       const Vector<T> total = splat(gaussian_ ? gradient.columns[j] : T(0));
       for (int64_t d = 0; d < width; d += kLanes<T>) {
-        const Vector<T> y = load(reference + d), dy = load(row + d) - total * y;
+        const Vector<T> y = load(reference + d);
+        Vector<T> dy = load(row + d) - total * y;
+        if (kInPairs<Storage>) dy *= splat(references_.lengths[j]);
         inner += dy * y;
         store<T>(row + d, dy);
       }
@@ -238,6 +253,23 @@ class Similarity {
       worker.row_terms[i] = factor;
       worker.norms[i] = -c * squares[i] * factor * factor;
     }
+  }
+
+  void multiply_gradient_in_pairs(const Tile<T>& tile, const Gradient& gradient,
+                                  const Upcoming& upcoming) const {
+    const Worker<T>& worker = tile.worker;
+    const int64_t count = tile.count, columns = widths_.references, depth = widths_.depth;
+    const auto as_it_is = [](int64_t) { return 1.0f; };
+    store_pairs_along(worker.gradient, count * columns, worker.matrix_pairs);
+    multiply(Product<T, Pair>{worker.matrix_pairs, columns / 2, 1, references_.row_pairs,
+                              worker.grad_keys, depth, pairs_of(p_.references)},
+             count, rows_.next_tile(tile.begin));
+    store_pairs_across(worker.gradient, count, columns, worker.matrix_pairs, as_it_is);
+    store_pairs_across(worker.keys, count, depth, worker.key_pairs, as_it_is);
+    T* sums = gradient.references;
+    multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.key_pairs, sums, depth,
+                              pairs_of(count), sums, depth},
+             p_.references, upcoming);
   }
 
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.

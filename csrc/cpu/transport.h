@@ -172,10 +172,15 @@ class Transport {
     set_potentials(t);
   }
 
-  // rows^t = sum_j exp(s_ij + g^t_j).
-  void normalize_rows(int64_t t, const Tile<T>& tile, const T* scores) const {
+  // rows^t = sum_j exp(s_ij + g^t_j); of `rounded` matrices, as products in pairs take them, where
+  // the rows of R must sum to 1.
+  void normalize_rows(int64_t t, const Tile<T>& tile, const T* scores, bool rounded = false) const {
     T normalizers[kMostTileTokens];
-    if (log_domain()) {
+    if (kInPairs<Storage> && rounded && !log_domain()) {
+      row_sums(scores, tile.count, widths_.references, potential(t), normalizers,
+               [](Vector<T> x, Vector<T> weight)
+                   SETFORMER_LAMBDA { return rounded_to_bfloat16(x) * weight; });
+    } else if (log_domain()) {
       row_log_sums(scores, tile.count, widths_.references, potential(t), normalizers);
     } else {
       multiply_vector(scores, tile.count, widths_.references, potential(t), normalizers);
