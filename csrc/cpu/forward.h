@@ -178,7 +178,7 @@ class ForwardHead : public Head<Storage, ForwardParams> {
     side.distribution_columns(steps, column_factors_);
     scale_rows(pooled, p_.references, depth, column_factors_);
     if constexpr (kInPairs<Storage>) {
-      store_pairs_across(pooled, p_.references, depth, pooled_pairs_, [](int64_t) { return 1.0f; });
+      store_pairs_across(pooled, p_.references, depth, pooled_pairs_);
     }
     side.sum_pass(team, {}, [&](const Tile<T>& tile, const T* scores) {
       T *rows = tile.worker.outputs, *factors = tile.worker.row_factors;

@@ -71,8 +71,8 @@ SETFORMER_INLINE Vector<Pair> pairs_across(Vector<float> first, Vector<float> se
 // x as products in pairs take it.
 SETFORMER_INLINE Vector<float> rounded_to_bfloat16(Vector<float> x) {
 #if defined(__AVX512BF16__)
-  const auto halves = (__m256i)_mm512_cvtneps_pbh(x);
-  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  const auto halves = (Bits16)_mm512_cvtneps_pbh(x);
+  return from_bfloat16<Vector<float>>(__builtin_convertvector(halves, Bits32));
 #else
   return from_bfloat16<Vector<float> >(to_bfloat16<Vector<float>, Bits32>(x));
 #endif
@@ -112,6 +112,10 @@ SETFORMER_INLINE void store_pairs_across(const float* rows, int64_t count, int64
       store<Pair>(to + j, pairs_across(load(first + j) * of_first, load(second + j) * of_second));
     }
   }
+}
+
+inline void store_pairs_across(const float* rows, int64_t count, int64_t width, Pair* to) {
+  store_pairs_across(rows, count, width, to, [](int64_t) { return 1.0f; });
 }
 
 // Rows of pairs, `width` each: a multiple of the lanes.

@@ -149,7 +149,7 @@ class References {
     } else {
       fill(lengths, widths.references, T(1));
     }
-    store_pairs_across(rows, count, widths.depth, row_pairs, [](int64_t) { return 1.0f; });
+    store_pairs_across(rows, count, widths.depth, row_pairs);
     for (int64_t j = 0; j < count; ++j) {
       const T* row = rows + j * widths.depth;
       const T factor = inverse_lengths[j] = 1 / lengths[j];

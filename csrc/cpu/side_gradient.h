@@ -249,8 +249,7 @@ class SideGradient {
     scale_rows(pooled.gradient, p_.references, depth, factors_);
     if constexpr (kInPairs<Storage>) {
       round_to_bfloat16(pooled.gradient, p_.references * depth);
-      store_pairs_across(pooled.gradient, p_.references, depth, gradient_pairs_,
-                         [](int64_t) { return 1.0f; });
+      store_pairs_across(pooled.gradient, p_.references, depth, gradient_pairs_);
     }
     for (int64_t j = 0; j < p_.references; ++j) {
       const int64_t row = j * depth;
@@ -444,8 +443,7 @@ class SideGradient {
   void pack_right() const {
     const auto pack = [&](int64_t first) {
       store_pairs_across(right(first), p_.value_depth, widths_.references,
-                         right_pairs_ + pair_rows(first) * widths_.references,
-                         [](int64_t) { return 1.0f; });
+                         right_pairs_ + pair_rows(first) * widths_.references);
     };
     if (collects_) pack(columns_.collect());
     if (distributes_) pack(columns_.distribute());

@@ -259,13 +259,12 @@ class Similarity {
                                   const Upcoming& upcoming) const {
     const Worker<T>& worker = tile.worker;
     const int64_t count = tile.count, columns = widths_.references, depth = widths_.depth;
-    const auto as_it_is = [](int64_t) { return 1.0f; };
     store_pairs_along(worker.gradient, count * columns, worker.matrix_pairs);
     multiply(Product<T, Pair>{worker.matrix_pairs, columns / 2, 1, references_.row_pairs,
                               worker.grad_keys, depth, pairs_of(p_.references)},
              count, rows_.next_tile(tile.begin));
-    store_pairs_across(worker.gradient, count, columns, worker.matrix_pairs, as_it_is);
-    store_pairs_across(worker.keys, count, depth, worker.key_pairs, as_it_is);
+    store_pairs_across(worker.gradient, count, columns, worker.matrix_pairs);
+    store_pairs_across(worker.keys, count, depth, worker.key_pairs);
     T* sums = gradient.references;
     multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.key_pairs, sums, depth,
                               pairs_of(count), sums, depth},

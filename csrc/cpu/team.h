@@ -45,7 +45,6 @@ struct Worker {
   Pair* matrix_pairs;  // [tile, references / 2] or [tile / 2, references]
   Pair* value_pairs;   // [tile / 2, value_depth] or [tile, pair width of the value depth]
   Pair* output_pairs;  // [tile, pair width of the value depth]
-  Pair* left_pairs;    // [tile, value_depth] of a value and dO, in backward
   // In backward.
   T* gradient;   // [tile, references] ds and then E
   T* product;    // [tile, references] left right (side_gradient.h)
@@ -66,7 +65,6 @@ struct Worker {
       const int64_t of_values = kMostTileTokens * round_up(widths.value_depth, 32) / 2;
       value_pairs = arena.take<Pair>(of_values);
       output_pairs = arena.take<Pair>(of_values);
-      left_pairs = arena.take<Pair>(kMostTileTokens * widths.value_depth);
     }
     if (left_width == 0) return;
     gradient = take(widths.references);
