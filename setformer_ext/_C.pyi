@@ -32,7 +32,7 @@ set_attention_forward: Operation
 # Writes the gradients of forward's inputs, from these and from what forward wrote.
 set_attention_backward: Operation
 
-def cpu_isa() -> Literal["baseline", "avx2", "avx512"]:
+def cpu_isa() -> Literal["baseline", "avx2", "avx512", "avx512_bf16"]:
     """The instruction set in use; SETFORMER_CPU_ISA overrides the choice."""
 
 def cpu_isas_supported() -> list[str]:

@@ -22,6 +22,9 @@ class ForwardHead : public Head<Storage, ForwardParams> {
     Base::place(arena);
     column_factors_ = arena.take<T>(widths_.references);
     pooled_.place(arena, keys_.spans(), p_.references * widths_.value_depth);
+    if constexpr (kInPairs<Storage>) {
+      pooled_pairs_ = arena.take<Pair>(pairs_of(p_.references) * widths_.value_depth);
+    }
   }
   // Columns of Worker::left.
   static int64_t left_width(const ForwardParams&) { return 0; }
@@ -80,12 +83,25 @@ class ForwardHead : public Head<Storage, ForwardParams> {
     return [this](const Tile<T>& tile, const T* matrix) {
       const TokenRows<Storage> values(p_.value, b_, h_, p_.value_depth);
       const int64_t depth = widths_.value_depth;
+      if constexpr (kInPairs<Storage>) return pool_in_pairs(values, tile, matrix);
       T* rows = tile.worker.values;
       values.load_scaled(tile.begin, tile.count, keys_.similarity().valid(),
                          tile.worker.row_factors, rows);
       multiply(p_.references, depth, tile.count, matrix, 1, widths_.references, rows,
                pooled_.of(tile.span), true, values.next_tile(tile.begin));
     };
+  }
+  void pool_in_pairs(const TokenRows<Storage>& values, const Tile<T>& tile, const T* matrix) {
+    const Worker<T>& worker = tile.worker;
+    const int64_t columns = widths_.references, depth = widths_.value_depth;
+    values.load_pairs_across(tile.begin, tile.count, keys_.similarity().valid(),
+                             worker.value_pairs);
+    store_pairs_across(matrix, tile.count, columns, worker.matrix_pairs,
+                       [&](int64_t i) { return worker.row_factors[i]; });
+    T* pooled = pooled_.of(tile.span);
+    multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.value_pairs, pooled, depth,
+                              pairs_of(tile.count), pooled, depth},
+             p_.references, values.next_tile(tile.begin));
   }
   void leave_pooled() { leave(pooled_.of(0), p_.references * widths_.value_depth); }
   T* pooled_of_caller() const {  // [M, Dv]
@@ -161,19 +177,30 @@ class ForwardHead : public Head<Storage, ForwardParams> {
     T* pooled = pooled_.of(0);
     side.distribution_columns(steps, column_factors_);
     scale_rows(pooled, p_.references, depth, column_factors_);
+    if constexpr (kInPairs<Storage>) {
+      store_pairs_across(pooled, p_.references, depth, pooled_pairs_);
+    }
     side.sum_pass(team, {}, [&](const Tile<T>& tile, const T* scores) {
       T *rows = tile.worker.outputs, *factors = tile.worker.row_factors;
-      side.normalize_rows(steps, tile, scores);
+      side.normalize_rows(steps, tile, scores, true);
       const T* matrix = side.distribution(steps, tile, scores);
-      multiply(tile.count, depth, p_.references, matrix, widths_.references, 1, pooled, rows,
-               false);
+      if constexpr (kInPairs<Storage>) {
+        store_pairs_along(matrix, tile.count * widths_.references, tile.worker.matrix_pairs);
+        multiply(Product<T, Pair>{tile.worker.matrix_pairs, widths_.references / 2, 1,
+                                  pooled_pairs_, rows, depth, pairs_of(p_.references)},
+                 tile.count);
+      } else {
+        multiply(tile.count, depth, p_.references, matrix, widths_.references, 1, pooled, rows,
+                 false);
+      }
       outputs.store_scaled(tile.begin, tile.count, side.similarity().valid(), factors, rows);
     });
   }
 
   Progress<Phase> progress_;
-  T* column_factors_ = nullptr;  // [references]
-  Partials<T> pooled_{};         // [M, value_depth] per span
+  T* column_factors_ = nullptr;   // [references]
+  Partials<T> pooled_{};          // [M, value_depth] per span
+  Pair* pooled_pairs_ = nullptr;  // [pairs_of(M), value_depth] A of distribute
 };
 
 }  // namespace setformer::cpu::SETFORMER_ISA

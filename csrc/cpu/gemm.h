@@ -5,8 +5,8 @@
 // templates so that every accumulator is a named register (indexed arrays spill).
 #pragma once
 
+#include "pairs.h"
 #include "prefetch.h"
-#include "simd.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
 
@@ -16,22 +16,23 @@ inline constexpr int kWidestTile = kVectorRegisters == 32 ? 4 : 2;  // vectors
 constexpr int most_rows(int vectors) { return smaller(kAccumulators / vectors, 8); }
 
 // C [rows, columns] = start + A B [depth, columns]. The strides of A are free, so that the same
-// product serves A and its transpose.
-template <class T>
+// product serves A and its transpose. Factors are numbers of type T, or pairs of bfloat16 along the
+// depth (pairs.h).
+template <class T, class Factor = T>
 struct Product {
-  const T* a;
+  const Factor* a;
   int64_t a_row, a_depth;
-  const T* b;
+  const Factor* b;
   T* c;
   int64_t columns, depth;
   const T* start = nullptr;  // C itself, a row that all rows of C start from, or null for 0
   int64_t start_row = 0;
 };
 
-template <class T, int Rows, int Vectors>
+template <class T, class Factor, int Rows, int Vectors>
 struct RegisterTile {
   // The tile of C that begins at row i and column j.
-  static void compute(const Product<T>& p, int64_t i, int64_t j) {
+  static void compute(const Product<T, Factor>& p, int64_t i, int64_t j) {
     expand(std::make_integer_sequence<int, Rows * Vectors>{},
            std::make_integer_sequence<int, Rows>{}, std::make_integer_sequence<int, Vectors>{}, p,
            i, j);
@@ -39,18 +40,20 @@ struct RegisterTile {
 
  private:
   template <int Row, int... V>
-  static SETFORMER_INLINE void add_row(Vector<T>* sum, Vector<T> left, const Vector<T>* right,
+  static SETFORMER_INLINE void add_row(Vector<T>* sum, Vector<Factor> left,
+                                       const Vector<Factor>* right,
                                        std::integer_sequence<int, V...>) {
-    ((sum[Row * Vectors + V] += left * right[V]), ...);
+    (add_product(sum[Row * Vectors + V], left, right[V]), ...);
   }
 
   template <int... I, int... R, int... V>
   static SETFORMER_INLINE void expand(std::integer_sequence<int, I...>,
                                       std::integer_sequence<int, R...>,
-                                      std::integer_sequence<int, V...>, const Product<T>& p,
+                                      std::integer_sequence<int, V...>, const Product<T, Factor>& p,
                                       int64_t i, int64_t j) {
     constexpr int lanes = kLanes<T>;
-    const T *a = p.a + i * p.a_row, *b = p.b + j;
+    static_assert(lanes == kLanes<Factor>);
+    const Factor *a = p.a + i * p.a_row, *b = p.b + j;
     T* c = p.c + i * p.columns + j;
     const int64_t columns = p.columns, a_depth = p.a_depth;
     Vector<T> sum[Rows * Vectors] = {((void)I, Vector<T>{})...};
@@ -58,11 +61,12 @@ struct RegisterTile {
       const T* start = p.start + i * p.start_row + j;
       ((sum[I] = load<T>(start + (I / Vectors) * p.start_row + (I % Vectors) * lanes)), ...);
     }
-    const T* row[Rows] = {(a + R * p.a_row)...};
+    const Factor* row[Rows] = {(a + R * p.a_row)...};
     for (int64_t k = 0; k < p.depth; ++k) {
-      const Vector<T> right[Vectors] = {load<T>(b + V * lanes)...};
+      const Vector<Factor> right[Vectors] = {load<Factor>(b + V * lanes)...};
       // Row by row: broadcasting all of A's first would leave too few registers.
-      (add_row<R>(sum, splat<T>(*row[R]), right, std::make_integer_sequence<int, Vectors>{}), ...);
+      (add_row<R>(sum, splat<Factor>(*row[R]), right, std::make_integer_sequence<int, Vectors>{}),
+       ...);
       ((row[R] += a_depth), ...);
       b += columns;
     }
@@ -70,16 +74,16 @@ struct RegisterTile {
   }
 };
 
-template <class T, int Vectors, int... R>
+template <class T, class Factor, int Vectors, int... R>
 auto tile_of(int rows, std::integer_sequence<int, R...>) {
-  static constexpr void (*by_rows[])(const Product<T>&, int64_t,
-                                     int64_t) = {RegisterTile<T, R + 1, Vectors>::compute...};
+  static constexpr void (*by_rows[])(const Product<T, Factor>&, int64_t, int64_t) = {
+      RegisterTile<T, Factor, R + 1, Vectors>::compute...};
   return by_rows[rows - 1];
 }
 
 // The columns [j, j + Vectors kLanes) of C.
-template <class T, int Vectors>
-void multiply_panel(const Product<T>& p, int64_t rows, int64_t j, Upcoming& upcoming,
+template <int Vectors, class T, class Factor>
+void multiply_panel(const Product<T, Factor>& p, int64_t rows, int64_t j, Upcoming& upcoming,
                     int64_t upcoming_rows) {
   // Blocks of nearly equal height: 49 rows are 7 x 7, not 6 x 8 + 1.
   const int64_t blocks = (rows + most_rows(Vectors) - 1) / most_rows(Vectors);
@@ -87,15 +91,16 @@ void multiply_panel(const Product<T>& p, int64_t rows, int64_t j, Upcoming& upco
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
     const int height = int(least + (block < higher ? 1 : 0));
     upcoming.ask_for(upcoming_rows);
-    tile_of<T, Vectors>(height, std::make_integer_sequence<int, most_rows(Vectors)>{})(p, i, j);
+    tile_of<T, Factor, Vectors>(height, std::make_integer_sequence<int, most_rows(Vectors)>{})(p, i,
+                                                                                               j);
     i += height;
   }
 }
 
 // The product's `rows` rows; its columns are a multiple of the lanes. Prefetches the `upcoming`
 // rows meanwhile.
-template <class T>
-void multiply(const Product<T>& p, int64_t rows, Upcoming upcoming = {}) {
+template <class T, class Factor>
+void multiply(const Product<T, Factor>& p, int64_t rows, Upcoming upcoming = {}) {
   constexpr int64_t lanes = kLanes<T>, tile = kAccumulators * lanes;
   const int64_t columns = p.columns;
   // An estimate: there are a few more if some are not full.
@@ -104,13 +109,13 @@ void multiply(const Product<T>& p, int64_t rows, Upcoming upcoming = {}) {
   int64_t j = 0;
   if constexpr (kWidestTile >= 4) {
     for (; j + 4 * lanes <= columns; j += 4 * lanes) {
-      multiply_panel<T, 4>(p, rows, j, upcoming, share);
+      multiply_panel<4>(p, rows, j, upcoming, share);
     }
   }
   for (; j + 2 * lanes <= columns; j += 2 * lanes) {
-    multiply_panel<T, 2>(p, rows, j, upcoming, share);
+    multiply_panel<2>(p, rows, j, upcoming, share);
   }
-  if (j < columns) multiply_panel<T, 1>(p, rows, j, upcoming, share);
+  if (j < columns) multiply_panel<1>(p, rows, j, upcoming, share);
 }
 
 // C[i][j] (+)= sum_k a[i * a_row + k * a_depth] * b[k * columns + j] for i < rows, k < depth.

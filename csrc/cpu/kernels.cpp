@@ -239,6 +239,7 @@ Status run(const typename Head::Params& p) {
   return p.group == nullptr ? run_alone<Head>(p) : run_in_group<Head>(p);
 }
 
+#if !defined(__AVX512BF16__)
 // call(Storage{}) for the storage type of the problem.
 template <class Call>
 Status dispatch(ScalarType type, Call call) {
@@ -255,13 +256,24 @@ Status dispatch(ScalarType type, Call call) {
   return Status::kOk;
 }
 
+#endif
+
 }  // namespace
 
+#if defined(__AVX512BF16__)
+Status forward(const ForwardParams& p) {
+  return p.type == ScalarType::kBFloat16 ? run<ForwardHead<BFloat16>>(p) : avx512::forward(p);
+}
+Status backward(const BackwardParams& p) {
+  return p.type == ScalarType::kBFloat16 ? run<BackwardHead<BFloat16>>(p) : avx512::backward(p);
+}
+#else
 Status forward(const ForwardParams& p) {
   return dispatch(p.type, [&p](auto storage) { return run<ForwardHead<decltype(storage)>>(p); });
 }
 Status backward(const BackwardParams& p) {
   return dispatch(p.type, [&p](auto storage) { return run<BackwardHead<decltype(storage)>>(p); });
 }
+#endif
 
 }  // namespace setformer::cpu::SETFORMER_ISA

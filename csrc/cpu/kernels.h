@@ -12,6 +12,7 @@
 SETFORMER_DECLARE_KERNELS(baseline)
 SETFORMER_DECLARE_KERNELS(avx2)
 SETFORMER_DECLARE_KERNELS(avx512)
+SETFORMER_DECLARE_KERNELS(avx512_bf16)  // bfloat16 by itself, other types by avx512
 
 namespace setformer::cpu {
 

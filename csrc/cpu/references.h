@@ -33,10 +33,16 @@ class References {
   T* square_weights = nullptr;  // [depth] -c
   T* right = nullptr;           // [D, references] 2 c y transposed (gaussian), y (linear)
   T* norms = nullptr;           // [references] -c |y_j|^2
-  T* positions = nullptr;       // [P, references]
-  T* b = nullptr;               // [references] the marginal b, 0 in the padding
-  T* log2_b = nullptr;          // [references] -inf in the padding
-  T total_mass = 0;             // of the masses as given
+  // Of products in pairs, whose factors are rows as they are given:
+  Pair* row_pairs = nullptr;     // [pairs_of(M), depth]
+  Pair* pairs = nullptr;         // [pairs_of(D), references]
+  T* inverse_lengths = nullptr;  // [references]
+  T* column_scales = nullptr;    // [references] 2 c / length (gaussian), 1 / length (linear)
+  T* column_terms = nullptr;     // [references] -c |y_j|^2, scaled but not centred (gaussian), 0
+  T* positions = nullptr;        // [P, references]
+  T* b = nullptr;                // [references] the marginal b, 0 in the padding
+  T* log2_b = nullptr;           // [references] -inf in the padding
+  T total_mass = 0;              // of the masses as given
 
   void place(Arena& arena, const ForwardParams& p) {
     const Widths<T> widths(p);
@@ -46,6 +52,13 @@ class References {
     square_weights = arena.take<T>(widths.depth);
     right = arena.take<T>(p.depth * widths.references);
     norms = arena.take<T>(widths.references);
+    if constexpr (kInPairs<Storage>) {
+      row_pairs = arena.take<Pair>(pairs_of(p.references) * widths.depth);
+      pairs = arena.take<Pair>(pairs_of(p.depth) * widths.references);
+      inverse_lengths = arena.take<T>(widths.references);
+      column_scales = arena.take<T>(widths.references);
+      column_terms = arena.take<T>(widths.references);
+    }
     positions = arena.take<T>(p.position_depth * widths.references);
     b = arena.take<T>(widths.references);
     log2_b = arena.take<T>(widths.references);
@@ -100,6 +113,7 @@ class References {
     const int64_t count = p.references, depth = p.depth;
     const Widths<T> widths(p);
     TokenRows<Storage>(p.reference, sample, h, depth).load(0, count, Validity(), rows);
+    if constexpr (kInPairs<Storage>) load_pairs(p);
     if (p.normalize) {
       lengths_of(rows, count, widths.depth, lengths);
       for (int64_t j = 0; j < count; ++j) {
@@ -121,6 +135,36 @@ class References {
       T* row = right + d * widths.references;
       for (int64_t j = 0; j < count; ++j) row[j] = factor * rows[j * widths.depth + d];
       fill(row + count, widths.references - count, T(0));
+    }
+  }
+
+  // From the rows as they are given: these are of bfloat16, so that their upper halves are all.
+  void load_pairs(const ForwardParams& p) {
+    const int64_t count = p.references, depth = p.depth;
+    const Widths<T> widths(p);
+    const T c = T(kLog2E) / (2 * bandwidth * bandwidth);
+    const bool gaussian = p.kernel == Kernel::kGaussian;
+    if (p.normalize) {
+      lengths_of(rows, count, widths.depth, lengths);
+    } else {
+      fill(lengths, widths.references, T(1));
+    }
+    store_pairs_across(rows, count, widths.depth, row_pairs);
+    for (int64_t j = 0; j < count; ++j) {
+      const T* row = rows + j * widths.depth;
+      const T factor = inverse_lengths[j] = 1 / lengths[j];
+      column_scales[j] = gaussian ? 2 * c * factor : factor;
+      column_terms[j] = gaussian ? -c * dot(row, row, widths.depth) * factor * factor : T(0);
+      for (int64_t d = 0; d < depth; d += 2) {
+        const auto bits = [&](int64_t at) { return bit_cast<uint32_t>(row[at]) >> 16; };
+        const Pair second = d + 1 < depth ? bits(d + 1) : 0;
+        pairs[d / 2 * widths.references + j] = bits(d) | second << 16;
+      }
+    }
+    for (int64_t j = count; j < widths.references; ++j) {
+      column_scales[j] = column_terms[j] = inverse_lengths[j] = T(0);
+      lengths[j] = T(0);
+      for (int64_t d = 0; d < pairs_of(depth); ++d) pairs[d * widths.references + j] = 0;
     }
   }
 

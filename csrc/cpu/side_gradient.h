@@ -90,6 +90,10 @@ class SideGradient {
   void place(Arena& arena) {
     const Spans& spans = transport_.spans();
     right_ = arena.take<T>(columns_.total() * widths_.references);
+    if constexpr (kInPairs<Storage>) {
+      right_pairs_ = arena.take<Pair>(2 * pairs_of(p_.value_depth) * widths_.references);
+      gradient_pairs_ = arena.take<Pair>(pairs_of(p_.references) * widths_.value_depth);
+    }
     factors_ = arena.take<T>(widths_.references);
     gbar_ = arena.take<T>(widths_.references);
     weights_ = arena.take<T>(widths_.references);
@@ -119,6 +123,7 @@ class SideGradient {
     transport_.sum_pass(team, {&sums_, &matrix_sums_}, [&](const Tile<T>& tile, const T* scores) {
       const Worker<T>& worker = tile.worker;
       const T* matrix = transport_.distribution(steps, tile, scores);
+      if constexpr (kInPairs<Storage>) return distribute_in_pairs(tile, matrix);
       load_rows(grad_outputs_, tile, worker.values);
       load_rows(outputs_, tile, worker.outputs);
       Upcoming outputs = outputs_.next_tile(tile.begin);
@@ -146,7 +151,7 @@ class SideGradient {
       gbar_[j] = dot(grad + j * depth, values, depth) - delta_sums[j] * factors_[j];
       for (int64_t c = 0; c < depth; ++c) pooled.gradient[j * depth + c] += grad[j * depth + c];
     }
-    T* ones = set_right(columns_.distribute(), pooled.values);
+    T* ones = set_right(columns_.distribute(), pooled.values, factors_);
     for (int64_t j = 0; j < widths_.references; ++j) ones[j] = factors_[j];
   }
 
@@ -157,16 +162,12 @@ class SideGradient {
     const bool collects = collects_ && t == p_.iterations;
     contracts_ = !collects;
     transport_.collection_columns(t, factors_);
+    if (collects) scale_pooled(pooled);
     for (int64_t j = 0; j < widths_.references; ++j) {
       const T gbar = gbar_[j] * factors_[j];
-      weights_[j] = collects ? pooled.eta[j] * factors_[j] + gbar : gbar;
+      weights_[j] = collects ? pooled.eta[j] + gbar : gbar;
       if (t > 0) right(columns_.step(t))[j] = -gbar;
       grad_log_b[j] += gbar_[j];
-    }
-    if (collects) {
-      T* eta = set_right(columns_.collect(), pooled.gradient);
-      for (int64_t j = 0; j < widths_.references; ++j) eta[j] = pooled.eta[j] * factors_[j];
-      scale_rows(pooled.gradient, p_.references, widths_.value_depth, factors_);
     }
     if (t > 0) {
       transport_.distribution_columns(t - 1, factors_);
@@ -195,6 +196,7 @@ class SideGradient {
   void finish(const Team<T>& team, const typename Similarity<Storage>::Results& results,
               bool accumulate) {
     const Similarity<Storage>& similarity = transport_.similarity();
+    if constexpr (kInPairs<Storage>) pack_right();
     const auto body = [&](const Tile<T>& tile, const T* scores) {
       fill_left(tile);
       score_gradient(tile, scores);
@@ -217,14 +219,54 @@ class SideGradient {
   }
 
  private:
+  void distribute_in_pairs(const Tile<T>& tile, const T* matrix) const {
+    const Worker<T>& worker = tile.worker;
+    const Validity& valid = transport_.similarity().valid();
+    const int64_t columns = widths_.references, depth = widths_.value_depth;
+    T* delta = delta_ + tile.begin;
+    T products[kMostTileTokens];
+    inner_products(grad_outputs_.pairs_along(tile.begin, tile.count, valid, worker.value_pairs),
+                   outputs_.pairs_along(tile.begin, tile.count, valid, worker.output_pairs),
+                   tile.count, products);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      delta[i] = products[i];
+      worker.row_terms[i] = delta[i] * worker.row_factors[i];
+    }
+    grad_outputs_.load_pairs_across(tile.begin, tile.count, valid, worker.value_pairs);
+    store_pairs_across(matrix, tile.count, columns, worker.matrix_pairs,
+                       [&](int64_t i) { return worker.row_factors[i]; });
+    T* sums = matrix_sums_.of(tile.span);
+    multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.value_pairs, sums, depth,
+                              pairs_of(tile.count), sums, depth},
+             p_.references, grad_outputs_.next_tile(tile.begin));
+    add_transposed_product(matrix, tile.count, columns, worker.row_terms, sums_.of(tile.span));
+  }
   T* right(int64_t column) const { return right_ + column * widths_.references; }
-  // Sets columns of `right`, from `first` on, to rows [M, value_depth] times factors_; returns the
-  // column after them.
-  T* set_right(int64_t first, const T* rows) const {
+  // dA and eta times factors_, and the columns of `right` that are made of them. Products in pairs
+  // round dA: eta must be that of the rounded one, for gradients are differences of both.
+  void scale_pooled(const Pooled& pooled) const {
+    const int64_t depth = widths_.value_depth;
+    scale_rows(pooled.gradient, p_.references, depth, factors_);
+    if constexpr (kInPairs<Storage>) {
+      round_to_bfloat16(pooled.gradient, p_.references * depth);
+      store_pairs_across(pooled.gradient, p_.references, depth, gradient_pairs_);
+    }
+    for (int64_t j = 0; j < p_.references; ++j) {
+      const int64_t row = j * depth;
+      pooled.eta[j] = kInPairs<Storage> ? dot(pooled.values + row, pooled.gradient + row, depth)
+                                        : pooled.eta[j] * factors_[j];
+    }
+    T* eta = set_right(columns_.collect(), pooled.gradient);
+    for (int64_t j = 0; j < widths_.references; ++j) eta[j] = pooled.eta[j];
+  }
+  // Sets columns of `right`, from `first` on, to rows [M, value_depth], times factors if given;
+  // returns the column after them.
+  T* set_right(int64_t first, const T* rows, const T* factors = nullptr) const {
     for (int64_t c = 0; c < p_.value_depth; ++c) {
       T* column = right(first + c);
       for (int64_t j = 0; j < p_.references; ++j) {
-        column[j] = rows[j * widths_.value_depth + c] * factors_[j];
+        const T x = rows[j * widths_.value_depth + c];
+        column[j] = factors == nullptr ? x : x * factors[j];
       }
       fill(column + p_.references, widths_.references - p_.references, T(0));
     }
@@ -246,11 +288,24 @@ class SideGradient {
     const T* a = transport_.a() + tile.begin;
     const T* matrix = transport_.collection(t, tile, scores);
     T* fhat = worker.row_terms;
-    multiply_vector(matrix, count, widths_.references, weights_, fhat);
+    if (kInPairs<Storage> && collects) {  // of the same rounded matrix as dv
+      row_sums(matrix, count, widths_.references, weights_, fhat,
+               [](Vector<T> x, Vector<T> weight)
+                   SETFORMER_LAMBDA { return rounded_to_bfloat16(x) * weight; });
+    } else {
+      multiply_vector(matrix, count, widths_.references, weights_, fhat);
+    }
     if (collects) {
       load_rows(values_, tile, worker.values);
-      multiply(count, depth, p_.references, matrix, widths_.references, 1, pooled.gradient,
-               worker.outputs, false, values_.next_tile(tile.begin));
+      if constexpr (kInPairs<Storage>) {
+        store_pairs_along(matrix, count * widths_.references, worker.matrix_pairs);
+        multiply(Product<T, Pair>{worker.matrix_pairs, widths_.references / 2, 1, gradient_pairs_,
+                                  worker.outputs, depth, pairs_of(p_.references)},
+                 count, values_.next_tile(tile.begin));
+      } else {
+        multiply(count, depth, p_.references, matrix, widths_.references, 1, pooled.gradient,
+                 worker.outputs, false, values_.next_tile(tile.begin));
+      }
       for (int64_t i = 0; i < count; ++i) {
         fhat[i] -= dot(worker.values + i * depth, worker.outputs + i * depth, depth);
       }
@@ -272,7 +327,9 @@ class SideGradient {
     return row_adjoints_ + (t - 1) * transport_.spans().tokens + tile.begin;
   }
 
+  // In pairs, with scaling, worker.product gets what rows add to it at once.
   void fill_left(const Tile<T>& tile) const {
+    if (kInPairs<Storage>) fill(tile.worker.product, tile.count * widths_.references, T(0));
     const int64_t steps = p_.iterations;
     const T* a = transport_.a() + tile.begin;
     T* factors = tile.worker.row_factors;
@@ -304,6 +361,9 @@ class SideGradient {
   }
   void set_left(int64_t first, const Tile<T>& tile, const TokenRows<Storage>& rows,
                 const T* factors) const {
+    if constexpr (kInPairs<Storage>) {
+      if (!transport_.log_domain()) return add_rows_in_pairs(first, tile, rows, factors);
+    }
     load_rows(rows, tile, tile.worker.values);
     for (int64_t i = 0; i < tile.count; ++i) {
       T* left = tile.worker.left + i * columns_.total() + first;
@@ -318,7 +378,12 @@ class SideGradient {
     const int64_t size = tile.count * widths_.references, steps = p_.iterations;
     const T* ds = worker.gradient;
     if (!transport_.log_domain()) {
-      multiply_group({0, columns_.total()}, tile, values_.next_tile(tile.begin));
+      const Upcoming upcoming = values_.next_tile(tile.begin);
+      if constexpr (kInPairs<Storage>) {
+        add_numbers(tile, upcoming);
+      } else {
+        multiply_group({0, columns_.total()}, tile, upcoming);
+      }
       ds = scores;
     } else {
       fill(worker.gradient, size, T(0));
@@ -332,10 +397,9 @@ class SideGradient {
     }
     const T* factors = transport_.factors(tile);
     const Vector<T> scale = splat(transport_.similarity().gradient_scale());
-    for (int64_t at = 0; at < size; at += kLanes<T>) {
-      store<T>(worker.gradient + at,
-               load(ds + at) * load(worker.product + at) * (load(factors + at) * scale));
-    }
+    transport_.similarity().finish_score_gradient(tile, [&](int64_t at) SETFORMER_LAMBDA {
+      return load(ds + at) * load(worker.product + at) * (load(factors + at) * scale);
+    });
   }
 
   // worker.product = left right over the group's columns.
@@ -343,6 +407,46 @@ class SideGradient {
                       const Upcoming& upcoming = {}) const {
     multiply(tile.count, widths_.references, group.depth, tile.worker.left + group.offset,
              columns_.total(), 1, right(group.offset), tile.worker.product, false, upcoming);
+  }
+  // worker.product += left right over the columns from `first` on that are rows of values or of dO.
+  // These are taken as they are, and what they are multiplied by afterwards.
+  void add_rows_in_pairs(int64_t first, const Tile<T>& tile, const TokenRows<Storage>& rows,
+                         const T* factors) const {
+    const Worker<T>& worker = tile.worker;
+    const int64_t columns = widths_.references;
+    const auto left = rows.pairs_along(tile.begin, tile.count, transport_.similarity().valid(),
+                                       worker.value_pairs);
+    multiply(Product<T, Pair>{left.first, left.stride, 1, right_pairs_ + pair_rows(first) * columns,
+                              worker.matrix, columns, pairs_of(p_.value_depth)},
+             tile.count);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const Vector<T> factor = splat(factors[i]);
+      for (int64_t at = i * columns; at < (i + 1) * columns; at += kLanes<T>) {
+        store<T>(worker.product + at,
+                 load(worker.product + at) + load(worker.matrix + at) * factor);
+      }
+    }
+  }
+  // worker.product += left right over all others: numbers of the tokens.
+  void add_numbers(const Tile<T>& tile, const Upcoming& upcoming) const {
+    const auto add = [&](int64_t first, int64_t end, const Upcoming& upcoming) {
+      multiply(tile.count, widths_.references, end - first, tile.worker.left + first,
+               columns_.total(), 1, right(first), tile.worker.product, true, upcoming);
+    };
+    const int64_t depth = p_.value_depth;
+    add(collects_ ? depth : 0, columns_.distribute(), {});
+    add(columns_.distribute() + (distributes_ ? depth : 0), columns_.total(), upcoming);
+  }
+  // Where the pairs of rows of `right` begin that go with these columns of `left`, in pairs of
+  // columns.
+  int64_t pair_rows(int64_t first) const { return first == 0 ? 0 : pairs_of(p_.value_depth); }
+  void pack_right() const {
+    const auto pack = [&](int64_t first) {
+      store_pairs_across(right(first), p_.value_depth, widths_.references,
+                         right_pairs_ + pair_rows(first) * widths_.references);
+    };
+    if (collects_) pack(columns_.collect());
+    if (distributes_) pack(columns_.distribute());
   }
 
   // worker.gradient += matrix * (left right) over the group's columns, if it has any.
@@ -363,16 +467,18 @@ class SideGradient {
   Columns columns_;
   bool contracts_ = false;  // the current step cannot make gbar grow
 
-  T* right_ = nullptr;         // [L, references]
-  T* factors_ = nullptr;       // [references]
-  T* gbar_ = nullptr;          // [references] dL/dg of the current step
-  T* weights_ = nullptr;       // [references]
-  T* delta_ = nullptr;         // [tokens]
-  T* row_adjoints_ = nullptr;  // [T, tokens] fbar^t r_R^{t-1}
-  T* da_ = nullptr;            // [tokens] dL/da
-  Partials<T> sums_{};         // [references] per span
-  Partials<T> matrix_sums_{};  // [M, value_depth or depth] per span
-  Partials<T> scalar_sums_{};  // [2] per span
+  T* right_ = nullptr;              // [L, references]
+  Pair* right_pairs_ = nullptr;     // [2 pairs_of(Dv), references] of dA and of A
+  Pair* gradient_pairs_ = nullptr;  // [pairs_of(M), value_depth] dA times factors
+  T* factors_ = nullptr;            // [references]
+  T* gbar_ = nullptr;               // [references] dL/dg of the current step
+  T* weights_ = nullptr;            // [references]
+  T* delta_ = nullptr;              // [tokens]
+  T* row_adjoints_ = nullptr;       // [T, tokens] fbar^t r_R^{t-1}
+  T* da_ = nullptr;                 // [tokens] dL/da
+  Partials<T> sums_{};              // [references] per span
+  Partials<T> matrix_sums_{};       // [M, value_depth or depth] per span
+  Partials<T> scalar_sums_{};       // [2] per span
 };
 
 }  // namespace setformer::cpu::SETFORMER_ISA

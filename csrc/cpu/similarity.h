@@ -83,14 +83,10 @@ class Similarity {
   // scores[i][j] = 2^(s_ij - shift) for scaling, s_ij log2(e) for the log domain; factors[i][j]
   // (optional) = what dS_ij must be multiplied by, see add_gradient.
   void compute(const Tile<T>& tile, T* scores, T* factors) const {
-    load_keys(tile);
-    const Worker<T>& worker = tile.worker;
-    multiply(Product<T>{worker.keys, widths_.depth, 1, references_.right, scores,
-                        widths_.references, p_.depth, gaussian_ ? references_.norms : nullptr},
-             tile.count, rows_.next_tile(tile.begin));
-    if (gaussian_) {
-      weighted_squares(worker.keys, tile.count, widths_.depth, references_.square_weights,
-                       worker.norms);
+    if constexpr (kInPairs<Storage>) {
+      multiply_in_pairs(tile, scores);
+    } else {
+      multiply_centred(tile, scores);
     }
     int64_t i = 0;
     for (; i + kPack <= tile.count; i += kPack) finish_rows<kPack>(tile, i, scores, factors);
@@ -112,6 +108,23 @@ class Similarity {
     T* scalars;     // [2] sum_ij E_ij, sum_i <k_i, dk_i>
   };
 
+  // worker.gradient = E, from e(index). In pairs it is E_ij / |y_j|, rounded: then it is multiplied
+  // by references as they are given, exactly, and all sums are of the same numbers. (Both cancel.)
+  template <class E>
+  SETFORMER_INLINE void finish_score_gradient(const Tile<T>& tile, E e) const {
+    const int64_t columns = widths_.references;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      for (int64_t j = 0; j < columns; j += kLanes<T>) {
+        const int64_t at = i * columns + j;
+        Vector<T> x = e(at);
+        if constexpr (kInPairs<Storage>) {
+          x = rounded_to_bfloat16(x * load(references_.inverse_lengths + j));
+        }
+        store<T>(tile.worker.gradient + at, x);
+      }
+    }
+  }
+
   // Adds the share of the tile, whose E is worker.gradient, and writes dk to worker.grad_keys;
   // worker.keys must hold its keys.
   void add_gradient(const Tile<T>& tile, const Gradient& gradient, const Upcoming& upcoming) const {
@@ -119,20 +132,30 @@ class Similarity {
     const Worker<T>& worker = tile.worker;
     const T* e = worker.gradient;
     T* grad_keys = worker.grad_keys;
-    multiply(count, depth, p_.references, e, columns, 1, references_.rows, grad_keys, false,
-             rows_.next_tile(tile.begin));
-    multiply(p_.references, depth, count, e, 1, columns, worker.keys, gradient.references, true,
-             upcoming);
+    if constexpr (kInPairs<Storage>) {
+      multiply_gradient_in_pairs(tile, gradient, upcoming);
+    } else {
+      multiply(count, depth, p_.references, e, columns, 1, references_.rows, grad_keys, false,
+               rows_.next_tile(tile.begin));
+      multiply(p_.references, depth, count, e, 1, columns, worker.keys, gradient.references, true,
+               upcoming);
+    }
     if (gaussian_) {
       T ones[kMostTileTokens];
       fill(ones, kMostTileTokens, T(1));
       add_transposed_product(e, count, columns, ones, gradient.columns);
-      row_sums(e, count, columns, worker.row_terms);
+      if (kInPairs<Storage>) {
+        multiply_vector(e, count, columns, references_.lengths, worker.row_terms);
+      } else {
+        row_sums(e, count, columns, worker.row_terms);
+      }
       for (int64_t i = 0; i < count; ++i) {
         const Vector<T> row_total = splat(worker.row_terms[i]);
         for (int64_t d = 0; d < depth; d += kLanes<T>) {
           const int64_t at = i * depth + d;
-          store<T>(grad_keys + at, load(grad_keys + at) - row_total * load(worker.keys + at));
+          Vector<T> key = load(worker.keys + at);
+          if (kInPairs<Storage>) key += load(references_.center + d);
+          store<T>(grad_keys + at, load(grad_keys + at) - row_total * key);
         }
         gradient.scalars[0] += worker.row_terms[i];
       }
@@ -177,7 +200,9 @@ class Similarity {
       T *row = gradient.references + j * width, *result = results.reference + j * p_.depth;
       const Vector<T> total = splat(gaussian_ ? gradient.columns[j] : T(0));
       for (int64_t d = 0; d < width; d += kLanes<T>) {
-        const Vector<T> y = load(reference + d), dy = load(row + d) - total * y;
+        const Vector<T> y = load(reference + d);
+        Vector<T> dy = load(row + d) - total * y;
+        if (kInPairs<Storage>) dy *= splat(references_.lengths[j]);
         inner += dy * y;
         store<T>(row + d, dy);
       }
@@ -200,6 +225,52 @@ class Similarity {
   }
 
  private:
+  void multiply_centred(const Tile<T>& tile, T* scores) const {
+    load_keys(tile);
+    const Worker<T>& worker = tile.worker;
+    multiply(Product<T>{worker.keys, widths_.depth, 1, references_.right, scores,
+                        widths_.references, p_.depth, gaussian_ ? references_.norms : nullptr},
+             tile.count, rows_.next_tile(tile.begin));
+    if (gaussian_) {
+      weighted_squares(worker.keys, tile.count, widths_.depth, references_.square_weights,
+                       worker.norms);
+    }
+  }
+  // Of keys and references as they are given: their products are exact, and are scaled
+  // afterwards. worker.row_terms = 1 / length.
+  void multiply_in_pairs(const Tile<T>& tile, T* scores) const {
+    const Worker<T>& worker = tile.worker;
+    const auto keys = rows_.pairs_along(tile.begin, tile.count, valid_, worker.key_pairs);
+    multiply(Product<T, Pair>{keys.first, keys.stride, 1, references_.pairs, scores,
+                              widths_.references, pairs_of(p_.depth)},
+             tile.count, rows_.next_tile(tile.begin));
+    T* squares = worker.norms;
+    inner_products(keys, keys, tile.count, squares);
+    const T c = gaussian_ ? -references_.square_weights[0] : T(0);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const T length = T(__builtin_sqrt(squares[i]));
+      const T factor = !p_.normalize || length <= T(kShortest) ? T(1) : 1 / length;
+      worker.row_terms[i] = factor;
+      worker.norms[i] = -c * squares[i] * factor * factor;
+    }
+  }
+
+  void multiply_gradient_in_pairs(const Tile<T>& tile, const Gradient& gradient,
+                                  const Upcoming& upcoming) const {
+    const Worker<T>& worker = tile.worker;
+    const int64_t count = tile.count, columns = widths_.references, depth = widths_.depth;
+    store_pairs_along(worker.gradient, count * columns, worker.matrix_pairs);
+    multiply(Product<T, Pair>{worker.matrix_pairs, columns / 2, 1, references_.row_pairs,
+                              worker.grad_keys, depth, pairs_of(p_.references)},
+             count, rows_.next_tile(tile.begin));
+    store_pairs_across(worker.gradient, count, columns, worker.matrix_pairs);
+    store_pairs_across(worker.keys, count, depth, worker.key_pairs);
+    T* sums = gradient.references;
+    multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.key_pairs, sums, depth,
+                              pairs_of(count), sums, depth},
+             p_.references, upcoming);
+  }
+
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.
   T largest_product(const Worker<T>& worker) const {
     T key_square = 0;
@@ -253,6 +324,11 @@ class Similarity {
       // log2.
       Vector<T> x[Count], weight[Count] = {};
       SETFORMER_EACH x[i] = load(score + i * columns);
+      if constexpr (kInPairs<Storage>) {
+        const Vector<T> of_column = load(references_.column_scales + j);
+        const Vector<T> term = load(references_.column_terms + j);
+        SETFORMER_EACH x[i] = x[i] * (of_column * splat(tile.worker.row_terms[row + i])) + term;
+      }
       if (gaussian) {
         SETFORMER_EACH weight[i] = x[i] + splat(tile.worker.norms[row + i]);
         // Rounding may leave a distance just below 0, but solving by scaling relies on S <= 1.

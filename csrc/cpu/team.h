@@ -40,6 +40,11 @@ struct Worker {
   T* outputs;      // [tile, value_depth]
   T* row_factors;  // [tile]
   T* row_terms;    // [tile]
+  // Where products are computed in pairs.
+  Pair* key_pairs;     // [tile, pair width of the depth]
+  Pair* matrix_pairs;  // [tile, references / 2] or [tile / 2, references]
+  Pair* value_pairs;   // [tile / 2, value_depth] or [tile, pair width of the value depth]
+  Pair* output_pairs;  // [tile, pair width of the value depth]
   // In backward.
   T* gradient;   // [tile, references] ds and then E
   T* product;    // [tile, references] left right (side_gradient.h)
@@ -54,6 +59,13 @@ struct Worker {
     outputs = take(widths.value_depth);
     for (T** of_tokens : {&lengths, &norms, &row_factors, &row_terms}) *of_tokens = take(1);
     for (T** of_pairs : {&scores, &factors, &matrix}) *of_pairs = take(widths.references);
+    if constexpr (kInPairs<BFloat16>) {
+      key_pairs = arena.take<Pair>(kMostTileTokens * round_up(widths.depth, 32) / 2);
+      matrix_pairs = arena.take<Pair>(kMostTileTokens * widths.references / 2);
+      const int64_t of_values = kMostTileTokens * round_up(widths.value_depth, 32) / 2;
+      value_pairs = arena.take<Pair>(of_values);
+      output_pairs = arena.take<Pair>(of_values);
+    }
     if (left_width == 0) return;
     gradient = take(widths.references);
     product = take(widths.references);

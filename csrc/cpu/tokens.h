@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../set_attention.h"
+#include "pairs.h"
 #include "prefetch.h"
-#include "scalar_types.h"
 #include "tile_ops.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
@@ -82,6 +82,38 @@ class TokenRows {
       return x * splat(factors[i]);
     });
   }
+  // Pairs of neighbours in each row, `width` of them: a multiple of the lanes, with zeros beyond
+  // the depth and for invalid tokens. They are where the caller has them if these lie so already,
+  // else in `room`.
+  static int64_t pair_width(int64_t depth) { return round_up(depth, 2 * kLanes<Pair>) / 2; }
+  PairRows pairs_along(int64_t begin, int64_t count, const Validity& valid, Pair* room) const {
+    const int64_t width = pair_width(depth_);
+    const Storage* from = first_ + begin * token_stride_;
+    bool lie_so = stride_ == 1 && depth_ == 2 * width && token_stride_ % 2 == 0 &&
+                  reinterpret_cast<uintptr_t>(from) % sizeof(Pair) == 0;
+    for (int64_t i = 0; i < count; ++i) lie_so = lie_so && valid[begin + i];
+    if (lie_so) return {reinterpret_cast<const Pair*>(from), token_stride_ / 2, width};
+    for (int64_t i = 0; i < count; ++i, from += token_stride_) {
+      for (int64_t c = 0; c < width; c += kLanes<Pair> / 2) {
+        store_bits(room + i * width + c, valid[begin + i] ? bits_of(from, 2 * c) : Bits32{});
+      }
+    }
+    return {room, width, width};
+  }
+  // Pairs of rows that are neighbours: [pairs_of(count)] rows of whole vectors.
+  void load_pairs_across(int64_t begin, int64_t count, const Validity& valid, Pair* rows) const {
+    const int64_t width = round_up(depth_, kLanes<Pair>);
+    const Storage* from = first_ + begin * token_stride_;
+    for (int64_t i = 0; i < count; i += 2, from += 2 * token_stride_, rows += width) {
+      const bool has_first = valid[begin + i];
+      const bool has_second = i + 1 < count && valid[begin + i + 1];
+      for (int64_t c = 0; c < width; c += kLanes<Pair>) {
+        const Bits32 first = has_first ? bits_of(from, c) : Bits32{};
+        const Bits32 second = has_second ? bits_of(from + token_stride_, c) : Bits32{};
+        store_pairs(first | second << 16, rows + c);
+      }
+    }
+  }
   void store(int64_t begin, int64_t count, const T* rows) const {
     Storage* to = first_ + begin * token_stride_;
     for (int64_t i = 0; i < count; ++i, to += token_stride_) {
@@ -114,6 +146,11 @@ class TokenRows {
   }
 
  private:
+  // A vector of a row's elements from channel c on; zeros beyond the depth.
+  SETFORMER_INLINE Bits32 bits_of(const Storage* row, int64_t c) const {
+    return bits_of_row(row + c * stride_, stride_, depth_ - c);
+  }
+
   Storage* first_;
   int64_t token_stride_, stride_, depth_;
 };

@@ -115,7 +115,9 @@ class Transport {
   }
   // Are the tile's keys in worker.keys? They are if this pass computed its scores, rather than took
   // them from the cache.
-  bool keys_loaded(const Tile<T>& tile) const { return fresh_ || tile.begin >= cached_; }
+  bool keys_loaded(const Tile<T>& tile) const {
+    return !kInPairs<Storage> && (fresh_ || tile.begin >= cached_);
+  }
 
   // Step t, 1 <= t <= T (t = 0 if T = 0): computes rows^{t-1}, and in column_sums() the columns^t
   // of these tokens. If `pooled` is given, pool(tile, scores) is called for every tile to add to
@@ -170,10 +172,15 @@ class Transport {
     set_potentials(t);
   }
 
-  // rows^t = sum_j exp(s_ij + g^t_j).
-  void normalize_rows(int64_t t, const Tile<T>& tile, const T* scores) const {
+  // rows^t = sum_j exp(s_ij + g^t_j); of `rounded` matrices, as products in pairs take them, where
+  // the rows of R must sum to 1.
+  void normalize_rows(int64_t t, const Tile<T>& tile, const T* scores, bool rounded = false) const {
     T normalizers[kMostTileTokens];
-    if (log_domain()) {
+    if (kInPairs<Storage> && rounded && !log_domain()) {
+      row_sums(scores, tile.count, widths_.references, potential(t), normalizers,
+               [](Vector<T> x, Vector<T> weight)
+                   SETFORMER_LAMBDA { return rounded_to_bfloat16(x) * weight; });
+    } else if (log_domain()) {
       row_log_sums(scores, tile.count, widths_.references, potential(t), normalizers);
     } else {
       multiply_vector(scores, tile.count, widths_.references, potential(t), normalizers);

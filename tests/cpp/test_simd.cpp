@@ -83,6 +83,57 @@ void test_products() {
   }
 }
 
+// The same in pairs of bfloat16, packed in each of the ways. Small integers are exact in it; 257 is
+// not.
+void test_products_in_pairs() {
+  std::mt19937 random(3);
+  std::uniform_int_distribution<int> small(-4, 4);
+  constexpr int64_t lanes = kLanes<float>;
+  const auto twice = [](int64_t) { return 2.0f; };
+  for (int64_t rows : {1, 2, 7, 13}) {
+    for (int64_t depth : {1, 2, 3, 17}) {
+      const int64_t columns = 4 * lanes, width = round_up(17, 2 * lanes);  // of A^T and A
+      std::vector<float> a(rows * width), transposed(depth * columns), b(depth * columns);
+      for (auto* matrix : {&a, &transposed, &b}) {
+        for (float& x : *matrix) x = float(small(random));
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t k = 0; k < depth; ++k) a[i * width + k] = transposed[k * columns + i];
+        for (int64_t k = depth; k < width; ++k) a[i * width + k] = 0;
+      }
+      std::vector<Pair> along(rows * width / 2), across(pairs_of(depth) * columns);
+      std::vector<Pair> right(pairs_of(depth) * columns);
+      store_pairs_along(a.data(), rows * width, along.data());
+      store_pairs_across(transposed.data(), depth, columns, across.data(), twice);
+      store_pairs_across(b.data(), depth, columns, right.data(), [](int64_t) { return 1.0f; });
+      std::vector<float> c(rows * columns), doubled(rows * columns), squares(round_up(rows, lanes));
+      multiply(Product<float, Pair>{along.data(), width / 2, 1, right.data(), c.data(), columns,
+                                    pairs_of(depth)},
+               rows);
+      multiply(Product<float, Pair>{across.data(), 1, columns, right.data(), doubled.data(),
+                                    columns, pairs_of(depth)},
+               rows);
+      const PairRows left{along.data(), width / 2, width / 2};
+      inner_products(left, left, rows, squares.data());
+      for (int64_t i = 0; i < rows; ++i) {
+        float square = 0;
+        for (int64_t k = 0; k < depth; ++k) square += a[i * width + k] * a[i * width + k];
+        CHECK(squares[i] == square);
+        for (int64_t j = 0; j < columns; ++j) {
+          float sum = 0;
+          for (int64_t k = 0; k < depth; ++k) sum += a[i * width + k] * b[k * columns + j];
+          CHECK(c[i * columns + j] == sum);
+          CHECK(doubled[i * columns + j] == 2 * sum);
+        }
+      }
+    }
+  }
+  float row[lanes];
+  for (float& x : row) x = 257;
+  round_to_bfloat16(row, lanes);
+  for (float x : row) CHECK(x == 256);
+}
+
 // Row and column sums of a tile, and their logarithms, against plain loops in double.
 template <class T>
 void test_tile_sums() {
@@ -209,6 +260,7 @@ int main() {
   test_sums<double>();
   test_products<float>();
   test_products<double>();
+  test_products_in_pairs();
   test_row_sums<float>();
   test_row_sums<double>();
   test_tile_sums<float>();

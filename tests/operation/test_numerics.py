@@ -9,7 +9,7 @@ import torch
 import setformer_ext
 from conftest import Backend
 from exactness import assert_as_exact_as_definition, noise_of_masses_of_zero
-from setformer_ext import set_attention
+from setformer_ext import _C, set_attention
 from setformer_ext.cli.selftest.problems import (
     call,
     differentiable,
@@ -350,6 +350,10 @@ def test_half_types_are_rounded_to_the_nearest_and_ties_to_even(
     inexact = (terms != pairs.float() * share).any(0) | (
         terms.sum(0) != pairs.float().sum(0) * share
     )
+    if _C.cpu_isa() == "avx512_bf16" and dtype == torch.bfloat16 and not backend.on_cuda:
+        # products in pairs take subnormal factors for 0
+        inexact |= (terms.abs() < 2 * torch.finfo(dtype).tiny).any(0)
+        inexact |= terms.sum(0).abs() < 2 * torch.finfo(dtype).tiny
     pairs[:, inexact] = 1  # also where one is not a number
     exact = pairs.double().sum(0) * share
     ties = exact != exact.to(dtype).double()

@@ -300,8 +300,12 @@ def test_fast_math_and_the_builders_processor_are_put_out_of_force(tmp_path: Pat
         "cmake", "-S", ROOT, "-B", tmp_path, *options, folder=ROOT, CXXFLAGS=flags, LDFLAGS=HOSTILE
     )
     assert done.returncode == 0, done.stderr
-    above_baseline = {"__SSE3__", "__AVX2__", "__AVX512F__"}
-    instruction_sets = {"avx2": above_baseline - {"__AVX512F__"}, "avx512": above_baseline}
+    above_baseline = {"__SSE3__", "__AVX2__", "__AVX512F__", "__AVX512BF16__"}
+    instruction_sets = {
+        "avx2": {"__SSE3__", "__AVX2__"},
+        "avx512": above_baseline - {"__AVX512BF16__"},
+        "avx512_bf16": above_baseline,
+    }
     for entry in json.loads((tmp_path / "compile_commands.json").read_text()):
         command = entry["command"].split()
         assert "-ffast-math" in command
