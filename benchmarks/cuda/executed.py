@@ -4,6 +4,7 @@
     python benchmarks/cuda/executed.py --write    # replace it
     python benchmarks/cuda/executed.py --check    # its first head against one counted anew
     python benchmarks/cuda/executed.py --scaling  # what scaling to unit length adds
+    python benchmarks/cuda/executed.py --float32  # print the same of forward in float32
 
 The emulator tells how often warps execute each stretch of nvcc's PTX, and so what passes the
 tensor cores, the special-function units and the memories. What a multiprocessor issues is counted
@@ -22,7 +23,7 @@ import csv
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TextIO
@@ -82,10 +83,20 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="replace executed.csv")
     parser.add_argument("--check", action="store_true", help="hold it against what is now")
     parser.add_argument("--scaling", action="store_true", help="the share of normalize=True")
+    parser.add_argument("--float32", action="store_true", help="print forward in float32")
     options = parser.parse_args()
     counted = Counted(installed_extension())
     if options.scaling:
         print(scaling(counted))
+        return
+    if options.float32:
+        forward = [
+            row
+            for head in HEADS
+            for steps in STEPS
+            for row in counted.head(*head, steps, dtype=torch.float32, only=("forward",))
+        ]
+        write(forward, sys.stdout)
         return
     if options.check:
         now = [list(map(str, row)) for row in counted.head(*HEADS[0], STEPS[0])]
@@ -169,11 +180,13 @@ class Counted:
         steps: int,
         capability: int = ARCHITECTURE,
         is_scaled: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        only: Collection[str] = ("forward", "backward"),
     ) -> Iterator[tuple[str | int, ...]]:
         """Rows of one head's forward and backward."""
         torch.manual_seed(0)
         key, value, points = (
-            normalize(torch.randn(size), dim=-1).bfloat16().requires_grad_()
+            normalize(torch.randn(size), dim=-1).to(dtype).requires_grad_()
             for size in ((1, 1, tokens, depth), (1, 1, tokens, depth), (1, references, depth))
         )
         output: list[torch.Tensor] = []
@@ -190,7 +203,8 @@ class Counted:
         sizes = (capability, tokens, depth, references, steps)
         try:
             with self.emulator.of_capability(capability):
-                for name, run in passes.items():
+                for name in only:
+                    run = passes[name]
                     yield from ((*sizes, name, *row) for row in self.launches(run, capability))
         finally:
             ops._C = before

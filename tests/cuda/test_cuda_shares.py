@@ -45,7 +45,7 @@ def kernels(emulator: Emulator) -> list[str]:
     return [name for name, _ in launched(emulator)]
 
 
-@pytest.mark.parametrize("dtype", (*HALVES, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "options",
     [
@@ -69,7 +69,7 @@ def test_as_exact_as_definition(
     assert kernels(emulator) == expected
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 @pytest.mark.parametrize("emulator", [{"SETFORMER_CUDA_TILES": "16"}], indirect=True)
 def test_shares_of_many_parts(emulator: Emulator, epsilon: float, dtype: torch.dtype) -> None:

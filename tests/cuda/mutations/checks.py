@@ -226,9 +226,7 @@ PROBLEMS = {
     "float32 on-chip forward, transposed": Problem(
         "float32", "on chip", False, RESIDENT, transposed
     ),
-    "float32 on-chip forward, deep": Problem(
-        "float32", "on chip", False, RESIDENT | DEEP_AND_WIDE
-    ),
+    "float32 on-chip forward, deep": Problem("float32", "on chip", False, RESIDENT | DEEP_AND_WIDE),
     "float32 on-chip forward, scaled": Problem("float32", "on chip", False, RESIDENT | SCALED),
     "float32 forward on shares": Problem(
         "float32", "shares", False, RESIDENT | {"N": 900, "Nq": 800}
