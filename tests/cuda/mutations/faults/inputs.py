@@ -173,8 +173,8 @@ IN_PARTS = on_chip(
     (
         "the last part left out",
         "parts.cuh",
-        "    if (part + 1 == kParts<Storage>) break;",
-        "    if (part > 0) x = 0, y = 0;\n    if (part + 1 == kParts<Storage>) break;",
+        "    x -= taken.x;",
+        "    x = part == 1 ? 0.0f : x - taken.x;",
         "float32 on-chip forward",
     ),
     (
@@ -187,22 +187,22 @@ IN_PARTS = on_chip(
     (
         "keys are not centred",
         "rows_in_parts.cuh",
-        "      center_eight<S>(factor, first_column + own.column, x);",
-        "",
+        ": 1.0f;\n      center_eight<S>(factor, column, x);",
+        ": 1.0f;",
         "float32 on-chip forward",
     ),
     (
         "all columns centred by the first ones",
         "rows_in_parts.cuh",
-        "      center_eight<S>(factor, first_column + own.column, x);",
-        "      center_eight<S>(factor, own.column, x);",
+        ": 1.0f;\n      center_eight<S>(factor, column, x);",
+        ": 1.0f;\n      center_eight<S>(factor, own.column, x);",
         "float32 on-chip forward, deep",
     ),
     (
         "rows beyond the last are read, of float32",
         "rows_in_parts.cuh",
-        "load_eight(rows, from, valid ? left : 0, x);",
-        "load_eight(rows, from, left, x);",
+        "valid ? rows.depth - column : 0, x);",
+        "rows.depth - column, x);",
         "float32 on-chip forward",
     ),
     (
