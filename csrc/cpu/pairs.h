@@ -39,8 +39,8 @@ SETFORMER_INLINE void add_product(Vector<float>& sum, Vector<Pair> a, Vector<Pai
 #if defined(__AVX512BF16__)
   sum = _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b));
 #else
-  sum += from_bfloat16<Vector<float> >(a) * from_bfloat16<Vector<float> >(b);
-  sum += from_bfloat16<Vector<float> >(a >> 16) * from_bfloat16<Vector<float> >(b >> 16);
+  sum += from_bfloat16<Vector<float>>(a) * from_bfloat16<Vector<float>>(b);
+  sum += from_bfloat16<Vector<float>>(a >> 16) * from_bfloat16<Vector<float>>(b >> 16);
 #endif
 }
 
@@ -74,7 +74,7 @@ SETFORMER_INLINE Vector<float> rounded_to_bfloat16(Vector<float> x) {
   const auto halves = (Bits16)_mm512_cvtneps_pbh(x);
   return from_bfloat16<Vector<float>>(__builtin_convertvector(halves, Bits32));
 #else
-  return from_bfloat16<Vector<float> >(to_bfloat16<Vector<float>, Bits32>(x));
+  return from_bfloat16<Vector<float>>(to_bfloat16<Vector<float>, Bits32>(x));
 #endif
 }
 // In place; `count` is a multiple of the lanes.
