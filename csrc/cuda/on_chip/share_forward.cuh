@@ -156,6 +156,8 @@ bool SharedForward<Storage>::run(const ForwardParams& p, float* workspace, Strea
   using namespace on_chip;
   constexpr int64_t kMostTokens = int64_t{1} << 30;  // strips and tokens are counted as int
   if (stream.stages == 1 || !can_scale<Storage>(p)) return false;
+  // A rank's A is merged by logarithms, whose errors are too large for float32's tolerance.
+  if (kParts<Storage> > 1 && p.group != nullptr) return false;
   if (p.tokens > kMostTokens || p.queries > kMostTokens) return false;
   return visit_references<Storage>(p, [&](auto size) {
     using S = ShareShape<Storage, size.blocks, size.strips>;
