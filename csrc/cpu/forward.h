@@ -93,15 +93,12 @@ class ForwardHead : public Head<Storage, ForwardParams> {
   }
   void pool_in_pairs(const TokenRows<Storage>& values, const Tile<T>& tile, const T* matrix) {
     const Worker<T>& worker = tile.worker;
-    const int64_t columns = widths_.references, depth = widths_.value_depth;
     values.load_pairs_across(tile.begin, tile.count, keys_.similarity().valid(),
                              worker.value_pairs);
-    store_pairs_across(matrix, tile.count, columns, worker.matrix_pairs,
-                       [&](int64_t i) { return worker.row_factors[i]; });
-    T* pooled = pooled_.of(tile.span);
-    multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.value_pairs, pooled, depth,
-                              pairs_of(tile.count), pooled, depth},
-             p_.references, values.next_tile(tile.begin));
+    add_transposed(
+        {matrix, tile.count, widths_.references, worker.matrix_pairs},
+        [&](int64_t i) { return worker.row_factors[i]; }, worker.value_pairs, p_.references,
+        pooled_.of(tile.span), widths_.value_depth, values.next_tile(tile.begin));
   }
   void leave_pooled() { leave(pooled_.of(0), p_.references * widths_.value_depth); }
   T* pooled_of_caller() const {  // [M, Dv]
@@ -185,10 +182,8 @@ class ForwardHead : public Head<Storage, ForwardParams> {
       side.normalize_rows(steps, tile, scores, true);
       const T* matrix = side.distribution(steps, tile, scores);
       if constexpr (kInPairs<Storage>) {
-        store_pairs_along(matrix, tile.count * widths_.references, tile.worker.matrix_pairs);
-        multiply(Product<T, Pair>{tile.worker.matrix_pairs, widths_.references / 2, 1,
-                                  pooled_pairs_, rows, depth, pairs_of(p_.references)},
-                 tile.count);
+        multiply({matrix, tile.count, widths_.references, tile.worker.matrix_pairs}, pooled_pairs_,
+                 p_.references, rows, depth);
       } else {
         multiply(tile.count, depth, p_.references, matrix, widths_.references, 1, pooled, rows,
                  false);

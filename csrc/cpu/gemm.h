@@ -126,4 +126,30 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
   multiply(Product<T>{a, a_row, a_depth, b, c, columns, depth, start, columns}, rows, upcoming);
 }
 
+// A matrix [count, columns] of whole vectors whose products are computed in pairs, and room for
+// them: count * columns / 2, one row more if count is odd.
+struct RoundedMatrix {
+  const float* numbers;
+  int64_t count, columns;
+  Pair* room;
+};
+
+// C [count, width] = matrix B, with B [pairs_of(depth), width] for the first `depth` columns.
+inline void multiply(const RoundedMatrix& matrix, const Pair* b, int64_t depth, float* c,
+                     int64_t width, Upcoming upcoming = {}) {
+  store_pairs_along(matrix.numbers, matrix.count * matrix.columns, matrix.room);
+  multiply(Product<float, Pair>{matrix.room, matrix.columns / 2, 1, b, c, width, pairs_of(depth)},
+           matrix.count, upcoming);
+}
+// C [rows, width] += matrix^T B, with B [pairs_of(count), width] for the first `rows` columns;
+// factor(i) is what row i of the matrix is multiplied by.
+template <class Factor>
+void add_transposed(const RoundedMatrix& matrix, Factor factor, const Pair* b, int64_t rows,
+                    float* c, int64_t width, Upcoming upcoming) {
+  store_pairs_across(matrix.numbers, matrix.count, matrix.columns, matrix.room, factor);
+  multiply(Product<float, Pair>{matrix.room, 1, matrix.columns, b, c, width, pairs_of(matrix.count),
+                                c, width},
+           rows, upcoming);
+}
+
 }  // namespace setformer::cpu::SETFORMER_ISA

@@ -255,7 +255,6 @@ Status dispatch(ScalarType type, Call call) {
   }
   return Status::kOk;
 }
-
 #endif
 
 }  // namespace

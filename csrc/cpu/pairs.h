@@ -4,6 +4,7 @@
 #pragma once
 
 #include "scalar_types.h"
+#include "tile_ops.h"
 
 namespace setformer::cpu::SETFORMER_ISA {
 
@@ -85,6 +86,15 @@ inline void round_to_bfloat16(float* x, int64_t count) {
 }
 SETFORMER_INLINE Vector<double> rounded_to_bfloat16(Vector<double> x) { return x; }  // no pairs
 
+// multiply_vector (tile_ops.h) with a matrix as products in pairs take it.
+template <class T>
+void multiply_rounded_vector(const T* matrix, int64_t count, int64_t columns, const T* weights,
+                             T* products) {
+  row_sums(matrix, count, columns, weights, products,
+           [](Vector<T> x, Vector<T> weight)
+               SETFORMER_LAMBDA { return rounded_to_bfloat16(x) * weight; });
+}
+
 // Stores the pairs of neighbours in a row of `width` numbers, a multiple of the lanes.
 SETFORMER_INLINE void store_pairs_along(const float* row, int64_t width, Pair* to) {
   int64_t c = 0;
@@ -114,8 +124,9 @@ SETFORMER_INLINE void store_pairs_across(const float* rows, int64_t count, int64
   }
 }
 
+inline constexpr auto as_it_is = [](int64_t) { return 1.0f; };
 inline void store_pairs_across(const float* rows, int64_t count, int64_t width, Pair* to) {
-  store_pairs_across(rows, count, width, to, [](int64_t) { return 1.0f; });
+  store_pairs_across(rows, count, width, to, as_it_is);
 }
 
 // Rows of pairs, `width` each: a multiple of the lanes.

@@ -9,15 +9,18 @@ namespace setformer::cpu::SETFORMER_ISA {
 
 inline constexpr double kLog2E = 1.4426950408889634074;
 
-// What rows are divided by to have unit length; whole vectors are stored to `lengths`.
+// What a row with this |x|^2 is divided by to have unit length.
+template <class T>
+T length_of(T square) {
+  const T length = T(__builtin_sqrt(square));
+  return length <= T(kShortest) ? T(1) : length;
+}
+// The same of rows; whole vectors are stored to `lengths`.
 template <class T>
 void lengths_of(const T* rows, int64_t count, int64_t width, T* lengths) {
   row_sums(rows, count, width, rows, lengths,
            [](Vector<T> x, Vector<T>) SETFORMER_LAMBDA { return x * x; });
-  for (int64_t i = 0; i < count; ++i) {
-    const T length = T(__builtin_sqrt(lengths[i]));
-    lengths[i] = length <= T(kShortest) ? T(1) : length;
-  }
+  for (int64_t i = 0; i < count; ++i) lengths[i] = length_of(lengths[i]);
 }
 
 template <class Storage>
@@ -28,7 +31,7 @@ class References {
   T bandwidth = 1, epsilon = 1;
   // In base 2: -|k - y|^2 c = k.(2 c y) - c |k|^2 - c |y|^2 with c = log2(e) / (2 bandwidth^2).
   T* rows = nullptr;            // [M, depth] y, scaled, centred
-  T* lengths = nullptr;         // [references] what they were divided by, where they are scaled
+  T* lengths = nullptr;         // [references] what they were divided by
   T* center = nullptr;          // [depth] 0 for the linear kernel
   T* square_weights = nullptr;  // [depth] -c
   T* right = nullptr;           // [D, references] 2 c y transposed (gaussian), y (linear)
@@ -113,9 +116,13 @@ class References {
     const int64_t count = p.references, depth = p.depth;
     const Widths<T> widths(p);
     TokenRows<Storage>(p.reference, sample, h, depth).load(0, count, Validity(), rows);
-    if constexpr (kInPairs<Storage>) load_pairs(p);
     if (p.normalize) {
       lengths_of(rows, count, widths.depth, lengths);
+    } else {
+      fill(lengths, widths.references, T(1));
+    }
+    if constexpr (kInPairs<Storage>) load_pairs(p);
+    if (p.normalize) {
       for (int64_t j = 0; j < count; ++j) {
         const T factor = 1 / lengths[j];
         scale_rows(rows + j * widths.depth, 1, widths.depth, &factor);
@@ -144,11 +151,6 @@ class References {
     const Widths<T> widths(p);
     const T c = T(kLog2E) / (2 * bandwidth * bandwidth);
     const bool gaussian = p.kernel == Kernel::kGaussian;
-    if (p.normalize) {
-      lengths_of(rows, count, widths.depth, lengths);
-    } else {
-      fill(lengths, widths.references, T(1));
-    }
     store_pairs_across(rows, count, widths.depth, row_pairs);
     for (int64_t j = 0; j < count; ++j) {
       const T* row = rows + j * widths.depth;

@@ -222,7 +222,7 @@ class SideGradient {
   void distribute_in_pairs(const Tile<T>& tile, const T* matrix) const {
     const Worker<T>& worker = tile.worker;
     const Validity& valid = transport_.similarity().valid();
-    const int64_t columns = widths_.references, depth = widths_.value_depth;
+    const int64_t columns = widths_.references;
     T* delta = delta_ + tile.begin;
     T products[kMostTileTokens];
     inner_products(grad_outputs_.pairs_along(tile.begin, tile.count, valid, worker.value_pairs),
@@ -233,12 +233,10 @@ class SideGradient {
       worker.row_terms[i] = delta[i] * worker.row_factors[i];
     }
     grad_outputs_.load_pairs_across(tile.begin, tile.count, valid, worker.value_pairs);
-    store_pairs_across(matrix, tile.count, columns, worker.matrix_pairs,
-                       [&](int64_t i) { return worker.row_factors[i]; });
-    T* sums = matrix_sums_.of(tile.span);
-    multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.value_pairs, sums, depth,
-                              pairs_of(tile.count), sums, depth},
-             p_.references, grad_outputs_.next_tile(tile.begin));
+    add_transposed(
+        {matrix, tile.count, columns, worker.matrix_pairs},
+        [&](int64_t i) { return worker.row_factors[i]; }, worker.value_pairs, p_.references,
+        matrix_sums_.of(tile.span), widths_.value_depth, grad_outputs_.next_tile(tile.begin));
     add_transposed_product(matrix, tile.count, columns, worker.row_terms, sums_.of(tile.span));
   }
   T* right(int64_t column) const { return right_ + column * widths_.references; }
@@ -289,19 +287,15 @@ class SideGradient {
     const T* matrix = transport_.collection(t, tile, scores);
     T* fhat = worker.row_terms;
     if (kInPairs<Storage> && collects) {  // of the same rounded matrix as dv
-      row_sums(matrix, count, widths_.references, weights_, fhat,
-               [](Vector<T> x, Vector<T> weight)
-                   SETFORMER_LAMBDA { return rounded_to_bfloat16(x) * weight; });
+      multiply_rounded_vector(matrix, count, widths_.references, weights_, fhat);
     } else {
       multiply_vector(matrix, count, widths_.references, weights_, fhat);
     }
     if (collects) {
       load_rows(values_, tile, worker.values);
       if constexpr (kInPairs<Storage>) {
-        store_pairs_along(matrix, count * widths_.references, worker.matrix_pairs);
-        multiply(Product<T, Pair>{worker.matrix_pairs, widths_.references / 2, 1, gradient_pairs_,
-                                  worker.outputs, depth, pairs_of(p_.references)},
-                 count, values_.next_tile(tile.begin));
+        multiply({matrix, count, widths_.references, worker.matrix_pairs}, gradient_pairs_,
+                 p_.references, worker.outputs, depth, values_.next_tile(tile.begin));
       } else {
         multiply(count, depth, p_.references, matrix, widths_.references, 1, pooled.gradient,
                  worker.outputs, false, values_.next_tile(tile.begin));
@@ -329,7 +323,9 @@ class SideGradient {
 
   // In pairs, with scaling, worker.product gets what rows add to it at once.
   void fill_left(const Tile<T>& tile) const {
-    if (kInPairs<Storage>) fill(tile.worker.product, tile.count * widths_.references, T(0));
+    if (kInPairs<Storage> && !transport_.log_domain()) {
+      fill(tile.worker.product, tile.count * widths_.references, T(0));
+    }
     const int64_t steps = p_.iterations;
     const T* a = transport_.a() + tile.begin;
     T* factors = tile.worker.row_factors;

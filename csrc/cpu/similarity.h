@@ -248,8 +248,7 @@ class Similarity {
     inner_products(keys, keys, tile.count, squares);
     const T c = gaussian_ ? -references_.square_weights[0] : T(0);
     for (int64_t i = 0; i < tile.count; ++i) {
-      const T length = T(__builtin_sqrt(squares[i]));
-      const T factor = !p_.normalize || length <= T(kShortest) ? T(1) : 1 / length;
+      const T factor = p_.normalize ? 1 / length_of(squares[i]) : T(1);
       worker.row_terms[i] = factor;
       worker.norms[i] = -c * squares[i] * factor * factor;
     }
@@ -259,16 +258,12 @@ class Similarity {
                                   const Upcoming& upcoming) const {
     const Worker<T>& worker = tile.worker;
     const int64_t count = tile.count, columns = widths_.references, depth = widths_.depth;
-    store_pairs_along(worker.gradient, count * columns, worker.matrix_pairs);
-    multiply(Product<T, Pair>{worker.matrix_pairs, columns / 2, 1, references_.row_pairs,
-                              worker.grad_keys, depth, pairs_of(p_.references)},
-             count, rows_.next_tile(tile.begin));
-    store_pairs_across(worker.gradient, count, columns, worker.matrix_pairs);
+    const RoundedMatrix e{worker.gradient, count, columns, worker.matrix_pairs};
+    multiply(e, references_.row_pairs, p_.references, worker.grad_keys, depth,
+             rows_.next_tile(tile.begin));
     store_pairs_across(worker.keys, count, depth, worker.key_pairs);
-    T* sums = gradient.references;
-    multiply(Product<T, Pair>{worker.matrix_pairs, 1, columns, worker.key_pairs, sums, depth,
-                              pairs_of(count), sums, depth},
-             p_.references, upcoming);
+    add_transposed(e, as_it_is, worker.key_pairs, p_.references, gradient.references, depth,
+                   upcoming);
   }
 
   // A bound of |<k, y>| over the valid keys, by Cauchy-Schwarz.

@@ -177,9 +177,7 @@ class Transport {
   void normalize_rows(int64_t t, const Tile<T>& tile, const T* scores, bool rounded = false) const {
     T normalizers[kMostTileTokens];
     if (kInPairs<Storage> && rounded && !log_domain()) {
-      row_sums(scores, tile.count, widths_.references, potential(t), normalizers,
-               [](Vector<T> x, Vector<T> weight)
-                   SETFORMER_LAMBDA { return rounded_to_bfloat16(x) * weight; });
+      multiply_rounded_vector(scores, tile.count, widths_.references, potential(t), normalizers);
     } else if (log_domain()) {
       row_log_sums(scores, tile.count, widths_.references, potential(t), normalizers);
     } else {
