@@ -131,10 +131,17 @@ void launch_shares(const ForwardParams& given, const Sizes& sizes, int strips, f
 
 }  // namespace on_chip
 
+// The ranks of a group merge A by logarithms, whose errors are too large for float32's tolerance.
+template <class Storage>
+bool merges_exactly(const ForwardParams& p) {
+  return on_chip::kParts<Storage> == 1 || p.group == nullptr;
+}
+
 template <class Storage>
 int64_t SharedForward<Storage>::workspace(const ForwardParams& p) {
   using namespace on_chip;
   int64_t numbers = 0;
+  if (!merges_exactly<Storage>(p)) return numbers;
   visit_references<Storage>(p, [&](auto size) {
     using S = ShareShape<Storage, size.blocks, size.strips>;
     const auto visit = [&](const Side& side) {
@@ -156,8 +163,7 @@ bool SharedForward<Storage>::run(const ForwardParams& p, float* workspace, Strea
   using namespace on_chip;
   constexpr int64_t kMostTokens = int64_t{1} << 30;  // strips and tokens are counted as int
   if (stream.stages == 1 || !can_scale<Storage>(p)) return false;
-  // A rank's A is merged by logarithms, whose errors are too large for float32's tolerance.
-  if (kParts<Storage> > 1 && p.group != nullptr) return false;
+  if (!merges_exactly<Storage>(p)) return false;
   if (p.tokens > kMostTokens || p.queries > kMostTokens) return false;
   return visit_references<Storage>(p, [&](auto size) {
     using S = ShareShape<Storage, size.blocks, size.strips>;
