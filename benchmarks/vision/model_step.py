@@ -109,8 +109,9 @@ def main() -> None:
     for name, model in models.items():
         if options.compile:
             model.compile()
-        steps[name] = (forward_step(model, images), training_step(model, images, labels))
-    steps[fused] = steps[fused][:1]
+        steps[name] = (forward_step(model, images),)
+        if name != fused:
+            steps[name] += (training_step(model, images, labels),)
     times = take_times(steps, options.rounds)
     print(
         f"{options.batch_size} images of {sides[0]} x {sides[1]}, {options.threads} threads"
