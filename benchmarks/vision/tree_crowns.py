@@ -81,7 +81,7 @@ QUICK_FLOOR = 0.02
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a minute: does it learn?")
-    parser.add_argument("--steps", type=int, default=900, help="of 2 tiles (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1800, help="of 2 tiles (default: %(default)s)")
     parser.add_argument("--attention", choices=MLP_RATIOS, default="set")
     parser.add_argument("--validate", action="store_true", help="measure on other parts: to choose")
     parser.add_argument("--seed", type=int, default=0)
