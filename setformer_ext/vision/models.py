@@ -9,11 +9,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from .backbone import Setformer
 
-# Our reading. Base has, within 5%, the parameters and FLOPs that the paper's abstract gives for Mask
-# R-CNN and UPerNet on it; small has about the parameters of Swin-T, tiny about half and mini about a
-# quarter of them. Few wide blocks: on the same multiply-adds they take less time than many narrow
-# ones. Base is wide from stride 16 on: before, an image has so many tokens that the hidden channels
-# of an MLP do not fit in a cache, and norms, GELU and depthwise convolutions wait for memory.
+# Our reading. Base has, within 5%, the parameters and FLOPs that the paper's abstract gives for
+# Mask R-CNN and UPerNet on it; small has about the parameters of Swin-T, tiny about half and mini
+# about a quarter of them. Few wide blocks: on the same multiply-adds they take less time than many
+# narrow ones. Base is wide from stride 16 on: before, an image has so many tokens that the hidden
+# channels of an MLP do not fit in a cache; norms, GELU and depthwise convolutions wait for memory.
 SIZES: dict[str, dict[str, Any]] = {
     "setformer_mini": {"dims": (64, 128, 256, 512), "depths": (1, 1, 3, 1)},
     "setformer_tiny": {"dims": (96, 192, 384, 768), "depths": (1, 1, 3, 1)},
