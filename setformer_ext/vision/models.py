@@ -12,12 +12,13 @@ from .backbone import Setformer
 # Our reading. Base has, within 5%, the parameters and FLOPs that the paper's abstract gives for
 # Mask R-CNN and UPerNet on it; small has about the parameters of Swin-T, tiny about half and mini
 # about a quarter of them. Few wide blocks: on the same multiply-adds they take less time than many
-# narrow ones. Base is wide from stride 16 on: before, an image has so many tokens that the hidden
-# channels of an MLP do not fit in a cache; norms, GELU and depthwise convolutions wait for memory.
+# narrow ones. All but mini are wide from stride 16 on: before, an image has so many tokens that the
+# hidden channels of an MLP do not fit in a cache, and norms, GELU and depthwise convolutions wait
+# for memory.
 SIZES: dict[str, dict[str, Any]] = {
     "setformer_mini": {"dims": (64, 128, 256, 512), "depths": (1, 1, 3, 1)},
-    "setformer_tiny": {"dims": (96, 192, 384, 768), "depths": (1, 1, 3, 1)},
-    "setformer_small": {"dims": (128, 256, 512, 1024), "depths": (1, 1, 4, 1)},
+    "setformer_tiny": {"dims": (64, 192, 448, 640), "depths": (1, 1, 3, 1)},
+    "setformer_small": {"dims": (64, 192, 640, 768), "depths": (1, 1, 4, 1)},
     "setformer_base": {"dims": (128, 256, 896, 896), "depths": (1, 1, 4, 1)},
 }
 
@@ -60,13 +61,13 @@ def setformer_mini(pretrained: bool = False, **options: Any) -> Setformer:
 
 @register_model
 def setformer_tiny(pretrained: bool = False, **options: Any) -> Setformer:
-    """SeTformer-Tiny: 15.4 million parameters, 2.2 billion multiply-adds at 224 x 224."""
+    """SeTformer-Tiny: 15.0 million parameters, 2.1 billion multiply-adds at 224 x 224."""
     return _create("setformer_tiny", pretrained, **options)
 
 
 @register_model
 def setformer_small(pretrained: bool = False, **options: Any) -> Setformer:
-    """SeTformer-Small: 29.7 million parameters, 4.3 billion multiply-adds at 224 x 224."""
+    """SeTformer-Small: 29.8 million parameters, 4.3 billion multiply-adds at 224 x 224."""
     return _create("setformer_small", pretrained, **options)
 
 
