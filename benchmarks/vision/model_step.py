@@ -6,8 +6,8 @@ prints a line of Markdown for each model in float32: parameters, multiply-adds, 
 forward pass and of a training step (forward, backward, AdamW), medians of interleaved rounds, and
 then where the time of our training step goes. The peers are timm's Swin and other hierarchical
 transformers, with attention in windows, in focal neighbourhoods and over channels (neighbourhood
-attention itself has no compiled CPU kernel), and a convolutional network, with 2 to 8%
-more multiply-adds at 224 x 224. Our backbone also runs with its norms fused, for inference, and with
+attention itself has no compiled CPU kernel), and a convolutional network, with 2 to 8% more
+multiply-adds at 224 x 224. Our backbone also runs with its norms fused, for inference, and with
 ``--softmax`` with softmax attention. ``--compile`` runs all of them through ``torch.compile``.
 """
 
